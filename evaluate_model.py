@@ -1,0 +1,117 @@
+"""Base against instruct: the same held-out prompts, the same decoding, every answer kept and scored by its task.
+
+python evaluate_model.py --model model --base base --dataset data --output_dir evaluation
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fledge.cli import UserError, check_output_dir, parse, read_json, run, staged, write_json
+from fledge.sampling import Sampling
+
+
+@dataclass
+class EvaluateArguments:
+    model: str = field(metadata={"help": "the folder that train_sft.py wrote"})
+    base: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
+    dataset: str = field(metadata={"help": "the folder that prepare_dataset.py wrote"})
+    output_dir: str = field(metadata={"help": "the folder to write"})
+    split: str = field(default="test", metadata={"help": "the split to ask from (default test)"})
+    num_prompts: int = field(default=200, metadata={"help": "prompts to answer (default 200, or all there are)"})
+    batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier evaluation in output_dir"})
+
+
+def main():
+    args, sampling = parse(sys.argv[1:], EvaluateArguments, Sampling, description=__doc__)
+    sampling.check()
+    check_output_dir(args.output_dir, args.overwrite, "metrics.json")
+    data = Path(args.dataset)
+    budget = read_json(data / "budget.json", "prepare_dataset.py")
+    if args.split not in budget["splits"]:
+        raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(budget['splits'])}.")
+
+    import pyarrow.parquet
+    import transformers
+    from datasets import Dataset, load_from_disk
+
+    from fledge.encoding import IGNORED
+    from fledge.evaluation import COMMON, completion_losses, paired_difference, report, summarise, table
+    from fledge.generation import answer_all, load_model
+    from fledge.tasks import load_task
+    from fledge.tokenizers import open_tokenizer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    task = load_task(budget["task"])
+    text = {
+        name: Dataset(pyarrow.parquet.read_table(data / "data" / f"{name}-00000-of-00001.parquet"))
+        for name in budget["splits"]
+    }
+    labels = {name: [task.LABELS[label] for label in split[task.LABEL]] for name, split in text.items()}
+    tokenizer = open_tokenizer(data / "tokenizer")
+    encoded = load_from_disk(str(data / "tokenized"))[args.split]
+    rows = encoded.select(range(min(args.num_prompts, len(encoded)))).to_list()
+    prompts = [row["input_ids"][: sum(label == IGNORED for label in row["labels"])] for row in rows]
+    instructions = text[args.split]["instruction"][: len(rows)]
+
+    # The judge learns from the training split and is itself judged on the two others.
+    judge = task.EndingJudge(text["train"]["response"], labels["train"])
+    unseen = [name for name in text if name != "train"]
+    accuracy = judge.accuracy(
+        [story for name in unseen for story in text[name]["response"]],
+        [label for name in unseen for label in labels[name]],
+    )
+    judge_n = sum(len(text[name]) for name in unseen)
+    judged_by = (
+        f"The ending classifier is right on {accuracy:.1%} of {judge_n} unseen stories, both endings weighing the same."
+    )
+    print(judged_by, flush=True)
+
+    metrics = {
+        "task": budget["task"],
+        "split": args.split,
+        "sampling": asdict(sampling),
+        "judge": {"accuracy": accuracy, "n": judge_n},
+        "meaning": task.MEANING | COMMON,
+    }
+    answers, scores = {}, {}
+    for name, folder in (("base", args.base), ("model", args.model)):
+
+        def progress(done: int, doing: str, name=name):
+            print(f"\r  {name:<5}  {doing} {done}/{len(rows)}  ", end="", flush=True)
+
+        model, _ = load_model(folder)
+        if model.get_input_embeddings().num_embeddings != len(tokenizer):
+            raise UserError(
+                f"{folder} has another vocabulary than the dataset; evaluate the models it was prepared for."
+            )
+        nats, counts = completion_losses(model, tokenizer, rows, args.batch_size, lambda n: progress(n, "read"))
+        made = answer_all(model, tokenizer, prompts, sampling, args.batch_size, lambda n: progress(n, "answered"))
+        print()
+        endings = judge.judge([answer.text for answer in made])
+        answers[name] = made
+        scores[name] = [
+            task.score(instruction, answer.text, answer.stopped, ending) | {"eos_rate": float(answer.stopped)}
+            for instruction, answer, ending in zip(instructions, made, endings, strict=True)
+        ]
+        metrics[name] = summarise(scores[name], nats, counts)
+    metrics["difference"] = paired_difference(scores["base"], scores["model"])
+
+    with staged(args.output_dir, args.overwrite, "metrics.json") as folder:
+        with (folder / "samples.jsonl").open("w", encoding="utf-8") as samples:
+            for i, instruction in enumerate(instructions):
+                sample = {"instruction": instruction, "reference": text[args.split][i]["response"]}
+                for name in ("base", "model"):
+                    sample[name] = asdict(answers[name][i]) | {"scores": scores[name][i]}
+                samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        (folder / "report.md").write_text(report(metrics, judged_by), encoding="utf-8")
+        write_json(folder / "metrics.json", metrics)
+    print(f"\n{table(metrics)}\n\n{len(rows)} prompts, 95% intervals. {args.output_dir} holds every answer.")
+    print("Next: generate.py")
+
+
+if __name__ == "__main__":
+    run(main)

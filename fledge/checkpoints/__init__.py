@@ -1,0 +1,1 @@
+"""From a hand-written checkpoint to a proven Hugging Face model: load, recognise, write, prove."""

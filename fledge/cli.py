@@ -1,0 +1,131 @@
+"""What every script shares: its arguments, its one-sentence errors, and outputs that appear whole or not at all.
+
+Only the standard library and TRL's light parser are imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one sentence: what was found, what was expected, what to do."""
+
+
+def parse(arguments: list[str], *dataclass_types: type, description: str | None = None) -> tuple[Any, ...]:
+    """Parses `arguments` (`--config recipe.yaml` and any key) into the given dataclasses, in their order.
+
+    Raises:
+        UserError: an unknown key, a missing one, a value of the wrong type, or a recipe that is no YAML mapping.
+    """
+    import yaml
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str):
+            raise UserError(f"{message}; --help lists every key.")
+
+    parser = Parser(
+        dataclass_types,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # TrlParser takes `--config FILE` out before argparse sees it; it is added here for --help alone.
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; its keys may be overridden here")
+    arguments = [part for argument in arguments for part in _split_config(argument)]
+    try:
+        return parser.parse_args_and_config(arguments)[: len(dataclass_types)]
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
+    except OSError as error:
+        raise UserError(f"The recipe {error.filename} cannot be read: {error.strerror}.") from error
+    except IndexError as error:
+        raise UserError("--config needs the path of a recipe.") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{' '.join(str(error).split())}") from error
+
+
+def _split_config(argument: str) -> list[str]:
+    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a `UserError` becomes one sentence on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_output_dir(output_dir: str | Path, overwrite: bool, marker: str) -> Path:
+    """Says early, before any work, that `output_dir` cannot be written.
+
+    A folder with content is replaced only with `overwrite`, and only if it holds `marker`, the file by which Fledge
+    knows a folder of its own: `--output_dir ~ --overwrite` must never empty a home.
+
+    Raises:
+        UserError: the folder has content, or is a file.
+    """
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder} is a file; name a folder.")
+    if any(path.is_file() for path in folder.rglob("*")):
+        if not overwrite:
+            raise UserError(f"{folder} already has content; name another --output_dir or pass --overwrite.")
+        if not (folder / marker).exists():
+            raise UserError(f"{folder} holds no {marker}, so Fledge did not write it and will not replace it.")
+    return folder
+
+
+@contextlib.contextmanager
+def staged(output_dir: str | Path, overwrite: bool, marker: str) -> Iterator[Path]:
+    """Yields a folder beside `output_dir` that takes its place when the block succeeds and vanishes when it fails."""
+    folder = check_output_dir(output_dir, overwrite, marker)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+    try:
+        building.chmod(0o755)
+        yield building
+        if folder.exists():
+            replaced = building.with_name(building.name + ".old")
+            folder.replace(replaced)
+            building.replace(folder)
+            shutil.rmtree(replaced)
+        else:
+            building.replace(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> dict:
+    """Reads a JSON file that an earlier stage wrote.
+
+    Raises:
+        UserError: it is missing or damaged; `what` names the stage to run.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {what} writes it.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); run {what} again.") from error

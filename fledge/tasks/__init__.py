@@ -1,0 +1,21 @@
+"""Tasks: a record → an instruction and its response, and how an answer to it is scored. One file a task."""
+
+import importlib
+from types import ModuleType
+
+from fledge.cli import UserError
+
+TASKS = ("topic_ending",)
+
+
+class RejectedRecord(Exception):
+    """A record that a task cannot use. The message is the reason, counted in the budget report."""
+
+
+def load_task(name: str) -> ModuleType:
+    """Raises:
+    UserError: there is no task of that name.
+    """
+    if name not in TASKS:
+        raise UserError(f"The task {name!r} is unknown; choose one of {', '.join(TASKS)}.")
+    return importlib.import_module(f"fledge.tasks.{name}")

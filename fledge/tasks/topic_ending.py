@@ -1,0 +1,114 @@
+"""Topic and ending: write a story about a given topic that ends happily or sadly.
+
+    Write a story about: {summary}
+    With: {ending} ending
+
+The data and its metric live here together, so that what is asked for and what is scored cannot drift apart.
+"""
+
+import re
+
+from fledge.tasks import RejectedRecord
+
+TEMPLATE = "story"
+LABEL = "ending"
+LABELS = ("happy", "sad")
+PURPOSE = "write a short story about a given topic with a happy or a sad ending"
+MEANING = {
+    "ending_match": "the story ends as its prompt asks, by a classifier of endings",
+    "topic_words": "share of the topic's content words that occur in the story",
+    "instruction_following": "right ending, at least half of the topic's content words, and stopped by end-of-text",
+}
+
+COMPLETE = (".", "!", "?", '"', "”", "'")
+FUNCTION_WORDS = """
+a about after all also an and are as at be because been before being but by can could day did do does each
+every for from get gets got had has have he her hers him his how i if in into is it its just learn learns
+little made make makes me more my named no not of off old on once one only or other our out over she so some
+than that the their them then there they this time to too two up upon us very was we were what when where
+which while who will with would you your
+"""
+
+
+def instruction(topic: str, ending: str) -> str:
+    return f"Write a story about: {topic}\nWith: {ending} ending"
+
+
+EXAMPLE = instruction("A little boy found a red kite in the park.", "happy")
+
+
+def example(record: dict[str, str]) -> dict[str, str]:
+    """A TinyStories-Instruct record → instruction, response, ending, and the topic by which splits are kept apart.
+
+    Raises:
+        RejectedRecord: the record lacks a summary or a story, or its story breaks off.
+    """
+    topic, story = " ".join(record.get("Summary", "").split()), record.get("Story", "")
+    if not topic:
+        raise RejectedRecord("no summary")
+    if not story:
+        raise RejectedRecord("no story")
+    if not story.endswith(COMPLETE):
+        raise RejectedRecord("the story breaks off")
+    ending = "sad" if "BadEnding" in record.get("Features", "") else "happy"
+    return {"instruction": instruction(topic, ending), "response": story, "ending": ending, "group": topic}
+
+
+def requested(text: str) -> tuple[str, str]:
+    """The topic and the ending that an instruction asks for."""
+    found = re.fullmatch(r"Write a story about: (.*)\nWith: (\w+) ending", text)
+    return found[1], found[2]
+
+
+def score(text: str, answer: str, stopped: bool, judged_ending: str) -> dict[str, float]:
+    """Scores one answer to the instruction `text`; every value lies between 0 and 1."""
+    topic, ending = requested(text)
+    wanted, present = content_words(topic), content_words(answer)
+    share = len(wanted & present) / len(wanted) if wanted else 1.0
+    match = float(judged_ending == ending)
+    return {
+        "instruction_following": float(match and share >= 0.5 and stopped),
+        "ending_match": match,
+        "topic_words": share,
+    }
+
+
+def content_words(text: str) -> set[str]:
+    """Lower-case words that carry meaning, with plain plural and past endings taken off."""
+    words = re.findall(r"[a-z]+", text.lower().replace("'s", ""))
+    return {re.sub(r"(?<=\w{3})(es|s|ed|ing)$", "", word) for word in words if word not in FUNCTION_WORDS.split()}
+
+
+class EndingJudge:
+    """Tells a happy ending from a sad one: logistic regression on the word pairs of a story's last four sentences.
+
+    It learns from the training split's labels, so it is as good as those; `accuracy` on stories it has not seen is
+    printed beside every figure that it produces.
+    """
+
+    def __init__(self, stories: list[str], endings: list[str]):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        # A rare class counts as much as a frequent one: real data has one sad story in a hundred.
+        self.model = make_pipeline(
+            TfidfVectorizer(preprocessor=_last_sentences, ngram_range=(1, 2), sublinear_tf=True, min_df=2),
+            LogisticRegression(C=10, max_iter=1000, class_weight="balanced"),
+        )
+        self.model.fit(stories, endings)
+
+    def judge(self, stories: list[str]) -> list[str]:
+        return [str(ending) for ending in self.model.predict(stories)]
+
+    def accuracy(self, stories: list[str], endings: list[str]) -> float:
+        """Mean of the accuracies on either ending (0.5 is chance, however rare one of them is)."""
+        judged, recalls = self.judge(stories), []
+        for label in sorted(set(endings)):
+            of_label = [j for j, ending in zip(judged, endings, strict=True) if ending == label]
+            recalls.append(sum(j == label for j in of_label) / len(of_label))
+        return sum(recalls) / len(recalls)
+
+
+def _last_sentences(story: str) -> str:
+    return " ".join(re.split(r'(?<=[.!?"”])\s+', story.strip())[-4:]).lower()

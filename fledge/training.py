@@ -1,0 +1,222 @@
+"""What Fledge adds to TRL's `SFTTrainer`: defaults for small models, precision by device, progress, and the record."""
+
+import functools
+import platform
+import subprocess
+import sys
+import time
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig
+from trl.trainer.utils import FusedCausalLMOutput
+
+from fledge.cli import UserError
+from fledge.encoding import IGNORED
+
+
+@dataclass
+class SmallModelConfig(SFTConfig):
+    """`SFTConfig` with the defaults a model of 1M to 200M parameters wants.
+
+    TRL's own are made for billions of parameters: gradient checkpointing, a rate of 2e-5, and a max_length beyond the
+    context of most models trained from scratch.
+    """
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    warmup_steps: float = field(default=0.05, metadata={"help": "steps, or a share of all steps if below 1"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "rows a step and device"})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows a step and device in evaluation"})
+    # TRL switches it on, and transformers is renaming it: None leaves it off under either name, without a warning.
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "trade time for memory"})
+    max_length: int | None = field(default=None, metadata={"help": "cut rows; prepare_dataset.py has fitted them"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate on the validation split"})
+    save_strategy: str = field(default="no", metadata={"help": "when to save a checkpoint for --resume"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "batches of like length pad less"}
+    )
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin memory in the data loader"})
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.precision_reason = "as asked for"
+        if self.bf16 is None and not self.fp16:
+            self.bf16, self.precision_reason = choose_bf16(self.use_cpu)
+        super().__post_init__()
+
+
+def choose_bf16(use_cpu: bool) -> tuple[bool, str]:
+    """Whether to train in bf16 autocast, and why."""
+    if use_cpu:
+        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+            return True, "this CPU multiplies bfloat16 matrices in hardware"
+        return False, "this CPU has no bfloat16 matrix unit"
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return True, "this GPU multiplies bfloat16 matrices in hardware"
+    return False, "this device has no bfloat16 matrix unit"
+
+
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Refuses data that was not prepared for this model.
+
+    Raises:
+        UserError: its token ids or its row lengths do not fit.
+    """
+    rows, context = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
+    if len(tokenizer) != rows:
+        raise UserError(
+            f"The dataset was encoded with {len(tokenizer)} tokens and the model has {rows}; "
+            "run prepare_dataset.py with this model's folder as --tokenizer."
+        )
+    if longest > context:
+        raise UserError(
+            f"The dataset has rows of {longest} tokens and the model's context is {context}; prepare it again."
+        )
+
+
+def score_supervised_only(model: PreTrainedModel) -> None:
+    """Replaces TRL's fused head, after `SFTTrainer` has added it, by one that projects supervised positions only.
+
+    TRL's head does so where Triton runs; elsewhere it projects every position of the batch, prompt and padding
+    included. It also needs no attention mask: TRL pads on the right, where causal attention never looks.
+    """
+
+    original_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, attention_mask=None, **kwargs):
+        if not fused_lm_head:
+            return original_forward(*args, labels=labels, attention_mask=attention_mask, **kwargs)
+        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
+        mask = labels[:, 1:] != IGNORED
+        logits, targets = self.get_output_embeddings()(hidden[mask]).float(), labels[:, 1:][mask]
+        log_probs = -F.cross_entropy(logits, targets, reduction="none")
+        with torch.no_grad():
+            every_log_prob = logits.detach().log_softmax(-1)
+            entropy = -(every_log_prob.exp() * every_log_prob).sum(-1)
+            is_top1 = every_log_prob.argmax(-1) == targets
+        scattered = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_probs, entropy, is_top1)]
+        return FusedCausalLMOutput(log_probs=scattered[0], entropy=scattered[1], is_top1=scattered[2], label_mask=mask)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class Progress(TrainerCallback):
+    """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
+
+    def __init__(self):
+        self.last_tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = self.last_time = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        done = f"{state.epoch or 0:5.2f} epochs  step {state.global_step:>5}/{state.max_steps}"
+        if "eval_loss" in logs:
+            print(f"{done}  validation loss {logs['eval_loss']:.3f}", flush=True)
+        elif "loss" in logs:
+            now, tokens = time.monotonic(), logs.get("num_tokens", 0)
+            speed = (tokens - self.last_tokens) / (now - self.last_time)
+            self.last_tokens, self.last_time = tokens, now
+            left = (now - self.start) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+            time_left = f"{left // 60:.0f}:{left % 60:02.0f} left"
+            print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
+
+
+def save_loss_curve(log_history: list[dict], file: Path) -> None:
+    """Training and validation loss over steps, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="completion loss (nats per token)")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def run_record(trainer, seconds: float, rows: dict[str, int], fingerprint: str) -> dict:
+    """Everything that made the run: data, hyper-parameters that differ from TRL's defaults, machine, and outcome."""
+    import datasets
+    import transformers
+    import trl
+
+    import fledge
+
+    args, history = trainer.args, trainer.state.log_history
+    usual = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none").to_dict()
+    left_out = ("run_name", "disable_tqdm", "dataloader_pin_memory", "use_cpu", "do_eval", "save_total_limit")
+    chosen = args.to_dict().items()
+    hyperparameters = {k: v for k, v in sorted(chosen) if k in usual and v != usual[k] and k not in left_out}
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    training = [float(entry["loss"]) for entry in history if "loss" in entry]
+    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+    return {
+        "rows": rows,
+        "data_fingerprint": fingerprint,
+        "hyperparameters": hyperparameters,
+        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0, 3),
+        "first_loss": training[0] if training else None,
+        "last_loss": training[-1] if training else None,
+        "validation_loss": evaluations[-1] if evaluations else None,
+        "tokens": int(tokens),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds),
+        "peak_memory_mib": peak_memory_mib(),
+        "processes": args.world_size,
+        "device": torch.cuda.get_device_name()
+        if args.device.type == "cuda"
+        else f"{args.device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "fledge": fledge.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+            "datasets": datasets.__version__,
+        },
+    }
+
+
+def peak_memory_mib() -> int:
+    """Peak memory of this process: the GPU's when there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)
+
+
+def commit() -> str | None:
+    """The commit of the code that ran, when it ran from a checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
