@@ -19,7 +19,6 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	python benchmarks/train_loss.py
-	python benchmarks/bits_per_byte.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

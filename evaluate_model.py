@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, parse, read_json, run, staged, write_json
+from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
 from fledge.sampling import Sampling
 
 
@@ -29,31 +29,27 @@ def main():
     sampling.check()
     check_output_dir(args.output_dir, args.overwrite, "metrics.json")
     data = Path(args.dataset)
-    budget = read_json(data / "budget.json", "prepare_dataset.py")
-    if args.split not in budget["splits"]:
-        raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(budget['splits'])}.")
 
     import pyarrow.parquet
     import transformers
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset
 
-    from fledge.encoding import IGNORED
+    from fledge.encoding import IGNORED, open_prepared
     from fledge.evaluation import COMMON, completion_losses, paired_difference, report, summarise, table
     from fledge.generation import answer_all, load_model
     from fledge.tasks import load_task
-    from fledge.tokenizers import open_tokenizer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    budget, tokenizer, encoded = open_prepared(data)
+    if args.split not in encoded:
+        raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(encoded)}.")
     task = load_task(budget["task"])
     text = {
-        name: Dataset(pyarrow.parquet.read_table(data / "data" / f"{name}-00000-of-00001.parquet"))
-        for name in budget["splits"]
+        name: Dataset(pyarrow.parquet.read_table(data / "data" / f"{name}-00000-of-00001.parquet")) for name in encoded
     }
     labels = {name: [task.LABELS[label] for label in split[task.LABEL]] for name, split in text.items()}
-    tokenizer = open_tokenizer(data / "tokenizer")
-    encoded = load_from_disk(str(data / "tokenized"))[args.split]
-    rows = encoded.select(range(min(args.num_prompts, len(encoded)))).to_list()
+    rows = encoded[args.split].select(range(min(args.num_prompts, len(encoded[args.split])))).to_list()
     prompts = [row["input_ids"][: sum(label == IGNORED for label in row["labels"])] for row in rows]
     instructions = text[args.split]["instruction"][: len(rows)]
 

@@ -33,7 +33,10 @@ def main():
     check_output_dir(args.output_dir, args.overwrite, "budget.json")
     files = [args.data] if isinstance(args.data, str) else args.data
     shares = split_shares(args.split)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} is out of range; read at least one record.")
 
+    import transformers
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
     from datasets.utils.logging import disable_progress_bar
 
@@ -46,11 +49,12 @@ def main():
     from fledge.tokenizers import open_tokenizer
 
     disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     source, task = load_source(args.source), load_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
     template = args.template or task.TEMPLATE
     tokenizer.chat_template = load_template(template)
-    max_length = args.max_length or tokenizer.model_max_length
+    max_length = tokenizer.model_max_length if args.max_length is None else args.max_length
     if not 0 < max_length <= tokenizer.model_max_length:
         raise UserError(f"--max_length {max_length} is outside 1 to {tokenizer.model_max_length}, the model's context.")
     if args.overflow not in OVERFLOW_POLICIES:
@@ -98,7 +102,8 @@ def main():
     if args.balance:
         for name, rows in splits.items():
             splits[name] = balance(rows, task.LABEL, task.LABELS, rng)
-            budget.rejected[f"surplus of one {args.balance}"] += len(rows) - len(splits[name])
+            if surplus := len(rows) - len(splits[name]):
+                budget.rejected[f"surplus of one {args.balance}"] += surplus
     for name, rows in splits.items():
         if not rows:
             raise UserError(
@@ -130,7 +135,7 @@ def split_shares(text: str) -> dict[str, float]:
         percents = [float(part) for part in text.split("/")]
     except ValueError:
         percents = []
-    if len(percents) != 3 or min(percents) <= 0 or abs(sum(percents) - 100) > 1e-6:
+    if len(percents) != 3 or not min(percents) > 0 or not abs(sum(percents) - 100) <= 1e-6:
         raise UserError(f"--split {text} is not three positive percentages that add up to 100, such as 85/5/10.")
     return dict(zip(("train", "validation", "test"), (percent / 100 for percent in percents), strict=True))
 

@@ -30,18 +30,18 @@ def main():
     arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
 
     import transformers
-    from datasets import load_from_disk
     from datasets.utils.logging import disable_progress_bar
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
     from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import ModelConfig, SFTTrainer, get_peft_config
 
-    from fledge.tokenizers import open_tokenizer
+    from fledge.encoding import open_prepared
     from fledge.training import (
         Progress,
         SmallModelConfig,
         check_fit,
+        find_checkpoint,
+        finished_model,
         run_record,
         save_loss_curve,
         score_supervised_only,
@@ -54,21 +54,18 @@ def main():
     output_dir, base, data = Path(config.output_dir), Path(model_args.model_name_or_path or ""), Path(args.dataset)
     # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
     config.output_dir = str(output_dir / "checkpoints")
-    checkpoint = get_last_checkpoint(config.output_dir) if args.resume and Path(config.output_dir).exists() else None
+    checkpoint = find_checkpoint(config, args.resume, args.overwrite)
     if not checkpoint and config.process_index == 0:
-        check_output_dir(output_dir, args.overwrite, "run.json")
+        check_output_dir(output_dir, args.overwrite, "run.json", "checkpoints")
     conversion = read_json(base / "conversion.json", "convert_checkpoint.py")
-    budget = read_json(data / "budget.json", "prepare_dataset.py")
+    budget, tokenizer, rows = open_prepared(data)
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    tokenizer = open_tokenizer(data / "tokenizer")
-    rows = load_from_disk(str(data / "tokenized"))
     check_fit(model, tokenizer, max(split["lengths"]["total"]["1"] for split in budget["splits"].values()))
     if config.process_index == 0:
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
-        print(
-            f"{model.num_parameters():,} parameters; {precision}, {config.precision_reason}; processes: {config.world_size}"
-        )
+        print(f"{model.num_parameters():,} parameters; processes: {config.world_size}")
+        print(f"Precision {precision}: {config.precision_reason}", flush=True)
 
     trainer = SFTTrainer(
         model=model,
@@ -84,41 +81,25 @@ def main():
         score_supervised_only(model)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - start
+    record = run_record(trainer, time.monotonic() - start, rows)
 
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        trained = trained.merge_and_unload() if model_args.use_peft else trained
-        # TRL switches the cache off for training; a served model wants it.
-        trained.config.use_cache = True
-        end = tokenizer.eos_token_id
-        # Greedy decoding makes a small model repeat itself, so a pipeline that is told nothing samples.
-        trained.generation_config = GenerationConfig(
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=True,
-            temperature=0.8,
-            top_p=0.95,
-        )
-        record = run_record(
-            trainer, seconds, {name: len(split) for name, split in rows.items()}, rows["train"]._fingerprint
-        )
-        with staged(output_dir, args.overwrite or output_dir.exists(), "run.json") as folder:
-            trained.save_pretrained(folder)
+        with staged(output_dir, True, "run.json", "checkpoints") as folder:
+            finished_model(trainer).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
             save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
-            write_json(folder / "conversion.json", conversion)
-            write_json(folder / "budget.json", budget)
-            write_json(folder / "run.json", record)
+            for name, content in (("conversion", conversion), ("budget", budget), ("run", record)):
+                write_json(folder / f"{name}.json", content)
         print(
-            f"Trained {record['steps']} steps in {seconds:.0f} s ({record['tokens_per_second']:,} tokens/s); "
-            f"loss {record['first_loss']:.3f} to {record['last_loss']:.3f}."
+            f"Trained {record['steps']} steps in {record['seconds']:.0f} s, {record['tokens_per_second']:,} tokens/s."
         )
-        print(f"{output_dir} is ready (loss_curve.png shows the way). Next: evaluate_model.py")
+        print(
+            f"Loss {record['first_loss']:.3f} to {record['last_loss']:.3f}: {output_dir}/loss_curve.png shows the way."
+        )
+        print("Next: evaluate_model.py")
     trainer.end()
 
 

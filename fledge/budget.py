@@ -15,7 +15,7 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 
 @dataclass
 class Budget:
-    """What is read, rejected and kept: `rows_read` is always `rows_kept` plus every reason of `rejected`."""
+    """What is read, rejected and kept: `rows_read` is always `rows_kept` plus all of `rejected`."""
 
     source: str
     task: str
@@ -73,13 +73,13 @@ class Budget:
         ]
         for name, split in self.splits.items():
             labels = ", ".join(f"{count:,} {label}" for label, count in split["labels"].items())
-            total = split["lengths"]["total"]
+            median, p95, longest = (split["lengths"]["total"][quantile] for quantile in ("0.5", "0.95", "1"))
             lines.append(
                 f"| {name} | {split['rows']:,} | {labels} | {split['tokens']:,} | {split['supervised_share']:.1%} "
-                f"| {split['eos_supervised']:,} of {split['rows']:,} | {total['0.5']} | {total['0.95']} | {total['1']} |"
+                f"| {split['eos_supervised']:,} of {split['rows']:,} | {median} | {p95} | {longest} |"
             )
         over = self.splits["train"]["longer_than"]
-        lines += ["", "Training rows longer than: " + ", ".join(f"{limit}: {count:,}" for limit, count in over.items())]
+        lines += ["", "Training rows longer than " + ", ".join(f"{limit}: {n:,}" for limit, n in over.items())]
         return "\n".join(lines) + "\n"
 
     def save(self, folder: Path, train: list[Encoded]) -> None:

@@ -31,6 +31,16 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
         def error(self, message: str):
             raise UserError(f"{message}; --help lists every key.")
 
+        def set_defaults_with_config(self, **recipe):
+            recipe = {key: value for key, value in recipe.items() if value is not None}
+            for action in self._actions:
+                value = recipe.get(action.dest)
+                if isinstance(value, list) and action.nargs is None and action.type in (int, float):
+                    self.error(f"argument --{action.dest}: one value is expected, not {value}")
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    recipe[action.dest] = str(value)  # argparse converts and checks a default that is text
+            return super().set_defaults_with_config(**recipe)
+
     parser = Parser(
         dataclass_types,
         description=description,
@@ -40,6 +50,8 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
     # TrlParser takes `--config FILE` out before argparse sees it; it is added here for --help alone.
     parser.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; its keys may be overridden here")
     arguments = [part for argument in arguments for part in _split_config(argument)]
+    if arguments.count("--config") > 1:
+        raise UserError("--config is given twice; name one recipe.")
     try:
         return parser.parse_args_and_config(arguments)[: len(dataclass_types)]
     except yaml.YAMLError as error:
@@ -64,14 +76,14 @@ def run(main: Callable[[], None]) -> None:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; nothing was written.", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: interrupted.", file=sys.stderr)
         sys.exit(130)
 
 
-def check_output_dir(output_dir: str | Path, overwrite: bool, marker: str) -> Path:
+def check_output_dir(output_dir: str | Path, overwrite: bool, *markers: str) -> Path:
     """Says early, before any work, that `output_dir` cannot be written.
 
-    A folder with content is replaced only with `overwrite`, and only if it holds `marker`, the file by which Fledge
+    A folder with content is replaced only with `overwrite`, and only if it holds one of `markers`, by which Fledge
     knows a folder of its own: `--output_dir ~ --overwrite` must never empty a home.
 
     Raises:
@@ -83,15 +95,15 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, marker: str) -> Pa
     if any(path.is_file() for path in folder.rglob("*")):
         if not overwrite:
             raise UserError(f"{folder} already has content; name another --output_dir or pass --overwrite.")
-        if not (folder / marker).exists():
-            raise UserError(f"{folder} holds no {marker}, so Fledge did not write it and will not replace it.")
+        if not any((folder / marker).exists() for marker in markers):
+            raise UserError(f"{folder} holds no {markers[0]}, so Fledge did not write it and will not replace it.")
     return folder
 
 
 @contextlib.contextmanager
-def staged(output_dir: str | Path, overwrite: bool, marker: str) -> Iterator[Path]:
+def staged(output_dir: str | Path, overwrite: bool, *markers: str) -> Iterator[Path]:
     """Yields a folder beside `output_dir` that takes its place when the block succeeds and vanishes when it fails."""
-    folder = check_output_dir(output_dir, overwrite, marker)
+    folder = check_output_dir(output_dir, overwrite, *markers).resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -125,7 +137,7 @@ def read_json(path: Path, what: str) -> dict:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing; {what} writes it.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); run {what} again.") from error

@@ -5,8 +5,13 @@ byte-level BPE would otherwise merge across it. End-of-text is supervised on eve
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from datasets import DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
+
+from fledge.cli import UserError, read_json
+from fledge.tokenizers import open_tokenizer
 
 IGNORED = -100
 OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
@@ -41,7 +46,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, instructions: list[str], response
     """Encodes a batch, whole: nothing is cut here."""
     prompts = [prompt_text(tokenizer, instruction) for instruction in instructions]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    completion_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    # A control token that stands in an answer is text, and must not end it half-way.
+    completion_ids = tokenizer(responses, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [
         Encoded(prompt, [*completion, tokenizer.eos_token_id])
         for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
@@ -63,3 +69,17 @@ def fit(example: Encoded, max_length: int, overflow: str) -> Encoded | None:
     if overflow == "cut_completion" and excess < len(example.completion_ids):
         return Encoded(example.prompt_ids, example.completion_ids[:-excess], was_cut=True)
     return None
+
+
+def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetDict]:
+    """What prepare_dataset.py wrote: its budget, the tokenizer with the template, and the encoded splits.
+
+    Raises:
+        UserError: a part is missing or damaged.
+    """
+    budget = read_json(folder / "budget.json", "prepare_dataset.py")
+    try:
+        rows = load_from_disk(str(folder / "tokenized"))
+    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
+        raise UserError(f"{folder / 'tokenized'} cannot be opened; run prepare_dataset.py again.") from error
+    return budget, open_tokenizer(folder / "tokenizer"), rows

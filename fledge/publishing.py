@@ -65,8 +65,11 @@ def build_repository(
     if evaluation_dir:
         records["metrics"] = read_json(evaluation_dir / "metrics.json", "evaluate_model.py")
         shutil.copy(evaluation_dir / "metrics.json", folder)
-        with (evaluation_dir / "samples.jsonl").open(encoding="utf-8") as lines:
-            samples = [json.loads(line) for line in lines]
+        samples_file = evaluation_dir / "samples.jsonl"
+        if not samples_file.exists():
+            raise UserError(f"{samples_file} is missing; evaluate_model.py writes it.")
+        # Answers may hold Unicode's own line separators, at which splitlines() would cut a line of JSON.
+        samples = [json.loads(line) for line in samples_file.read_text(encoding="utf-8").split("\n") if line]
     card = model_card(repo_id, license_id, model_dir, samples, **records)
     (folder / "README.md").write_text(card, encoding="utf-8")
     refuse_local_paths(folder)

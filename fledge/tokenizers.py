@@ -56,7 +56,13 @@ def open_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """
     if not (Path(folder) / "tokenizer.json").exists():
         raise UserError(f"{folder} has no tokenizer.json; convert_checkpoint.py writes one.")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise UserError(f"The tokenizer in {folder} cannot be opened: {type(error).__name__} {error}.") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer in {folder} has no end-of-text token; convert_checkpoint.py writes one.")
+    return tokenizer
 
 
 def _from_json(file: Path) -> Tokenizer:

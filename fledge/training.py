@@ -2,17 +2,22 @@
 
 import functools
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import types
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig
+from datasets import DatasetDict
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from fledge.cli import UserError
@@ -42,6 +47,9 @@ class SmallModelConfig(SFTConfig):
         default="group_by_length", metadata={"help": "batches of like length pad less"}
     )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin memory in the data loader"})
+    logging_first_step: bool = field(default=True, metadata={"help": "log the first step, where training starts from"})
+    log_level_replica: str = field(default="error", metadata={"help": "what processes other than the first print"})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "only if a forward skips weights"})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
 
     def __post_init__(self):
@@ -108,6 +116,37 @@ def score_supervised_only(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def find_checkpoint(config: SmallModelConfig, resume: bool, overwrite: bool) -> str | None:
+    """The newest checkpoint of an unfinished run to go on from, or `None` for a fresh start.
+
+    Raises:
+        UserError: there is one, and the user said neither to resume nor to overwrite.
+    """
+    folder = Path(config.output_dir)
+    newest = get_last_checkpoint(folder) if folder.is_dir() else None
+    if newest and not resume:
+        if not overwrite:
+            raise UserError(
+                f"{folder.parent} holds an unfinished run; go on with --resume or start anew with --overwrite."
+            )
+        if config.process_index == 0:
+            shutil.rmtree(folder)
+    return newest if resume else None
+
+
+def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
+    """The trained model as it is served: adapter merged, cache on, and a pipeline that is told nothing samples."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    model.config.use_cache = True  # TRL switches it off for training
+    tokenizer = trainer.processing_class
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    # Greedy decoding makes a small model repeat itself.
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad, **sampling)
+    return model
+
+
 class Progress(TrainerCallback):
     """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
 
@@ -152,7 +191,7 @@ def save_loss_curve(log_history: list[dict], file: Path) -> None:
     pyplot.close(figure)
 
 
-def run_record(trainer, seconds: float, rows: dict[str, int], fingerprint: str) -> dict:
+def run_record(trainer: SFTTrainer, seconds: float, rows: DatasetDict) -> dict:
     """Everything that made the run: data, hyper-parameters that differ from TRL's defaults, machine, and outcome."""
     import datasets
     import transformers
@@ -161,22 +200,25 @@ def run_record(trainer, seconds: float, rows: dict[str, int], fingerprint: str) 
     import fledge
 
     args, history = trainer.args, trainer.state.log_history
-    usual = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, report_to="none").to_dict()
+    with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
+        warnings.simplefilter("ignore", FutureWarning)
+        usual = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
     left_out = ("run_name", "disable_tqdm", "dataloader_pin_memory", "use_cpu", "do_eval", "save_total_limit")
+    left_out += ("log_level_replica", "logging_first_step", "ddp_find_unused_parameters", "gradient_checkpointing")
     chosen = args.to_dict().items()
     hyperparameters = {k: v for k, v in sorted(chosen) if k in usual and v != usual[k] and k not in left_out}
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     training = [float(entry["loss"]) for entry in history if "loss" in entry]
     tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
     return {
-        "rows": rows,
-        "data_fingerprint": fingerprint,
+        "rows": {name: len(split) for name, split in rows.items()},
+        "data_fingerprint": rows["train"]._fingerprint,
         "hyperparameters": hyperparameters,
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 3),
-        "first_loss": training[0] if training else None,
-        "last_loss": training[-1] if training else None,
+        "first_loss": training[0],
+        "last_loss": training[-1],
         "validation_loss": evaluations[-1] if evaluations else None,
         "tokens": int(tokens),
         "seconds": round(seconds, 1),

@@ -15,6 +15,7 @@ story; a value runs to the next field or the end of the record:
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def _read(file: Path) -> str:
     try:
         content = file.read_bytes()
         content = gzip.decompress(content) if file.suffix == ".gz" else content
-        text = content.decode("utf-8").replace("\r\n", "\n")
+        text = content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except FileNotFoundError as error:
         raise UserError(f"There is no data file at {file}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: byte {error.start} cannot be decoded.") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
     if not text.strip():
         raise UserError(f"{file} is empty.")

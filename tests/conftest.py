@@ -1,0 +1,107 @@
+"""A tiny system that the end-to-end tests share: a hand-written checkpoint, records, and the scripts run on them."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+NAMES = ("Lily", "Tim", "Sara", "Ben", "Anna", "Tom", "Mia", "Max")
+THINGS = ("ball", "kite", "boat", "hat", "cake", "drum", "doll", "book", "tree", "stone", "cup", "fish")
+PLACES = ("park", "garden", "house", "forest", "shop", "river")
+
+
+def write_records(file: Path, count: int) -> None:
+    """TinyStories-Instruct records whose endings a classifier can tell; fields also follow the story."""
+    rng = random.Random(1)
+    records = []
+    for number in range(count):
+        name, thing, place = rng.choice(NAMES), rng.choice(THINGS), rng.choice(PLACES)
+        sad = number % 3 == 0
+        end = "The end was bad and all were sad." if sad else "They were happy and hugged."
+        story = f"{name} had a {thing}. {name} went to the {place}.\n{name} saw number {number}. {end}"
+        fields = [f"Summary: {name} took a {thing} to the {place} number {number}.", f"Words: {thing}, {place}"]
+        fields += ["Features: Dialogue, BadEnding"] if sad else []
+        rng.shuffle(fields)
+        fields.insert(rng.randrange(len(fields) + 1), f"Story: \n\n{story}")
+        records.append("\n".join(fields))
+    file.write_text("".join(f"{record}\n<|endoftext|>\n" for record in records), encoding="utf-8")
+
+
+def load_scratch_gpt():
+    spec = importlib.util.spec_from_file_location("scratch_gpt", ROOT / "examples" / "scratch_gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs a script of the repository as a person would."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """Folders `base`, `data`, `model`, `evaluation`, `repository`, each written by the script whose work it is."""
+    work = tmp_path_factory.mktemp("tiny")
+    paths = {name: work / name for name in ("base", "data", "model", "evaluation", "repository")}
+    records, checkpoint, tokenizer_file = work / "records.txt", work / "model.pt", work / "tokenizer.json"
+    write_records(records, 240)
+    scratch = load_scratch_gpt()
+    torch.manual_seed(0)
+    tokenizer = scratch.train_tokenizer(scratch.read_documents([records]), 420)
+    tokenizer.save(str(tokenizer_file))
+    config = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "context_length": 128,
+        "emb_dim": 48,
+        "n_heads": 3,
+        "n_layers": 2,
+    }
+    torch.save({"model_state_dict": scratch.ScratchGPT(**config).state_dict(), "config": config}, checkpoint)
+
+    run_script(
+        "convert_checkpoint.py", "--checkpoint", checkpoint, "--tokenizer", tokenizer_file,
+        "--output_dir", paths["base"],
+    )  # fmt: skip
+    run_script(
+        "prepare_dataset.py", "--data", records, "--tokenizer", paths["base"], "--balance", "ending",
+        "--split", "80/10/10", "--output_dir", paths["data"],
+    )  # fmt: skip
+    trained = run_script(
+        "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/one_process.yaml", "train_sft.py",
+        "--model_name_or_path", paths["base"], "--dataset", paths["data"], "--output_dir", paths["model"],
+        "--num_train_epochs", 12, "--learning_rate", 0.01, "--per_device_train_batch_size", 8,
+    )  # fmt: skip
+    evaluated = run_script(
+        "evaluate_model.py", "--model", paths["model"], "--base", paths["base"], "--dataset", paths["data"],
+        "--output_dir", paths["evaluation"], "--max_new_tokens", 60, "--batch_size", 8,
+    )  # fmt: skip
+    run_script(
+        "publish.py", "--model", paths["model"], "--evaluation", paths["evaluation"], "--repo_id", "someone/tiny-tales",
+        "--license", "apache-2.0", "--dry_run", "--output_dir", paths["repository"],
+    )  # fmt: skip
+    metrics = json.loads((paths["evaluation"] / "metrics.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(
+        **paths,
+        checkpoint=checkpoint,
+        tokenizer_file=tokenizer_file,
+        records=records,
+        trained=trained.stdout,
+        evaluated=evaluated.stdout,
+        metrics=metrics,
+    )

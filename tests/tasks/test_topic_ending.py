@@ -1,0 +1,197 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fledge.cli import UserError
+from fledge.tasks import RejectedRecord, load_task
+from fledge.tasks.topic_ending import (
+    EXAMPLE,
+    LABELS,
+    EndingJudge,
+    content_words,
+    example,
+    instruction,
+    requested,
+    score,
+)
+
+
+def test_the_task_is_opened_by_its_name():
+    assert load_task("topic_ending").instruction is instruction
+
+    with pytest.raises(UserError, match="'poem' is unknown; choose one of topic_ending"):
+        load_task("poem")
+
+
+def test_the_instruction_reads_literally():
+    assert instruction("A cat finds a hat.", "sad") == "Write a story about: A cat finds a hat.\nWith: sad ending"
+    assert requested(EXAMPLE) == ("A little boy found a red kite in the park.", "happy")
+
+
+@pytest.mark.parametrize(
+    ("features", "ending"),
+    [
+        ("Dialogue, BadEnding", "sad"),
+        ("BadEnding", "sad"),
+        ("Dialogue, Twist", "happy"),
+        (None, "happy"),
+    ],
+)
+def test_the_ending_comes_from_the_features(features, ending):
+    record = {"Summary": "A cat.", "Story": "It slept."} | ({"Features": features} if features else {})
+
+    assert example(record) == {
+        "instruction": f"Write a story about: A cat.\nWith: {ending} ending",
+        "response": "It slept.",
+        "ending": ending,
+        "group": "A cat.",
+    }
+
+
+def test_the_topic_is_one_line_and_the_story_stays_as_it_is():
+    made = example({"Summary": "A cat\nin  a hat.\tOn a mat.", "Story": 'It slept.\n\n"Purr," it said.'})
+
+    assert requested(made["instruction"]) == ("A cat in a hat. On a mat.", "happy")
+    assert made["response"] == 'It slept.\n\n"Purr," it said.'
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({}, "no summary"),
+        ({"Story": "It slept."}, "no summary"),
+        ({"Summary": " \n", "Story": "It slept."}, "no summary"),
+        ({"Summary": "A cat."}, "no story"),
+        ({"Summary": "A cat.", "Story": ""}, "no story"),
+        ({"Summary": "A cat.", "Story": "It slept and"}, "the story breaks off"),
+        ({"Summary": "A cat.", "Story": "It slept,"}, "the story breaks off"),
+    ],
+)
+def test_an_unusable_record_is_rejected_with_its_reason(record, reason):
+    with pytest.raises(RejectedRecord) as rejected:
+        example(record)
+
+    assert str(rejected.value) == reason
+
+
+@pytest.mark.parametrize("story", ["It slept.", "It slept!", "Did it?", 'It said, "Purr"', "It said, “Purr”", "'No'"])
+def test_a_story_that_ends_a_sentence_is_complete(story):
+    assert example({"Summary": "A cat.", "Story": story})["response"] == story
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), st.sampled_from(LABELS))
+def test_the_request_is_read_back_from_any_instruction(topic, ending):
+    assert requested(instruction(topic, ending)) == (topic, ending)
+
+
+FULL, HALF, NONE = "The red kite flew over a park with an oak.", "A kite in a park.", "A frog sat in mud."
+
+
+@pytest.mark.parametrize(
+    ("answer", "stopped", "judged", "follows", "match", "share"),
+    [
+        (FULL, True, "happy", 1, 1, 1),
+        (FULL, True, "sad", 0, 0, 1),
+        (FULL, False, "happy", 0, 1, 1),
+        (FULL, False, "sad", 0, 0, 1),
+        (HALF, True, "happy", 1, 1, 0.5),
+        ("A kite.", True, "happy", 0, 1, 0.25),
+        (NONE, True, "happy", 0, 1, 0),
+        (NONE, True, "sad", 0, 0, 0),
+        (NONE, False, "sad", 0, 0, 0),
+        ("", True, "happy", 0, 1, 0),
+    ],
+)
+def test_following_needs_the_ending_the_topic_and_the_stop(answer, stopped, judged, follows, match, share):
+    asked = instruction("A red kite and an oak in the park.", "happy")
+
+    assert score(asked, answer, stopped, judged) == {
+        "instruction_following": follows,
+        "ending_match": match,
+        "topic_words": share,
+    }
+
+
+def test_the_sad_ending_is_matched_as_the_happy_one():
+    assert score(instruction("A kite.", "sad"), "The kite tore.", True, "sad")["instruction_following"] == 1
+    assert score(instruction("A kite.", "sad"), "The kite tore.", True, "happy")["instruction_following"] == 0
+
+
+def test_a_topic_without_content_words_is_always_met():
+    assert score(instruction("What she had.", "happy"), NONE, True, "happy")["topic_words"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The red ball", {"red", "ball"}),
+        ("She was very, very HAPPY!", {"happy"}),
+        ("dogs dog Dog", {"dog"}),
+        ("boxes box", {"box"}),
+        ("jumped jumping jumps jump", {"jump"}),
+        ("bus red sing", {"bus", "red", "sing"}),
+        ("Lily's ball", {"lily", "ball"}),
+        ("and then they were", set()),
+        ("", set()),
+    ],
+)
+def test_content_words(text, words):
+    assert content_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cake", "cakes"),
+        ("horse", "horses"),
+        ("smile", "smiled"),
+        ("tree", "trees"),
+        ("toy", "toys"),
+        ("Lily’s dog", "Lily's dog"),
+    ],
+)
+def test_plural_past_and_apostrophe_make_no_other_word(one, other):
+    assert content_words(one) == content_words(other)
+
+
+HAPPY = [f"{name} lost a toy. {name} looked. They found it. Everyone smiled and was happy." for name in ("Tom", "Ann")]
+SAD = [f"{name} lost a toy. {name} looked. It was gone. Everyone cried and was sad." for name in ("Tom", "Ann")]
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return EndingJudge(HAPPY * 5 + SAD * 5, ["happy"] * 10 + ["sad"] * 10)
+
+
+def test_obvious_endings_are_told_apart(judge):
+    stories = ["Ben ate cake. Everyone smiled and was happy.", "Ben ate cake. Everyone cried and was sad."]
+
+    assert judge.judge(stories) == ["happy", "sad"]
+    assert judge.accuracy(stories, ["happy", "sad"]) == 1
+
+
+def test_only_the_last_four_sentences_count(judge):
+    end = "Then it rained. It was gone. They went home. Everyone cried and was sad."
+
+    assert judge.judge([f"Everyone smiled and was happy. They found it. {end}", end]) == ["sad", "sad"]
+
+
+def test_a_rare_ending_weighs_as_much_as_a_frequent_one():
+    """Two sad and three happy stories end alike: a fifth of all sad ones, a fortieth of the happy ones."""
+    unclear = "Then it rained. It was gone. They went home. It was late."
+    stories = HAPPY * 60 + [unclear] * 3 + SAD * 4 + [unclear] * 2
+
+    judge = EndingJudge(stories, ["happy"] * 123 + ["sad"] * 10)
+    assert judge.judge([unclear, HAPPY[0], SAD[0]]) == ["sad", "happy", "sad"]
+
+
+def test_accuracy_is_the_mean_of_the_recalls(judge):
+    """7 of 8 happy and 1 of 2 sad stories are recognised: (7/8 + 1/2) / 2, not 8/10."""
+    stories = [HAPPY[0]] * 7 + [SAD[0]] + [SAD[1], HAPPY[1]]
+
+    assert judge.accuracy(stories, ["happy"] * 8 + ["sad"] * 2) == pytest.approx(0.6875)
+
+
+def test_accuracy_on_one_ending_alone_is_its_recall(judge):
+    assert judge.accuracy([HAPPY[0], HAPPY[1], SAD[0], SAD[1]], ["sad"] * 4) == 0.5

@@ -1,0 +1,312 @@
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fledge
+from fledge.cli import run
+
+ROOT = Path(__file__).parents[1]
+STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was lazy, and it slept all day."]
+CONFIG = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
+
+
+def import_file(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+scratch_gpt = import_file(ROOT / "examples" / "scratch_gpt.py")
+convert_checkpoint = import_file(ROOT / "convert_checkpoint.py")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with a checkpoint, its tokenizer, and the module that both are of."""
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer = scratch_gpt.train_tokenizer(STORIES, 280)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = CONFIG | {"vocab_size": tokenizer.get_vocab_size()}
+    torch.manual_seed(0)
+    module = scratch_gpt.ScratchGPT(**config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    torch.save({"model_state_dict": module.state_dict(), "config": config, "step": 9}, folder / "checkpoint.pt")
+    return folder, module
+
+
+def run_script(*arguments, python=()):
+    command = [sys.executable, *python, str(ROOT / "convert_checkpoint.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def run_here(monkeypatch, capsys, *arguments):
+    """The same as `run_script` without the seconds that a fresh interpreter takes."""
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
+    status = 0
+    try:
+        run(convert_checkpoint.main)
+    except SystemExit as left:
+        status = left.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_refused(status, error, words):
+    assert status == 2, error
+    assert "Traceback" not in error
+    assert error.startswith("convert_checkpoint.py: ")
+    assert error.endswith(".\n"), error
+    assert error.count("\n") == 1, error
+    assert not any(word in error for word in ("dataclass", "HfArgumentParser")), error
+    for word in words:
+        assert str(word) in error
+
+
+def arguments(folder, output_dir, **changed):
+    given = {"checkpoint": folder / "checkpoint.pt", "tokenizer": folder / "tokenizer.json", "output_dir": output_dir}
+    return [part for name, value in (given | changed).items() for part in (f"--{name}", value)]
+
+
+def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_path):
+    folder, module = own
+    base = tmp_path / "deep" / "base"
+    finished = run_script(*arguments(folder, base))
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    assert "Proven: " in finished.stdout
+    assert [path.name for path in base.parent.iterdir()] == ["base"]
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(STORIES[0], return_tensors="pt")["input_ids"][:, :16]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        expected, found = module.double()(ids), model(input_ids=ids).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id == 0
+    assert {tensor.dtype for tensor in load_file(base / "model.safetensors").values()} == {torch.float32}
+
+    report = json.loads((base / "conversion.json").read_text())
+    content = (folder / "checkpoint.pt").read_bytes()
+    assert report["source"] == {
+        "file": "checkpoint.pt",
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    assert {fact["name"]: (fact["value"], fact["source"]) for fact in report["facts"]} == {
+        "layout": ("scratch", "tensor names"),
+        "n_head": (2, "checkpoint config"),
+        "activation": ("gelu_tanh", "layout default"),
+        "attention_scale": (8**-0.5, "layout default"),
+        "norm_eps": (1e-5, "layout default"),
+        "norm placement": ("pre-norm", "layout default"),
+        "tied head": (True, "tensors"),
+    }
+    assert report["folds"] == ["Biases that the source does not have are zeros."]
+    assert report["left_out"] == {"step": "beside model_state_dict"}
+    assert report["target"] == "GPT2LMHeadModel"
+    assert report["parameters"] == model.num_parameters() == sum(p.numel() for p in model.parameters())
+    assert (report["vocab_size"], report["context_length"]) == (len(tokenizer), 16)
+    proof = report["proof"]
+    assert 0 <= proof["float64_max_error"] <= 1e-9
+    assert 0 < proof["max_relative_error"] <= 1e-5
+    assert proof["argmax_equal"] == 1
+    assert proof["positions"] == 16 + 4 * 16
+    assert report["versions"]["fledge"] == fledge.__version__
+    assert set(report["versions"]) == {"fledge", "torch", "transformers"}
+
+
+class Touch:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.file}'",)
+
+
+def test_script_refuses_a_pickle_that_runs_code(own, tmp_path):
+    marker, file, base = tmp_path / "was_run", tmp_path / "evil.pt", tmp_path / "base"
+    file.write_bytes(pickle.dumps({"model": Touch(marker)}, protocol=4))
+    finished = run_script(*arguments(own[0], base, checkpoint=file))
+    assert_refused(finished.returncode, finished.stderr, [file])
+    assert not marker.exists()
+    assert not base.exists()
+
+
+def test_script_answers_help_without_the_heavy_imports():
+    finished = run_script("--help", python=["-X", "importtime"])
+    assert finished.returncode == 0
+    imported = {line.rsplit("|", 1)[-1].strip() for line in finished.stderr.splitlines()}
+    assert "fledge.cli" in imported
+    assert not imported & {"torch", "transformers.modeling_utils", "fledge.checkpoints.loading"}
+    for key in ("--checkpoint", "--tokenizer", "--output_dir", "--layout", "--n_head", "--activation", "--overwrite"):
+        assert key in finished.stdout
+
+
+def content_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_story(folder):
+    (folder / "story.pt").write_text("Once upon a time")
+    return folder / "story.pt"
+
+
+def write_evil(folder):
+    torch.save({"model": Touch(folder / "was_run")}, folder / "evil.pt")
+    return folder / "evil.pt"
+
+
+def write_other_layout(folder):
+    torch.save({"conv.weight": torch.ones(3, 3)}, folder / "other.pt")
+    return folder / "other.pt"
+
+
+def write_diverged(folder):
+    torch.save({"conv.weight": torch.full((3, 3), float("nan"))}, folder / "diverged.pt")
+    return folder / "diverged.pt"
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda folder: folder / "missing.pt", ["There is no checkpoint", "missing.pt"]),
+        (write_story, ["story.pt", "checkpoint"]),
+        (write_evil, ["evil.pt", "system", "runs no code"]),
+        (write_other_layout, ["No layout", "conv.weight"]),
+        (write_diverged, ["diverged.pt", "not finite", "conv.weight"]),
+    ],
+    ids=["missing", "text", "evil", "other_layout", "diverged"],
+)
+def test_bad_checkpoint_is_one_sentence_and_nothing_is_written(write, words, own, tmp_path, monkeypatch, capsys):
+    file = write(tmp_path)
+    before = content_of(tmp_path)
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base", checkpoint=file))
+    assert_refused(status, error, words)
+    assert content_of(tmp_path) == before
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"tokenizer": "gpt2"}, ["gpt2", "50257", "tokenizer that the model was trained with"]),
+        ({"tokenizer": "no/such/tokenizer"}, ["There is no tokenizer at no/such/tokenizer"]),
+        ({"n_head": 3}, ["n_head 3 does not divide the width 16"]),
+        ({"n_head": "many"}, ["n_head", "many"]),
+        ({"activation": "swish"}, ["--activation swish", "gelu_tanh"]),
+        ({"layout": "llama"}, ["--layout llama", "per_head"]),
+        ({"layout": "book"}, ["book", "does not know"]),
+        ({"n_heads": 2}, ["--n_heads"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_argument_is_one_sentence_and_nothing_is_written(changed, words, own, tmp_path, monkeypatch, capsys):
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base", **changed))
+    assert_refused(status, error, words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_key_is_named(own, monkeypatch, capsys):
+    status, _, error = run_here(monkeypatch, capsys, "--checkpoint", own[0] / "checkpoint.pt")
+    assert_refused(status, error, ["--tokenizer", "--output_dir"])
+
+
+def test_unknown_key_of_a_recipe_is_named(own, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("n_head: 2\nattention_heads: 2\n")
+    status, _, error = run_here(monkeypatch, capsys, "--config", recipe, *arguments(own[0], tmp_path / "base"))
+    assert_refused(status, error, ["attention_heads"])
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("recipe", ["n_head: [", "- n_head", "word"])
+def test_recipe_that_is_no_mapping_is_refused(recipe, own, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    status, _, error = run_here(
+        monkeypatch, capsys, "--config", tmp_path / "recipe.yaml", *arguments(own[0], tmp_path / "base")
+    )
+    assert_refused(status, error, [])
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    "value", ["n_head: 4.0", "n_head: [2]", "n_head: true", "n_head: two", "attention_scale: [1]", "layout: [scratch]"]
+)
+def test_recipe_value_of_the_wrong_type_is_refused_by_its_key(value, own, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(value)
+    status, _, error = run_here(
+        monkeypatch, capsys, "--config", tmp_path / "recipe.yaml", *arguments(own[0], tmp_path / "base")
+    )
+    assert_refused(status, error, [value.split(":")[0]])
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_folder_with_other_content_is_left_alone(overwrite, own, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    (base / "inner").mkdir(parents=True)
+    (base / "inner" / "diary.txt").write_text("dear diary")
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base), *overwrite)
+    assert_refused(status, error, [base])
+    assert content_of(tmp_path) == {"base/inner/diary.txt": b"dear diary"}
+
+
+def test_output_folder_that_is_a_file_is_left_alone(own, tmp_path, monkeypatch, capsys):
+    (tmp_path / "base").write_text("a file")
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"))
+    assert_refused(status, error, ["is a file"])
+    assert content_of(tmp_path) == {"base": b"a file"}
+
+
+def test_earlier_conversion_is_replaced_only_when_asked_and_only_by_a_whole_one(own, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    assert run_here(monkeypatch, capsys, *arguments(own[0], base))[0] == 0
+    (base / "left_over.txt").write_text("of the first")
+    first = content_of(base)
+
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base))
+    assert_refused(status, error, ["--overwrite"])
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base, n_head=3), "--overwrite")
+    assert_refused(status, error, ["n_head 3"])
+    assert content_of(base) == first
+
+    assert run_here(monkeypatch, capsys, *arguments(own[0], base, n_head=4), "--overwrite")[0] == 0
+    second = content_of(base)
+    assert second.keys() == first.keys() - {"left_over.txt"}
+    assert json.loads(second["config.json"])["n_head"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_recipe_and_command_line_are_one(own, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"checkpoint: {own[0] / 'checkpoint.pt'}\ntokenizer: gpt2\nn_head: 4\nactivation: relu\n")
+    given = ["--config", recipe, "--tokenizer", own[0] / "tokenizer.json", "--output_dir", tmp_path / "base"]
+    status, out, error = run_here(monkeypatch, capsys, *given)
+    assert status == 0, error
+    facts = json.loads((tmp_path / "base" / "conversion.json").read_text())["facts"]
+    found = {fact["name"]: (fact["value"], fact["source"]) for fact in facts}
+    assert found["n_head"] == (4, "--n_head")
+    assert found["activation"] == ("relu", "--activation")
+    assert all(name in out for name in found)
+
+
+def test_nothing_stays_behind_when_the_saved_model_is_not_proven(own, tmp_path, monkeypatch, capsys):
+    from fledge.checkpoints import proof
+
+    monkeypatch.setattr(proof, "FLOAT32_TOLERANCE", 0.0)
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"))
+    assert_refused(status, error, ["saved model differs"])
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,490 @@
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from conftest import run_script
+from datasets import ClassLabel, load_dataset, load_from_disk
+from huggingface_hub import DatasetCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import prepare_dataset
+from fledge.cli import UserError
+from fledge.encoding import IGNORED, prompt_text
+from fledge.tasks.topic_ending import requested
+from fledge.templates import load_template
+
+END = "<|endoftext|>"
+TOPICS = 120
+SPLITS = ("train", "validation", "test")
+
+
+def story(number: int, end: str = "happy") -> str:
+    return f"Once there was a fox who had {number} hats. It lost one.\n\nIn the end it was {end}."
+
+
+def record(summary: str | None, text: str | None, features: str = "Dialogue") -> str:
+    parts = [f"Features: {features}\n"]
+    parts += [f"Summary: {summary}\n"] if summary is not None else []
+    parts += [f"Story: \n\n{text}\n"] if text is not None else []
+    return "".join(parts) + f"{END}\n"
+
+
+def corpus_text() -> str:
+    """180 usable records: a happy one for each of 120 topics, a sad one for every second; and 15 others."""
+    records = [record(f"A fox and {n} hats.", story(n)) for n in range(TOPICS)]
+    records += [record(f"A fox and {n} hats.", story(n, "sad"), "BadEnding") for n in range(0, TOPICS, 2)]
+    records += [record(None, story(n)) for n in range(3)]
+    records += [record(f"A fox and {n} hats.", None) for n in range(2)]
+    records += [record(f"A fox and {n} hats.", "It lost one and") for n in range(4)]
+    records += records[:5]
+    records += [record("A long day.", "It was a long day. " * 60)]
+    return "".join(records)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A corpus, and the tokenizer of a model with a context of 128 tokens."""
+    work = tmp_path_factory.mktemp("prepare")
+    (work / "corpus.txt").write_text(corpus_text(), encoding="utf-8")
+    save_tokenizer(work / "base", model_max_length=128)
+    return work
+
+
+def save_tokenizer(folder: Path, **settings) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([corpus_text()], trainer)
+    settings = {"bos_token": END, "eos_token": END, "pad_token": END, "clean_up_tokenization_spaces": False} | settings
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
+
+
+def prepare(*arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare_dataset.py", *map(str, arguments)])
+        prepare_dataset.main()
+
+
+@pytest.fixture(scope="module")
+def usual(work):
+    return ("--data", work / "corpus.txt", "--tokenizer", work / "base")
+
+
+@pytest.fixture(scope="module")
+def balanced(work, usual):
+    prepare(*usual, "--balance", "ending", "--split", "80/10/10", "--seed", "1", "--output_dir", work / "balanced")
+    return work / "balanced"
+
+
+@pytest.fixture(scope="module")
+def plain(work, usual):
+    prepare(*usual, "--output_dir", work / "plain")
+    return work / "plain"
+
+
+def read_split(folder: Path, name: str) -> list[dict]:
+    return pyarrow.parquet.read_table(folder / "data" / f"{name}-00000-of-00001.parquet").to_pylist()
+
+
+def topics(folder: Path, name: str) -> set[str]:
+    return {requested(row["instruction"])[0] for row in read_split(folder, name)}
+
+
+def read_budget(folder: Path) -> dict:
+    return json.loads((folder / "budget.json").read_text(encoding="utf-8"))
+
+
+def test_the_folder_holds_what_later_stages_read(balanced):
+    files = {str(path.relative_to(balanced)) for path in balanced.rglob("*") if path.is_file()}
+
+    assert files >= {f"data/{name}-00000-of-00001.parquet" for name in SPLITS}
+    assert files >= {"README.md", "budget.json", "budget.md", "budget.png", "tokenizer/tokenizer.json"}
+    assert (balanced / "budget.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in balanced.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_load_dataset_opens_the_folder_as_it_is(balanced, tmp_path):
+    dataset = load_dataset(str(balanced), cache_dir=str(tmp_path))
+
+    assert tuple(dataset) == SPLITS
+    for name, split in dataset.items():
+        assert split.column_names == ["instruction", "response", "ending"]
+        assert split.features["ending"] == ClassLabel(names=["happy", "sad"])
+        assert split.to_list() == read_split(balanced, name)
+
+
+def test_every_row_says_what_its_record_said(plain):
+    rows = [row for name in SPLITS for row in read_split(plain, name)]
+    expected = [(f"A fox and {n} hats.", "happy", story(n)) for n in range(TOPICS)]
+    expected += [(f"A fox and {n} hats.", "sad", story(n, "sad")) for n in range(0, TOPICS, 2)]
+
+    assert sorted((*requested(row["instruction"]), row["response"]) for row in rows) == sorted(expected)
+    assert all(("happy", "sad")[row["ending"]] == requested(row["instruction"])[1] for row in rows)
+
+
+def test_the_encoded_rows_are_the_text_rows_in_their_order(plain):
+    tokenizer = AutoTokenizer.from_pretrained(plain / "tokenizer")
+    tokenized = load_from_disk(str(plain / "tokenized"))
+
+    assert tuple(tokenized) == SPLITS
+    for name, split in tokenized.items():
+        assert set(split.column_names) == {"input_ids", "labels"}
+        text = read_split(plain, name)
+        assert len(split) == len(text)
+        for row, example in zip(split, text, strict=True):
+            prompt = prompt_text(tokenizer, example["instruction"])
+            supervised = [label for label in row["labels"] if label != IGNORED]
+            assert tokenizer.decode(row["input_ids"]) == prompt + example["response"] + END
+            assert tokenizer.decode(supervised) == example["response"] + END
+            assert row["labels"] == [IGNORED] * (len(row["labels"]) - len(supervised)) + supervised
+
+
+def test_the_tokenizer_carries_the_template(plain):
+    tokenizer = AutoTokenizer.from_pretrained(plain / "tokenizer")
+
+    assert tokenizer.chat_template == load_template("story")
+    assert tokenizer.model_max_length == 128
+
+
+@pytest.mark.parametrize("folder", ["plain", "balanced"])
+def test_no_topic_is_in_two_splits(request, folder):
+    train, validation, test = (topics(request.getfixturevalue(folder), name) for name in SPLITS)
+
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_endings_are_equally_frequent_in_every_split(balanced):
+    for name in SPLITS:
+        counts = Counter(row["ending"] for row in read_split(balanced, name))
+        assert counts[0] == counts[1] > 0
+
+
+def test_splits_are_near_their_shares(plain, balanced):
+    """No topic has more than two rows, so without balancing a split misses its share by two at most."""
+    for name, share in zip(SPLITS, (0.85, 0.05, 0.1), strict=True):
+        assert abs(len(read_split(plain, name)) - share * 180) <= 2
+    for name, share in zip(SPLITS, (0.8, 0.1, 0.1), strict=True):
+        assert abs(len(read_split(balanced, name)) / 120 - share) <= 0.1
+
+
+def test_every_record_is_accounted_for(plain, balanced):
+    reasons = {
+        "no summary": 3,
+        "no story": 2,
+        "the story breaks off": 4,
+        "an exact duplicate": 5,
+        "longer than 128 tokens": 1,
+    }
+
+    assert read_budget(plain)["rows_read"] == 195
+    assert read_budget(plain)["rejected"] == reasons
+    assert read_budget(plain)["rows_kept"] == 180
+    assert read_budget(balanced)["rows_read"] == 195
+    assert read_budget(balanced)["rejected"] == {**reasons, "surplus of one ending": 60}
+    assert read_budget(balanced)["rows_kept"] == 120
+
+
+def test_the_budget_describes_what_was_written(balanced):
+    budget = read_budget(balanced)
+    facts = {name: budget[name] for name in ("source", "task", "template", "seed", "max_length", "overflow")}
+
+    assert facts == {
+        "source": "tinystories_instruct",
+        "task": "topic_ending",
+        "template": "story",
+        "seed": 1,
+        "max_length": 128,
+        "overflow": "drop",
+    }
+    for name, split in load_from_disk(str(balanced / "tokenized")).items():
+        lengths = [len(ids) for ids in split["input_ids"]]
+        supervised = sum(label != IGNORED for labels in split["labels"] for label in labels)
+        figures = budget["splits"][name]
+        assert figures["rows"] == figures["eos_supervised"] == len(lengths)
+        assert figures["cut"] == 0
+        assert figures["labels"] == {"happy": len(lengths) / 2, "sad": len(lengths) / 2}
+        assert figures["tokens"] == sum(lengths)
+        assert figures["lengths"]["total"]["1"] == max(lengths) <= 128
+        assert figures["supervised_share"] == pytest.approx(supervised / sum(lengths))
+
+
+def test_the_card_is_valid_and_says_what_is_in_the_dataset(balanced):
+    text = (balanced / "README.md").read_text(encoding="utf-8")
+    card = DatasetCard(text)
+
+    assert card.data.language == "en"
+    assert card.data.task_categories == ["text-generation"]
+    assert [
+        (part["split"], [path.name for path in balanced.glob(part["path"])])
+        for part in card.data.configs[0]["data_files"]
+    ] == [(name, [f"{name}-00000-of-00001.parquet"]) for name in SPLITS]
+    assert "120 of 195 records were kept." in text
+    for name, figures in read_budget(balanced)["splits"].items():
+        each = figures["rows"] // 2
+        assert f"| {name} | {figures['rows']} | {each} | {each} | {figures['tokens']:,} |" in text
+    for reason, count in read_budget(balanced)["rejected"].items():
+        assert f"{count} ({reason})" in text
+    assert read_split(balanced, "train")[0]["response"] in text
+    assert str(balanced.parent) not in text
+
+
+def test_the_same_seed_gives_the_same_bytes(work, usual, plain, tmp_path):
+    prepare(*usual, "--output_dir", tmp_path / "again")
+
+    for file in ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "budget.json", "README.md"):
+        assert (tmp_path / "again" / file).read_bytes() == (plain / file).read_bytes()
+    again, before = (load_from_disk(str(folder / "tokenized")) for folder in (tmp_path / "again", plain))
+    assert again["train"].to_list() == before["train"].to_list()
+
+
+def test_another_seed_gives_another_split(usual, plain, tmp_path):
+    prepare(*usual, "--seed", "5", "--output_dir", tmp_path / "other")
+
+    assert topics(tmp_path / "other", "test") != topics(plain, "test")
+    assert sum(len(read_split(tmp_path / "other", name)) for name in SPLITS) == 180
+
+
+def test_a_recipe_and_several_files(work, tmp_path):
+    second = tmp_path / "second.txt"
+    second.write_text("".join(record(f"A bear and {n} hats.", story(n)) for n in range(20)), encoding="utf-8")
+    recipe = tmp_path / "prepare.yaml"
+    recipe.write_text(
+        f"data: [{work / 'corpus.txt'}, {second}]\ntokenizer: {work / 'base'}\nsplit: 60/20/20\n"
+        f"output_dir: {tmp_path / 'other'}\n",
+        encoding="utf-8",
+    )
+    prepare("--config", recipe, "--output_dir", tmp_path / "out")
+
+    budget = read_budget(tmp_path / "out")
+    assert (budget["rows_read"], budget["rows_kept"]) == (215, 200)
+    assert abs(budget["splits"]["train"]["rows"] - 120) <= 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_limit_reads_that_many_records(usual, tmp_path):
+    prepare(*usual, "--limit", "100", "--output_dir", tmp_path / "out")
+
+    assert (read_budget(tmp_path / "out")["rows_read"], read_budget(tmp_path / "out")["rows_kept"]) == (100, 100)
+
+
+def test_an_answer_that_is_cut_is_counted_and_does_not_end(usual, tmp_path):
+    prepare(*usual, "--overflow", "cut_completion", "--output_dir", tmp_path / "out")
+
+    budget = read_budget(tmp_path / "out")
+    end = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer").eos_token_id
+    rows = [row for split in load_from_disk(str(tmp_path / "out" / "tokenized")).values() for row in split]
+    assert budget["rows_kept"] == 181
+    assert sum(split["cut"] for split in budget["splits"].values()) == 1
+    assert sum(split["eos_supervised"] for split in budget["splits"].values()) == 180
+    assert [len(row["labels"]) for row in rows if row["labels"][-1] != end] == [128]
+
+
+def test_max_length_drops_what_is_longer(usual, plain, tmp_path):
+    limit = read_budget(plain)["splits"]["train"]["lengths"]["total"]["0.5"]
+    prepare(*usual, "--max_length", limit, "--output_dir", tmp_path / "out")
+
+    budget = read_budget(tmp_path / "out")
+    assert 1 < budget["rejected"][f"longer than {limit} tokens"] < 180
+    assert budget["rows_kept"] + sum(budget["rejected"].values()) == 195
+    assert max(split["lengths"]["total"]["1"] for split in budget["splits"].values()) <= limit
+
+
+def test_endings_that_are_in_balance_lose_nothing(work, tmp_path):
+    pairs = "".join(
+        record(f"A bear and {n} hats.", story(n, end), features)
+        for n in range(60)
+        for end, features in (("happy", "Twist"), ("sad", "BadEnding"))
+    )
+    (tmp_path / "pairs.txt").write_text(pairs, encoding="utf-8")
+    prepare(
+        *("--data", tmp_path / "pairs.txt", "--tokenizer", work / "base"),
+        *("--balance", "ending", "--output_dir", tmp_path / "out"),
+    )
+
+    assert read_budget(tmp_path / "out")["rejected"] == {}
+    assert "Left out: nothing." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_overwrite_replaces_an_earlier_dataset_and_nothing_else(usual, tmp_path):
+    prepare(*usual, "--output_dir", tmp_path / "out")
+    (tmp_path / "out" / "stale.txt").write_text("old")
+    with pytest.raises(UserError, match="already has content"):
+        prepare(*usual, "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "stale.txt").exists()
+
+    prepare(*usual, "--seed", "3", "--overwrite", "--output_dir", tmp_path / "out")
+    assert read_budget(tmp_path / "out")["seed"] == 3
+    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_person_runs_it_and_reads_the_report(usual, tmp_path):
+    done = run_script("prepare_dataset.py", *usual, "--balance", "ending", "--output_dir", tmp_path / "out")
+
+    assert "Read 195 records: 181 examples." in done.stdout
+    assert "| no summary | 3 |" in done.stdout
+    assert "| longer than 128 tokens | 1 |" in done.stdout
+    assert f"{tmp_path / 'out'} is ready" in done.stdout
+    assert "longer than the specified maximum sequence length" not in done.stderr
+    assert (tmp_path / "out" / "budget.md").read_text(encoding="utf-8") in done.stdout
+
+
+def test_a_person_who_errs_reads_one_line(usual, tmp_path):
+    done = run_script(
+        "prepare_dataset.py", *usual, "--data", tmp_path / "none.txt", "--output_dir", tmp_path / "out", check=False
+    )
+
+    assert done.returncode == 2
+    assert done.stderr == f"prepare_dataset.py: There is no data file at {tmp_path / 'none.txt'}.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--data", "none.txt"], "There is no data file at none.txt", id="missing file"),
+        pytest.param(["--data", "empty.txt"], "empty.txt is empty", id="empty file"),
+        pytest.param(
+            ["--data", "broken.txt"],
+            r"No record of broken.txt can be used \(no summary: 2, the story breaks off: 1\)",
+            id="no complete record",
+        ),
+        pytest.param(
+            ["--max_length", "10"], r"No record .* \(longer than 10 tokens: 181, .*no summary: 3", id="all too long"
+        ),
+        pytest.param(["--limit", "4"], "The (validation|test) split is empty with 4 usable", id="too few to split"),
+        pytest.param(["--limit", "100", "--balance", "ending"], "no example with ending sad", id="an ending missing"),
+        pytest.param(["--source", "novels"], "'novels' is unknown; choose one of tinystories_instruct", id="source"),
+        pytest.param(["--task", "poem"], "'poem' is unknown; choose one of topic_ending", id="task"),
+        pytest.param(["--template", "haiku"], "'haiku' is unknown; choose one of story", id="template"),
+        pytest.param(["--balance", "length"], "--balance length is no column .* has ending", id="balance"),
+        pytest.param(["--overflow", "fold"], "--overflow fold is unknown; choose one of drop,", id="overflow"),
+        pytest.param(["--max_length", "129"], "--max_length 129 is outside 1 to 128", id="above the context"),
+        pytest.param(["--max_length", "-1"], "--max_length -1 is outside 1 to 128", id="negative length"),
+        pytest.param(["--max_length", "0"], "--max_length 0 is outside 1 to 128", id="no length"),
+        pytest.param(["--limit", "-1"], "--limit", id="negative limit"),
+        pytest.param(["--tokenizer", "nowhere"], "nowhere has no tokenizer.json", id="no tokenizer folder"),
+        pytest.param(["--tokenizer", "void"], "void has no tokenizer.json", id="folder without a tokenizer"),
+        pytest.param(["--tokenizer", "damaged"], "damaged", id="damaged tokenizer"),
+        pytest.param(["--tokenizer", "endless"], "endless", id="tokenizer without end-of-text"),
+        pytest.param(["--seed", "one"], "--seed: invalid int value: 'one'", id="seed"),
+        pytest.param(["--config", "number.yaml"], "--split 85 ", id="a number as the recipe's split"),
+        pytest.param(["--split", "85/5"], "--split 85/5 is not three positive percentages", id="split"),
+    ],
+)
+def test_a_mistake_is_refused_and_nothing_is_written(usual, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("number.yaml").write_text("split: 85\n")
+    Path("broken.txt").write_text(record(None, story(1)) + record(None, story(2)) + record("A fox.", "It lost one and"))
+    Path("void").mkdir()
+    Path("damaged").mkdir()
+    Path("damaged/tokenizer.json").write_text('{"version": "1.0"}')
+    if "endless" in arguments:
+        save_tokenizer(Path("endless"), eos_token=None, bos_token=None)
+
+    with pytest.raises(UserError, match=message):
+        prepare(*usual, "--output_dir", "out", *arguments)
+    assert not Path("out").exists()
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_folder_with_other_content_is_left_alone(usual, tmp_path, overwrite):
+    (tmp_path / "thesis.txt").write_text("mine")
+
+    with pytest.raises(UserError, match=str(tmp_path)):
+        prepare(*usual, "--output_dir", tmp_path, *overwrite)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("thesis.txt", "mine")]
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("85/5/10", (0.85, 0.05, 0.1)),
+        ("98/1/1", (0.98, 0.01, 0.01)),
+        ("99.5/0.25/0.25", (0.995, 0.0025, 0.0025)),
+        (" 80 / 10 / 10 ", (0.8, 0.1, 0.1)),
+        ("33.3333333/33.3333333/33.3333334", (1 / 3, 1 / 3, 1 / 3)),
+    ],
+)
+def test_split_shares(text, shares):
+    read = prepare_dataset.split_shares(text)
+
+    assert tuple(read) == SPLITS
+    assert tuple(read.values()) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "85", "90/10", "85/5/5/5", "85/5/11", "0.85/0.05/0.1", "100/0/0", "110/-5/-5", "a/b/c", "85,5,10", "nan/5/95"],
+)
+def test_shares_that_do_not_add_up_are_refused(text):
+    with pytest.raises(UserError, match="is not three positive percentages that add up to 100, such as 85/5/10"):
+        prepare_dataset.split_shares(text)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=60),
+    shares=st.sampled_from(["85/5/10", "34/33/33", "10/10/80", "98/1/1", "0.5/99/0.5"]),
+    seed=st.integers(0, 5),
+)
+def test_groups_stay_whole_and_nothing_is_lost(sizes, shares, seed):
+    rows = [({"group": f"topic {group}"}, (group, row)) for group, size in enumerate(sizes) for row in range(size)]
+    random.Random(seed).shuffle(rows)
+    wanted = prepare_dataset.split_shares(shares)
+
+    splits = prepare_dataset.split_by_group(rows, wanted, random.Random(seed))
+    assert tuple(splits) == SPLITS
+    assert sorted(key for part in splits.values() for _, key in part) == sorted(key for _, key in rows)
+    homes = Counter(group for part in splits.values() for group in {key[0] for _, key in part})
+    assert set(homes.values()) == {1}
+    for name, part in splits.items():
+        assert abs(len(part) - wanted[name] * len(rows)) <= max(sizes)
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_records():
+    rows = [({"group": f"topic {number % 30}"}, number) for number in range(90)]
+    shares = prepare_dataset.split_shares("60/20/20")
+
+    one = prepare_dataset.split_by_group(rows, shares, random.Random(4))
+    other = prepare_dataset.split_by_group(rows[::-1], shares, random.Random(4))
+    for name in SPLITS:
+        assert {row[0]["group"] for row in one[name]} == {row[0]["group"] for row in other[name]}
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    labels=st.lists(st.sampled_from(["happy", "sad", "open"]), max_size=40),
+    wanted=st.sampled_from([("happy", "sad"), ("happy", "sad", "open")]),
+    seed=st.integers(0, 5),
+)
+def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(labels, wanted, seed):
+    rows = [({"ending": label}, number) for number, label in enumerate(labels) if label in wanted]
+    counts = Counter(row[0]["ending"] for row in rows)
+
+    if len(counts) < len(wanted):
+        with pytest.raises(UserError, match="has no example with ending"):
+            prepare_dataset.balance(rows, "ending", wanted, random.Random(seed))
+        return
+    kept = prepare_dataset.balance(rows, "ending", wanted, random.Random(seed))
+    assert Counter(row[0]["ending"] for row in kept) == dict.fromkeys(wanted, min(counts.values()))
+    assert {number for _, number in kept} <= {number for _, number in rows}
+    assert len({number for _, number in kept}) == len(kept)
+    assert kept == prepare_dataset.balance(rows, "ending", wanted, random.Random(seed))

@@ -1,0 +1,61 @@
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from fledge.cli import UserError, parse
+from fledge.sampling import Sampling
+
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
+
+
+def dataclasses_of(stage: str) -> list[type]:
+    if stage == "train":
+        from trl import ModelConfig
+
+        from fledge.training import SmallModelConfig
+        from train_sft import RunArguments
+
+        return [RunArguments, SmallModelConfig, ModelConfig]
+    module, name = {
+        "convert": ("convert_checkpoint", "ConvertArguments"),
+        "prepare": ("prepare_dataset", "PrepareArguments"),
+        "evaluate": ("evaluate_model", "EvaluateArguments"),
+        "publish": ("publish", "PublishArguments"),
+    }[stage]
+    return [getattr(importlib.import_module(module), name), *([Sampling] if stage == "evaluate" else [])]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_script_accepts_every_key_of_a_recipe(recipe: Path):
+    parsed = parse(["--config", str(recipe)], *dataclasses_of(recipe.stem))
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for key, value in written.items():
+        holder = next(part for part in parsed if hasattr(part, key))
+        assert getattr(holder, key) == value
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_an_unknown_key_is_refused(recipe: Path, tmp_path):
+    spoiled = tmp_path / "recipe.yaml"
+    spoiled.write_text(recipe.read_text(encoding="utf-8") + "learning_raet: 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="learning_raet"):
+        parse(["--config", str(spoiled)], *dataclasses_of(recipe.stem))
+
+
+def test_stages_of_a_recipe_hand_on_the_same_folders():
+    for folder in {recipe.parent for recipe in RECIPES}:
+        stages = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")}
+        assert stages["prepare"]["tokenizer"] == stages["convert"]["output_dir"]
+        assert stages["train"]["model_name_or_path"] == stages["convert"]["output_dir"]
+        assert stages["train"]["dataset"] == stages["prepare"]["output_dir"]
+        assert stages["evaluate"]["model"] == stages["publish"]["model"] == stages["train"]["output_dir"]
+
+
+def test_accelerate_reads_its_configs():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in (ROOT / "recipes" / "accelerate").glob("*.yaml"):
+        assert load_config_from_file(str(path)).num_processes >= 1
