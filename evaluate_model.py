@@ -27,6 +27,8 @@ class EvaluateArguments:
 def main():
     args, sampling = parse(sys.argv[1:], EvaluateArguments, Sampling, description=__doc__)
     sampling.check()
+    if args.num_prompts < 1 or args.batch_size < 1:
+        raise UserError("--num_prompts and --batch_size must be at least 1.")
     check_output_dir(args.output_dir, args.overwrite, "metrics.json")
     data = Path(args.dataset)
 

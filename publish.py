@@ -31,6 +31,7 @@ def main():
     check_output_dir(output_dir, args.overwrite, "README.md")
 
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
     from fledge.publishing import build_repository
 
@@ -47,9 +48,14 @@ def main():
     if args.dry_run:
         print(f"{output_dir} is what {args.repo_id} would hold. Nothing was sent.")
         return
-    api = HfApi()
-    url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-    api.upload_folder(repo_id=args.repo_id, folder_path=output_dir, commit_message="Publish with Fledge")
+    try:
+        url = HfApi().create_repo(args.repo_id, private=args.private, exist_ok=True)
+        HfApi().upload_folder(repo_id=args.repo_id, folder_path=output_dir, commit_message="Publish with Fledge")
+    except (HTTPError, LocalTokenNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"The Hub did not take it: {reason} `hf auth login` signs in; {output_dir} is ready."
+        ) from error
     print(f"Published at {url}")
 
 

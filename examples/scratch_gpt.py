@@ -3,7 +3,6 @@
 It stands for the model that *you* bring to Fledge, and it trained the checkpoint beside it:
 
     python examples/scratch_gpt.py train --text stories.txt more.txt --out examples/scratch_gpt --minutes 60
-    python examples/scratch_gpt.py evaluate --checkpoint examples/scratch_gpt --text valid.txt
     python examples/scratch_gpt.py sample --checkpoint examples/scratch_gpt --prompt "Once upon a time"
 
 Text files hold documents with a line `<|endoftext|>` between them.
@@ -178,20 +177,6 @@ def load(folder):
 
 
 @torch.no_grad()
-def evaluate(args):
-    """Bits per byte: −log2 of each document's probability given an end-of-text token, over its UTF-8 bytes."""
-    model, tokenizer = load(args.checkpoint)
-    context, nats, size = model.position_table.num_embeddings, 0.0, 0
-    for document in read_documents(args.text):
-        ids = torch.tensor([0, *tokenizer.encode(document).ids])
-        for begin in range(0, len(ids) - 1, context):
-            window = ids[begin : begin + context + 1]
-            nats += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
-        size += len(document.encode())
-    print(f"{nats / size / math.log(2):.4f} bits per byte over {size:,} bytes")
-
-
-@torch.no_grad()
 def sample(args):
     torch.manual_seed(args.seed)
     model, tokenizer = load(args.checkpoint)
@@ -207,22 +192,20 @@ def sample(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function in (train, evaluate, sample):
-        command = commands.add_parser(function.__name__)
-        command.set_defaults(function=function)
+    training = commands.add_parser("train")
+    training.set_defaults(function=train)
+    training.add_argument("--text", nargs="+", required=True)
+    training.add_argument("--hold_out", nargs="*", default=[], help="files whose stories are left out")
+    training.add_argument("--out", type=Path, required=True)
+    training.add_argument("--minutes", type=float, default=60)
+    training.add_argument("--batch_size", type=int, default=8)
+    training.add_argument("--lr", type=float, default=5e-3)
+    sampling = commands.add_parser("sample")
+    sampling.set_defaults(function=sample)
+    sampling.add_argument("--checkpoint", type=Path, required=True)
+    sampling.add_argument("--prompt", default="Once upon a time")
+    for command in (training, sampling):
         command.add_argument("--seed", type=int, default=0)
-        if function is not sample:
-            command.add_argument("--text", nargs="+", required=True)
-        if function is train:
-            command.add_argument("--hold_out", nargs="*", default=[], help="files whose stories are left out")
-            command.add_argument("--out", type=Path, required=True)
-            command.add_argument("--minutes", type=float, default=60)
-            command.add_argument("--batch_size", type=int, default=8)
-            command.add_argument("--lr", type=float, default=3e-3)
-        else:
-            command.add_argument("--checkpoint", type=Path, required=True)
-        if function is sample:
-            command.add_argument("--prompt", default="Once upon a time")
     args = parser.parse_args()
     args.function(args)
 

@@ -45,9 +45,9 @@ def load_scratch_gpt():
     return module
 
 
-def run_script(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs a script of the repository as a person would."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run_script(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a script of the repository as a person would, with environment `variables` of the test's own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stderr

@@ -1,40 +1,28 @@
 import hashlib
-import importlib.util
 import json
 import os
 import pickle
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_scratch_gpt, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import convert_checkpoint
 import fledge
+from fledge.checkpoints import proof
 from fledge.cli import run
 
-ROOT = Path(__file__).parents[1]
 STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was lazy, and it slept all day."]
 CONFIG = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
-
-
-def import_file(file):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-scratch_gpt = import_file(ROOT / "examples" / "scratch_gpt.py")
-convert_checkpoint = import_file(ROOT / "convert_checkpoint.py")
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A folder with a checkpoint, its tokenizer, and the module that both are of."""
-    folder = tmp_path_factory.mktemp("own")
+    folder, scratch_gpt = tmp_path_factory.mktemp("own"), load_scratch_gpt()
     tokenizer = scratch_gpt.train_tokenizer(STORIES, 280)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = CONFIG | {"vocab_size": tokenizer.get_vocab_size()}
@@ -47,13 +35,8 @@ def own(tmp_path_factory):
     return folder, module
 
 
-def run_script(*arguments, python=()):
-    command = [sys.executable, *python, str(ROOT / "convert_checkpoint.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def run_here(monkeypatch, capsys, *arguments):
-    """The same as `run_script` without the seconds that a fresh interpreter takes."""
+    """What `run_script` does without the seconds that a fresh interpreter takes."""
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
     status = 0
     try:
@@ -83,7 +66,7 @@ def arguments(folder, output_dir, **changed):
 def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_path):
     folder, module = own
     base = tmp_path / "deep" / "base"
-    finished = run_script(*arguments(folder, base))
+    finished = run_script("convert_checkpoint.py", *arguments(folder, base), check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     assert "Proven: " in finished.stdout
@@ -139,15 +122,14 @@ class Touch:
 def test_script_refuses_a_pickle_that_runs_code(own, tmp_path):
     marker, file, base = tmp_path / "was_run", tmp_path / "evil.pt", tmp_path / "base"
     file.write_bytes(pickle.dumps({"model": Touch(marker)}, protocol=4))
-    finished = run_script(*arguments(own[0], base, checkpoint=file))
+    finished = run_script("convert_checkpoint.py", *arguments(own[0], base, checkpoint=file), check=False)
     assert_refused(finished.returncode, finished.stderr, [file])
     assert not marker.exists()
     assert not base.exists()
 
 
 def test_script_answers_help_without_the_heavy_imports():
-    finished = run_script("--help", python=["-X", "importtime"])
-    assert finished.returncode == 0
+    finished = run_script("-X", "importtime", "convert_checkpoint.py", "--help")
     imported = {line.rsplit("|", 1)[-1].strip() for line in finished.stderr.splitlines()}
     assert "fledge.cli" in imported
     assert not imported & {"torch", "transformers.modeling_utils", "fledge.checkpoints.loading"}
@@ -255,11 +237,12 @@ def test_recipe_value_of_the_wrong_type_is_refused_by_its_key(value, own, tmp_pa
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_folder_with_other_content_is_left_alone(overwrite, own, tmp_path, monkeypatch, capsys):
+def test_folder_with_other_content_is_refused_before_any_work(overwrite, own, tmp_path, monkeypatch, capsys):
     base = tmp_path / "base"
     (base / "inner").mkdir(parents=True)
     (base / "inner" / "diary.txt").write_text("dear diary")
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base), *overwrite)
+    missing = tmp_path / "missing.pt"
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base, checkpoint=missing), *overwrite)
     assert_refused(status, error, [base])
     assert content_of(tmp_path) == {"base/inner/diary.txt": b"dear diary"}
 
@@ -303,10 +286,12 @@ def test_recipe_and_command_line_are_one(own, tmp_path, monkeypatch, capsys):
     assert all(name in out for name in found)
 
 
-def test_nothing_stays_behind_when_the_saved_model_is_not_proven(own, tmp_path, monkeypatch, capsys):
-    from fledge.checkpoints import proof
-
-    monkeypatch.setattr(proof, "FLOAT32_TOLERANCE", 0.0)
+@pytest.mark.parametrize(
+    ("tolerance", "words"),
+    [("FLOAT64_TOLERANCE", "conversion is wrong"), ("FLOAT32_TOLERANCE", "saved model differs")],
+)
+def test_nothing_stays_behind_of_a_model_that_is_not_proven(tolerance, words, own, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(proof, tolerance, -1.0)
     status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"))
-    assert_refused(status, error, ["saved model differs"])
+    assert_refused(status, error, [words])
     assert not any(tmp_path.iterdir())

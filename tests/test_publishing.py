@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from conftest import run_script
+from hub import Hub
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
@@ -108,6 +109,42 @@ def test_a_local_path_is_not_published(tmp_path, monkeypatch):
 def test_a_value_that_nobody_gives_is_an_error_not_a_blank():
     with pytest.raises(Exception, match="'budget' is undefined"):
         render("dataset.md.jinja", metadata="")
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def publish_to(hub: Hub, tiny, output_dir, check: bool):
+    return run_script(
+        "publish.py", "--model", tiny.model, "--evaluation", tiny.evaluation, "--repo_id", "someone/tiny-tales",
+        "--private", "--output_dir", output_dir, check=check,
+        HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret", HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0",
+    )  # fmt: skip
+
+
+def test_the_hub_gets_the_folder_in_one_commit_and_nobody_sees_the_token(hub, tiny, tmp_path):
+    done = publish_to(hub, tiny, tmp_path / "out", check=True)
+    on_disk = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    received = hub.repos["someone/tiny-tales"]
+    assert {name: received[name] for name in on_disk} == on_disk
+    assert len(hub.commits) == 1
+    assert hub.private == [True]
+    assert "Published at" in done.stdout
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_a_refusal_of_the_hub_is_one_sentence(hub, tiny, tmp_path):
+    hub.refuse = True
+    done = publish_to(hub, tiny, tmp_path / "out", check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "no write access" in done.stderr
+    assert hub.commits == []
 
 
 @pytest.mark.parametrize(

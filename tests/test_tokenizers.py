@@ -72,7 +72,10 @@ def test_padding_and_truncation_of_the_file_do_not_stay(tmp_path):
     expected = original.encode(STORIES[0]).ids
     original.enable_truncation(3)
     original.enable_padding(length=200)
-    assert load_tokenizer(str(as_file(original, tmp_path)), CONTEXT_LENGTH)(STORIES[0])["input_ids"] == expected
+    loaded = load_tokenizer(str(as_file(original, tmp_path)), CONTEXT_LENGTH)
+    loaded.save_pretrained(tmp_path / "base")
+    assert Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json")).encode(STORIES[0]).ids == expected
+    assert loaded(STORIES[0])["input_ids"] == expected
 
 
 GPT2_IDS = {

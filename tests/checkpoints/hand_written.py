@@ -1,23 +1,14 @@
 """Small GPTs of the four known layouts, each written and run the way its author does, with random weights."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from conftest import load_scratch_gpt
 from torch import Tensor, nn
 
 VOCAB_SIZE, CONTEXT_LENGTH, WIDTH, HEADS, LAYERS = 61, 20, 24, 3, 2
 VARIANTS = ("scratch", "per_head", "book", "book_qkv_bias", "nanogpt", "nanogpt_no_bias")
-
-
-def import_scratch_gpt():
-    file = Path(__file__).parents[2] / "examples" / "scratch_gpt.py"
-    spec = importlib.util.spec_from_file_location("scratch_gpt", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class PerHeadAttention(nn.Module):
@@ -273,7 +264,7 @@ def build(
     """One of `VARIANTS` and its config in its author's words."""
     if variant == "scratch":
         names = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
-        author, rest = import_scratch_gpt().ScratchGPT, {}
+        author, rest = load_scratch_gpt().ScratchGPT, {}
     elif variant == "per_head":
         names = ("vocab_size", "context_length", "embedding_dim", "num_heads", "num_layers")
         author, rest = PerHeadGPT, {}

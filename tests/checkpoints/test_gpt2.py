@@ -158,6 +158,14 @@ def test_folded_head_bias_changes_no_logit(vocab_size, width, share_of_zero_gain
     assert new_shift.count_nonzero() == 1
 
 
+def test_head_bias_goes_where_the_subtraction_loses_least():
+    head, gain = torch.ones(5, 4), torch.tensor([1.0, -0.1, 0.5, 3.0])
+    head[:, 2] = 0.01
+    _, new_gain, new_shift = fold_head_bias(head, torch.ones(5), gain, torch.zeros(4))
+    assert new_gain.tolist() == [1, 1, 0, 1]
+    assert new_shift.tolist() == [0, 0, 1, 0]
+
+
 def test_folding_leaves_its_inputs_alone():
     tensors = [torch.randn(shape) for shape in ((5, 4), (5,), (4,), (4,))]
     before = [tensor.clone() for tensor in tensors]

@@ -83,7 +83,7 @@ def test_buffers_and_counters_are_left_out_and_listed(tmp_path):
         "freqs_cis": torch.polar(mask, mask),
     }
     rest = {"steps": torch.tensor(7), "note": "a word"}
-    weights = STATE | {"h.0.attn.c_attn.bias": torch.ones(3), "mask_embedding.weight": torch.ones(3)}
+    weights = STATE | {"h.0.attn.c_attn.bias": torch.ones(3), "mask.weight": torch.ones(3), "unmask": torch.ones(3)}
     checkpoint = load_checkpoint(saved(weights | buffers | rest, tmp_path))
     assert_state(checkpoint.tensors, weights)
     assert checkpoint.left_out == {

@@ -1,0 +1,54 @@
+import gzip
+
+import pytest
+import torch
+from conftest import ROOT, load_scratch_gpt, run_script, write_records
+
+from fledge.sources.tinystories_instruct import records
+from fledge.tasks.topic_ending import example
+
+EXAMPLES = ROOT / "examples"
+
+
+def test_the_shipped_checkpoint_is_small_and_half_precision():
+    file = EXAMPLES / "scratch_gpt" / "checkpoint.pt"
+    assert file.stat().st_size <= 8_000_000
+    checkpoint = torch.load(file, weights_only=True)
+    assert {tensor.dtype for tensor in checkpoint["model_state_dict"].values()} == {torch.float16}
+    assert checkpoint["config"]["vocab_size"] == 4096
+    assert checkpoint["config"]["context_length"] == 512
+
+
+def test_the_shipped_checkpoint_converts_with_proof(tmp_path):
+    done = run_script(
+        "convert_checkpoint.py", "--config", "recipes/quickstart/convert.yaml", "--output_dir", tmp_path / "b"
+    )
+    assert "arg max equal at 100.00%" in done.stdout
+
+
+def test_the_shipped_records_are_small_and_hold_both_endings():
+    file = EXAMPLES / "tales.txt.gz"
+    assert file.stat().st_size <= 1_500_000
+    endings = [example(record)["ending"] for record in records(str(file))]
+    assert (endings.count("happy"), endings.count("sad")) == (2000, 1600)
+
+
+def test_the_hand_written_gpt_trains_leaves_out_what_it_must_and_samples(tmp_path):
+    text, held_out = tmp_path / "text.txt", tmp_path / "held_out.txt.gz"
+    write_records(text, 40)
+    first = text.read_text(encoding="utf-8").split("<|endoftext|>")[0]
+    held_out.write_bytes(gzip.compress(first.encode()))
+    done = run_script(
+        "examples/scratch_gpt.py", "train", "--text", text, "--hold_out", held_out, "--out", tmp_path, "--minutes", 0.02
+    )
+    assert done.stdout.startswith("39 documents")
+    sampled = run_script("examples/scratch_gpt.py", "sample", "--checkpoint", tmp_path, "--prompt", "Lily had")
+    assert sampled.stdout.startswith("Lily had")
+
+
+@pytest.mark.parametrize("length", [1, 7, 16])
+def test_the_hand_written_gpt_is_causal(length):
+    torch.manual_seed(0)
+    model = load_scratch_gpt().ScratchGPT(vocab_size=50, context_length=16, emb_dim=24, n_heads=3, n_layers=2)
+    ids = torch.randint(50, (1, 16))
+    torch.testing.assert_close(model(ids)[:, :length], model(ids[:, :length]))
