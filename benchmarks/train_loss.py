@@ -20,15 +20,12 @@ from fledge.encoding import IGNORED
 from fledge.training import SmallModelConfig, score_supervised_only
 
 SHAPES = {
-    "quickstart, 3.6M": {"vocab_size": 4096, "n_positions": 512, "n_embd": 192, "n_layer": 6, "n_head": 4},
-    "topic-ending, 49.5M": {
-        "vocab_size": 50257,
-        "n_positions": 512,
-        "n_embd": 384,
-        "n_layer": 6,
-        "n_head": 6,
-        "tie_word_embeddings": False,
-    },
+    "quickstart, 3.6M": GPT2Config(
+        vocab_size=4096, n_positions=512, n_embd=192, n_layer=6, n_head=4, activation_function="gelu_pytorch_tanh"
+    ),
+    "topic-ending, 49.5M": GPT2Config(
+        n_positions=512, n_embd=384, n_layer=6, n_head=6, activation_function="gelu", tie_word_embeddings=False
+    ),
 }
 BATCH_SIZE, ROUNDS = 8, 5
 
@@ -43,10 +40,11 @@ def rows(count: int, vocab_size: int) -> Dataset:
     return Dataset.from_list(made)
 
 
-def make_trainer(shape: dict, folder: str) -> SFTTrainer:
+def make_trainer(shape: GPT2Config, folder: str) -> SFTTrainer:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, eos_token_id=0))
-    vocabulary = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, shape["vocab_size"])}
+    shape.resid_pdrop = shape.embd_pdrop = shape.attn_pdrop = 0.0
+    model = GPT2LMHeadModel(shape)
+    vocabulary = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, shape.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary)),
         bos_token="<|endoftext|>",
@@ -55,7 +53,7 @@ def make_trainer(shape: dict, folder: str) -> SFTTrainer:
     )
     config = SmallModelConfig(output_dir=folder, per_device_train_batch_size=BATCH_SIZE, eval_strategy="no")
     return SFTTrainer(
-        model=model, args=config, train_dataset=rows(BATCH_SIZE * 4, shape["vocab_size"]), processing_class=tokenizer
+        model=model, args=config, train_dataset=rows(BATCH_SIZE * 4, shape.vocab_size), processing_class=tokenizer
     )
 
 
@@ -95,7 +93,7 @@ def main():
             of_trl, of_fledge = (statistics.median(column) for column in zip(*times, strict=True))
             supervised = int((batch["labels"][:, 1:] != IGNORED).sum())
             body = sum(p.numel() for p in fledge.model.transformer.h.parameters())
-            operations = 6 * (body * tokens + shape["vocab_size"] * shape["n_embd"] * supervised)
+            operations = 6 * (body * tokens + shape.vocab_size * shape.n_embd * supervised)
             rate = matrix_rate(torch.bfloat16 if fledge.args.bf16 else torch.float32)
             print(f"{name}: TRL {tokens / of_trl:,.0f} tokens/s, Fledge {tokens / of_fledge:,.0f} tokens/s,", end=" ")
             print(f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f});", end=" ")

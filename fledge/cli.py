@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,8 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
 
         def set_defaults_with_config(self, **recipe):
             recipe = {key: value for key, value in recipe.items() if value is not None}
-            for action in self._actions:
-                value = recipe.get(action.dest)
-                if isinstance(value, list) and action.nargs is None and action.type in (int, float):
-                    self.error(f"argument --{action.dest}: one value is expected, not {value}")
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    recipe[action.dest] = str(value)  # argparse converts and checks a default that is text
+            # argparse converts and checks a default that is text, and no other.
+            recipe = {key: str(value) if type(value) in (int, float) else value for key, value in recipe.items()}
             return super().set_defaults_with_config(**recipe)
 
     parser = Parser(
@@ -53,7 +50,12 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
     if arguments.count("--config") > 1:
         raise UserError("--config is given twice; name one recipe.")
     try:
-        return parser.parse_args_and_config(arguments)[: len(dataclass_types)]
+        *parsed, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        if left_over:
+            raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
+        for given in parsed[: len(dataclass_types)]:
+            _check_types(given)
+        return tuple(parsed[: len(dataclass_types)])
     except yaml.YAMLError as error:
         raise UserError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
     except OSError as error:
@@ -62,6 +64,18 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
         raise UserError("--config needs the path of a recipe.") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{' '.join(str(error).split())}") from error
+
+
+def _check_types(arguments) -> None:
+    """argparse checks the command line; the values of a recipe reach a dataclass as YAML read them."""
+    for name, hint in typing.get_type_hints(type(arguments)).items():
+        kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
+        value = getattr(arguments, name, None)
+        if not set(kinds) <= {int, float, str, bool, type(None)}:
+            continue
+        fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+        if not fits and not (float in kinds and type(value) is int):
+            raise UserError(f"{name} is {value!r}, not of the type {hint}; --help lists every key.")
 
 
 def _split_config(argument: str) -> list[str]:

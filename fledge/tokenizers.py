@@ -73,7 +73,10 @@ def _from_json(file: Path) -> Tokenizer:
 
 
 def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise UserError(f"{vocab} and {merges.name} are no byte-level BPE: {error}.") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -273,7 +273,7 @@ def test_a_file_where_a_folder_should_be_is_a_mistake_too(tmp_path):
     ("failure", "status", "message"),
     [
         (UserError("The file x is empty."), 2, "stage.py: The file x is empty.\n"),
-        (KeyboardInterrupt(), 130, "stage.py: interrupted; nothing was written.\n"),
+        (KeyboardInterrupt(), 130, "stage.py: interrupted.\n"),
     ],
 )
 def test_a_mistake_becomes_one_line_and_a_status(monkeypatch, capsys, failure, status, message):

@@ -130,7 +130,8 @@ def recognise(
     n_layer = _check_shapes(tensors)
     width = tensors["token_embedding.weight"].shape[1]
 
-    from_config = next((int(checkpoint.config[key]) for key in CONFIG_HEADS if key in checkpoint.config), None)
+    said = [checkpoint.config.get(key) for key in CONFIG_HEADS]
+    from_config = next((value for value in said if isinstance(value, int)), None)
     for value, source in ((heads_seen, "tensors"), (n_head, "--n_head"), (from_config, "checkpoint config")):
         if value:
             facts.append(Fact("n_head", n_head := value, source))
@@ -140,7 +141,7 @@ def recognise(
             f"The number of attention heads is in neither the tensors nor the checkpoint's config; pass --n_head "
             f"(a divisor of the width {width})."
         )
-    if width % n_head:
+    if n_head < 1 or width % n_head:
         raise UserError(f"n_head {n_head} does not divide the width {width}.")
 
     facts.append(
@@ -197,6 +198,8 @@ def _rename(tensors: dict[str, Tensor], layout: Layout) -> dict[str, tuple[str, 
         for ending, canonical in zip(
             layout.norm_endings if is_norm else ("weight", "bias"), ("weight", "bias"), strict=True
         ):
+            if target.endswith("embedding") and canonical == "bias":
+                continue
             pattern = re.escape(f"{source}.{ending}").replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{h\}", r"(?P<h>\d+)")
             rules.append((re.compile(pattern), f"{target}.{canonical}"))
     renamed = {}
@@ -212,6 +215,9 @@ def _assemble(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
     """Concatenates heads, splits fused projections, widens to float64; also returns the number of heads seen."""
     tensors, heads = {}, {}
     for name, tensor in named.items():
+        if not tensor.dim():
+            raise UserError(f"{name} has the shape (), and no weight is a single number.")
+    for name, tensor in named.items():
         per_head = re.fullmatch(r"(.*)\.(\d+)\.(weight|bias)", name)
         if per_head and per_head[1].endswith(("query", "key", "value")):
             heads.setdefault(f"{per_head[1]}.{per_head[3]}", {})[int(per_head[2])] = tensor.double()
@@ -224,10 +230,12 @@ def _assemble(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
             tensors[name] = tensor.double()
     counts = {len(indices) for indices in heads.values()}
     for name, indices in heads.items():
-        if len(counts) > 1 or sorted(indices) != list(range(len(indices))):
+        if sorted(indices) != list(range(max(counts))):
             raise UserError(
                 f"The attention heads of {name} are numbered {sorted(indices)}; every block needs them all."
             )
+        if len({tensor.shape for tensor in indices.values()}) > 1:
+            raise UserError(f"The attention heads of {name} have different shapes.")
         tensors[name] = torch.cat([indices[h] for h in sorted(indices)])
     return tensors, counts.pop() if counts else None
 

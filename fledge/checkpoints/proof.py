@@ -46,7 +46,8 @@ def prove_saved(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> 
         UserError: the error is above `FLOAT32_TOLERANCE`.
     """
     worst, equal = _compare(probes, model)
-    relative = worst / max(logits.abs().max().item() for _, logits in probes)
+    largest = max(logits.abs().max().item() for _, logits in probes)
+    relative = worst / largest if largest else worst
     if not relative <= FLOAT32_TOLERANCE:
         raise UserError(
             f"The saved model differs by {relative:.1e} of its largest logit, {FLOAT32_TOLERANCE:g} allowed."
