@@ -11,7 +11,7 @@ quickstart: $(VENV)/ready
 	bash recipes/quickstart/run.sh
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 python -m pytest -n 2 --dist worksteal
+	HF_HUB_OFFLINE=1 python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/ready
 	ruff check .

@@ -167,8 +167,9 @@ class Progress(TrainerCallback):
             now, tokens = time.monotonic(), logs.get("num_tokens", 0)
             speed = (tokens - self.last_tokens) / (now - self.last_time)
             self.last_tokens, self.last_time = tokens, now
-            left = (now - self.start) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-            time_left = f"{left // 60:.0f}:{left % 60:02.0f} left"
+            steps_left = state.max_steps - state.global_step
+            seconds_left = round((now - self.start) / (state.global_step - self.first_step) * steps_left)
+            time_left = f"{seconds_left // 60}:{seconds_left % 60:02d} left"
             print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
 
 

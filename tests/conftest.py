@@ -54,6 +54,13 @@ def run_script(*arguments: object, check: bool = True, **variables: str) -> subp
     return done
 
 
+def pytest_collection_modifyitems(items):
+    # With several workers, one of them runs all that needs the tiny system, so that it is made once.
+    for item in items:
+        if "tiny" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("tiny"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """Folders `base`, `data`, `model`, `evaluation`, `repository`, each written by the script whose work it is."""
