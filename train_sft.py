@@ -45,6 +45,7 @@ def main():
         run_record,
         save_loss_curve,
         score_supervised_only,
+        use_all_threads,
     )
 
     args, config, model_args = parse(arguments, RunArguments, SmallModelConfig, ModelConfig, description=__doc__)
@@ -57,6 +58,7 @@ def main():
     checkpoint = find_checkpoint(config, args.resume, args.overwrite)
     if not checkpoint and config.process_index == 0:
         check_output_dir(output_dir, args.overwrite, "run.json", "checkpoints")
+    threads = use_all_threads(config)
     conversion = read_json(base / "conversion.json", "convert_checkpoint.py")
     budget, tokenizer, rows = open_prepared(data)
 
@@ -66,6 +68,8 @@ def main():
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
         print(f"{model.num_parameters():,} parameters; processes: {config.world_size}")
         print(f"Precision {precision}: {config.precision_reason}", flush=True)
+        if threads:
+            print(threads, flush=True)
 
     trainer = SFTTrainer(
         model=model,

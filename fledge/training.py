@@ -1,6 +1,7 @@
 """What Fledge adds to TRL's `SFTTrainer`: defaults for small models, precision by device, progress, and the record."""
 
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -69,6 +70,19 @@ def choose_bf16(use_cpu: bool) -> tuple[bool, str]:
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return True, "this GPU multiplies bfloat16 matrices in hardware"
     return False, "this device has no bfloat16 matrix unit"
+
+
+def use_all_threads(config: SmallModelConfig) -> str | None:
+    """Undoes the one thread a process that `accelerate launch` leaves on a CPU, and returns a line that says so.
+
+    It sets OMP_NUM_THREADS to 1 unless told otherwise, which leaves every core but one idle.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not (config.use_cpu and launched and os.environ.get("OMP_NUM_THREADS") == "1" and threads > 1):
+        return None
+    torch.set_num_threads(threads)
+    return f"Threads {threads}: accelerate launch leaves a process one, and this machine has more"
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:

@@ -74,7 +74,7 @@ def test_the_report_names_every_reason_and_every_split(budget):
     assert "| longer than 130 tokens | 1,000 |" in report
     assert "| train | 5 | 3 happy, 2 sad | 159 | 90.6% | 4 of 5 | 8 | 106 | 130 |" in report
     assert "| test | 2 | 1 happy, 1 sad | 8 | 62.5% | 2 of 2 | 4 | 4 | 4 |" in report
-    assert "Training rows longer than: 128: 1, 256: 0, 512: 0, 1024: 0, 2048: 0" in report
+    assert "Training rows longer than 128: 1, 256: 0, 512: 0, 1024: 0, 2048: 0" in report
 
 
 def test_nothing_left_out_needs_no_table_of_reasons():

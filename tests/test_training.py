@@ -10,7 +10,14 @@ from trl import SFTTrainer
 
 from fledge.cli import UserError
 from fledge.encoding import IGNORED
-from fledge.training import SmallModelConfig, check_fit, choose_bf16, save_loss_curve, score_supervised_only
+from fledge.training import (
+    SmallModelConfig,
+    check_fit,
+    choose_bf16,
+    save_loss_curve,
+    score_supervised_only,
+    use_all_threads,
+)
 
 
 def small_gpt2(tied: bool) -> GPT2LMHeadModel:
@@ -172,3 +179,26 @@ def test_run_record_names_what_was_chosen_and_no_path(tiny):
     assert record["effective_batch_size"] == 8
     assert record["rows"]["train"] > 0
     assert set(record["versions"]) == {"python", "fledge", "torch", "transformers", "trl", "datasets"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, 6),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 3),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "4"}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),
+    ],
+)
+def test_a_process_of_accelerate_launch_gets_its_share_of_the_cores(variables, expected, monkeypatch, tmp_path):
+    config = SmallModelConfig(output_dir=str(tmp_path), use_cpu=True)
+    for name in ("ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    said = use_all_threads(config)
+    assert chosen == ([expected] if expected else [])
+    assert (said is None) == (expected is None)
