@@ -54,6 +54,7 @@ def run_script(*arguments: object, check: bool = True, **variables: str) -> subp
     return done
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     # With several workers, one of them runs all that needs the tiny system, so that it is made once.
     for item in items:
