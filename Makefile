@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: quickstart test lint bench clean
 
 quickstart: $(VENV)/ready
-	bash recipes/quickstart/run.sh
+	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
 
 test: $(VENV)/ready
 	HF_HUB_OFFLINE=1 python -m pytest -n 2 --dist loadgroup

@@ -9,6 +9,7 @@ Besides the keys below, every key of TRL's SFTConfig and ModelConfig works under
 """
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     check_fit(model, tokenizer, max(split["lengths"]["total"]["1"] for split in budget["splits"].values()))
     if config.process_index == 0:
+        if not checkpoint and Path(config.output_dir).exists():
+            shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
         print(f"{model.num_parameters():,} parameters; processes: {config.world_size}")
         print(f"Precision {precision}: {config.precision_reason}", flush=True)

@@ -3,7 +3,6 @@
 import functools
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -138,13 +137,8 @@ def find_checkpoint(config: SmallModelConfig, resume: bool, overwrite: bool) -> 
     """
     folder = Path(config.output_dir)
     newest = get_last_checkpoint(folder) if folder.is_dir() else None
-    if newest and not resume:
-        if not overwrite:
-            raise UserError(
-                f"{folder.parent} holds an unfinished run; go on with --resume or start anew with --overwrite."
-            )
-        if config.process_index == 0:
-            shutil.rmtree(folder)
+    if newest and not resume and not overwrite:
+        raise UserError(f"{folder.parent} holds an unfinished run; go on with --resume or start anew with --overwrite.")
     return newest if resume else None
 
 

@@ -23,9 +23,10 @@ def dataclasses_of(stage: str) -> list[type]:
         "convert": ("convert_checkpoint", "ConvertArguments"),
         "prepare": ("prepare_dataset", "PrepareArguments"),
         "evaluate": ("evaluate_model", "EvaluateArguments"),
+        "generate": ("generate", "GenerateArguments"),
         "publish": ("publish", "PublishArguments"),
     }[stage]
-    return [getattr(importlib.import_module(module), name), *([Sampling] if stage == "evaluate" else [])]
+    return [getattr(importlib.import_module(module), name), *([Sampling] if stage in ("evaluate", "generate") else [])]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -52,6 +53,7 @@ def test_stages_of_a_recipe_hand_on_the_same_folders():
         assert stages["train"]["model_name_or_path"] == stages["convert"]["output_dir"]
         assert stages["train"]["dataset"] == stages["prepare"]["output_dir"]
         assert stages["evaluate"]["model"] == stages["publish"]["model"] == stages["train"]["output_dir"]
+        assert stages["generate"]["model"] == stages["train"]["output_dir"]
 
 
 def test_accelerate_reads_its_configs():

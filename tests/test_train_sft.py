@@ -93,6 +93,21 @@ def test_two_processes_train_together(tiny, tmp_path):
     assert done.stdout.count("Trained 3 steps") == 1
 
 
+def test_overwrite_deletes_an_unfinished_run_only_once_the_input_is_known_to_be_good(tiny, tmp_path):
+    checkpoint = tmp_path / "m" / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
+    refused = train(tiny, tmp_path / "m", check=False)
+    assert refused.returncode == 2
+    assert "unfinished run" in refused.stderr
+    mistyped = train(tiny, tmp_path / "m", "--overwrite", "--dataset", tmp_path, check=False)
+    assert mistyped.returncode == 2
+    assert (checkpoint / "trainer_state.json").exists()
+    train(tiny, tmp_path / "m", "--overwrite", "--max_steps", 1, "--eval_strategy", "no")
+    assert (tmp_path / "m" / "model.safetensors").exists()
+    assert not checkpoint.exists()
+
+
 def test_data_prepared_for_another_model_is_refused_in_one_sentence(tiny, tmp_path):
     other = tmp_path / "data"
     shutil.copytree(tiny.data, other)
