@@ -1,6 +1,7 @@
 """A hand-written checkpoint → a Hugging Face model, with a proof that both compute the same.
 
 python convert_checkpoint.py --checkpoint model.pt --tokenizer tokenizer.json --output_dir base
+python convert_checkpoint.py --checkpoint model.pt --inspect
 """
 
 import sys
@@ -11,88 +12,138 @@ from fledge.cli import UserError, check_output_dir, parse, run, staged, write_js
 
 @dataclass
 class ConvertArguments:
-    checkpoint: str = field(metadata={"help": "a .pt, .pth, .bin or .safetensors file, or a folder that holds one"})
-    tokenizer: str = field(metadata={"help": "a folder, a tokenizer.json, or gpt2"})
-    output_dir: str = field(metadata={"help": "the folder to write"})
-    layout: str | None = field(default=None, metadata={"help": "force a known layout instead of recognising it"})
+    checkpoint: str = field(
+        metadata={"help": "a .pt .pth .bin .ckpt .tar .safetensors file, or a folder that holds one"}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "gpt2, a tokenizer's file or folder; default: what lies in the checkpoint"}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
+    layout: str | None = field(default=None, metadata={"help": "force a known layout's defaults"})
+    mapping: str | None = field(default=None, metadata={"help": "a YAML file that names roles and facts by hand"})
+    target: str = field(default="auto", metadata={"help": "auto, gpt2, stablelm or llama (default auto)"})
     n_head: int | None = field(default=None, metadata={"help": "attention heads, when the checkpoint does not say"})
     activation: str | None = field(default=None, metadata={"help": "gelu, gelu_tanh, relu or silu"})
     attention_scale: float | None = field(default=None, metadata={"help": "default: 1/sqrt(width of a head)"})
+    norm_eps: float | None = field(default=None, metadata={"help": "the norms' epsilon (default 1e-5)"})
+    reference: str | None = field(default=None, metadata={"help": "your own module, FILE.py:Class; this runs its code"})
+    reference_kwargs: str | None = field(default=None, metadata={"help": "JSON for its constructor"})
+    probe_text: str | None = field(default=None, metadata={"help": "a text file like the training text"})
+    inspect: bool = field(default=False, metadata={"help": "print each tensor and the role it was taken for, and stop"})
+    dry_run: bool = field(default=False, metadata={"help": "prove and report everything, write nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier conversion in output_dir"})
 
 
 def main():
     (args,) = parse(sys.argv[1:], ConvertArguments, description=__doc__)
-    check_output_dir(args.output_dir, args.overwrite, "conversion.json")
+    if args.output_dir:
+        check_output_dir(args.output_dir, args.overwrite, "conversion.json")
+    elif not (args.inspect or args.dry_run):
+        raise UserError("--output_dir is missing; name the folder to write, or pass --dry_run or --inspect.")
 
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, GenerationConfig, GPT2LMHeadModel
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     import fledge
-    from fledge.checkpoints.gpt2 import to_gpt2
-    from fledge.checkpoints.layouts import recognise
+    from fledge.checkpoints import evidence
+    from fledge.checkpoints.layouts import Fact, fit_vocabulary, read_mapping, recognise, require_settled
     from fledge.checkpoints.loading import load_checkpoint
-    from fledge.checkpoints.proof import prove_exact, prove_saved, reference
+    from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, reference
+    from fledge.checkpoints.structure import detect
+    from fledge.checkpoints.targets import refuse_unconvertible, to_target
     from fledge.tokenizers import load_tokenizer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
     checkpoint = load_checkpoint(args.checkpoint)
-    print(f"Read {len(checkpoint.tensors)} tensors from {args.checkpoint}.")
-    gpt, facts = recognise(checkpoint, args.layout, args.n_head, args.activation, args.attention_scale)
-    tokenizer = load_tokenizer(args.tokenizer, gpt.context_length)
-    if len(tokenizer) != gpt.vocab_size:
-        raise UserError(
-            f"The tokenizer {args.tokenizer} has {len(tokenizer)} tokens and the checkpoint's embedding has "
-            f"{gpt.vocab_size} rows; name the tokenizer that the model was trained with."
-        )
+    print(f"Read {len(checkpoint.tensors)} tensors from {args.checkpoint}, left out {len(checkpoint.left_out)}.")
+    roles, told = read_mapping(args.mapping) if args.mapping else ({}, {})
+    for name in ("n_head", "activation", "attention_scale", "norm_eps"):
+        if getattr(args, name) is not None:
+            told[name] = Fact(name, getattr(args, name), f"--{name}")
+    if args.inspect:
+        structure = detect(checkpoint.tensors, roles)
+        for name, tensor in checkpoint.tensors.items():
+            stored = "  stored (in, out)" if name in structure.transposed else ""
+            print(f"  {name:<50} {tuple(tensor.shape)!s:<18} {structure.roles.get(name, '?')}{stored}")
+        for name, why in checkpoint.left_out.items():
+            print(f"  {name:<50} left out: {why}")
+        for problem in structure.problems:
+            print(problem)
+        return
+
+    gpt, facts = recognise(checkpoint, args.layout, roles, told)
+    tokenizer = load_tokenizer(args.tokenizer, gpt.context_length, checkpoint.vocabulary)
+    proof, trials = {}, []
+    if args.reference:
+        own = evidence.load_reference(args.reference, args.reference_kwargs, checkpoint)
+        gpt, proof["reference_max_error"] = evidence.settle_by_reference(gpt, facts, own)
+    gpt, cut = fit_vocabulary(gpt, len(tokenizer), args.tokenizer or "in the checkpoint")
+    if args.probe_text:
+        print(f"Reading {args.probe_text} under each open assumption ...", flush=True)
+        gpt, proof["probe_text_loss"], trials = evidence.settle_by_text(gpt, facts, tokenizer, args.probe_text)
     for fact in facts:
         print(f"  {fact.name:<16} {fact.value!s:<22} from {fact.source}")
+    for trial in trials:
+        print(f"    {trial.name} {trial.value} would give {trial.score:.4f} nats per token")
+    refuse_unconvertible(gpt)
+    require_settled(facts)
 
     end = tokenizer.eos_token_id
-    token_ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-    config, weights, folds = to_gpt2(gpt, token_ids)
-    for fold in folds:
+    token_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    config, weights, folds = to_target(gpt, token_ids, args.target)
+    for fold in (folds := [*cut, *folds]):
         print(f"  {fold}")
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(config)
-    model.load_state_dict(weights, assign=True, strict=True)
-    model.tie_weights()
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     print("Proving: the same logits in float64 ...", flush=True)
     probes = reference(gpt)
-    exact = prove_exact(probes, model)
-    parameters = model.num_parameters()
+    proof |= {"float64_max_error": prove_exact(probes, model, weights)}
+    proof["positions"] = sum(ids.numel() for ids, _ in probes)
+    report = {
+        "source": checkpoint.source,
+        "facts": [asdict(fact) for fact in facts],
+        "alternatives": [asdict(trial) for trial in trials],
+        "folds": folds,
+        "left_out": checkpoint.left_out,
+        "target": type(model).__name__,
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "context_length": gpt.context_length,
+        "vocab_size": gpt.vocab_size,
+        "proof": proof,
+        "versions": {
+            "fledge": fledge.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    if args.dry_run:
+        print(f"Proven: {proof['float64_max_error']:.1e} in float64. Nothing was written: --dry_run.")
+        return
 
     with staged(args.output_dir, args.overwrite, "conversion.json") as folder:
-        model.float().generation_config = GenerationConfig(**token_ids)
+        weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+        model.load_state_dict(weights, assign=True, strict=False)
+        model.tie_weights()
+        model.generation_config = GenerationConfig(**{name: i for name, i in token_ids.items() if i is not None})
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         print("Proving: the same from the saved folder ...", flush=True)
-        saved = prove_saved(probes, AutoModelForCausalLM.from_pretrained(folder))
-        report = {
-            "source": checkpoint.source,
-            "facts": [asdict(fact) for fact in facts],
-            "folds": folds,
-            "left_out": checkpoint.left_out,
-            "target": type(model).__name__,
-            "parameters": parameters,
-            "context_length": gpt.context_length,
-            "vocab_size": gpt.vocab_size,
-            "proof": {"float64_max_error": exact, **saved, "positions": sum(ids.numel() for ids, _ in probes)},
-            "versions": {
-                "fledge": fledge.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        proof |= prove_saved(probes, model, weights)
+        proof["greedy_tokens"] = prove_greedy(gpt, model)
         write_json(folder / "conversion.json", report)
     print(
-        f"Proven: {exact:.1e} in float64; {saved['max_relative_error']:.1e} of the largest logit after reloading, "
-        f"arg max equal at {saved['argmax_equal']:.2%} of {report['proof']['positions']} positions."
+        f"Proven: {proof['float64_max_error']:.1e} in float64; {proof['max_relative_error']:.1e} of the largest logit "
+        f"after reloading, arg max equal at {proof['argmax_equal']:.2%} of {proof['positions']} positions, "
+        f"{proof['greedy_tokens']} greedy tokens the same."
     )
-    print(f"{args.output_dir} is a {report['target']} of {parameters:,} parameters. Next: prepare_dataset.py")
+    if "probe_text_loss" in proof:
+        print(f"Loss on {args.probe_text}: {proof['probe_text_loss']:.3f} nats per token.")
+    print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters. Next: prepare_dataset.py")
 
 
 if __name__ == "__main__":

@@ -41,11 +41,16 @@ def main():
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(args.model)
     text = instruction(" ".join(args.topic.split()), args.ending) if args.topic is not None else args.prompt
-    # A base model has no template: it continues the text itself.
+    # A base model has no template: it continues the text itself, as the beginning of a document.
+    begin = [] if tokenizer.chat_template or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text = prompt_text(tokenizer, text) if tokenizer.chat_template else text
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # a character outside the vocabulary; the Rust side raises bare Exception
+        raise UserError(f"The prompt cannot be written with this model's tokenizer: {error}.") from error
     if not ids:
         raise UserError("The prompt is empty.")
+    ids = begin + ids
     if args.num_samples == 1:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         answer_batch(model, tokenizer, [ids], sampling, sampling.seed, streamer)

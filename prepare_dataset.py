@@ -52,6 +52,11 @@ def main():
     transformers.logging.set_verbosity_error()
     source, task = load_source(args.source), load_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The vocabulary of {args.tokenizer} has no end-of-text token, so a model with it can generate but not "
+            "learn where an answer ends; train one whose vocabulary has <|endoftext|>."
+        )
     template = args.template or task.TEMPLATE
     tokenizer.chat_template = load_template(template)
     max_length = tokenizer.model_max_length if args.max_length is None else args.max_length
@@ -85,7 +90,10 @@ def main():
     kept = []
     for begin in range(0, len(examples), 1000):
         batch = examples[begin : begin + 1000]
-        encoded = encode(tokenizer, [e["instruction"] for e in batch], [e["response"] for e in batch])
+        try:
+            encoded = encode(tokenizer, [e["instruction"] for e in batch], [e["response"] for e in batch])
+        except Exception as error:  # a character outside the vocabulary; the Rust side raises bare Exception
+            raise UserError(f"The records cannot be written with this tokenizer: {error}.") from error
         for example, whole in zip(batch, encoded, strict=True):
             fitted = fit(whole, max_length, args.overflow)
             if fitted is None:

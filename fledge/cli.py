@@ -133,8 +133,12 @@ def staged(output_dir: str | Path, overwrite: bool, *markers: str) -> Iterator[P
             shutil.rmtree(replaced)
         else:
             building.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    except Exception as error:
+        from safetensors import SafetensorError  # its way of reporting a full disk
+
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -153,5 +157,5 @@ def read_json(path: Path, what: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing; {what} writes it.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); run {what} again.") from error

@@ -52,7 +52,8 @@ def answer_batch(
     context, longest = model.config.max_position_embeddings, max(map(len, prompts))
     if longest >= context:
         raise UserError(f"A prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it.")
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked, so that any token does
     input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = {"top_k": sampling.top_k, "top_p": sampling.top_p, "temperature": sampling.temperature}

@@ -148,10 +148,10 @@ def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model
     model.config.use_cache = True  # TRL switches it off for training
     tokenizer = trainer.processing_class
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     # Greedy decoding makes a small model repeat itself.
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad, **sampling)
+    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad, **sampling)
     return model
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import load_scratch_gpt, run_script
+from conftest import ROOT, load_scratch_gpt, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,15 +89,17 @@ def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_p
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     assert {fact["name"]: (fact["value"], fact["source"]) for fact in report["facts"]} == {
-        "layout": ("scratch", "tensor names"),
+        "layout": ("scratch", "names of tensors"),
         "n_head": (2, "checkpoint config"),
         "activation": ("gelu_tanh", "layout default"),
-        "attention_scale": (8**-0.5, "layout default"),
-        "norm_eps": (1e-5, "layout default"),
-        "norm placement": ("pre-norm", "layout default"),
+        "attention_scale": (8**-0.5, "usual practice"),
+        "norm": ("layernorm", "tensors"),
+        "norm_eps": (1e-5, "usual practice"),
         "tied head": (True, "tensors"),
+        "embedding_scale": (1.0, "usual practice"),
+        "post_norm": (False, "usual practice"),
     }
-    assert report["folds"] == ["Biases that the source does not have are zeros."]
+    assert report["folds"] == report["alternatives"] == []
     assert report["left_out"] == {"step": "beside model_state_dict"}
     assert report["target"] == "GPT2LMHeadModel"
     assert report["parameters"] == model.num_parameters() == sum(p.numel() for p in model.parameters())
@@ -106,7 +108,8 @@ def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_p
     assert 0 <= proof["float64_max_error"] <= 1e-9
     assert 0 < proof["max_relative_error"] <= 1e-5
     assert proof["argmax_equal"] == 1
-    assert proof["positions"] == 16 + 4 * 16
+    assert proof["positions"] == 16 + 4 * 8
+    assert proof["greedy_tokens"] == 15
     assert report["versions"]["fledge"] == fledge.__version__
     assert set(report["versions"]) == {"fledge", "torch", "transformers"}
 
@@ -167,7 +170,7 @@ def write_diverged(folder):
         (lambda folder: folder / "missing.pt", ["There is no checkpoint", "missing.pt"]),
         (write_story, ["story.pt", "checkpoint"]),
         (write_evil, ["evil.pt", "system", "runs no code"]),
-        (write_other_layout, ["No layout", "conv.weight"]),
+        (write_other_layout, ["No numbered layers", "--inspect", "--mapping"]),
         (write_diverged, ["diverged.pt", "not finite", "conv.weight"]),
     ],
     ids=["missing", "text", "evil", "other_layout", "diverged"],
@@ -188,9 +191,15 @@ def test_bad_checkpoint_is_one_sentence_and_nothing_is_written(write, words, own
         ({"tokenizer": "no/such/tokenizer"}, ["There is no tokenizer at no/such/tokenizer"]),
         ({"n_head": 3}, ["n_head 3 does not divide the width 16"]),
         ({"n_head": "many"}, ["n_head", "many"]),
-        ({"activation": "swish"}, ["--activation swish", "gelu_tanh"]),
-        ({"layout": "llama"}, ["--layout llama", "per_head"]),
-        ({"layout": "book"}, ["book", "does not know"]),
+        ({"activation": "swish"}, ["activation swish (--activation)", "gelu_tanh"]),
+        ({"attention_scale": 0}, ["attention_scale 0.0 (--attention_scale)", "positive"]),
+        ({"norm_eps": -1}, ["norm_eps -1.0 (--norm_eps)", "positive"]),
+        ({"layout": "gpt5"}, ["--layout gpt5", "per_head"]),
+        ({"target": "bert"}, ["--target bert", "stablelm"]),
+        ({"target": "llama"}, ["--target llama", "learned positions"]),
+        ({"mapping": "no/such.yaml"}, ["no/such.yaml", "No such file"]),
+        ({"probe_text": "no/such.txt"}, ["no/such.txt", "cannot be read"]),
+        ({"reference": "no_such.py:GPT"}, ["FILE.py:Class", "no_such.py"]),
         ({"n_heads": 2}, ["--n_heads"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -202,8 +211,10 @@ def test_bad_argument_is_one_sentence_and_nothing_is_written(changed, words, own
 
 
 def test_missing_key_is_named(own, monkeypatch, capsys):
-    status, _, error = run_here(monkeypatch, capsys, "--checkpoint", own[0] / "checkpoint.pt")
-    assert_refused(status, error, ["--tokenizer", "--output_dir"])
+    given = ("--checkpoint", own[0] / "checkpoint.pt")
+    assert_refused(*run_here(monkeypatch, capsys, *given)[::2], ["--output_dir", "--dry_run", "--inspect"])
+    assert_refused(*run_here(monkeypatch, capsys, *given, "--dry_run")[::2], ["--tokenizer"])
+    assert_refused(*run_here(monkeypatch, capsys, "--inspect")[::2], ["--checkpoint"])
 
 
 def test_unknown_key_of_a_recipe_is_named(own, tmp_path, monkeypatch, capsys):
@@ -295,3 +306,109 @@ def test_nothing_stays_behind_of_a_model_that_is_not_proven(tolerance, words, ow
     status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"))
     assert_refused(status, error, [words])
     assert not any(tmp_path.iterdir())
+
+
+def test_dry_run_proves_and_writes_nothing(own, tmp_path, monkeypatch, capsys):
+    status, out, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"), "--dry_run")
+    assert (status, error) == (0, "")
+    assert "Proven: " in out
+    assert "Nothing was written" in out
+    assert not any(tmp_path.iterdir())
+
+
+def test_inspect_shows_each_tensor_with_its_role_and_what_is_in_the_way(own, tmp_path, monkeypatch, capsys):
+    status, out, _ = run_here(monkeypatch, capsys, "--checkpoint", own[0] / "checkpoint.pt", "--inspect")
+    roles = {line.split()[0]: line.split()[-1] for line in out.splitlines()[1:]}
+    assert status == 0
+    assert roles["token_table.weight"] == "token_embedding.weight"
+    assert roles["layers.1.attention.to_key.weight"] == "blocks.1.key.weight"
+    assert roles["layers.0.feed_forward.shrink.bias"] == "blocks.0.mlp_out.bias"
+    assert "?" not in roles.values()
+
+    tensors = torch.load(own[0] / "checkpoint.pt", weights_only=True)["model_state_dict"]
+    torch.save(tensors | {"surprise": torch.ones(3, 5, 7)}, tmp_path / "odd.pt")
+    status, out, _ = run_here(monkeypatch, capsys, "--checkpoint", tmp_path / "odd.pt", "--inspect")
+    assert status == 0
+    assert "surprise has no role in a GPT" in out
+    refused = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt"))
+    assert_refused(*refused[::2], ["surprise", "--inspect", "--mapping"])
+
+
+def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
+    content = torch.load(own[0] / "checkpoint.pt", weights_only=True)
+    renamed = {
+        name.replace("to_query", "alpha").replace("to_key", "beta").replace("to_value", "gamma"): tensor
+        for name, tensor in content["model_state_dict"].items()
+    }
+    torch.save(content | {"model_state_dict": renamed}, tmp_path / "odd.pt")
+    given = arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt")
+    assert_refused(*run_here(monkeypatch, capsys, *given)[::2], ["query, key and value", "--mapping"])
+    (tmp_path / "names.yaml").write_text(
+        "blocks.{n}.query: layers.{n}.attention.alpha\n"
+        "blocks.{n}.key: layers.{n}.attention.beta\n"
+        "blocks.{n}.value: layers.{n}.attention.gamma\n"
+        "activation: gelu_tanh\n"
+    )
+    status, _, error = run_here(monkeypatch, capsys, *given, "--mapping", tmp_path / "names.yaml")
+    assert status == 0, error
+    run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "plain"))
+    plain, odd = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "base"))
+    assert plain.keys() == odd.keys()
+    assert all(torch.equal(plain[name], odd[name]) for name in plain)
+
+
+def test_reference_is_the_authors_own_module(own, tmp_path, monkeypatch, capsys):
+    script = ROOT / "examples" / "scratch_gpt.py"
+    given = arguments(own[0], tmp_path / "base", reference=f"{script}:ScratchGPT")
+    status, _, error = run_here(monkeypatch, capsys, *given)
+    assert status == 0, error
+    report = json.loads((tmp_path / "base" / "conversion.json").read_text())
+    assert report["proof"]["reference_max_error"] <= 1e-9
+    assert {fact["source"] for fact in report["facts"]} <= {
+        "tensors",
+        "checkpoint config",
+        "--reference",
+        "names of tensors",
+    }
+
+    (tmp_path / "other.py").write_text(script.read_text().replace('approximate="tanh"', 'approximate="none"'))
+    given = arguments(own[0], tmp_path / "other", reference=f"{tmp_path / 'other.py'}:ScratchGPT")
+    status, _, error = run_here(monkeypatch, capsys, *given)
+    assert status == 0, error
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["activation_function"] == "gelu"
+
+
+def test_padded_vocabulary_is_cut_and_a_wrong_one_refused(own, tmp_path, monkeypatch, capsys):
+    content = torch.load(own[0] / "checkpoint.pt", weights_only=True)
+    rows = len(content["model_state_dict"]["token_table.weight"])
+    padded = -(-(rows + 1) // 64) * 64
+    table = torch.cat([content["model_state_dict"]["token_table.weight"], torch.randn(padded - rows, 16)])
+    content["model_state_dict"] |= {"token_table.weight": table, "to_vocab.weight": table}
+    torch.save(content, tmp_path / "padded.pt")
+    given = arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "padded.pt")
+    status, out, error = run_here(monkeypatch, capsys, *given)
+    assert status == 0, error
+    assert f"The last {padded - rows} of {padded} embedding rows" in out
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["vocab_size"] == rows
+
+
+def test_text_that_the_model_does_not_know_is_refused(own, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(" ".join(STORIES) * 20)
+    given = arguments(own[0], tmp_path / "base", probe_text=tmp_path / "text.txt")
+    status, _, error = run_here(monkeypatch, capsys, *given)
+    assert_refused(status, error, ["nats per token", "guessing"])
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_stays_behind(own, tmp_path):
+    limited = tmp_path / "limited.py"
+    limited.write_text(
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    base = tmp_path / "deep" / "base"
+    finished = run_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
+    assert_refused(finished.returncode, finished.stderr, [base, "cannot be written"])
+    assert list(base.parent.iterdir()) == []

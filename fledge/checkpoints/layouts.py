@@ -1,104 +1,101 @@
-"""Known layouts as data, and the one function that reads a state dict through them.
+"""A checkpoint → the canonical GPT, and the facts that rest on somebody's word because tensors cannot show them.
 
-A layout maps a source name to a canonical one; `{n}` stands for a layer index and `{h}` for a head index. Heads that
-were saved one by one are concatenated, a fused `qkv` is split. To add a layout, add a `Layout`.
+Roles come from `structure`; a layout listed here only adds what its author is known to compute. To add one, add a
+`Layout`: names that only it has, and its defaults.
 """
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fledge.checkpoints.canonical import ACTIVATIONS, CanonicalGPT
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT
 from fledge.checkpoints.loading import Checkpoint
+from fledge.checkpoints.structure import Structure, detect
 from fledge.cli import UserError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`names` maps source to canonical names without their ending; `endings` says how the source calls those."""
+    """What tells a layout, and what its author computes.
 
-    activation: str
-    names: dict[str, str]
-    norm_endings: tuple[str, str] = ("weight", "bias")
+    `names` are parts of tensor names, `beside` entries of the file next to the weights, and `transposed` says that
+    matrices are stored (in, out).
+    """
+
+    names: tuple[str, ...]
+    facts: Mapping[str, object]
+    beside: tuple[str, ...] = ()
+    transposed: bool = False
 
 
+LLAMA = {"activation": "silu", "norm": "rmsnorm"}
 LAYOUTS = {
-    "scratch": Layout(
-        activation="gelu_tanh",
-        names={
-            "token_table": "token_embedding",
-            "position_table": "position_embedding",
-            "layers.{n}.norm_before_attention": "blocks.{n}.norm_1",
-            "layers.{n}.attention.to_query": "blocks.{n}.query",
-            "layers.{n}.attention.to_key": "blocks.{n}.key",
-            "layers.{n}.attention.to_value": "blocks.{n}.value",
-            "layers.{n}.attention.to_out": "blocks.{n}.output",
-            "layers.{n}.norm_before_feed_forward": "blocks.{n}.norm_2",
-            "layers.{n}.feed_forward.expand": "blocks.{n}.mlp_in",
-            "layers.{n}.feed_forward.shrink": "blocks.{n}.mlp_out",
-            "norm_at_end": "final_norm",
-            "to_vocab": "head",
-        },
-        norm_endings=("scale", "shift"),
-    ),
-    "per_head": Layout(
-        activation="gelu",
-        names={
-            "embeddings.token_embedding": "token_embedding",
-            "embeddings.pos_embedding": "position_embedding",
-            "blocks.{n}.layer_norm1": "blocks.{n}.norm_1",
-            "blocks.{n}.mha.heads.{h}.q": "blocks.{n}.query.{h}",
-            "blocks.{n}.mha.heads.{h}.k": "blocks.{n}.key.{h}",
-            "blocks.{n}.mha.heads.{h}.v": "blocks.{n}.value.{h}",
-            "blocks.{n}.mha.out_proj": "blocks.{n}.output",
-            "blocks.{n}.layer_norm2": "blocks.{n}.norm_2",
-            "blocks.{n}.feed_forward.layers.0": "blocks.{n}.mlp_in",
-            "blocks.{n}.feed_forward.layers.2": "blocks.{n}.mlp_out",
-            "layer_norm": "final_norm",
-            "output_layer": "head",
-        },
-    ),
-    "book": Layout(
-        activation="gelu_tanh",
-        names={
-            "tok_emb": "token_embedding",
-            "pos_emb": "position_embedding",
-            "trf_blocks.{n}.norm1": "blocks.{n}.norm_1",
-            "trf_blocks.{n}.att.W_query": "blocks.{n}.query",
-            "trf_blocks.{n}.att.W_key": "blocks.{n}.key",
-            "trf_blocks.{n}.att.W_value": "blocks.{n}.value",
-            "trf_blocks.{n}.att.out_proj": "blocks.{n}.output",
-            "trf_blocks.{n}.norm2": "blocks.{n}.norm_2",
-            "trf_blocks.{n}.ff.layers.0": "blocks.{n}.mlp_in",
-            "trf_blocks.{n}.ff.layers.2": "blocks.{n}.mlp_out",
-            "final_norm": "final_norm",
-            "out_head": "head",
-        },
-        norm_endings=("scale", "shift"),
-    ),
-    "nanogpt": Layout(
-        activation="gelu",
-        names={
-            "transformer.wte": "token_embedding",
-            "transformer.wpe": "position_embedding",
-            "transformer.h.{n}.ln_1": "blocks.{n}.norm_1",
-            "transformer.h.{n}.attn.c_attn": "blocks.{n}.qkv",
-            "transformer.h.{n}.attn.c_proj": "blocks.{n}.output",
-            "transformer.h.{n}.ln_2": "blocks.{n}.norm_2",
-            "transformer.h.{n}.mlp.c_fc": "blocks.{n}.mlp_in",
-            "transformer.h.{n}.mlp.c_proj": "blocks.{n}.mlp_out",
-            "transformer.ln_f": "final_norm",
-            "lm_head": "head",
-        },
+    "scratch": Layout(("token_table", "feed_forward.expand"), {"activation": "gelu_tanh"}),
+    "book": Layout(("trf_blocks.0.att.",), {"activation": "gelu_tanh"}),
+    "per_head": Layout(("mha.heads.0.q.", "feed_forward.layers.0"), {"activation": "gelu"}),
+    "gpt2": Layout(("wte.", "h.0.attn.c_attn"), {"activation": "gelu_tanh"}, transposed=True),
+    "build_nanogpt": Layout(("wte.", "h.0.attn.c_attn"), {"activation": "gelu_tanh"}, beside=("step", "val_loss")),
+    "nanogpt": Layout(("transformer.wte.", "h.0.attn.c_attn", "lm_head"), {"activation": "gelu"}),
+    "mingpt": Layout(("tok_emb", "attn.key", "mlp.0", "ln_f"), {"activation": "gelu"}),
+    "lecture": Layout(("token_embedding_table", "position_embedding_table"), {"activation": "relu"}),
+    "student": Layout(("tok_emb", "attn.qkv", "ffn.0"), {"activation": "gelu"}),
+    "story_chat": Layout(("attn.wq", "mlp.w1", "ln_1"), {"activation": "silu", "rope": "interleaved"}),
+    "llama2.c": Layout(("tok_embeddings", "attention.wq", "feed_forward.w1"), LLAMA | {"rope": "interleaved"}),
+    "llama": Layout(("self_attn.q_proj", "mlp.gate_proj"), LLAMA | {"rope": "half"}),
+    "torch": Layout(("self_attn.in_proj_weight", "linear1"), {"activation": "relu", "post_norm": True}),
+}
+"""In the order in which they are tried."""
+
+CONFIG_KEYS = {
+    "n_head": ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead"),
+    "activation": ("activation", "activation_function", "hidden_act"),
+    "norm_eps": ("norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "eps"),
+    "rope_theta": ("rope_theta", "rope_base"),
+    "context_length": (
+        "context_length",
+        "max_seq_len",
+        "block_size",
+        "n_positions",
+        "max_position_embeddings",
+        "max_len",
+        "ctx",
     ),
 }
+CONFIG_ACTIVATIONS = {
+    "gelu": "gelu",
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_tanh"), "gelu_tanh"),
+    "relu": "relu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
+}
 
-REQUIRED = ("token_embedding", "position_embedding", "final_norm")
+BY_HEAD = re.compile(r"\.(query|key|value)\.(?:\{h\}|\d+)$")
+REQUIRED = ("token_embedding", "final_norm")
 REQUIRED_IN_BLOCK = ("norm_1", "query", "key", "value", "norm_2", "mlp_in", "mlp_out")
-CONFIG_HEADS = ("n_head", "n_heads", "num_heads", "num_attention_heads")
+OUTSIDE = {"token_embedding", "position_embedding", "final_norm", "head"}
+INSIDE = {"norm_1", "qkv", "query", "key", "value", "output", "norm_2", "mlp_in", "mlp_gate", "mlp_out"}
+ALLOWED = {
+    "activation": tuple(ACTIVATIONS),
+    "norm": NORMS,
+    "rope": ROTATIONS,
+    "post_norm": (True, False),
+    "qkv_by_head": (True, False),
+}
+TOLD = ("n_head", "activation", "attention_scale", "norm_eps", "norm", "rope", "rope_theta", "context_length")
+TOLD += ("embedding_scale", "post_norm", "qkv_by_head")
+"""The facts that flags and `--mapping` may state."""
+
+ASSUMED = ("layout default", "usual practice", "nobody")
+"""Sources of facts that evidence may overrule. What nobody said must be settled before anything is written."""
+
+
+PER_TOKEN = {"token_embedding.weight", "head.weight", "head.bias"}
+LARGEST = 1e12
+"""No number that a fact can be is as large."""
 
 
 @dataclass
@@ -109,125 +106,292 @@ class Fact:
     value: object
     source: str
 
+    @property
+    def open(self) -> bool:
+        return self.source in ASSUMED
+
+
+def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
+    """Reads `--mapping FILE.yaml`: canonical module → source module (`{n}` a layer, `{h}` a head), and facts by name.
+
+    Returns:
+        source module → canonical module, and the facts.
+
+    Raises:
+        UserError: not a YAML mapping, or a key that is neither a role nor a fact.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--mapping {file} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date with 13 months, or 1000 brackets
+        raise UserError(f"--mapping {file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--mapping {file} holds a {type(content).__name__}, not `role: source` lines.")
+    roles, facts = {}, {}
+    for key, value in content.items():
+        # Only queries, keys and values are saved by head.
+        inside = re.fullmatch(r"blocks\.(?:\{n\}|\d+)\.(\w+)", re.sub(BY_HEAD, r".\1", str(key)))
+        if key in TOLD:
+            # YAML 1.1 takes 1e-5 for a word: it wants 1.0e-5.
+            exponent = isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value)
+            facts[key] = Fact(key, float(value) if exponent else value, "--mapping")
+        elif isinstance(value, str) and (key in OUTSIDE or (inside and inside[1] in INSIDE)):
+            if sorted(re.findall(r"\{[nh]\}", key)) != sorted(re.findall(r"\{[nh]\}", value)):
+                raise UserError(
+                    f"--mapping {file} says {key}: {value}; {{n}} and {{h}} stand once in both or in neither."
+                )
+            roles[value] = key
+        else:
+            raise UserError(
+                f"--mapping {file} says {key}: {value}; a key is one of {', '.join(sorted(OUTSIDE))}, blocks.{{n}}. "
+                f"and one of {', '.join(sorted(INSIDE))}, or one of the facts {', '.join(TOLD)}."
+            )
+    return roles, facts
+
 
 def recognise(
     checkpoint: Checkpoint,
     layout: str | None = None,
-    n_head: int | None = None,
-    activation: str | None = None,
-    attention_scale: float | None = None,
+    roles: Mapping[str, str] | None = None,
+    told: Mapping[str, Fact] | None = None,
 ) -> tuple[CanonicalGPT, list[Fact]]:
-    """Reads a checkpoint through the layout that names every one of its tensors.
+    """The canonical GPT of a checkpoint, with what it rests on.
+
+    Args:
+        checkpoint: the loaded file.
+        layout: a key of `LAYOUTS` whose defaults to use, instead of telling it by its names.
+        roles: source module → canonical module, named by hand.
+        told: facts stated by flags or a mapping, by name.
 
     Raises:
-        UserError: no layout fits (the closest and what it lacks are named), shapes contradict each other, or a fact
-            that tensors cannot show is missing.
+        UserError: a tensor whose role cannot be told, shapes that contradict each other, or a wrong fact.
     """
-    name, named = _match(checkpoint.tensors, layout)
-    preset = LAYOUTS[name]
-    facts = [Fact("layout", name, "--layout" if layout else "tensor names")]
-    tensors, heads_seen = _assemble(named)
-    n_layer = _check_shapes(tensors)
-    width = tensors["token_embedding.weight"].shape[1]
-
-    said = [checkpoint.config.get(key) for key in CONFIG_HEADS]
-    from_config = next((value for value in said if isinstance(value, int)), None)
-    for value, source in ((heads_seen, "tensors"), (n_head, "--n_head"), (from_config, "checkpoint config")):
-        if value:
-            facts.append(Fact("n_head", n_head := value, source))
-            break
-    else:
+    if layout and layout not in LAYOUTS:
+        raise UserError(f"--layout {layout} is unknown; choose one of {', '.join(LAYOUTS)}.")
+    structure = detect(checkpoint.tensors, roles or {})
+    if structure.refusals:
+        raise UserError(structure.refusals[0])
+    if structure.problems:
         raise UserError(
-            f"The number of attention heads is in neither the tensors nor the checkpoint's config; pass --n_head "
-            f"(a divisor of the width {width})."
+            f"{structure.problems[0]} --inspect shows what every tensor was taken for, and --mapping FILE.yaml names "
+            "roles by hand."
         )
-    if n_head < 1 or width % n_head:
-        raise UserError(f"n_head {n_head} does not divide the width {width}.")
+    tensors, heads_seen = _assemble(checkpoint.tensors, structure)
+    n_layer = _check_shapes(tensors)
+    name = layout or next((name for name in LAYOUTS if _fits(LAYOUTS[name], checkpoint, structure)), None)
+    preset = LAYOUTS[name].facts if name else {}
+    where = "--layout" if layout else "names of tensors" if name else "no layout has these names"
+    facts = {"layout": Fact("layout", name, where)}
+    width, has_positions = tensors["token_embedding.weight"].shape[1], "position_embedding.weight" in tensors
 
-    facts.append(
-        Fact("activation", activation or preset.activation, "--activation" if activation else "layout default")
-    )
-    if facts[-1].value not in ACTIVATIONS:
-        raise UserError(f"--activation {activation} is unknown; choose one of {', '.join(ACTIVATIONS)}.")
-    usual_scale = (width // n_head) ** -0.5
-    facts.append(
-        Fact(
-            "attention_scale",
-            attention_scale or usual_scale,
-            "--attention_scale" if attention_scale else "layout default",
+    def settle(name: str, default: object, source: str = "usual practice") -> object:
+        if told and name in told:
+            facts[name] = told[name]
+        elif name in CONFIG_KEYS and (said := _from_config(checkpoint.config, name)) is not None:
+            facts[name] = Fact(name, said, "checkpoint config")
+        elif name in preset:
+            facts[name] = Fact(name, preset[name], "layout default")
+        else:
+            facts[name] = Fact(name, default, source)
+        return _check_fact(facts[name])
+
+    if heads_seen:
+        facts["n_head"] = Fact("n_head", heads_seen, "tensors")
+        if told and "n_head" in told and told["n_head"].value != heads_seen:
+            raise UserError(
+                f"{told['n_head'].source} says {told['n_head'].value} heads; the tensors show {heads_seen}."
+            )
+    else:
+        settle("n_head", _likely_heads(width, len(tensors["blocks.0.key.weight"]), not has_positions), "nobody")
+    n_head = facts["n_head"].value
+    if width % n_head:
+        raise UserError(f"n_head {n_head} does not divide the width {width}.")
+    head_width = width // n_head
+    if tensors["blocks.0.key.weight"].shape[0] % head_width:
+        raise UserError(
+            f"Heads of width {head_width} do not fit keys of width {tensors['blocks.0.key.weight'].shape[0]}."
         )
-    )
-    facts.append(Fact("norm_eps", 1e-5, "layout default"))
-    facts.append(Fact("norm placement", "pre-norm", "layout default"))
+    if head_width % 2 and not has_positions:
+        raise UserError(f"Heads of width {head_width}, as n_head {n_head} says, cannot be rotated in pairs.")
+    settle("activation", "silu" if "blocks.0.mlp_gate.weight" in tensors else "gelu")
+    settle("attention_scale", head_width**-0.5)
+    norm_biases = any(re.search(r"norm.*bias", name) for name in tensors)
+    if norm_biases:
+        facts["norm"] = Fact("norm", "layernorm", "tensors")
+    else:
+        settle("norm", "layernorm" if has_positions else "rmsnorm")
+    settle("norm_eps", 1e-5)
+    if has_positions:
+        rope, context_length = None, tensors["position_embedding.weight"].shape[0]
+    else:
+        rope, theta = _find_rope(checkpoint.left_out, settle), settle("rope_theta", 10_000.0)
+        context_length = settle("context_length", 0, "nobody")
+        if not context_length:
+            raise UserError(
+                "There is no table of positions, and no config says how long the context is; say context_length: N in "
+                "a --mapping."
+            )
     head, token_embedding = tensors.get("head.weight"), tensors["token_embedding.weight"]
     tied = head is None or (head.shape == token_embedding.shape and torch.equal(head, token_embedding))
-    facts.append(Fact("tied head", tied, "tensors"))
-    tensors.setdefault("head.weight", token_embedding)
+    facts["tied head"] = Fact("tied head", tied, "tensors")
+    if tied:
+        tensors["head.weight"] = token_embedding
     gpt = CanonicalGPT(
         tensors=tensors,
         n_layer=n_layer,
         n_head=n_head,
-        activation=facts[2].value,
-        attention_scale=facts[3].value,
-        norm_eps=1e-5,
+        n_kv_head=tensors["blocks.0.key.weight"].shape[0] // head_width,
+        context_length=context_length,
+        activation=facts["activation"].value,
+        attention_scale=facts["attention_scale"].value,
+        norm_eps=facts["norm_eps"].value,
         tied=tied,
+        norm=facts["norm"].value,
+        rope=rope,
+        rope_theta=10_000.0 if has_positions else theta,
+        embedding_scale=settle("embedding_scale", 1.0),
+        post_norm=settle("post_norm", False),
     )
-    return gpt, facts
+    if any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values()) and (
+        gpt.n_head == gpt.n_kv_head > 1
+    ):
+        gpt = regroup(gpt) if settle("qkv_by_head", False) else gpt
+    for name, fact in (told or {}).items():
+        shown = facts[name].value if name in facts else vars(gpt).get(name, False)
+        if fact.value != shown:
+            raise UserError(f"{fact.source} says {name}: {fact.value}; the tensors show {shown}.")
+    return gpt, list(facts.values())
 
 
-def _match(tensors: dict[str, Tensor], wanted: str | None) -> tuple[str, dict[str, Tensor]]:
-    if wanted and wanted not in LAYOUTS:
-        raise UserError(f"--layout {wanted} is unknown; choose one of {', '.join(LAYOUTS)}.")
-    attempts = {name: _rename(tensors, LAYOUTS[name]) for name in ([wanted] if wanted else LAYOUTS)}
-    name = max(attempts, key=lambda n: len(attempts[n]))
-    if len(attempts[name]) < len(tensors):
-        known = {source for source, _ in attempts[name].values()}
-        unknown = [source for source in tensors if source not in known]
+def regroup(gpt: CanonicalGPT, into_thirds: bool = False) -> CanonicalGPT:
+    """Reads fused projections the other way: (head, q/k/v, row of the head) instead of (q/k/v, head, row), or back."""
+    tensors = dict(gpt.tensors)
+    for n in range(gpt.n_layer):
+        for kind in ("weight", "bias"):
+            names = [f"blocks.{n}.{part}.{kind}" for part in ("query", "key", "value")]
+            if names[0] in tensors:
+                fused = torch.cat([tensors[name] for name in names])
+                grouped = fused.unflatten(0, (3, gpt.n_head, -1) if into_thirds else (gpt.n_head, 3, -1))
+                tensors |= dict(zip(names, grouped.transpose(0, 1).flatten(0, 2).chunk(3), strict=True))
+    return replace(gpt, tensors=tensors)
+
+
+def require_settled(facts: list[Fact]) -> None:
+    """Refuses to go on with a fact that nobody stated and no evidence settled.
+
+    Raises:
+        UserError: which one, and what would settle it.
+    """
+    how = {"n_head": "pass --n_head", "rope": "say rope: interleaved or rope: half in a --mapping"}
+    for fact in facts:
+        if fact.source == "nobody":
+            raise UserError(
+                f"The tensors do not show {fact.name} and no config says it; {how[fact.name]}, or --probe_text with "
+                "text like that it was trained on."
+            )
+
+
+def fit_vocabulary(gpt: CanonicalGPT, tokens: int, name: str) -> tuple[CanonicalGPT, list[str]]:
+    """Cuts rows that only padded the vocabulary to a round number (50,257 to 50,304), and says so.
+
+    Raises:
+        UserError: the tokenizer has another number of tokens than the embedding has rows.
+    """
+    rows = gpt.vocab_size
+    if rows == tokens:
+        return gpt, []
+    if not (tokens < rows < tokens + 128 and rows % 8 == 0):
         raise UserError(
-            f"No layout names every tensor: the closest, {name}, does not know {len(unknown)} of {len(tensors)}, "
-            f"such as {', '.join(unknown[:3])}; the layouts are {', '.join(LAYOUTS)}."
+            f"The tokenizer {name} has {tokens} tokens and the checkpoint's embedding has {rows} rows; name the "
+            "tokenizer that the model was trained with."
         )
-    return name, {target: tensor for target, (_, tensor) in attempts[name].items()}
+    cut = {key: gpt.tensors[key][:tokens] for key in PER_TOKEN & gpt.tensors.keys()}
+    said = f"The last {rows - tokens} of {rows} embedding rows, which pad the vocabulary, are cut off."
+    return replace(gpt, tensors={**gpt.tensors, **cut}), [said]
 
 
-def _rename(tensors: dict[str, Tensor], layout: Layout) -> dict[str, tuple[str, Tensor]]:
-    """Canonical name → (source name, tensor), for the tensors that the layout knows."""
-    rules = []
-    for source, target in layout.names.items():
-        is_norm = "norm" in target
-        for ending, canonical in zip(
-            layout.norm_endings if is_norm else ("weight", "bias"), ("weight", "bias"), strict=True
-        ):
-            if target.endswith("embedding") and canonical == "bias":
-                continue
-            pattern = re.escape(f"{source}.{ending}").replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{h\}", r"(?P<h>\d+)")
-            rules.append((re.compile(pattern), f"{target}.{canonical}"))
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, target in rules:
-            if found := pattern.fullmatch(name):
-                renamed[target.format(**{key: int(index) for key, index in found.groupdict().items()})] = (name, tensor)
-                break
-    return renamed
+def _fits(layout: Layout, checkpoint: Checkpoint, structure: Structure) -> bool:
+    return (
+        all(any(part in name for name in checkpoint.tensors) for part in layout.names)
+        and all(entry in checkpoint.left_out for entry in layout.beside)
+        and layout.transposed == bool(structure.transposed)
+    )
 
 
-def _assemble(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
-    """Concatenates heads, splits fused projections, widens to float64; also returns the number of heads seen."""
+def _from_config(config: Mapping[str, object], name: str) -> object:
+    value = next((config[key] for key in CONFIG_KEYS[name] if key in config), None)
+    if name == "activation":
+        return CONFIG_ACTIVATIONS.get(str(value).lower())
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _check_fact(fact: Fact) -> object:
+    """Its value, if it is one that the fact can have."""
+    if fact.name in ALLOWED:
+        if fact.value not in ALLOWED[fact.name]:
+            choices = ", ".join(str(choice).lower() for choice in ALLOWED[fact.name])
+            raise UserError(f"{fact.name} {fact.value} ({fact.source}) is unknown; choose one of {choices}.")
+    else:
+        whole = fact.name in ("n_head", "context_length")
+        number = isinstance(fact.value, int if whole else (int, float)) and not isinstance(fact.value, bool)
+        if not number or not (0 < fact.value < LARGEST or fact.source == "nobody"):
+            raise UserError(f"{fact.name} {fact.value} ({fact.source}) must be a positive {'whole ' * whole}number.")
+    return fact.value
+
+
+def _likely_heads(width: int, key_rows: int, rotary: bool) -> int:
+    """A start for evidence to improve on: of those that fit, what is next to heads 64 wide, or to four of them."""
+    fitting = [n for n in range(1, width + 1) if heads_fit(n, width, key_rows, rotary)] or [1]
+    return min(fitting, key=lambda n: abs(n - (width // 64 if width >= 128 else 4)))
+
+
+def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:
+    """Whether `n_head` heads fill the width and the keys, in pairs of coordinates if they are rotated."""
+    head_width, left = divmod(width, n_head)
+    return not (left or key_rows % head_width or (rotary and head_width % 2))
+
+
+def _find_rope(left_out: Mapping[str, str], settle: Callable[..., object]) -> object:
+    """Which coordinates RoPE turns together, as far as buffers show it: GPT-NeoX keeps inv_freq, cos and sin."""
+    buffers = [name for name, reason in left_out.items() if reason == "a buffer"]
+    if any("freqs" in name for name in buffers):
+        return settle("rope", "interleaved")
+    if any(word in name for word in ("inv_freq", "cos", "sin") for name in buffers):
+        return settle("rope", "half")
+    return settle("rope", "interleaved", "nobody")
+
+
+def _assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[str, Tensor], int | None]:
+    """Canonical tensors in the source's precision, and the number of heads if they were saved one by one.
+
+    Heads are concatenated, fused projections split, (in, out) turned to (out, in). Where possible these are views.
+    """
     tensors, heads = {}, {}
-    for name, tensor in named.items():
+    width = next((source[name].shape[-1] for name, role in structure.roles.items() if "norm" in role), 0)
+    for name, role in structure.roles.items():
+        tensor = source[name].squeeze() if source[name].dim() > 2 else source[name]
         if not tensor.dim():
             raise UserError(f"{name} has the shape (), and no weight is a single number.")
-    for name, tensor in named.items():
-        per_head = re.fullmatch(r"(.*)\.(\d+)\.(weight|bias)", name)
-        if per_head and per_head[1].endswith(("query", "key", "value")):
-            heads.setdefault(f"{per_head[1]}.{per_head[3]}", {})[int(per_head[2])] = tensor.double()
-        elif ".qkv." in name:
-            if tensor.shape[0] % 3:
-                raise UserError(f"{name} has {tensor.shape[0]} rows, which three projections cannot share.")
-            for part, piece in zip(("query", "key", "value"), tensor.double().chunk(3), strict=True):
-                tensors[name.replace("qkv", part)] = piece
+        tensor = tensor.T if name in structure.transposed and tensor.dim() == 2 else tensor
+        head = re.fullmatch(r"(.*\.(?:query|key|value))\.(\d+)\.(weight|bias)", role)
+        fused = re.fullmatch(r"(blocks\.\d+)\.([qkv]{3})\.(weight|bias)", role)
+        if head:
+            heads.setdefault(f"{head[1]}.{head[3]}", {})[int(head[2])] = tensor
+        elif fused:
+            key_rows, odd = divmod(len(tensor) - width, 2)
+            if key_rows <= 0 or odd:
+                raise UserError(f"{name} has {len(tensor)} rows, which query, key and value cannot share.")
+            pieces = tensor.split([width if letter == "q" else key_rows for letter in fused[2]])
+            for letter, piece in zip(fused[2], pieces, strict=True):
+                part = {"q": "query", "k": "key", "v": "value"}[letter]
+                tensors[f"{fused[1]}.{part}.{fused[3]}"] = piece
+        elif role in tensors:
+            raise UserError(f"Two tensors were taken for {role}, one of them {name}; name it in a --mapping.")
         else:
-            tensors[name] = tensor.double()
+            tensors[role] = tensor
     counts = {len(indices) for indices in heads.values()}
     for name, indices in heads.items():
         if sorted(indices) != list(range(max(counts))):
@@ -248,20 +412,30 @@ def _check_shapes(tensors: dict[str, Tensor]) -> int:
     required = [*REQUIRED, *(f"blocks.{n}.{role}" for n in sorted(layers) for role in REQUIRED_IN_BLOCK)]
     for role in required:
         if f"{role}.weight" not in tensors:
-            raise UserError(f"The checkpoint has no {role}; a pre-norm GPT with learned positions needs one.")
+            raise UserError(f"The checkpoint has no {role}, which every GPT has; name it in a --mapping.")
+    first = {name.removeprefix("blocks.0.") for name in tensors if name.startswith("blocks.0.")}
+    for n in sorted(layers):
+        own = {name.removeprefix(f"blocks.{n}.") for name in tensors if name.startswith(f"blocks.{n}.")}
+        if own != first:
+            raise UserError(f"Layer {n} and layer 0 differ in {', '.join(sorted(own ^ first))}; all must be alike.")
     vocab_size, width = tensors["token_embedding.weight"].shape[0], tensors["token_embedding.weight"].shape[-1]
-    mlp_width = tensors["blocks.0.mlp_in.weight"].shape[0]
+    mlp_width, kv_width = tensors["blocks.0.mlp_in.weight"].shape[0], tensors["blocks.0.key.weight"].shape[0]
     shapes = {
         "token_embedding": (vocab_size, width),
-        "position_embedding": (tensors["position_embedding.weight"].shape[0], width),
         "head": (vocab_size, width),
         "mlp_in": (mlp_width, width),
+        "mlp_gate": (mlp_width, width),
         "mlp_out": (width, mlp_width),
-        **dict.fromkeys(("query", "key", "value", "output"), (width, width)),
+        **dict.fromkeys(("query", "output"), (width, width)),
+        **dict.fromkeys(("key", "value"), (kv_width, width)),
         **dict.fromkeys(("norm_1", "norm_2", "final_norm"), (width,)),
     }
+    if "position_embedding.weight" in tensors:
+        shapes["position_embedding"] = (tensors["position_embedding.weight"].shape[0], width)
     for name, tensor in tensors.items():
         role, kind = name.split(".")[-2:]
+        if kind == "bias" and role in ("token_embedding", "position_embedding"):
+            raise UserError(f"{name} is a bias, and no embedding has one; name in a --mapping what it is.")
         expected = shapes[role] if kind == "weight" else shapes[role][:1]
         if tuple(tensor.shape) != expected:
             raise UserError(f"{name} has the shape {tuple(tensor.shape)}, and the other tensors demand {expected}.")

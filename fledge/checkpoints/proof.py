@@ -1,8 +1,14 @@
 """The proof that a converted model computes what its source computed."""
 
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
 from fledge.cli import UserError
@@ -11,27 +17,37 @@ FLOAT64_TOLERANCE = 1e-9
 """Largest |Δ logit| with both sides in float64."""
 FLOAT32_TOLERANCE = 1e-5
 """Largest |Δ logit| in float32, as a share of the largest |logit|. A wrong GELU is about 5e-4 off."""
+PROBE_WORK = 4e9
+"""Parameters times positions that a probe may cost: a small model is probed at every position of its context."""
 
 
-def probe_ids(vocab_size: int, context_length: int) -> list[Tensor]:
-    """Token ids (B, T) that touch every position and a spread of the vocabulary; the same on every run."""
+def probe_ids(gpt: CanonicalGPT) -> list[Tensor]:
+    """Token ids (B, T) that touch a spread of the vocabulary; the same on every run.
+
+    One row is as long as the context where the model is small enough; the first and the last token of the vocabulary
+    are in it.
+    """
+    parameters = sum(tensor.numel() for tensor in gpt.tensors.values())
+    long = min(gpt.context_length, max(32, int(PROBE_WORK / parameters)))
     generator = torch.Generator().manual_seed(0)
-    short = min(48, context_length)
-    return [torch.randint(vocab_size, shape, generator=generator) for shape in ((1, context_length), (4, short))]
+    ids = [torch.randint(gpt.vocab_size, shape, generator=generator) for shape in ((1, long), (4, min(8, long)))]
+    ids[0][0, 0], ids[0][0, -1] = 0, gpt.vocab_size - 1
+    return ids
 
 
 def reference(gpt: CanonicalGPT) -> list[tuple[Tensor, Tensor]]:
     """Probes with their reference logits in float64."""
-    return [(ids, reference_logits(gpt, ids)) for ids in probe_ids(gpt.vocab_size, gpt.context_length)]
+    return [(ids, reference_logits(gpt, ids)) for ids in probe_ids(gpt)]
 
 
-def prove_exact(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> float:
-    """Largest |Δ logit| of a float64 `model` against the reference.
+def prove_exact(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel, weights: Mapping[str, Tensor]) -> float:
+    """Largest |Δ logit| against the reference of `model`, on the meta device, running with `weights` in float64.
 
     Raises:
         UserError: it is above `FLOAT64_TOLERANCE`.
     """
-    worst, _ = _compare(probes, model)
+    with _streamed(model, weights):
+        worst, _ = _compare(probes, model)
     if not worst <= FLOAT64_TOLERANCE:
         raise UserError(
             f"The conversion is wrong: logits differ by {worst:.1e} in float64, {FLOAT64_TOLERANCE:g} allowed."
@@ -39,12 +55,20 @@ def prove_exact(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> 
     return worst
 
 
-def prove_saved(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> dict[str, float]:
-    """The same for a reloaded float32 `model`, relative to the largest logit, with the share of equal arg max.
+def prove_saved(
+    probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel, weights: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The same for the reloaded float32 `model`, relative to the largest logit, with the share of equal arg max.
+
+    Each tensor must also read back as `weights` has it, so that rows no probe touched are as sure as the others.
 
     Raises:
-        UserError: the error is above `FLOAT32_TOLERANCE`.
+        UserError: the error is above `FLOAT32_TOLERANCE`, or a tensor differs.
     """
+    loaded = model.state_dict()
+    for name, tensor in weights.items():
+        if not torch.equal(loaded[name], tensor.float()):
+            raise UserError(f"The saved model reads back another {name} than was written; is the disk sound?")
     worst, equal = _compare(probes, model)
     largest = max(logits.abs().max().item() for _, logits in probes)
     relative = worst / largest if largest else worst
@@ -56,10 +80,83 @@ def prove_saved(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> 
 
 
 @torch.no_grad()
+def prove_greedy(gpt: CanonicalGPT, model: PreTrainedModel, new_tokens: int = 16) -> int:
+    """Lets `model` continue a prompt greedily, with its cache, and asks the reference about each choice.
+
+    A choice is right if no other token has a reference logit larger by more than float32 allows (`FLOAT32_TOLERANCE`),
+    which equal logits of random weights need.
+
+    Returns:
+        How many tokens were checked.
+
+    Raises:
+        UserError: the model chose another token than its source would have.
+    """
+    prompt = probe_ids(gpt)[1][:1, : max(1, min(8, gpt.context_length - new_tokens))]
+    count = min(new_tokens, gpt.context_length - prompt.shape[1])
+    if count < 1:
+        return 0
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count}
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    logits = reference_logits(gpt, ids[:, :-1])[0, prompt.shape[1] - 1 :]
+    chosen = logits.gather(1, ids[0, prompt.shape[1] :, None])[:, 0]
+    short = (logits.amax(-1) - chosen) / logits.abs().amax()
+    if not short.max() <= 2 * FLOAT32_TOLERANCE:
+        raise UserError(
+            f"The saved model continues differently from its source: at token {int(short.argmax()) + 1} its choice is "
+            f"{short.max().item():.1e} of the largest logit below the best."
+        )
+    return count
+
+
+@contextlib.contextmanager
+def _streamed(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Runs a model on the meta device in float64, each module's weights widened only while it computes.
+
+    A 160M-parameter model in float64 would be 1.3 GB beside its source. Embeddings are widened after the lookup.
+    """
+    handles, norms = [], [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
+    for norm in norms:  # it rounds to float32 whatever the model runs in
+        norm.forward = functools.partial(_rms_norm, norm)
+    embedding = model.get_input_embeddings()
+    tied = next(f"{prefix}.weight" for prefix, module in model.named_modules() if module is embedding)
+    for prefix, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        if not own:
+            continue
+
+        def widen(module, inputs, prefix=prefix, own=own):
+            for name in own:
+                key = f"{prefix}.{name}"
+                tensor = weights[key if key in weights else tied]
+                tensor = tensor if isinstance(module, nn.Embedding) else tensor.double()
+                module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+        def release(module, inputs, output, own=own):
+            for name in own:
+                module._parameters[name] = nn.Parameter(module._parameters[name].to("meta"), requires_grad=False)
+            return output.double()
+
+        handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(release)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm in norms:
+            del norm.forward
+        model.tie_weights()  # or a tied head would be counted as one more matrix
+
+
+def _rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+@torch.no_grad()
 def _compare(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> tuple[float, float]:
     worst, equal, positions = 0.0, 0, 0
     for ids, expected in probes:
-        logits = model.eval()(input_ids=ids).logits.double()
+        logits = model.eval()(input_ids=ids, use_cache=False).logits.double()
         error = (logits - expected).abs().max().item()
         worst = max(worst, error) if error == error else error  # a NaN stays a NaN
         equal += (logits.argmax(-1) == expected.argmax(-1)).sum().item()

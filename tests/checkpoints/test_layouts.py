@@ -1,189 +1,393 @@
+import math
+from contextlib import suppress
+
 import pytest
 import torch
-from hand_written import CONTEXT_LENGTH, HEADS, LAYERS, VOCAB_SIZE, WIDTH, build, weights_of
+from hand_written import (
+    CONTEXT_LENGTH,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    VARIANTS,
+    VOCAB_SIZE,
+    WAYS_TO_SAVE,
+    WIDTH,
+    build,
+    checkpoint_of,
+    own_logits,
+    saved,
+    stated,
+    weights_of,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fledge.checkpoints.layouts import LAYOUTS, recognise
-from fledge.checkpoints.loading import Checkpoint
+from fledge.checkpoints.canonical import ACTIVATIONS, reference_logits
+from fledge.checkpoints.layouts import (
+    CONFIG_KEYS,
+    LAYOUTS,
+    TOLD,
+    Fact,
+    fit_vocabulary,
+    read_mapping,
+    recognise,
+    regroup,
+    require_settled,
+)
+from fledge.checkpoints.loading import Checkpoint, load_checkpoint
 from fledge.cli import UserError
 
+IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
+USUAL_SCALE = (WIDTH // HEADS) ** -0.5
+# layout, activation, norm, rotation, whether the head is tied; what HIDDEN tells is in them.
+KNOWN = {
+    "scratch": ("scratch", "gelu_tanh", "layernorm", None, True),
+    "per_head": ("per_head", "gelu", "layernorm", None, False),
+    "book": ("book", "gelu_tanh", "layernorm", None, False),
+    "book_qkv_bias": ("book", "gelu_tanh", "layernorm", None, False),
+    "book_fast": ("book", "gelu_tanh", "layernorm", None, False),
+    "nanogpt": ("nanogpt", "gelu", "layernorm", None, True),
+    "nanogpt_no_bias": ("nanogpt", "gelu", "layernorm", None, True),
+    "build_nanogpt": ("nanogpt", "gelu_tanh", "layernorm", None, True),
+    "hf_gpt2_like": ("gpt2", "gelu_tanh", "layernorm", None, True),
+    "mingpt": ("mingpt", "gelu", "layernorm", None, False),
+    "lecture": ("lecture", "relu", "layernorm", None, False),
+    "lecture_old_scale": ("lecture", "relu", "layernorm", None, False),
+    "no_output_projection": ("lecture", "relu", "layernorm", None, False),
+    "student": ("student", "gelu", "layernorm", None, True),
+    "torch_layers": ("torch", "gelu", "layernorm", None, False),
+    "mha": (None, "gelu", "layernorm", None, False),
+    "sinusoidal": ("torch", "relu", "layernorm", None, False),
+    "sinusoidal_scaled": ("torch", "relu", "layernorm", None, False),
+    "story_chat": ("story_chat", "silu", "layernorm", "interleaved", True),
+    "llama2c": ("llama2.c", "silu", "rmsnorm", "interleaved", True),
+    "llama2c_gqa": ("llama2.c", "silu", "rmsnorm", "interleaved", True),
+    "llama_half": ("llama", "silu", "rmsnorm", "half", False),
+}
 
-def checkpoint(tensors, config=None):
-    return Checkpoint(tensors, config or {}, left_out={}, source={})
+
+def checkpoint(tensors, config=None, left_out=None):
+    return Checkpoint(tensors, config or {}, left_out or {}, source={})
 
 
-def own_checkpoint(variant, with_config=True):
-    module, config = build(variant)
-    return checkpoint(weights_of(module), config if with_config else {})
+def weights(variant, **sizes):
+    return weights_of(build(variant, **sizes)[0])
 
 
-def assert_refused(tensors, match, **keys):
-    with pytest.raises(UserError, match=match) as refused:
-        recognise(checkpoint(tensors), n_head=HEADS, **keys)
+def told_of(variant):
+    return stated(**HIDDEN.get(variant, {}))
+
+
+def logit_error(gpt, module) -> float:
+    return (reference_logits(gpt, IDS) - own_logits(module, IDS)).abs().max().item()
+
+
+def refusal(*args, **keys) -> str:
+    with pytest.raises(UserError) as refused:
+        recognise(*args, **keys)
     assert "\n" not in str(refused.value)
+    return str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("variant", "layout", "activation", "tied"),
+    ("variant", "how"),
     [
-        ("scratch", "scratch", "gelu_tanh", True),
-        ("per_head", "per_head", "gelu", False),
-        ("book", "book", "gelu_tanh", False),
-        ("book_qkv_bias", "book", "gelu_tanh", False),
-        ("nanogpt", "nanogpt", "gelu", True),
-        ("nanogpt_no_bias", "nanogpt", "gelu", True),
+        *((variant, WAYS_TO_SAVE[i % len(WAYS_TO_SAVE)]) for i, variant in enumerate(VARIANTS)),
+        *(("nanogpt", how) for how in WAYS_TO_SAVE),
+        *(("story_chat", how) for how in WAYS_TO_SAVE),
     ],
 )
-def test_layout_is_recognised_by_its_names(variant, layout, activation, tied):
-    gpt, facts = recognise(own_checkpoint(variant))
-    assert {fact.name: fact.value for fact in facts} == {
-        "layout": layout,
-        "n_head": HEADS,
-        "activation": activation,
-        "attention_scale": (WIDTH // HEADS) ** -0.5,
-        "norm_eps": 1e-5,
-        "norm placement": "pre-norm",
-        "tied head": tied,
-    }
-    assert (gpt.n_layer, gpt.n_head, gpt.activation, gpt.tied) == (LAYERS, HEADS, activation, tied)
+def test_saved_checkpoint_means_what_its_author_computes(variant, how, tmp_path):
+    module, config = build(variant, heads=4)
+    torch.save(saved(module, config, how), tmp_path / "model.pt")
+    layout, activation, norm, rope, tied = KNOWN[variant]
+    told = told_of(variant)
+    if how == "bare":
+        told |= stated(n_head=4) | (stated(context_length=CONTEXT_LENGTH) if rope else {})
+    gpt, facts = recognise(load_checkpoint(str(tmp_path / "model.pt")), told=told)
+    assert {fact.name: fact.value for fact in facts}["layout"] == layout
+    assert (gpt.activation, gpt.norm, gpt.rope, gpt.tied) == (activation, norm, rope, tied)
+    assert (gpt.n_layer, gpt.n_head, gpt.n_kv_head) == (LAYERS, 4, 2 if variant == "llama2c_gqa" else 4)
     assert (gpt.vocab_size, gpt.context_length, gpt.width) == (VOCAB_SIZE, CONTEXT_LENGTH, WIDTH)
-    assert all(tensor.dtype == torch.float64 for tensor in gpt.tensors.values())
+    assert logit_error(gpt, module) <= 1e-9
 
 
-def sources(*args, **keys):
+@pytest.mark.parametrize(("variant", "name"), [(variant, name) for variant in HIDDEN for name in HIDDEN[variant]])
+def test_what_is_hidden_must_be_told(variant, name):
+    module, config = build(variant)
+    told = {key: fact for key, fact in told_of(variant).items() if key != name}
+    gpt, facts = recognise(checkpoint_of(module, config), told=told)
+    assert next(fact for fact in facts if fact.name == name).open
+    assert logit_error(gpt, module) > 1e-6
+
+
+def test_what_the_author_of_build_nanogpt_saves_beside_the_weights_tells_its_activation(tmp_path):
+    module, config = build("build_nanogpt")
+    content = {"model": module.state_dict(), "config": config, "step": 7, "val_loss": 3.2}
+    torch.save(content, tmp_path / "model.pt")
+    gpt, facts = recognise(load_checkpoint(str(tmp_path / "model.pt")))
+    assert facts[0] == Fact("layout", "build_nanogpt", "names of tensors")
+    assert logit_error(gpt, module) <= 1e-9
+
+
+def sources(*args, **keys) -> dict[str, str]:
     return {fact.name: fact.source for fact in recognise(*args, **keys)[1]}
 
 
 def test_each_fact_names_where_it_comes_from():
-    assert sources(own_checkpoint("scratch")) == {
-        "layout": "tensor names",
+    scratch = checkpoint_of(*build("scratch"))
+    assert sources(scratch) == {
+        "layout": "names of tensors",
         "n_head": "checkpoint config",
         "activation": "layout default",
-        "attention_scale": "layout default",
-        "norm_eps": "layout default",
-        "norm placement": "layout default",
+        "attention_scale": "usual practice",
+        "norm": "tensors",
+        "norm_eps": "usual practice",
         "tied head": "tensors",
+        "embedding_scale": "usual practice",
+        "post_norm": "usual practice",
     }
-    forced = sources(own_checkpoint("scratch"), layout="scratch", n_head=2, activation="relu", attention_scale=0.5)
-    assert forced["layout"] == "--layout"
-    assert forced["n_head"] == "--n_head"
-    assert forced["activation"] == "--activation"
-    assert forced["attention_scale"] == "--attention_scale"
+    rotary = sources(checkpoint_of(*build("llama_half")), "llama", told=stated(n_head=3, post_norm=False))
+    assert rotary == {
+        "layout": "--layout",
+        "n_head": "--n_head",
+        "activation": "layout default",
+        "attention_scale": "usual practice",
+        "norm": "layout default",
+        "norm_eps": "checkpoint config",
+        "rope": "layout default",
+        "rope_theta": "usual practice",
+        "context_length": "checkpoint config",
+        "tied head": "tensors",
+        "embedding_scale": "usual practice",
+        "post_norm": "--post_norm",
+    }
+    unheard = checkpoint({name.replace("att.", "mix."): tensor for name, tensor in weights("book_fast").items()})
+    assert sources(unheard) == {
+        "layout": "no layout has these names",
+        "n_head": "nobody",
+        "activation": "usual practice",
+        "attention_scale": "usual practice",
+        "norm": "tensors",
+        "norm_eps": "usual practice",
+        "tied head": "tensors",
+        "embedding_scale": "usual practice",
+        "post_norm": "usual practice",
+        "qkv_by_head": "usual practice",
+    }
 
 
-def test_flags_outrank_config_and_defaults():
-    gpt, _ = recognise(own_checkpoint("scratch"), n_head=2, activation="relu", attention_scale=0.5)
-    assert (gpt.n_head, gpt.activation, gpt.attention_scale) == (2, "relu", 0.5)
-
-
-def test_heads_saved_one_by_one_are_counted():
-    _, facts = recognise(own_checkpoint("per_head", with_config=False))
-    assert {fact.name: (fact.value, fact.source) for fact in facts}["n_head"] == (HEADS, "tensors")
-
-
-def test_heads_in_the_tensors_outrank_a_config_that_disagrees():
-    tensors = own_checkpoint("per_head").tensors
-    assert recognise(checkpoint(tensors, {"num_heads": 2 * HEADS}))[0].n_head == HEADS
-
-
-@pytest.mark.parametrize("key", ["n_head", "n_heads", "num_heads", "num_attention_heads"])
-def test_config_may_call_the_heads_by_any_usual_name(key):
-    tensors = own_checkpoint("nanogpt").tensors
-    assert recognise(checkpoint(tensors, {key: HEADS}))[0].n_head == HEADS
-
-
-@pytest.mark.parametrize("config", [{}, {"n_head": 0}, {"n_head": None}, {"n_head": "many"}, {"n_head": [3]}])
-def test_unknown_number_of_heads_asks_for_n_head(config):
-    with pytest.raises(UserError, match=f"--n_head.*{WIDTH}"):
-        recognise(checkpoint(own_checkpoint("nanogpt").tensors, config))
-
-
-@pytest.mark.parametrize("n_head", [5, WIDTH + 1, 2 * WIDTH, -HEADS])
-def test_number_of_heads_that_does_not_divide_the_width_is_refused(n_head):
-    tensors = own_checkpoint("nanogpt").tensors
-    with pytest.raises(UserError, match=f"n_head {n_head} .*{WIDTH}"):
-        recognise(checkpoint(tensors), n_head=n_head)
-    with pytest.raises(UserError, match=f"n_head {n_head} .*{WIDTH}"):
-        recognise(checkpoint(tensors, {"n_head": n_head}))
-
-
-@pytest.mark.parametrize("variant", ["scratch", "per_head", "book", "nanogpt"])
-def test_unknown_name_is_shown_with_the_closest_layout(variant):
-    tensors = own_checkpoint(variant).tensors
-    surprise = {"rotary.table": torch.ones(3), "gate.weight": torch.ones(3)}
-    assert_refused(tensors | surprise, rf"closest, {variant}, does not know 2 of {len(tensors) + 2}.*rotary\.table")
-
-
-def test_foreign_names_are_refused_with_the_layouts_that_there_are():
-    assert_refused({"conv1.weight": torch.ones(3, 3)}, ", ".join(LAYOUTS))
-
-
-@pytest.mark.parametrize("name", ["transformer.wte.bias", "transformer.wpe.bias"])
-def test_bias_that_no_embedding_has_is_refused(name):
-    tensors = own_checkpoint("nanogpt").tensors
-    rows = tensors[name.replace("bias", "weight")].shape[0]
-    assert_refused(tensors | {name: torch.ones(rows)}, name)
-
-
-def test_forced_layout_is_used():
-    gpt, facts = recognise(own_checkpoint("book"), layout="book")
-    assert gpt.n_layer == LAYERS
-    assert (facts[0].value, facts[0].source) == ("book", "--layout")
-
-
-def test_forced_layout_that_does_not_fit_is_refused():
-    assert_refused(own_checkpoint("book").tensors, "closest, nanogpt, does not know", layout="nanogpt")
-
-
-def test_unknown_layout_is_refused_with_the_known_ones():
-    assert_refused(own_checkpoint("book").tensors, "--layout llama.*scratch, per_head, book, nanogpt", layout="llama")
-
-
-def test_unknown_activation_is_refused_with_the_known_ones():
-    assert_refused(
-        own_checkpoint("book").tensors, "--activation swish.*gelu, gelu_tanh, relu, silu", activation="swish"
+def test_what_is_told_outranks_the_config_and_that_the_layout():
+    tensors, config = weights("nanogpt"), {"n_head": 3, "activation": "silu", "layer_norm_eps": 1e-6}
+    assert recognise(checkpoint(tensors, {"n_head": 3}))[0].activation == "gelu"
+    gpt, _ = recognise(checkpoint(tensors, config))
+    assert (gpt.n_head, gpt.activation, gpt.norm_eps, gpt.attention_scale) == (3, "silu", 1e-6, USUAL_SCALE)
+    gpt, _ = recognise(
+        checkpoint(tensors, config), told=stated(n_head=2, activation="relu", norm_eps=1e-4, attention_scale=0.5)
     )
-
-
-def without(tensors, part):
-    return {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert (gpt.n_head, gpt.activation, gpt.norm_eps, gpt.attention_scale) == (2, "relu", 1e-4, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("variant", "missing"),
+    ("name", "keys"),
     [
-        ("scratch", "token_table"),
-        ("scratch", "position_table"),
-        ("scratch", "norm_at_end.scale"),
-        ("nanogpt", "h.1.ln_2.weight"),
-        ("nanogpt", "h.1.attn.c_attn.weight"),
-        ("nanogpt", "h.0.mlp.c_fc.weight"),
-        ("book", "trf_blocks.1.att.W_key"),
-        ("per_head", "blocks.0.feed_forward.layers.2.weight"),
+        ("n_head", "n_head n_heads num_heads num_attention_heads nhead"),
+        ("norm_eps", "norm_eps layer_norm_eps layer_norm_epsilon rms_norm_eps eps"),
+        ("rope_theta", "rope_theta rope_base"),
+        ("context_length", "context_length max_seq_len block_size n_positions max_position_embeddings max_len ctx"),
+        ("activation", "activation activation_function hidden_act"),
     ],
 )
-def test_missing_tensor_is_named_by_its_role(variant, missing):
-    assert_refused(without(own_checkpoint(variant).tensors, missing), "The checkpoint has no ")
-
-
-@pytest.mark.parametrize("layers", ["layers.0.", "layers."])
-def test_missing_layer_is_refused(layers):
-    assert_refused(without(own_checkpoint("scratch").tensors, layers), "layers are numbered")
+def test_config_may_use_any_usual_word(name, keys):
+    value = {"n_head": 6, "norm_eps": 1e-6, "rope_theta": 5e5, "context_length": 77, "activation": "gelu_new"}[name]
+    needed = {"n_head": 3, "context_length": 20}
+    needed.pop(name, None)
+    assert set(CONFIG_KEYS[name]) == set(keys.split())
+    for key in keys.split():
+        _, facts = recognise(checkpoint(weights("llama_half"), needed | {key: value}))
+        expected = "gelu_tanh" if name == "activation" else value
+        assert Fact(name, expected, "checkpoint config") in facts
 
 
 @pytest.mark.parametrize(
-    ("missing", "role"),
+    ("said", "meant"),
     [
-        ("blocks.1.mha.heads.1.q.weight", "blocks.1.query.weight"),
-        ("blocks.0.mha.heads.0.v.bias", "blocks.0.value.bias"),
-        ("blocks.1.mha.heads.2.k.weight", "blocks.1.key.weight"),
+        ("gelu", "gelu"),
+        ("GELU", "gelu"),
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("relu", "relu"),
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("swiglu", "gelu_tanh"),
+        (None, "gelu_tanh"),
+        (["relu"], "gelu_tanh"),
     ],
 )
-def test_missing_head_is_named(missing, role):
-    assert_refused(without(own_checkpoint("per_head").tensors, missing), f"attention heads of {role}")
+def test_activation_in_the_config(said, meant):
+    assert recognise(checkpoint(weights("scratch"), {"n_head": HEADS, "activation": said}))[0].activation == meant
 
 
-def test_block_with_fewer_heads_is_refused():
-    assert_refused(without(own_checkpoint("per_head").tensors, "blocks.1.mha.heads.2"), "attention heads")
+def test_heads_saved_one_by_one_outrank_a_config_and_contradict_a_flag():
+    per_head = checkpoint(weights("per_head"), {"num_heads": 2 * HEADS})
+    gpt, facts = recognise(per_head, told=stated(n_head=HEADS))
+    assert gpt.n_head == HEADS
+    assert Fact("n_head", HEADS, "tensors") in facts
+    assert refusal(per_head, told=stated(n_head=4)) == f"--n_head says 4 heads; the tensors show {HEADS}."
+
+
+@pytest.mark.parametrize(("width", "guess"), [(24, 4), (128, 2), (192, 3), (64, 4)])
+def test_heads_that_nobody_stated_are_asked_for(width, guess):
+    gpt, facts = recognise(checkpoint(weights("nanogpt", width=width, heads=1)))
+    assert (gpt.n_head, gpt.attention_scale) == (guess, (width // guess) ** -0.5)
+    with pytest.raises(UserError, match=r"do not show n_head .* pass --n_head, or --probe_text"):
+        require_settled(facts)
+
+
+@pytest.mark.parametrize(("width", "heads", "guess"), [(24, 3, 3), (24, 12, 12), (36, 6, 6)])
+def test_heads_that_nobody_stated_are_guessed_to_fit_keys_and_rotation(width, heads, guess):
+    tensors = {
+        name: tensor[: width // heads] if "wk" in name or "wv" in name else tensor
+        for name, tensor in weights("llama2c", width=width, heads=heads).items()
+    }
+    gpt, _ = recognise(checkpoint(tensors, {"max_seq_len": CONTEXT_LENGTH}))
+    assert gpt.n_head == guess
+
+
+def test_stated_heads_settle_everything():
+    require_settled(recognise(checkpoint(weights("nanogpt")), told=stated(n_head=HEADS))[1])
+
+
+def test_rotation_that_nobody_stated_is_asked_for():
+    tensors = {name.replace("ln_", "norm_"): tensor for name, tensor in weights("story_chat").items()}
+    config = {"n_heads": HEADS, "max_seq_len": CONTEXT_LENGTH}
+    facts = recognise(checkpoint(tensors, config))[1]
+    assert Fact("rope", "interleaved", "nobody") in facts
+    with pytest.raises(UserError, match=r"do not show rope .* rope: interleaved or rope: half in a --mapping"):
+        require_settled(facts)
+    for buffer, rope in (("freqs_cis", "interleaved"), ("blocks.0.attn.inv_freq", "half"), ("cos_cached", "half")):
+        gpt, facts = recognise(checkpoint(tensors, config, {buffer: "a buffer"}))
+        assert gpt.rope == rope
+        require_settled(facts)
+
+
+def test_context_that_nothing_shows_is_asked_for():
+    assert "say context_length: N in a --mapping" in refusal(checkpoint(weights("story_chat"), {"n_heads": HEADS}))
+
+
+@pytest.mark.parametrize("n_head", [5, WIDTH + 1, 2 * WIDTH])
+def test_number_of_heads_that_does_not_divide_the_width_is_refused(n_head):
+    tensors = weights("nanogpt")
+    expected = f"n_head {n_head} does not divide the width {WIDTH}."
+    assert refusal(checkpoint(tensors), told=stated(n_head=n_head)) == expected
+    assert refusal(checkpoint(tensors, {"n_head": n_head})) == expected
+
+
+def test_heads_that_cannot_be_turned_in_pairs_are_refused():
+    message = refusal(checkpoint_of(*build("story_chat")), told=stated(n_head=8))
+    assert message == "Heads of width 3, as n_head 8 says, cannot be rotated in pairs."
+
+
+def test_heads_that_do_not_fit_the_keys_are_refused():
+    module, config = build("llama2c_gqa", heads=4)
+    assert refusal(checkpoint_of(module, config | {"n_heads": 1})) == ("Heads of width 24 do not fit keys of width 12.")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("activation", "swish", "choose one of gelu, gelu_tanh, relu, silu"),
+        ("activation", None, "choose one of gelu, gelu_tanh, relu, silu"),
+        ("norm", "batchnorm", "choose one of layernorm, rmsnorm"),
+        ("rope", "sideways", "choose one of interleaved, half"),
+        ("post_norm", "maybe", "choose one of true, false"),
+        ("n_head", 0, "must be a positive whole number"),
+        ("n_head", -3, "must be a positive whole number"),
+        ("n_head", 3.0, "must be a positive whole number"),
+        ("n_head", True, "must be a positive whole number"),
+        ("context_length", 2.5, "must be a positive whole number"),
+        ("attention_scale", 0, "must be a positive number"),
+        ("attention_scale", math.nan, "must be a positive number"),
+        ("attention_scale", math.inf, "must be a positive number"),
+        ("attention_scale", "big", "must be a positive number"),
+        ("norm_eps", -1e-5, "must be a positive number"),
+        ("rope_theta", [10_000], "must be a positive number"),
+        ("embedding_scale", "", "must be a positive number"),
+    ],
+)
+def test_value_that_a_fact_cannot_have_is_refused(name, value, said):
+    message = refusal(checkpoint_of(*build("llama_half")), told=stated(**{name: value}))
+    assert message.startswith(f"{name} {value} (--{name})")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "value", "shown"),
+    [
+        ("nanogpt", "rope", "half", None),
+        ("nanogpt", "rope_theta", 5e5, 1e4),
+        ("nanogpt", "context_length", 2 * CONTEXT_LENGTH, CONTEXT_LENGTH),
+        ("nanogpt", "norm", "rmsnorm", "layernorm"),
+        ("mingpt", "qkv_by_head", True, False),
+    ],
+)
+def test_fact_that_the_tensors_contradict_is_refused(variant, name, value, shown):
+    module, config = build(variant)
+    recognise(checkpoint_of(module, config), told={name: Fact(name, shown, "--mapping")} if shown else {})
+    message = refusal(checkpoint_of(module, config), told={name: Fact(name, value, "--mapping")})
+    assert message == f"--mapping says {name}: {value}; the tensors show {shown}."
+
+
+@pytest.mark.parametrize("n_head", [0, -3, 3.5, math.nan])
+def test_value_in_the_config_that_a_fact_cannot_have_is_refused(n_head):
+    message = refusal(checkpoint(weights("nanogpt"), {"n_head": n_head}))
+    assert message == f"n_head {n_head} (checkpoint config) must be a positive whole number."
+
+
+@pytest.mark.parametrize("n_head", [None, "many", [3], True])
+def test_value_in_the_config_that_is_no_number_counts_as_absent(n_head):
+    assert sources(checkpoint(weights("nanogpt"), {"n_head": n_head}))["n_head"] == "nobody"
+
+
+VALUES = st.one_of(
+    st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=5), st.lists(st.integers(), max_size=2),
+    st.sampled_from(["gelu", "rmsnorm", "half", 1, 2, 3, 10**400]),
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(TOLD), VALUES, max_size=4), st.dictionaries(st.sampled_from(TOLD), VALUES))
+def test_any_value_of_any_fact_is_taken_or_refused(told, config):
+    for tensors in (weights("llama_half", layers=1), weights("student", layers=1)):
+        with suppress(UserError):
+            recognise(checkpoint(tensors, {"max_len": 20} | config), told=stated(**told))
+
+
+def test_layout_may_be_forced():
+    book = checkpoint(weights("book"), {"n_heads": HEADS})
+    gpt, facts = recognise(book, layout="lecture")
+    assert gpt.activation == "relu"
+    assert facts[0] == Fact("layout", "lecture", "--layout")
+    assert refusal(book, layout="gpt5") == f"--layout gpt5 is unknown; choose one of {', '.join(LAYOUTS)}."
+
+
+@pytest.mark.parametrize(("saved_head", "tied"), [("same", True), ("absent", True), ("different", False)])
+def test_head_is_tied_when_it_equals_the_embedding_or_was_not_saved(saved_head, tied):
+    tensors = weights("nanogpt")
+    if saved_head == "absent":
+        del tensors["lm_head.weight"]
+    elif saved_head == "different":
+        tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1e-6
+    gpt, _ = recognise(checkpoint(tensors), told=stated(n_head=HEADS))
+    assert gpt.tied is tied
+    assert torch.equal(gpt.tensors["head.weight"], gpt.tensors["token_embedding.weight"]) is tied
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_keep_the_precision_of_the_checkpoint(dtype):
+    gpt, _ = recognise(checkpoint({name: tensor.to(dtype) for name, tensor in weights("lecture").items()}))
+    assert {tensor.dtype for tensor in gpt.tensors.values()} == {dtype}
+    assert reference_logits(gpt, IDS).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -198,53 +402,145 @@ def test_block_with_fewer_heads_is_refused():
         ("scratch", "layers.0.feed_forward.expand.weight", ()),
         ("scratch", "layers.0.attention.to_out.bias", (WIDTH - 1,)),
         ("scratch", "norm_at_end.shift", (WIDTH, 1)),
+        ("scratch", "norm_at_end.shift", ()),
         ("book", "out_head.weight", (VOCAB_SIZE + 1, WIDTH)),
         ("nanogpt", "transformer.h.0.attn.c_attn.weight", (3 * WIDTH + 1, WIDTH)),
-        ("nanogpt", "transformer.h.0.attn.c_attn.weight", (WIDTH, 3 * WIDTH)),
         ("nanogpt", "transformer.h.0.attn.c_attn.weight", ()),
+        ("nanogpt", "transformer.h.0.attn.c_attn.bias", (2 * WIDTH,)),
         ("nanogpt", "transformer.h.1.mlp.c_proj.weight", (4 * WIDTH, WIDTH)),
         ("per_head", "output_layer.bias", (VOCAB_SIZE - 1,)),
         ("per_head", "blocks.0.mha.heads.1.q.weight", (WIDTH // HEADS, WIDTH - 1)),
         ("per_head", "blocks.0.mha.heads.1.q.weight", ()),
+        ("per_head", "blocks.0.mha.heads.1.q.weight", (WIDTH // HEADS + 1, WIDTH)),
+        ("llama2c_gqa", "layers.1.attention.wk.weight", (WIDTH, WIDTH)),
     ],
 )
 def test_contradictory_shape_is_refused(variant, name, shape):
-    tensors = own_checkpoint(variant).tensors
-    assert name in tensors
-    assert_refused(tensors | {name: torch.ones(shape)}, "shape|rows")
-
-
-def test_heads_of_unequal_width_are_refused():
-    tensors = dict(own_checkpoint("per_head").tensors)
-    first, second = "blocks.0.mha.heads.0.v", "blocks.0.mha.heads.1.v"
-    for kind in ("weight", "bias"):
-        rows = torch.cat([tensors[f"{first}.{kind}"], tensors[f"{second}.{kind}"]])
-        tensors[f"{first}.{kind}"], tensors[f"{second}.{kind}"] = rows[:3], rows[3:]
-    assert_refused(tensors, "head")
-
-
-@pytest.mark.parametrize(("saved", "tied"), [("same", True), ("absent", True), ("different", False)])
-def test_head_is_tied_when_it_equals_the_embedding_or_was_not_saved(saved, tied):
-    tensors = own_checkpoint("nanogpt").tensors
-    if saved == "absent":
-        del tensors["lm_head.weight"]
-    elif saved == "different":
-        tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1e-6
-    gpt, _ = recognise(checkpoint(tensors), n_head=HEADS)
-    assert gpt.tied is tied
-    assert torch.equal(gpt.tensors["head.weight"], gpt.tensors["token_embedding.weight"]) is tied
+    module, config = build(variant, heads=4)
+    given = checkpoint_of(module, config)
+    assert name in given.tensors
+    given.tensors[name] = torch.ones(shape)
+    assert refusal(given)
 
 
 def test_twelve_layers_keep_their_order():
     module, config = build("nanogpt", layers=12)
-    gpt, _ = recognise(checkpoint(weights_of(module), config))
+    gpt, _ = recognise(checkpoint_of(module, config))
     assert gpt.n_layer == 12
     for n, block in enumerate(module.transformer.h):
-        assert torch.equal(gpt.tensors[f"blocks.{n}.mlp_in.weight"], block.mlp.c_fc.weight.detach().double())
+        assert torch.equal(gpt.tensors[f"blocks.{n}.mlp_in.weight"], block.mlp.c_fc.weight)
 
 
 def test_twelve_heads_keep_their_order():
-    module, config = build("per_head", width=24, heads=12)
-    gpt, _ = recognise(checkpoint(weights_of(module), config))
-    rows = torch.cat([head.q.weight.detach() for head in module.blocks[0].mha.heads]).double()
+    module, config = build("per_head", heads=12)
+    gpt, _ = recognise(checkpoint_of(module, config))
+    rows = torch.cat([head.q.weight for head in module.blocks[0].mha.heads])
     assert torch.equal(gpt.tensors["blocks.0.query.weight"], rows)
+
+
+def test_fused_projections_may_be_read_by_head():
+    tensors = weights("nanogpt", layers=1)
+    numbers = torch.arange(3.0 * WIDTH)
+    tensors["transformer.h.0.attn.c_attn.bias"] = numbers
+    gpt, _ = recognise(checkpoint(tensors), told=stated(n_head=HEADS, qkv_by_head=True))
+    by_head = numbers.view(HEADS, 3, -1)
+    for i, part in enumerate(("query", "key", "value")):
+        assert torch.equal(gpt.tensors[f"blocks.0.{part}.bias"], by_head[:, i].flatten())
+    plain, _ = recognise(checkpoint(tensors), told=stated(n_head=HEADS))
+    back = regroup(gpt, into_thirds=True).tensors
+    assert all(torch.equal(back[name], tensor) for name, tensor in plain.tensors.items())
+
+
+def test_mapping_names_roles_and_facts(tmp_path):
+    (tmp_path / "layout.yaml").write_text(
+        "token_embedding: wte\n"
+        "blocks.{n}.query.{h}: layers.{n}.heads.{h}.q\n"
+        "blocks.0.norm_1: first_norm\n"
+        "n_head: 4\n"
+        "attention_scale: 0.125\n"
+        "norm_eps: 1e-6\n"
+        "post_norm: false\n"
+    )
+    assert read_mapping(str(tmp_path / "layout.yaml")) == (
+        {"wte": "token_embedding", "layers.{n}.heads.{h}.q": "blocks.{n}.query.{h}", "first_norm": "blocks.0.norm_1"},
+        {
+            "n_head": Fact("n_head", 4, "--mapping"),
+            "attention_scale": Fact("attention_scale", 0.125, "--mapping"),
+            "norm_eps": Fact("norm_eps", 1e-6, "--mapping"),
+            "post_norm": Fact("post_norm", False, "--mapping"),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("token_embeding: wte\n", "says token_embeding: wte; a key is one of"),
+        ("blocks.{n}.querry: q\n", "says blocks.{n}.querry: q; a key is one of"),
+        ("blocks.{n}.query.weight: q\n", "says blocks.{n}.query.weight: q; a key is one of"),
+        ("layers.{n}.query: q\n", "says layers.{n}.query: q; a key is one of"),
+        ("head: 3\n", "says head: 3; a key is one of"),
+        ("head: [a, b]\n", "says head: ['a', 'b']; a key is one of"),
+        ("3: wte\n", "says 3: wte; a key is one of"),
+        ("blocks.{n}.query: q\n", "says blocks.{n}.query: q; {n} and {h} stand once in both or in neither"),
+        ("blocks.{n}.query: h.{n}.{n}\n", "{n} and {h} stand once in both or in neither"),
+        ("blocks.{n}.query.{h}: h.{n}.q\n", "{n} and {h} stand once in both or in neither"),
+        ("head: h.{n}\n", "{n} and {h} stand once in both or in neither"),
+        ("blocks.{n}.output.{h}: h.{n}.{h}\n", "says blocks.{n}.output.{h}: h.{n}.{h}; a key is one of"),
+        ("- head\n", "holds a list"),
+        ("", "holds a NoneType"),
+        ("head: wte: x\n", "is not valid YAML"),
+        ("? [a]\n: b\n", "is not valid YAML"),
+        ("head: 2020-13-45\n", "is not valid YAML"),
+        ("[" * 3000, "is not valid YAML"),
+        (b"head: \xff\n", "is not valid YAML"),
+    ],
+)
+def test_bad_mapping_is_refused(content, said, tmp_path):
+    file = tmp_path / "layout.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as refused:
+        read_mapping(str(file))
+    assert str(refused.value).startswith(f"--mapping {file}")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("source", ["transformer.wtee", "transformer.wte.weight", "transformer.h.{n}.attn.q"])
+def test_name_in_a_mapping_that_no_tensor_has_is_refused(source):
+    message = refusal(checkpoint(weights("nanogpt")), roles={source: "token_embedding"})
+    assert message.startswith(f"No tensor is called {source}.weight or {source}.bias")
+
+
+def test_mapping_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read: No such file"):
+        read_mapping(str(tmp_path / "layout.yaml"))
+
+
+@pytest.mark.parametrize("rows", [264, 280, 376])
+@pytest.mark.parametrize("variant", ["nanogpt", "lecture"])
+def test_rows_that_only_pad_the_vocabulary_are_cut(rows, variant):
+    module, config = build(variant, vocab_size=rows)
+    gpt, _ = recognise(checkpoint_of(module, config))
+    fitted, said = fit_vocabulary(gpt, 257, "gpt2")
+    assert said == [f"The last {rows - 257} of {rows} embedding rows, which pad the vocabulary, are cut off."]
+    assert fitted.vocab_size == 257
+    assert (reference_logits(fitted, IDS) - own_logits(module, IDS)[..., :257]).abs().max() <= 1e-9
+
+
+def test_vocabulary_that_fits_is_left_alone():
+    gpt, _ = recognise(checkpoint_of(*build("nanogpt")))
+    assert fit_vocabulary(gpt, VOCAB_SIZE, "gpt2") == (gpt, [])
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(257, 264), (258, 257), (384, 256), (264, 100)])
+def test_tokenizer_of_another_size_is_refused(rows, tokens):
+    gpt, _ = recognise(checkpoint_of(*build("nanogpt", vocab_size=rows)))
+    with pytest.raises(UserError, match=f"tokenizer gpt2 has {tokens} tokens .* embedding has {rows} rows; name"):
+        fit_vocabulary(gpt, tokens, "gpt2")
+
+
+def test_every_layout_states_facts_that_can_be_stated():
+    for layout in LAYOUTS.values():
+        assert layout.facts.keys() <= set(TOLD)
+        assert layout.facts["activation"] in ACTIVATIONS

@@ -1,0 +1,343 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from hand_written import (
+    CONTEXT_LENGTH,
+    HEADS,
+    HIDDEN,
+    VARIANTS,
+    VOCAB_SIZE,
+    WIDTH,
+    build,
+    checkpoint_of,
+    own_logits,
+    stated,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from fledge.checkpoints.canonical import ACTIVATIONS, ROTATIONS, CanonicalGPT, reference_logits
+from fledge.checkpoints.layouts import recognise
+from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, reference
+from fledge.checkpoints.targets import TARGETS, fold_head_bias, refuse_unconvertible, to_target
+from fledge.cli import UserError
+
+TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
+HEAD_BIAS = "The head's bias is carried by one coordinate of the final norm, which the other ones determine."
+NO_OUTPUT = "The missing attention output projection is an identity."
+OLD_SCALE = "The attention scale 0.204124 instead of 0.408248 is in the queries."
+REORDERED = "The rows of queries and keys are reordered: RoPE turns halves of a head here, not neighbours."
+EMBEDDING_SCALE = "The embeddings hold their scale 4.89898, and the head is untied from them."
+# The class that holds each variant, and what must be folded for that.
+CONVERTED = {
+    "scratch": ("GPT2LMHeadModel", []),
+    "per_head": ("GPT2LMHeadModel", [HEAD_BIAS]),
+    "book": ("GPT2LMHeadModel", []),
+    "book_qkv_bias": ("GPT2LMHeadModel", []),
+    "book_fast": ("GPT2LMHeadModel", []),
+    "nanogpt": ("GPT2LMHeadModel", []),
+    "nanogpt_no_bias": ("GPT2LMHeadModel", []),
+    "build_nanogpt": ("GPT2LMHeadModel", []),
+    "hf_gpt2_like": ("GPT2LMHeadModel", []),
+    "mingpt": ("GPT2LMHeadModel", []),
+    "lecture": ("GPT2LMHeadModel", [HEAD_BIAS]),
+    "lecture_old_scale": ("GPT2LMHeadModel", [HEAD_BIAS, OLD_SCALE]),
+    "no_output_projection": ("GPT2LMHeadModel", [HEAD_BIAS, NO_OUTPUT]),
+    "student": ("GPT2LMHeadModel", []),
+    "torch_layers": ("GPT2LMHeadModel", []),
+    "mha": ("GPT2LMHeadModel", []),
+    "sinusoidal": ("GPT2LMHeadModel", [HEAD_BIAS]),
+    "sinusoidal_scaled": ("GPT2LMHeadModel", [HEAD_BIAS, EMBEDDING_SCALE]),
+    "story_chat": ("StableLmForCausalLM", [REORDERED]),
+    "llama2c": ("LlamaForCausalLM", [REORDERED]),
+    "llama2c_gqa": ("LlamaForCausalLM", [REORDERED]),
+    "llama_half": ("LlamaForCausalLM", []),
+}
+NORM_NAMES = ("norm_1", "norm_2", "final_norm")
+TIED = {"scratch", "nanogpt", "nanogpt_no_bias", "build_nanogpt", "hf_gpt2_like", "student"}
+TIED |= {"story_chat", "llama2c", "llama2c_gqa"}
+
+
+def recognised(variant: str, **sizes: int) -> tuple[nn.Module, CanonicalGPT]:
+    module, config = build(variant, **sizes)
+    return module, recognise(checkpoint_of(module, config), told=stated(**HIDDEN.get(variant, {})))[0]
+
+
+def empty(config: PreTrainedConfig) -> PreTrainedModel:
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+def filled(config: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    model = empty(config)
+    missing, unexpected = model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, False, assign=True)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_held_exactly(variant):
+    module, gpt = recognised(variant, heads=4)
+    config, weights, folds = to_target(gpt, TOKEN_IDS)
+    model = empty(config)
+    assert (type(model).__name__, folds) == CONVERTED[variant]
+    assert config.tie_word_embeddings is (variant in TIED)
+    probes = reference(gpt)
+    assert all((expected - own_logits(module, ids)).abs().max() <= 1e-9 for ids, expected in probes)
+    assert prove_exact(probes, model, weights) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "variant", ["nanogpt", "per_head", "sinusoidal_scaled", "story_chat", "llama2c_gqa", "llama_half"]
+)
+def test_saved_model_is_the_hand_written_one(variant, tmp_path):
+    module, gpt = recognised(variant, heads=4)
+    config, weights, _ = to_target(gpt, TOKEN_IDS)
+    filled(config, weights, torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    proof = prove_saved(reference(gpt), model, weights)
+    assert proof["max_relative_error"] <= 1e-5
+    assert proof["argmax_equal"] == 1
+    assert prove_greedy(gpt, model) == 16
+    expected = own_logits(module, IDS)
+    assert (logits_of(model, IDS) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["nanogpt", "lecture", "llama2c_gqa"])
+def test_half_precision_is_widened_without_loss(variant, dtype):
+    module, config = build(variant, heads=4)
+    gpt, _ = recognise(checkpoint_of(module.to(dtype), config))
+    config, weights, _ = to_target(gpt, TOKEN_IDS)
+    probes = [(IDS, own_logits(module, IDS))]
+    assert prove_exact(probes, empty(config), weights) <= 1e-9
+
+
+def test_topic_ending_model_converts_at_its_real_width():
+    module, config = build("per_head", 50257, 512, 384, 6, 2)
+    generator = torch.Generator().manual_seed(2)
+    nn.init.normal_(module.output_layer.bias, std=2, generator=generator)
+    gpt, _ = recognise(checkpoint_of(module, config))
+    config, weights, folds = to_target(gpt, TOKEN_IDS)
+    assert folds == [HEAD_BIAS]
+    model = filled(config, weights, torch.float32)
+    ids = torch.randint(50257, (1, 32), generator=generator)
+    found, expected = logits_of(model, ids), own_logits(module, ids)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@st.composite
+def canonical_gpts(draw, target: str) -> CanonicalGPT:
+    """Every canonical GPT that the target holds."""
+    rope = None if target == "gpt2" else draw(st.sampled_from(ROTATIONS))
+    head_width = 2 * draw(st.integers(1, 4)) if rope else draw(st.integers(1, 8))
+    n_kv_head, n_layer = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    n_head = n_kv_head * draw(st.integers(1, 2)) if rope else n_kv_head
+    width, vocab_size, context_length = n_head * head_width, draw(st.integers(1, 40)), draw(st.integers(1, 12))
+    mlp_width = draw(st.sampled_from([1, width, 4 * width]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
+
+    roles = {"norm_1": (width,), "norm_2": (width,), "mlp_in": (mlp_width, width), "mlp_out": (width, mlp_width)}
+    roles |= dict.fromkeys(("query", "output"), (width, width))
+    roles |= dict.fromkeys(("key", "value"), (n_kv_head * head_width, width))
+    roles |= {} if target == "gpt2" else {"mlp_gate": (mlp_width, width)}
+    if draw(st.booleans()):
+        del roles["output"]
+    never_biased = {"gpt2": (), "stablelm": ("output", "mlp_gate", "mlp_in", "mlp_out"), "llama": NORM_NAMES}[target]
+    biased = {role for role in (*roles, "final_norm") if role not in never_biased and draw(st.booleans())}
+    shapes = {f"blocks.{n}.{role}": shape for n in range(n_layer) for role, shape in roles.items()}
+    tensors = {"token_embedding.weight": random(vocab_size, width)}
+    if not rope:
+        tensors["position_embedding.weight"] = random(context_length, width)
+    for name, shape in (shapes | {"final_norm": (width,)}).items():
+        tensors[f"{name}.weight"] = random(*shape) + (len(shape) == 1)
+        if name.rsplit(".", 1)[-1] in biased:
+            tensors[f"{name}.bias"] = random(shape[0])
+    tied = draw(st.booleans())
+    tensors["head.weight"] = tensors["token_embedding.weight"] if tied else random(vocab_size, width)
+    if target != "llama" and draw(st.booleans()):
+        tensors["head.bias"] = random(vocab_size)
+    return CanonicalGPT(
+        tensors=tensors,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        context_length=context_length,
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        attention_scale=draw(st.sampled_from([head_width**-0.5, width**-0.5, 1.0, 0.3])),
+        norm_eps=draw(st.sampled_from([1e-5, 1e-3])),
+        tied=tied,
+        norm="rmsnorm" if target == "llama" else "layernorm",
+        rope=rope,
+        rope_theta=draw(st.sampled_from([1e4, 5e5])),
+        embedding_scale=draw(st.sampled_from([1.0, 3.0])),
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_target_holds_every_such_gpt_exactly(target, data):
+    gpt = data.draw(canonical_gpts(target))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(gpt.vocab_size, (2, gpt.context_length), generator=generator)
+    config, weights, _ = to_target(gpt, dict.fromkeys(TOKEN_IDS, 0))
+    model = empty(config)
+    assert type(model).__name__.lower().startswith(target)
+    assert prove_exact([(ids, reference_logits(gpt, ids))], model, weights) <= 1e-9
+    assert config.tie_word_embeddings is (gpt.tied and "head.bias" not in gpt.tensors and gpt.embedding_scale == 1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "target", "lacks"),
+    [
+        ("nanogpt", "stablelm", "learned positions"),
+        ("nanogpt", "llama", "learned positions"),
+        ("story_chat", "gpt2", "rotary positions"),
+        ("story_chat", "llama", "LayerNorm"),
+        ("llama2c", "gpt2", "rotary positions"),
+        ("llama2c", "stablelm", "RMSNorm"),
+    ],
+)
+def test_target_that_lacks_a_feature_is_refused_with_it(variant, target, lacks):
+    _, gpt = recognised(variant)
+    with pytest.raises(UserError) as refused:
+        to_target(gpt, TOKEN_IDS, target)
+    assert str(refused.value) == f"--target {target} cannot hold this model exactly: it has no {lacks}."
+
+
+LEARNED, ROTARY = recognised("nanogpt")[1], recognised("story_chat")[1]
+
+
+def without(gpt: CanonicalGPT, part: str) -> CanonicalGPT:
+    return replace(gpt, tensors={name: tensor for name, tensor in gpt.tensors.items() if part not in name})
+
+
+@pytest.mark.parametrize(
+    ("gpt", "told"),
+    [
+        (
+            replace(LEARNED, norm="rmsnorm"),
+            "gpt2 has no RMSNorm; stablelm has no learned positions; llama has no learned positions",
+        ),
+        (
+            replace(LEARNED, n_kv_head=1),
+            "gpt2 has no shared key and value heads; stablelm has no learned positions; llama has no learned positions",
+        ),
+        (
+            replace(LEARNED, tensors=LEARNED.tensors | {"blocks.0.mlp_gate.weight": torch.ones(96, 24)}),
+            "gpt2 has no gated MLP; stablelm has no learned positions; llama has no learned positions",
+        ),
+        (
+            without(ROTARY, "mlp_gate"),
+            "gpt2 has no rotary positions; stablelm has no MLP without a gate; llama has no LayerNorm",
+        ),
+        (
+            replace(ROTARY, tensors=ROTARY.tensors | {f"blocks.0.{part}.bias": None for part in ("output", "mlp_in")}),
+            "gpt2 has no rotary positions; stablelm has no bias in mlp_in, output; llama has no LayerNorm",
+        ),
+        (
+            replace(ROTARY, norm="rmsnorm", tensors=ROTARY.tensors | {"head.bias": torch.ones(61)}),
+            "gpt2 has no rotary positions; stablelm has no RMSNorm; llama has no bias on the head",
+        ),
+    ],
+)
+def test_model_that_no_target_holds_is_refused_with_what_each_lacks(gpt, told):
+    with pytest.raises(UserError) as refused:
+        to_target(gpt, TOKEN_IDS)
+    assert str(refused.value) == f"No target holds this model exactly: {told}."
+
+
+def test_unknown_target_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="--target bert is unknown; choose auto, gpt2, stablelm, llama"):
+        to_target(LEARNED, TOKEN_IDS, "bert")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"causal": False}, "trained without a causal mask"), ({"post_norm": True}, "post-norm .* post_norm: false")],
+)
+def test_what_no_target_computes_is_refused(changed, reason):
+    refuse_unconvertible(LEARNED)
+    with pytest.raises(UserError, match=reason):
+        refuse_unconvertible(replace(LEARNED, **changed))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(1, 50), st.integers(1, 64), st.sampled_from([0.0, 0.2, 0.9, 1.0]), st.integers(0, 2**32))
+def test_folded_head_bias_changes_no_logit(vocab_size, width, share_of_zero_gains, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    head, head_bias, shift, x = random(vocab_size, width), 2 * random(vocab_size), random(width), random(32, width)
+    gain = random(width) * (torch.rand(width, generator=generator) >= share_of_zero_gains)
+    expected = F.linear(F.layer_norm(x, (width,), gain, shift), head, head_bias)
+    new_head, new_gain, new_shift = fold_head_bias(head, head_bias, gain, shift)
+    found = F.layer_norm(x, (width,), new_gain, new_shift) @ new_head.T
+    assert (found - expected).abs().max() <= 1e-10
+    assert new_gain.count_nonzero() == width - 1
+    assert new_shift.count_nonzero() == 1
+
+
+def test_head_bias_goes_where_the_subtraction_loses_least():
+    head, gain = torch.ones(5, 4), torch.tensor([1.0, -0.1, 0.5, 3.0])
+    head[:, 2] = 0.01
+    _, new_gain, new_shift = fold_head_bias(head, torch.ones(5), gain, torch.zeros(4))
+    assert new_gain.tolist() == [1, 1, 0, 1]
+    assert new_shift.tolist() == [0, 0, 1, 0]
+
+
+def test_converting_leaves_the_canonical_gpt_alone():
+    _, gpt = recognised("sinusoidal_scaled")
+    before = {name: tensor.clone() for name, tensor in gpt.tensors.items()}
+    to_target(gpt, TOKEN_IDS)
+    assert gpt.tensors.keys() == before.keys()
+    assert all(torch.equal(gpt.tensors[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("mlp_width", "n_inner"), [(4 * WIDTH, None), (WIDTH, WIDTH)])
+def test_gpt2_config_holds_what_the_checkpoint_shows(mlp_width, n_inner):
+    module, config = build("nanogpt")
+    for block in module.transformer.h:
+        block.mlp.c_fc, block.mlp.c_proj = nn.Linear(WIDTH, mlp_width), nn.Linear(mlp_width, WIDTH)
+    gpt, _ = recognise(checkpoint_of(module, config), told=stated(norm_eps=1e-6, activation="gelu_tanh"))
+    config, _, _ = to_target(gpt, TOKEN_IDS)
+    assert (config.vocab_size, config.n_positions, config.n_embd) == (VOCAB_SIZE, CONTEXT_LENGTH, WIDTH)
+    assert (config.n_head, config.n_layer, config.n_inner) == (HEADS, 2, n_inner)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 3)
+    assert (config.activation_function, config.layer_norm_epsilon) == ("gelu_pytorch_tanh", 1e-6)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("variant", "eps"), [("story_chat", "layer_norm_eps"), ("llama2c_gqa", "rms_norm_eps")])
+def test_rotary_config_holds_what_the_checkpoint_shows(variant, eps):
+    module, config = build(variant, heads=4)
+    gpt, _ = recognise(checkpoint_of(module, config), told=stated(norm_eps=1e-6, rope_theta=5e5, activation="gelu"))
+    config, _, _ = to_target(gpt, TOKEN_IDS)
+    assert (config.vocab_size, config.max_position_embeddings, config.hidden_size) == (61, 20, 24)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2 if variant == "llama2c_gqa" else 4)
+    assert config.intermediate_size == (64 if variant == "llama2c_gqa" else 96)
+    assert (config.to_dict()[eps], config.hidden_act, config.rope_parameters["rope_theta"]) == (1e-6, "gelu", 5e5)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 3)
