@@ -4,6 +4,7 @@ python convert_checkpoint.py --checkpoint model.pt --tokenizer tokenizer.json --
 python convert_checkpoint.py --checkpoint model.pt --inspect
 """
 
+import gc
 import sys
 from dataclasses import asdict, dataclass, field
 
@@ -50,7 +51,7 @@ def main():
     from fledge.checkpoints import evidence
     from fledge.checkpoints.layouts import Fact, fit_vocabulary, read_mapping, recognise, require_settled
     from fledge.checkpoints.loading import load_checkpoint
-    from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, reference
+    from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
     from fledge.checkpoints.structure import detect
     from fledge.checkpoints.targets import refuse_unconvertible, to_target
     from fledge.tokenizers import load_tokenizer
@@ -125,16 +126,19 @@ def main():
         return
 
     with staged(args.output_dir, args.overwrite, "conversion.json") as folder:
-        weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+        for name in weights:  # one after the other, so that what was folded in float64 goes at once
+            weights[name] = weights[name].float().contiguous()
         model.load_state_dict(weights, assign=True, strict=False)
         model.tie_weights()
+        proof["greedy_tokens"] = prove_greedy(gpt, model)
         model.generation_config = GenerationConfig(**{name: i for name, i in token_ids.items() if i is not None})
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         print("Proving: the same from the saved folder ...", flush=True)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        proof |= prove_saved(probes, model, weights)
-        proof["greedy_tokens"] = prove_greedy(gpt, model)
+        prove_written(folder / "model.safetensors", weights)
+        del gpt, checkpoint, weights, model  # what is loaded now takes their place in memory
+        gc.collect()
+        proof |= prove_saved(probes, AutoModelForCausalLM.from_pretrained(folder))
         write_json(folder / "conversion.json", report)
     print(
         f"Proven: {proof['float64_max_error']:.1e} in float64; {proof['max_relative_error']:.1e} of the largest logit "

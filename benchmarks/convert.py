@@ -81,15 +81,20 @@ def report(seconds: float) -> None:
     print(json.dumps({"seconds": seconds, "peak_mib": peak}))
 
 
-def measure(what: str, folder: Path) -> dict:
+def run(what: str, folder: Path) -> str:
+    """Output of one of this file's functions in a process of its own; a child's peak would begin with its parent's."""
     command = [sys.executable, __file__, what, str(folder)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def measure(what: str, folder: Path) -> dict:
+    return json.loads(run(what, folder).splitlines()[-1])
 
 
 def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_input(folder)
+        run("write_input", folder)
         size = (folder / "checkpoint.pt").stat().st_size >> 20
         rounds = [(measure("copy", folder), measure("convert", folder)) for _ in range(5)]
     copied, converted = (statistics.median(pair[i]["seconds"] for pair in rounds) for i in (0, 1))
@@ -102,6 +107,6 @@ def main():
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        {"copy": copy, "convert": convert}[sys.argv[1]](Path(sys.argv[2]))
+        {"write_input": write_input, "copy": copy, "convert": convert}[sys.argv[1]](Path(sys.argv[2]))
     else:
         main()

@@ -299,7 +299,7 @@ def test_recipe_and_command_line_are_one(own, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("tolerance", "words"),
-    [("FLOAT64_TOLERANCE", "conversion is wrong"), ("FLOAT32_TOLERANCE", "saved model differs")],
+    [("FLOAT64_TOLERANCE", "conversion is wrong"), ("FLOAT32_TOLERANCE", "saved model continues differently")],
 )
 def test_nothing_stays_behind_of_a_model_that_is_not_proven(tolerance, words, own, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(proof, tolerance, -1.0)

@@ -18,6 +18,8 @@ NORMS = ("layernorm", "rmsnorm")
 ROTATIONS = ("interleaved", "half")
 """Which coordinates of a head RoPE turns together: neighbours (Su et al. 2021), or i and i + half a head (GPT-NeoX)."""
 
+HEAD_ROWS = 8192
+
 
 @dataclass
 class CanonicalGPT:
@@ -122,4 +124,7 @@ def reference_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.
         for part, name in ((attention, "norm_1"), (mlp, "norm_2")):
             block, norm_name = f"blocks.{n}", f"blocks.{n}.{name}"
             x = norm(norm_name, x + part(block, x)) if gpt.post_norm else x + part(block, norm(norm_name, x))
-    return linear("head", norm("final_norm", x))
+    x, head, bias = norm("final_norm", x), gpt.tensors["head.weight"], get("head.bias")
+    # The widest matrix by far is widened in pieces.
+    logits = torch.cat([F.linear(x, rows.to(dtype)) for rows in head.split(HEAD_ROWS)], dim=-1)
+    return logits if bias is None else logits + bias

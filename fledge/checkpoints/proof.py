@@ -3,9 +3,11 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -55,20 +57,30 @@ def prove_exact(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel, wei
     return worst
 
 
-def prove_saved(
-    probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel, weights: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """The same for the reloaded float32 `model`, relative to the largest logit, with the share of equal arg max.
+def prove_written(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Reads a safetensors file back: each tensor must be what `weights` says, rows that no probe touches among them.
 
-    Each tensor must also read back as `weights` has it, so that rows no probe touched are as sure as the others.
+    The file is opened anew for each, so that no more than one is in memory a second time.
 
     Raises:
-        UserError: the error is above `FLOAT32_TOLERANCE`, or a tensor differs.
+        UserError: a tensor is missing, differs, or is one too many.
     """
-    loaded = model.state_dict()
-    for name, tensor in weights.items():
-        if not torch.equal(loaded[name], tensor.float()):
-            raise UserError(f"The saved model reads back another {name} than was written; is the disk sound?")
+    with safe_open(file, framework="pt") as written:
+        names = set(written.keys())
+    for name in sorted(names | weights.keys()):
+        if name in names and name in weights:
+            with safe_open(file, framework="pt") as written:
+                if torch.equal(written.get_tensor(name), weights[name]):
+                    continue
+        raise UserError(f"{file} reads back another {name} than was written; is the disk sound?")
+
+
+def prove_saved(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> dict[str, float]:
+    """Largest |Δ logit| of the reloaded float32 `model`, relative to the largest logit, and the share of equal arg max.
+
+    Raises:
+        UserError: the error is above `FLOAT32_TOLERANCE`.
+    """
     worst, equal = _compare(probes, model)
     largest = max(logits.abs().max().item() for _, logits in probes)
     relative = worst / largest if largest else worst

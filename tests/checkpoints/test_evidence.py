@@ -130,7 +130,7 @@ def trained(name: str) -> nn.Module:
         with torch.no_grad():  # which changes nothing before a LayerNorm, and much before an RMSNorm
             module.tok_embeddings.weight += 0.5
     else:
-        module = train((by_head if name == "by_head" else REFUSED[name])(**SIZES)[0], 200)
+        module = train((by_head if name == "by_head" else REFUSED[name])(**SIZES)[0], 150)
     return module
 
 
@@ -281,9 +281,8 @@ def scored(scores: dict[tuple[str, object], list[float]], now: list[float]):
     model, facts = recognise(checkpoint_of(build("nanogpt")[0], {}))
 
     def score(other: CanonicalGPT) -> torch.Tensor:
-        names = ("n_head", "activation", "attention_scale", "embedding_scale", "post_norm", "causal", "tensors")
-        changed = [(name, vars(other)[name]) for name in names if vars(other)[name] is not vars(model)[name]]
-        listed = [values for fact, values in scores.items() if fact in changed]
+        changed = [(name, value) for name, value in vars(other).items() if value is not vars(model)[name]]
+        listed = [values for fact, values in scores.items() if fact in changed and other.tensors is model.tensors]
         return torch.tensor(listed[0] if listed else [99.0] * len(now) if changed else now)
 
     model, _ = settle(model, facts, score, "--probe_text")

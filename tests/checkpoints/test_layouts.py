@@ -290,7 +290,7 @@ def test_heads_that_cannot_be_turned_in_pairs_are_refused():
 
 def test_heads_that_do_not_fit_the_keys_are_refused():
     module, config = build("llama2c_gqa", heads=4)
-    assert refusal(checkpoint_of(module, config | {"n_heads": 1})) == ("Heads of width 24 do not fit keys of width 12.")
+    assert refusal(checkpoint_of(module, config | {"n_heads": 1})) == "Heads of width 24 do not fit keys of width 12."
 
 
 @pytest.mark.parametrize(

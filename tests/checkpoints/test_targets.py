@@ -110,7 +110,7 @@ def test_saved_model_is_the_hand_written_one(variant, tmp_path):
     config, weights, _ = to_target(gpt, TOKEN_IDS)
     filled(config, weights, torch.float32).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    proof = prove_saved(reference(gpt), model, weights)
+    proof = prove_saved(reference(gpt), model)
     assert proof["max_relative_error"] <= 1e-5
     assert proof["argmax_equal"] == 1
     assert prove_greedy(gpt, model) == 16
