@@ -210,7 +210,7 @@ def recognise(
     if width % n_head:
         raise UserError(f"n_head {n_head} does not divide the width {width}.")
     head_width = width // n_head
-    if tensors["blocks.0.key.weight"].shape[0] % head_width:
+    if not heads_fit(n_head, width, len(tensors["blocks.0.key.weight"]), rotary=False):
         raise UserError(
             f"Heads of width {head_width} do not fit keys of width {tensors['blocks.0.key.weight'].shape[0]}."
         )
@@ -256,7 +256,7 @@ def recognise(
         post_norm=settle("post_norm", False),
     )
     if any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values()) and (
-        gpt.n_head == gpt.n_kv_head > 1
+        gpt.n_head == gpt.n_kv_head
     ):
         gpt = regroup(gpt) if settle("qkv_by_head", False) else gpt
     for name, fact in (told or {}).items():
@@ -339,6 +339,8 @@ def _check_fact(fact: Fact) -> object:
         number = isinstance(fact.value, int if whole else (int, float)) and not isinstance(fact.value, bool)
         if not number or not (0 < fact.value < LARGEST or fact.source == "nobody"):
             raise UserError(f"{fact.name} {fact.value} ({fact.source}) must be a positive {'whole ' * whole}number.")
+        if not whole:
+            fact.value = float(fact.value)
     return fact.value
 
 
@@ -351,7 +353,7 @@ def _likely_heads(width: int, key_rows: int, rotary: bool) -> int:
 def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:
     """Whether `n_head` heads fill the width and the keys, in pairs of coordinates if they are rotated."""
     head_width, left = divmod(width, n_head)
-    return not (left or key_rows % head_width or (rotary and head_width % 2))
+    return not (left or key_rows % head_width or width % key_rows or (rotary and head_width % 2))
 
 
 def _find_rope(left_out: Mapping[str, str], settle: Callable[..., object]) -> object:

@@ -24,6 +24,7 @@ from hand_written import (
     llama_mlp,
     norms,
     own_logits,
+    randomise,
     rotate_half_split,
     stated,
 )
@@ -197,12 +198,21 @@ def test_what_was_stated_is_not_tried(page):
     told = stated(n_head=4, activation="gelu", attention_scale=0.3, post_norm=False, qkv_by_head=False)
     told |= stated(embedding_scale=1.0, norm="layernorm")
     model, facts = recognise(checkpoint_of(trained("relu"), {}), told=told)
-    assert [(name, value) for name, value, _ in alternatives(model, facts)] == [("causal", False)]
+    assert [changes for changes, _ in alternatives(model, facts)] == [{"causal": False}]
     with suppress(UserError):
         settle_by_text(model, facts, tokenizer, page)
     assert {fact.name: fact for fact in facts if fact.name in told} == told | {
         "norm": Fact("norm", "layernorm", "tensors")
     }
+
+
+def test_facts_that_hide_each_other_are_found_in_text(page):
+    module = trained("by_head")
+    model, by_name, facts = read(module, {})
+    assert (model.n_head, by_name["n_head"].source) == (4, "nobody")
+    model, _, _ = settle_by_text(model, facts, tokenizer, page)
+    ids = torch.arange(32)[None] % 8
+    assert (reference_logits(model, ids) - own_logits(module, ids)).abs().max() <= 1e-9
 
 
 def test_model_that_has_not_learned_the_text_is_refused(page):
@@ -258,22 +268,46 @@ def test_losses_are_the_cross_entropy_of_each_window():
 def test_alternatives_are_every_other_value_of_an_open_fact():
     model, facts = recognise(checkpoint_of(build("nanogpt")[0], {}))
     tried = alternatives(model, facts)
-    assert [(name, value) for name, value, _ in tried] == [
-        *(("n_head", n) for n in (1, 2, 3, 6)),
-        *(("attention_scale", value) for value in (WIDTH**-0.5, 1.0)),
-        *(("activation", value) for value in ("gelu_tanh", "relu", "silu")),
-        ("embedding_scale", WIDTH**0.5),
-        ("post_norm", True),
-        ("causal", False),
-        ("qkv_by_head", True),
+    assert [changes for changes, _ in tried] == [
+        {"n_head": 1},
+        {"n_head": 1, "qkv_by_head": True},
+        {"n_head": 2},
+        {"n_head": 2, "qkv_by_head": True},
+        {"n_head": 3},
+        {"n_head": 3, "qkv_by_head": True},
+        {"qkv_by_head": True},
+        {"n_head": 6},
+        {"n_head": 6, "qkv_by_head": True},
+        *({"attention_scale": value} for value in (WIDTH**-0.5, 1.0)),
+        *({"activation": value} for value in ("gelu_tanh", "relu", "silu")),
+        {"embedding_scale": WIDTH**0.5},
+        {"post_norm": True},
+        {"causal": False},
     ]
-    for name, value, other in tried:
-        if name == "n_head":
-            assert (other.n_head, other.n_kv_head, other.attention_scale) == (value, value, (WIDTH / value) ** -0.5)
-        elif name != "qkv_by_head":
-            assert vars(other)[name] == value
-    rotated = [name for name, _, _ in alternatives(*recognise(checkpoint_of(*build("llama2c"))))]
-    assert set(rotated) == {"attention_scale", "activation", "norm", "rope", "embedding_scale", "post_norm", "causal"}
+    for changes, other in tried:
+        changed = {name: value for name, value in vars(other).items() if value is not vars(model)[name]}
+        if changed.get("attention_scale") == model.attention_scale:
+            del changed["attention_scale"]
+        if "n_head" in changes:
+            assert changed.pop("n_kv_head") == changes["n_head"]
+            assert changed.pop("attention_scale") == (WIDTH / changes["n_head"]) ** -0.5
+        by_head = changes.pop("qkv_by_head", False)
+        assert ("tensors" in changed) is by_head
+        assert {name: value for name, value in changed.items() if name != "tensors"} == changes
+
+
+def test_alternatives_of_a_rotary_model_keep_queries_on_shared_keys():
+    module, config = build("llama2c_gqa", heads=4)
+    del config["n_heads"]
+    model, facts = recognise(checkpoint_of(module, config))
+    tried = [changes | {"n_kv_head": other.n_kv_head} for changes, other in alternatives(model, facts)]
+    assert [changes for changes in tried if "n_head" in changes or "rope" in changes] == [
+        {"n_head": 2, "n_kv_head": 1},
+        {"n_head": 2, "rope": "half", "n_kv_head": 1},
+        {"rope": "half", "n_kv_head": 2},
+        {"n_head": 6, "n_kv_head": 3},
+        {"n_head": 6, "rope": "half", "n_kv_head": 3},
+    ]
 
 
 def scored(scores: dict[tuple[str, object], list[float]], now: list[float]):
@@ -303,6 +337,25 @@ def test_best_value_is_taken_of_what_nobody_stated_even_if_it_is_not_clearly_bet
     model, facts = scored({("n_head", 3): [1.0, 1.0, 1.2, 2.3]}, now=[1.1, 1.1, 1.1, 2.1])
     assert model.n_head == 4
     assert facts["n_head"] == Fact("n_head", 4, "--probe_text, where others do as well")
+
+
+def test_value_adopted_beside_a_wrong_one_gives_way_to_the_assumed_one_that_does_as_well():
+    model, facts = recognise(checkpoint_of(build("nanogpt")[0], {}))
+
+    def score(other: CanonicalGPT) -> torch.Tensor:
+        if other.tensors is not model.tensors or other.attention_scale != (WIDTH // other.n_head) ** -0.5:
+            return torch.tensor([99.0, 99.0])
+        if other.embedding_scale != 1 or other.post_norm or not other.causal:
+            return torch.tensor([99.0, 99.0])
+        if other.n_head == 3:
+            return torch.tensor({"relu": [1.0, 1.2], "gelu": [1.2, 1.1]}.get(other.activation, [9.0, 9.0]))
+        return torch.tensor({"relu": [5.0, 5.0]}.get(other.activation, [7.0, 7.0]))
+
+    model, _ = settle(model, facts, score, "--probe_text")
+    by_name = {fact.name: fact for fact in facts}
+    assert (model.n_head, model.activation) == (3, "gelu")
+    assert by_name["n_head"] == Fact("n_head", 3, "--probe_text")
+    assert by_name["activation"] == Fact("activation", "gelu", "layout default")
 
 
 def test_values_that_are_not_finite_lose():
@@ -366,6 +419,15 @@ def test_hidden_facts_are_settled_by_the_authors_module(variant, own):
     assert (reference_logits(model, ids) - own_logits(module, ids)).abs().max() <= 1e-9
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
+    module = randomise(by_head()[0], seed)
+    model, _ = settled(module, {}, lambda ids: own_logits(module, ids))
+    assert model.n_head == HEADS
+    module, config = build("sinusoidal_scaled")
+    settled(randomise(module, seed), config, lambda ids: own_logits(module, ids))
+
+
 def test_projections_fused_by_head_are_settled_by_the_authors_module():
     module, config = by_head()
     _, facts = settled(module, config, lambda ids: own_logits(module, ids))
@@ -384,11 +446,12 @@ def test_heads_and_rotation_that_nobody_stated_are_settled_by_the_authors_module
     require_settled(facts)
 
 
+@pytest.mark.parametrize("config", [{}, {"n_head": HEADS}], ids=["no config", "config"])
 @pytest.mark.parametrize(
     ("name", "reason"), [("non_causal", "trained without a causal mask"), ("post_norm", "blocks are post-norm")]
 )
-def test_model_that_no_target_holds_is_refused_for_what_its_module_shows(name, reason):
-    module, config = REFUSED[name]()
+def test_model_that_no_target_holds_is_refused_for_what_its_module_shows(name, reason, config):
+    module, _ = REFUSED[name]()
     model, _ = settled(module, config, lambda ids: own_logits(module, ids))
     with pytest.raises(UserError, match=reason):
         refuse_unconvertible(model)

@@ -291,6 +291,17 @@ def test_heads_that_cannot_be_turned_in_pairs_are_refused():
 def test_heads_that_do_not_fit_the_keys_are_refused():
     module, config = build("llama2c_gqa", heads=4)
     assert refusal(checkpoint_of(module, config | {"n_heads": 1})) == "Heads of width 24 do not fit keys of width 12."
+    tensors = {
+        name: tensor[:16] if "wk" in name or "wv" in name else tensor for name, tensor in weights("story_chat").items()
+    }
+    message = refusal(checkpoint(tensors, {"max_seq_len": 20}), told=stated(n_head=3))
+    assert message == "Heads of width 8 do not fit keys of width 16."
+
+
+def test_whole_number_may_stand_for_a_fraction():
+    told = stated(norm_eps=1, attention_scale=1, rope_theta=500_000, embedding_scale=2)
+    gpt, _ = recognise(checkpoint_of(*build("llama_half")), told=told)
+    assert [type(vars(gpt)[name]) for name in told] == [float] * 4
 
 
 @pytest.mark.parametrize(
