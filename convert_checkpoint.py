@@ -72,7 +72,7 @@ def main():
             print(f"  {name:<50} {tuple(tensor.shape)!s:<18} {structure.roles.get(name, '?')}{stored}")
         for name, why in checkpoint.left_out.items():
             print(f"  {name:<50} left out: {why}")
-        for problem in structure.problems:
+        for problem in [*structure.refusals, *structure.problems]:
             print(problem)
         return
 
@@ -93,16 +93,16 @@ def main():
     refuse_unconvertible(gpt)
     require_settled(facts)
 
-    end = tokenizer.eos_token_id
-    token_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    token_ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     config, weights, folds = to_target(gpt, token_ids, args.target)
-    for fold in (folds := [*cut, *folds]):
+    folds = [*cut, *folds]
+    for fold in folds:
         print(f"  {fold}")
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     print("Proving: the same logits in float64 ...", flush=True)
     probes = reference(gpt)
-    proof |= {"float64_max_error": prove_exact(probes, model, weights)}
+    proof["float64_max_error"] = prove_exact(probes, model, weights)
     proof["positions"] = sum(ids.numel() for ids, _ in probes)
     report = {
         "source": checkpoint.source,

@@ -36,6 +36,7 @@ def main():
     from fledge.encoding import prompt_text
     from fledge.generation import answer_batch, load_model
     from fledge.tasks.topic_ending import instruction
+    from fledge.tokenizers import encoding_of
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -44,10 +45,8 @@ def main():
     # A base model has no template: it continues the text itself, as the beginning of a document.
     begin = [] if tokenizer.chat_template or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text = prompt_text(tokenizer, text) if tokenizer.chat_template else text
-    try:
+    with encoding_of("The prompt"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # a character outside the vocabulary; the Rust side raises bare Exception
-        raise UserError(f"The prompt cannot be written with this model's tokenizer: {error}.") from error
     if not ids:
         raise UserError("The prompt is empty.")
     ids = begin + ids

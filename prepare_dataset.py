@@ -46,7 +46,7 @@ def main():
     from fledge.sources import load_source
     from fledge.tasks import RejectedRecord, load_task
     from fledge.templates import load_template
-    from fledge.tokenizers import open_tokenizer
+    from fledge.tokenizers import encoding_of, open_tokenizer
 
     disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -90,10 +90,8 @@ def main():
     kept = []
     for begin in range(0, len(examples), 1000):
         batch = examples[begin : begin + 1000]
-        try:
+        with encoding_of("A record"):
             encoded = encode(tokenizer, [e["instruction"] for e in batch], [e["response"] for e in batch])
-        except Exception as error:  # a character outside the vocabulary; the Rust side raises bare Exception
-            raise UserError(f"The records cannot be written with this tokenizer: {error}.") from error
         for example, whole in zip(batch, encoded, strict=True):
             fitted = fit(whole, max_length, args.overflow)
             if fitted is None:

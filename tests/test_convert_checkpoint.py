@@ -333,6 +333,11 @@ def test_inspect_shows_each_tensor_with_its_role_and_what_is_in_the_way(own, tmp
     refused = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt"))
     assert_refused(*refused[::2], ["surprise", "--inspect", "--mapping"])
 
+    torch.save({name: tensor for name, tensor in tensors.items() if "norm_at_end" not in name}, tmp_path / "odd.pt")
+    status, out, _ = run_here(monkeypatch, capsys, "--checkpoint", tmp_path / "odd.pt", "--inspect")
+    assert status == 0
+    assert "There is no final norm" in out
+
 
 def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
     content = torch.load(own[0] / "checkpoint.pt", weights_only=True)

@@ -59,6 +59,14 @@ class CanonicalGPT:
         return self.tensors["token_embedding.weight"].shape[1]
 
     @property
+    def head_width(self) -> int:
+        return self.width // self.n_head
+
+    @property
+    def usual_scale(self) -> float:
+        return self.head_width**-0.5
+
+    @property
     def gated(self) -> bool:
         return "blocks.0.mlp_gate.weight" in self.tensors
 
@@ -73,7 +81,6 @@ def reference_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.
     """
     length = ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    head_width = gpt.width // gpt.n_head
 
     def get(name: str) -> Tensor | None:
         return gpt.tensors[name].to(dtype) if name in gpt.tensors else None
@@ -88,11 +95,11 @@ def reference_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.
         return scaled if bias is None else scaled + bias
 
     def split_heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, head_width)).transpose(1, 2)
+        return x.unflatten(-1, (-1, gpt.head_width)).transpose(1, 2)
 
     def rotate(x: Tensor) -> Tensor:
         # Authors and transformers alike make this table in float32, whatever the model runs in.
-        frequencies = 1 / gpt.rope_theta ** (torch.arange(0, head_width, 2).float() / head_width)
+        frequencies = 1 / gpt.rope_theta ** (torch.arange(0, gpt.head_width, 2).float() / gpt.head_width)
         angles = torch.outer(torch.arange(length).float(), frequencies)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         if gpt.rope == "interleaved":

@@ -20,6 +20,7 @@ from fledge.checkpoints.layouts import Fact, heads_fit, regroup
 from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.proof import FLOAT64_TOLERANCE, probe_ids
 from fledge.cli import UserError
+from fledge.tokenizers import encoding_of
 
 CLEARLY = 4.0
 """Standard errors over windows by which a value of a fact must beat the assumed one on probe text to replace it."""
@@ -46,7 +47,6 @@ def alternatives(gpt: CanonicalGPT, facts: list[Fact]) -> list[tuple[dict[str, o
     """
     is_open = {fact.name for fact in facts if fact.open}
     by_head = next((fact.value for fact in facts if fact.name == "qkv_by_head"), False)
-    usual_scale = (gpt.width // gpt.n_head) ** -0.5
     found = []
 
     def add(name: str, values: list, make: Callable[[object], CanonicalGPT]) -> None:
@@ -54,10 +54,10 @@ def alternatives(gpt: CanonicalGPT, facts: list[Fact]) -> list[tuple[dict[str, o
             found.extend(({name: value}, make(value)) for value in values if value != getattr(gpt, name))
 
     def with_rows(n_head: int, grouped: bool, rope: str | None) -> CanonicalGPT:
-        scale = (gpt.width // n_head) ** -0.5 if gpt.attention_scale == usual_scale else gpt.attention_scale
         other = regroup(gpt, into_thirds=True) if by_head else gpt
-        n_kv_head = key_rows * n_head // gpt.width
-        other = replace(other, n_head=n_head, n_kv_head=n_kv_head, attention_scale=scale, rope=rope)
+        other = replace(other, n_head=n_head, n_kv_head=key_rows * n_head // gpt.width, rope=rope)
+        if gpt.attention_scale == gpt.usual_scale:
+            other = replace(other, attention_scale=other.usual_scale)
         return regroup(other) if grouped else other
 
     key_rows = len(gpt.tensors["blocks.0.key.weight"])
@@ -67,7 +67,7 @@ def alternatives(gpt: CanonicalGPT, facts: list[Fact]) -> list[tuple[dict[str, o
     for values in product(*(choices[name] if name in is_open else [now[name]] for name in now)):
         changes = {name: value for name, value in zip(now, values, strict=True) if value != now[name]}
         found += [(changes, with_rows(*values))] if changes else []
-    add("attention_scale", [usual_scale, gpt.width**-0.5, 1.0], lambda value: replace(gpt, attention_scale=value))
+    add("attention_scale", [gpt.usual_scale, gpt.width**-0.5, 1.0], lambda value: replace(gpt, attention_scale=value))
     add("activation", list(ACTIVATIONS), lambda value: replace(gpt, activation=value))
     add("norm", list(NORMS), lambda value: replace(gpt, norm=value))
     add("embedding_scale", [1.0, gpt.width**0.5], lambda value: replace(gpt, embedding_scale=value))
@@ -86,8 +86,8 @@ def settle(
     nobody stated the best value is taken even if another is as good.
     """
     assumed, adopted = {fact.name: fact.value for fact in facts if fact.source != "nobody"}, set()
+    now = score(gpt)
     while True:
-        now = score(gpt)
         tried = [(changes, other, score(other)) for changes, other in alternatives(gpt, facts)]
         better = [item for item in tried if _clearly(now, item[2])]
         # What was adopted while another fact was wrong gives way to what was assumed, if that does as well after all.
@@ -95,7 +95,7 @@ def settle(
         back = [item for item in back if not _clearly(item[2], now)]
         if not better and not back:
             break
-        changes, gpt, _ = min(better or back, key=lambda item: item[2].mean())
+        changes, gpt, now = min(better or back, key=lambda item: item[2].mean())
         _adopt(gpt, facts, changes, source)
         adopted |= changes.keys()
         for name in changes if not better else ():
@@ -180,10 +180,8 @@ def settle_by_text(
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--probe_text {file} cannot be read as text: {error}.") from error
-    try:
+    with encoding_of(f"--probe_text {file}"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # a character outside the vocabulary; the Rust side raises bare Exception
-        raise UserError(f"--probe_text {file} cannot be encoded with this tokenizer: {error}.") from error
     windows = text_windows(ids, gpt.context_length)
     gpt, trials = settle(gpt, facts, lambda other: text_losses(other, windows), "--probe_text")
     loss = text_losses(gpt, text_windows(ids, gpt.context_length, 8 * WINDOWS, gpt.context_length)).mean().item()

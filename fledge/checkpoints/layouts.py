@@ -186,6 +186,7 @@ def recognise(
     where = "--layout" if layout else "names of tensors" if name else "no layout has these names"
     facts = {"layout": Fact("layout", name, where)}
     width, has_positions = tensors["token_embedding.weight"].shape[1], "position_embedding.weight" in tensors
+    key_rows = len(tensors["blocks.0.key.weight"])
 
     def settle(name: str, default: object, source: str = "usual practice") -> object:
         if told and name in told:
@@ -205,21 +206,18 @@ def recognise(
                 f"{told['n_head'].source} says {told['n_head'].value} heads; the tensors show {heads_seen}."
             )
     else:
-        settle("n_head", _likely_heads(width, len(tensors["blocks.0.key.weight"]), not has_positions), "nobody")
+        settle("n_head", _likely_heads(width, key_rows, not has_positions), "nobody")
     n_head = facts["n_head"].value
     if width % n_head:
         raise UserError(f"n_head {n_head} does not divide the width {width}.")
     head_width = width // n_head
-    if not heads_fit(n_head, width, len(tensors["blocks.0.key.weight"]), rotary=False):
-        raise UserError(
-            f"Heads of width {head_width} do not fit keys of width {tensors['blocks.0.key.weight'].shape[0]}."
-        )
+    if not heads_fit(n_head, width, key_rows, rotary=False):
+        raise UserError(f"Heads of width {head_width} do not fit keys of width {key_rows}.")
     if head_width % 2 and not has_positions:
         raise UserError(f"Heads of width {head_width}, as n_head {n_head} says, cannot be rotated in pairs.")
     settle("activation", "silu" if "blocks.0.mlp_gate.weight" in tensors else "gelu")
     settle("attention_scale", head_width**-0.5)
-    norm_biases = any(re.search(r"norm.*bias", name) for name in tensors)
-    if norm_biases:
+    if any(re.search(r"norm.*bias", name) for name in tensors):
         facts["norm"] = Fact("norm", "layernorm", "tensors")
     else:
         settle("norm", "layernorm" if has_positions else "rmsnorm")
@@ -243,7 +241,7 @@ def recognise(
         tensors=tensors,
         n_layer=n_layer,
         n_head=n_head,
-        n_kv_head=tensors["blocks.0.key.weight"].shape[0] // head_width,
+        n_kv_head=key_rows // head_width,
         context_length=context_length,
         activation=facts["activation"].value,
         attention_scale=facts["attention_scale"].value,

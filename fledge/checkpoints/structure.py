@@ -282,12 +282,15 @@ def _detect_norms(structure: Structure, block: str, norms: list[Module], width: 
         )
         return
     # post_attention_layernorm speaks of both, input_layernorm only of the first: what counts is who says more.
-    order = sorted(norms, key=lambda m: (m.count(NORM_2) - m.count(NORM_1), m.numbers))
-    keys = [(m.count(NORM_2) - m.count(NORM_1), m.numbers) for m in order]
-    if keys[0] == keys[1]:
+    first, second = sorted(norms, key=_norm_order)
+    if _norm_order(first) == _norm_order(second):
         structure.problems.append(f"{_listed(norms)}: which norm comes before the attention?")
-    _assign(structure, order[0], f"{block}.norm_1")
-    _assign(structure, order[1], f"{block}.norm_2")
+    _assign(structure, first, f"{block}.norm_1")
+    _assign(structure, second, f"{block}.norm_2")
+
+
+def _norm_order(module: Module) -> tuple[int, list[int]]:
+    return module.count(NORM_2) - module.count(NORM_1), module.numbers
 
 
 def _attention_output(problems: list[str], projections: list[Module], rest: list[Module]) -> Module | None:

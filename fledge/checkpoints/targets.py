@@ -66,11 +66,13 @@ def _fold_common(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
     """Folds that every target needs alike: head bias, embedding scale, attention scale, missing output projection."""
     source, tensors, folds, tied = gpt.tensors, dict(gpt.tensors), [], gpt.tied
     if "head.bias" in source:
-        norm_weight = source["final_norm.weight"].double()
-        norm_bias = source["final_norm.bias"].double() if "final_norm.bias" in source else torch.zeros_like(norm_weight)
-        folded = fold_head_bias(
-            source["head.weight"].double(), tensors.pop("head.bias").double(), norm_weight, norm_bias
+        parts = (
+            source["head.weight"],
+            tensors.pop("head.bias"),
+            source["final_norm.weight"],
+            _bias(source, "final_norm"),
         )
+        folded = fold_head_bias(*(part.double() for part in parts))
         tensors |= dict(zip(("head.weight", "final_norm.weight", "final_norm.bias"), folded, strict=True))
         tied = False
         folds.append("The head's bias is carried by one coordinate of the final norm, which the other ones determine.")
@@ -78,11 +80,10 @@ def _fold_common(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
         tensors["token_embedding.weight"] = source["token_embedding.weight"].double() * gpt.embedding_scale
         tied = False
         folds.append(f"The embeddings hold their scale {gpt.embedding_scale:g}, and the head is untied from them.")
-    usual_scale = (gpt.width // gpt.n_head) ** -0.5
-    if gpt.attention_scale != usual_scale:
+    if gpt.attention_scale != gpt.usual_scale:
         for name in [name for name in tensors if ".query." in name]:
-            tensors[name] = tensors[name].double() * (gpt.attention_scale / usual_scale)
-        folds.append(f"The attention scale {gpt.attention_scale:g} instead of {usual_scale:g} is in the queries.")
+            tensors[name] = tensors[name].double() * (gpt.attention_scale / gpt.usual_scale)
+        folds.append(f"The attention scale {gpt.attention_scale:g} instead of {gpt.usual_scale:g} is in the queries.")
     if "blocks.0.output.weight" not in source:
         for n in range(gpt.n_layer):
             tensors[f"blocks.{n}.output.weight"] = torch.eye(gpt.width)
@@ -141,8 +142,8 @@ def _to_gpt2(gpt: CanonicalGPT, token_ids: dict[str, int | None]) -> tuple[PreTr
         block, into = f"blocks.{n}", f"transformer.h.{n}"
         parts = [f"{block}.{part}" for part in ("query", "key", "value")]
         # GPT-2's Conv1D holds (in, out).
-        weights[f"{into}.attn.c_attn.weight"] = _cat([source[f"{part}.weight"] for part in parts]).T
-        weights[f"{into}.attn.c_attn.bias"] = _cat([_bias(source, part) for part in parts])
+        weights[f"{into}.attn.c_attn.weight"] = torch.cat([source[f"{part}.weight"] for part in parts]).T
+        weights[f"{into}.attn.c_attn.bias"] = torch.cat([_bias(source, part) for part in parts])
         for role, name in (("output", "attn.c_proj"), ("mlp_in", "mlp.c_fc"), ("mlp_out", "mlp.c_proj")):
             weights[f"{into}.{name}.weight"] = source[f"{block}.{role}.weight"].T
             weights[f"{into}.{name}.bias"] = _bias(source, f"{block}.{role}")
@@ -248,10 +249,9 @@ def _to_rotary(gpt: CanonicalGPT, token_ids: dict[str, int | None]) -> tuple[Pre
 
 def _half_split(gpt: CanonicalGPT) -> Callable[[Tensor], Tensor]:
     """Rows of a head from neighbouring pairs to halves: transformers turns i and i + half a head together."""
-    head_width = gpt.width // gpt.n_head
 
     def place(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (-1, head_width // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor.unflatten(0, (-1, gpt.head_width // 2, 2)).transpose(1, 2).flatten(0, 2)
 
     return place
 
@@ -259,11 +259,6 @@ def _half_split(gpt: CanonicalGPT) -> Callable[[Tensor], Tensor]:
 def _bias(source: dict[str, Tensor], module: str) -> Tensor:
     """The bias, or the zeros that stand for a missing one."""
     return source[f"{module}.bias"] if f"{module}.bias" in source else torch.zeros(len(source[f"{module}.weight"]))
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    widest = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    return torch.cat([part.to(widest) for part in parts])
 
 
 TARGETS = {

@@ -1,7 +1,9 @@
 """The tokenizer a checkpoint was trained with → one `PreTrainedTokenizerFast` that every later stage opens."""
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -91,6 +93,19 @@ def open_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"The tokenizer in {folder} cannot be opened ({_cause(error)}); write it again.") from error
     return tokenizer
+
+
+@contextlib.contextmanager
+def encoding_of(what: str) -> Iterator[None]:
+    """Around an encoding: a character that the vocabulary lacks is the user's to mend.
+
+    Raises:
+        UserError: `what` cannot be encoded.
+    """
+    try:
+        yield
+    except Exception as error:  # the Rust side raises bare Exception
+        raise UserError(f"{what} cannot be encoded with this tokenizer: {error}.") from error
 
 
 def _find(path: Path) -> Path:

@@ -9,11 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from hand_written import (
-    CONTEXT_LENGTH,
-    HEADS,
-    LAYERS,
-    VOCAB_SIZE,
-    WIDTH,
     NanoAttention,
     NanoBlock,
     NanoLayerNorm,
@@ -396,23 +391,16 @@ class NoPositions(nn.Module):
         return 0.0
 
 
-def deviating(
-    block: Callable[..., nn.Module],
-    replaced: dict[str, nn.Module],
-    vocab_size: int = VOCAB_SIZE,
-    context_length: int = CONTEXT_LENGTH,
-    width: int = WIDTH,
-    heads: int = HEADS,
-    layers: int = LAYERS,
-) -> tuple[nn.Module, dict]:
-    """nanoGPT with another kind of block, or with parts of its `transformer` replaced; and its config."""
-    module, config = build("nanogpt", vocab_size, context_length, width, heads, layers)
-    blocks = nn.ModuleList([block(width, heads, context_length, bias=True) for _ in range(layers)])
+def deviating(block: Callable[..., nn.Module], replaced: dict[str, nn.Module], **sizes: int) -> tuple[nn.Module, dict]:
+    """nanoGPT in the `sizes` of `build`, with another kind of block or parts of its `transformer` replaced."""
+    module, config = build("nanogpt", **sizes)
+    shape = (config["n_embd"], config["n_head"], config["block_size"])
+    blocks = nn.ModuleList([block(*shape, bias=True) for _ in range(config["n_layer"])])
     module.transformer.update({"h": blocks} | replaced)
     return randomise(module), config
 
 
-# Variant: a builder that takes the five sizes of `build`.
+# Variant: a builder that takes the sizes of `build` by their names.
 REFUSED: dict[str, Callable[..., tuple[nn.Module, dict]]] = {
     "post_norm": partial(deviating, PostNormBlock, {}),
     "no_final_norm": partial(deviating, NanoBlock, {"ln_f": nn.Identity()}),
