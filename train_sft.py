@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import check_output_dir, parse, read_json, run, staged, write_json
+from fledge.cli import check_output_dir, parse, run, staged, write_json
 
 
 @dataclass
@@ -37,6 +37,7 @@ def main():
     from trl import ModelConfig, SFTTrainer, get_peft_config
 
     from fledge.encoding import open_prepared
+    from fledge.tokenizers import open_tokenizer
     from fledge.training import (
         Progress,
         SmallModelConfig,
@@ -48,6 +49,7 @@ def main():
         score_supervised_only,
         use_all_threads,
     )
+    from fledge.vocabulary import add_rows
 
     args, config, model_args = parse(arguments, RunArguments, SmallModelConfig, ModelConfig, description=__doc__)
     transformers.logging.set_verbosity_error()
@@ -60,16 +62,21 @@ def main():
     if not checkpoint and config.process_index == 0:
         check_output_dir(output_dir, args.overwrite, "run.json", "checkpoints")
     threads = use_all_threads(config)
-    conversion = read_json(base / "conversion.json", "convert_checkpoint.py")
+    # Where the base came from: one of these two, or neither for a model that another tool made.
+    provenance = [base / f"{name}.json" for name in ("conversion", "pretraining") if (base / f"{name}.json").exists()]
     budget, tokenizer, rows = open_prepared(data)
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    check_fit(model, tokenizer, max(split["lengths"]["total"]["1"] for split in budget["splits"].values()))
+    longest = max(split["lengths"]["total"]["1"] for split in budget["splits"].values())
+    check_fit(model, open_tokenizer(base), tokenizer, longest)
+    new_tokens = add_rows(model, tokenizer)
     if config.process_index == 0:
         if not checkpoint and Path(config.output_dir).exists():
             shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
         print(f"{model.num_parameters():,} parameters; processes: {config.world_size}")
+        if new_tokens:
+            print(f"New tokens {new_tokens}: the dataset's template has them, and the model learns them")
         print(f"Precision {precision}: {config.precision_reason}", flush=True)
         if threads:
             print(threads, flush=True)
@@ -98,8 +105,10 @@ def main():
             with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
             save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
-            for name, content in (("conversion", conversion), ("budget", budget), ("run", record)):
-                write_json(folder / f"{name}.json", content)
+            for file in provenance:
+                shutil.copy(file, folder)
+            write_json(folder / "budget.json", budget)
+            write_json(folder / "run.json", record)
         print(
             f"Trained {record['steps']} steps in {record['seconds']:.0f} s, {record['tokens_per_second']:,} tokens/s."
         )

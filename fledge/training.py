@@ -84,17 +84,26 @@ def use_all_threads(config: SmallModelConfig) -> str | None:
     return f"Threads {threads}: accelerate launch leaves a process one, and this machine has more"
 
 
-def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+def check_fit(
+    model: PreTrainedModel, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> None:
     """Refuses data that was not prepared for this model.
+
+    `tokenizer` is the dataset's: the model's `own` with a template's special tokens added, for which `add_rows` makes
+    room. `longest` is the length of the longest row in tokens.
 
     Raises:
         UserError: its token ids or its row lengths do not fit.
     """
     rows, context = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
-    if len(tokenizer) != rows:
+    if len(own) > rows:
+        raise UserError(f"The model has {rows} rows for the {len(own)} tokens of its own tokenizer; convert it again.")
+    ids = tokenizer.get_vocab()
+    strange = next((token for token, number in own.get_vocab().items() if ids.get(token) != number), None)
+    if strange is not None:
         raise UserError(
-            f"The dataset was encoded with {len(tokenizer)} tokens and the model has {rows}; "
-            "run prepare_dataset.py with this model's folder as --tokenizer."
+            f"The dataset was encoded with {len(tokenizer)} tokens and the model's tokenizer has {len(own)}, of which "
+            f"{strange!r} has another id there; run prepare_dataset.py with this model's folder as --tokenizer."
         )
     if longest > context:
         raise UserError(

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
@@ -154,13 +155,20 @@ def test_precision_is_chosen_with_a_reason_and_the_user_wins(tmp_path):
 
 
 def test_data_of_another_model_is_refused(tiny):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.base)
-    with pytest.raises(UserError, match=f"encoded with {len(tokenizer)} tokens and the model has 97"):
-        check_fit(small_gpt2(True), tokenizer, longest=10)
-    fitting = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=1))
-    check_fit(fitting, tokenizer, longest=16)
+    own = PreTrainedTokenizerFast.from_pretrained(tiny.base)
+    fitting = GPT2LMHeadModel(GPT2Config(vocab_size=len(own), n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    check_fit(fitting, own, own, longest=16)
     with pytest.raises(UserError, match="rows of 17 tokens and the model's context is 16"):
-        check_fit(fitting, tokenizer, longest=17)
+        check_fit(fitting, own, own, longest=17)
+    with pytest.raises(UserError, match=f"97 rows for the {len(own)} tokens"):
+        check_fit(small_gpt2(True), own, own, longest=10)
+
+    longer = copy.deepcopy(own)
+    longer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    check_fit(fitting, own, longer, longest=16)
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1})))
+    with pytest.raises(UserError, match=f"with 2 tokens and the model's tokenizer has {len(own)}, of which"):
+        check_fit(fitting, own, other, longest=10)
 
 
 def test_loss_curve_is_a_picture(tmp_path):
