@@ -1,0 +1,95 @@
+"""Ids of a byte-level BPE by tiktoken: those of the tokenizers library, several times as fast.
+
+Given a tokenizer's own bytes and merges, `tiktoken.Encoding` does the same work with less around it. It is used where
+it can be shown to do the same: the kind of tokenizer is checked, every token must be what merging its own bytes gives,
+and ids are compared on the data itself. Everything else goes the usual way.
+"""
+
+import json
+
+import tiktoken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerBase
+
+# GPT-2's way to cut a text into words, as tiktoken writes it (tiktoken_ext/openai_public.py).
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+PLAIN_MODEL = {"type": "BPE", "dropout": None, "byte_fallback": False, "ignore_merges": False}
+PLAIN_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+class UnequalIds(Exception):
+    """tiktoken gave other ids than the tokenizer itself."""
+
+
+class TextEncoder:
+    """Texts → ids without special tokens added, a control token that stands in a text being text.
+
+    `way` says in words which library does it. The first batch, and the first text of each later one, are encoded by
+    both and compared.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, fast: bool = True):
+        self.tokenizer = tokenizer
+        self.encoding, hindrance = tiktoken_encoding(tokenizer) if fast else (None, "its ids differ on this data")
+        self.way = f"the tokenizers library (not tiktoken: {hindrance})" if hindrance else "tiktoken, ids checked"
+        self.is_first = True
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Raises:
+        UnequalIds: tiktoken cannot be used on this data after all; begin again with `fast=False`.
+        """
+        if self.encoding is None:
+            return self._slow(texts)
+        ids = [self.encoding.encode_ordinary(text) for text in texts]
+        checked = len(texts) if self.is_first else 1
+        if ids[:checked] != self._slow(texts[:checked]):
+            raise UnequalIds
+        self.is_first = self.is_first and not texts
+        return ids
+
+    def _slow(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Encoding | None, str]:
+    """The `Encoding` that gives this tokenizer's ids, or `None` and what is in the way."""
+    if not tokenizer.is_fast:
+        return None, "it is written in Python"
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, words = description["model"], description["pre_tokenizer"] or {}
+    if any(model.get(key, value) != value for key, value in PLAIN_MODEL.items()):
+        return None, "it is no plain byte-level BPE"
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return None, "it marks parts of words"
+    if description["normalizer"] is not None:
+        return None, "it normalises text"
+    if any(words.get(key) != value for key, value in PLAIN_WORDS.items()):
+        return None, "it does not cut words as GPT-2 does"
+    if not all(token["special"] for token in description["added_tokens"]):
+        return None, "it has added tokens that are not special"
+
+    byte_of, vocabulary = characters_of_bytes(), model["vocab"]
+    if not byte_of.keys() <= vocabulary.keys():
+        return None, "it lacks some bytes"
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = ["".join(pair) for pair in pairs]
+    order = [vocabulary[token] for token in merged]
+    if order != sorted(set(order)):
+        return None, "its ids are not in the order of its merges"
+    # A token that merging does not reach is never emitted by the tokenizer, but tiktoken would look it up whole.
+    backend = tokenizer.backend_tokenizer.model
+    if any(len(backend.tokenize(token)) != 1 for token in merged):
+        return None, "its merges do not reach every token"
+    ranks = {bytes(byte_of[c] for c in token): vocabulary[token] for token in (*byte_of, *merged)}
+    return tiktoken.Encoding("fledge", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}), ""
+
+
+def characters_of_bytes() -> dict[str, int]:
+    """GPT-2's visible character for each byte: itself where it can be seen, else the next from U+0100 on."""
+    hidden = sorted(set(range(256)) - {*range(33, 127), *range(161, 173), *range(174, 256)})
+    characters = {chr(256 + index): byte for index, byte in enumerate(hidden)}
+    characters |= {chr(byte): byte for byte in range(256) if byte not in hidden}
+    assert characters.keys() == set(ByteLevel.alphabet())
+    return characters
