@@ -32,11 +32,9 @@ def main():
     check_output_dir(args.output_dir, args.overwrite, "metrics.json")
     data = Path(args.dataset)
 
-    import pyarrow.parquet
     import transformers
-    from datasets import Dataset
 
-    from fledge.encoding import IGNORED, open_prepared
+    from fledge.encoding import open_prepared, open_rows, prompt_length
     from fledge.evaluation import COMMON, completion_losses, paired_difference, report, summarise, table
     from fledge.generation import answer_all, load_model
     from fledge.tasks import load_task
@@ -47,19 +45,18 @@ def main():
     if args.split not in encoded:
         raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(encoded)}.")
     task = load_task(budget["task"])
-    text = {
-        name: Dataset(pyarrow.parquet.read_table(data / "data" / f"{name}-00000-of-00001.parquet")) for name in encoded
-    }
-    labels = {name: [task.LABELS[label] for label in split[task.LABEL]] for name, split in text.items()}
+    text = open_rows(data)
+    labels = {name: [row["ending"] for row in split] for name, split in text.items()}
+    stories = {name: [row["messages"][-1]["content"] for row in split] for name, split in text.items()}
     rows = encoded[args.split].select(range(min(args.num_prompts, len(encoded[args.split])))).to_list()
-    prompts = [row["input_ids"][: sum(label == IGNORED for label in row["labels"])] for row in rows]
-    instructions = text[args.split]["instruction"][: len(rows)]
+    prompts = [row["input_ids"][: prompt_length(row["labels"])] for row in rows]
+    instructions = [row["messages"][-2]["content"] for row in text[args.split][: len(rows)]]
 
     # The judge learns from the training split and is itself judged on the two others.
-    judge = task.EndingJudge(text["train"]["response"], labels["train"])
+    judge = task.EndingJudge(stories["train"], labels["train"])
     unseen = [name for name in text if name != "train"]
     accuracy = judge.accuracy(
-        [story for name in unseen for story in text[name]["response"]],
+        [story for name in unseen for story in stories[name]],
         [label for name in unseen for label in labels[name]],
     )
     judge_n = sum(len(text[name]) for name in unseen)
@@ -101,7 +98,7 @@ def main():
     with staged(args.output_dir, args.overwrite, "metrics.json") as folder:
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as samples:
             for i, instruction in enumerate(instructions):
-                sample = {"instruction": instruction, "reference": text[args.split][i]["response"]}
+                sample = {"instruction": instruction, "reference": stories[args.split][i]}
                 for name in ("base", "model"):
                     sample[name] = asdict(answers[name][i]) | {"scores": scores[name][i]}
                 samples.write(json.dumps(sample, ensure_ascii=False) + "\n")

@@ -33,7 +33,7 @@ def main():
     import transformers
     from transformers import TextStreamer
 
-    from fledge.encoding import prompt_text
+    from fledge.encoding import encode_prompt
     from fledge.generation import answer_batch, load_model
     from fledge.tasks.topic_ending import instruction
     from fledge.tokenizers import encoding_of
@@ -44,9 +44,11 @@ def main():
     text = instruction(" ".join(args.topic.split()), args.ending) if args.topic is not None else args.prompt
     # A base model has no template: it continues the text itself, as the beginning of a document.
     begin = [] if tokenizer.chat_template or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    text = prompt_text(tokenizer, text) if tokenizer.chat_template else text
     with encoding_of("The prompt"):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.chat_template:
+            ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+        else:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("The prompt is empty.")
     ids = begin + ids

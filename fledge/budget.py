@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fledge.cli import write_json
-from fledge.encoding import Encoded
+from fledge.encoding import IGNORED, Encoded
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -15,7 +15,11 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 
 @dataclass
 class Budget:
-    """What is read, rejected and kept: `rows_read` is always `rows_kept` plus all of `rejected`."""
+    """What is read, rejected and kept.
+
+    `rows_read` records give `examples`, of which `rows_kept` are kept; `rejected` counts by reason the records that
+    give none and the examples that are left out. So (rows_read - records_used) + (examples - rows_kept) is their sum.
+    """
 
     source: str
     task: str
@@ -24,21 +28,26 @@ class Budget:
     max_length: int
     overflow: str
     rows_read: int = 0
+    records_used: int = 0
+    examples: int = 0
     rejected: Counter = field(default_factory=Counter)
     splits: dict[str, dict] = field(default_factory=dict)
 
-    def describe(self, split: str, encoded: list[Encoded], labels: list[str], eos_token_id: int) -> None:
-        """Adds the figures of one finished split."""
+    def describe(self, split: str, encoded: list[Encoded], labels: dict[str, list[str]], eos_token_id: int) -> None:
+        """Adds the figures of one finished split; `labels` holds each class column's values, row by row."""
         lengths = np.array([len(example) for example in encoded])
         prompt, completion = (
             np.array([len(getattr(example, part)) for example in encoded]) for part in ("prompt_ids", "completion_ids")
         )
         self.splits[split] = {
             "rows": len(encoded),
-            "labels": dict(sorted(Counter(labels).items())),
+            "labels": dict(sorted(Counter(next(iter(labels.values()), [])).items())),
+            "classes": {column: dict(sorted(Counter(values).items())) for column, values in labels.items()},
             "tokens": int(lengths.sum()),
-            "supervised_share": float(completion.sum() / lengths.sum()),
-            "eos_supervised": sum(example.completion_ids[-1] == eos_token_id for example in encoded),
+            "supervised_share": float(
+                sum(len(example) - example.labels.count(IGNORED) for example in encoded) / lengths.sum()
+            ),
+            "eos_supervised": sum(example.input_ids[-1] == eos_token_id for example in encoded),
             "cut": sum(example.was_cut for example in encoded),
             "lengths": {
                 name: {f"{quantile:g}": int(np.quantile(values, quantile)) for quantile in QUANTILES}

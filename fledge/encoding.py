@@ -1,74 +1,163 @@
-"""Prompt and completion → `input_ids` and `labels`.
+"""Conversations → `input_ids` and `labels`.
 
-The two are encoded apart and concatenated, so the boundary is exact and training sees the ids that inference sends:
-byte-level BPE would otherwise merge across it. End-of-text is supervised on every complete answer, never on a cut one.
+Prompt and completion are encoded apart and concatenated, so the boundary is exact and training sees the ids that
+inference sends: byte-level BPE would otherwise merge across it. End-of-text is supervised on every complete answer,
+never on a cut one. A control token that stands in somebody's text stays text.
 """
 
+import bisect
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from datasets import DatasetDict, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError, read_json
+from fledge.templates import INPUT_MARK
 from fledge.tokenizers import open_tokenizer
 
 IGNORED = -100
 OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
+Messages = list[dict[str, str]]
 
 
 @dataclass
 class Encoded:
-    """Token ids of one example; `completion_ids` ends with end-of-text unless it was cut."""
+    """Token ids of one example; the last `completion_length` of them are its last answer.
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
+    `labels` are the ids where an answer stands and `IGNORED` elsewhere. An answer that was cut has no end-of-text.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    completion_length: int
     was_cut: bool = False
 
     def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
+        return len(self.input_ids)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.input_ids[: -self.completion_length]
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return self.input_ids[-self.completion_length :]
 
     @property
     def row(self) -> dict[str, list[int]]:
-        return {
-            "input_ids": self.prompt_ids + self.completion_ids,
-            "labels": [IGNORED] * len(self.prompt_ids) + self.completion_ids,
-        }
+        return {"input_ids": self.input_ids, "labels": self.labels}
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
-    """The text that asks for an answer to `instruction`, by the tokenizer's own chat template."""
-    messages = [{"role": "user", "content": instruction}]
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """The text that asks for the next answer, by the tokenizer's own chat template."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, instructions: list[str], responses: list[str]) -> list[Encoded]:
-    """Encodes a batch, whole: nothing is cut here."""
-    prompts = [prompt_text(tokenizer, instruction) for instruction in instructions]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    # A control token that stands in an answer is text, and must not end it half-way.
-    completion_ids = tokenizer(responses, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [
-        Encoded(prompt, [*completion, tokenizer.eos_token_id])
-        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
-    ]
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """The ids that ask for the next answer: what `pipeline()` sends, except that control tokens in a text stay text."""
+    return _encode_prompts(tokenizer, [messages])[0]
 
 
-def fit(example: Encoded, max_length: int, overflow: str) -> Encoded | None:
+def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[Encoded]:
+    """Encodes a batch, whole: nothing is cut here. Each conversation ends with an answer.
+
+    All answers of a conversation are supervised, each with end-of-text. An earlier one is only where the later prompt
+    holds exactly the ids that would have been generated: a template whose answers follow a special token ensures it.
+    """
+    turns = [[i for i, m in enumerate(messages) if m["role"] == "assistant"] for messages in conversations]
+    asked = [messages[:i] for messages, places in zip(conversations, turns, strict=True) for i in places]
+    answers = [messages[i]["content"] for messages, places in zip(conversations, turns, strict=True) for i in places]
+    prompt_ids = iter(_encode_prompts(tokenizer, asked))
+    answer_ids = iter(tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    encoded = []
+    for places in turns:
+        pairs = [(next(prompt_ids), [*next(answer_ids), tokenizer.eos_token_id]) for _ in places]
+        prompt, completion = pairs[-1]
+        labels = [IGNORED] * len(prompt) + completion
+        for earlier, answer in pairs[:-1]:
+            begin, end = len(earlier), len(earlier) + len(answer)
+            if prompt[:end] == earlier + answer:
+                labels[begin:end] = answer
+        encoded.append(Encoded(prompt + completion, labels, len(completion)))
+    return encoded
+
+
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[list[int]]:
+    control = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)")
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for place, messages in enumerate(conversations):
+        if any(control.search(message["content"]) for message in messages):
+            ids[place] = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+            )
+    return ids
+
+
+def prompt_length(labels: list[int]) -> int:
+    """How many ids stand before the last supervised run of a row."""
+    begin = len(labels)
+    while begin and labels[begin - 1] == IGNORED:
+        begin -= 1
+    while begin and labels[begin - 1] != IGNORED:
+        begin -= 1
+    return begin
+
+
+def fit(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, whole: Encoded, max_length: int, overflow: str
+) -> tuple[Messages, Encoded] | None:
     """Applies an overflow policy; `None` when the example has to go.
 
     drop            an example longer than `max_length` goes.
-    cut_prompt      its prompt loses its beginning, so that the answer stays whole; it goes if that is not enough.
-    cut_completion  its answer loses its end, and with it its end-of-text.
+    cut_prompt      the text that its prompt gives (what follows `INPUT_MARK`, else the longest message of the user)
+                    loses its end, so that the answer stays whole; it goes if that is not enough. The shortened
+                    messages are returned, and the ids are theirs.
+    cut_completion  the input is cut as above where there is one and that suffices; else the answer loses its end, and
+                    with it its end-of-text.
     """
-    excess = len(example) - max_length
+    excess = len(whole) - max_length
     if excess <= 0:
-        return example
-    if overflow == "cut_prompt" and excess < len(example.prompt_ids):
-        return Encoded(example.prompt_ids[excess:], example.completion_ids, was_cut=True)
-    if overflow == "cut_completion" and excess < len(example.completion_ids):
-        return Encoded(example.prompt_ids, example.completion_ids[:-excess], was_cut=True)
+        return messages, whole
+    has_input = any(INPUT_MARK in message["content"] for message in messages if message["role"] == "user")
+    if overflow == "cut_prompt" or (overflow == "cut_completion" and has_input):
+        shortened = _cut_prompt(tokenizer, messages, max_length)
+        if shortened or overflow == "cut_prompt":
+            return shortened
+    if overflow == "cut_completion" and excess < whole.completion_length:
+        cut = Encoded(whole.input_ids[:-excess], whole.labels[:-excess], whole.completion_length - excess, was_cut=True)
+        return messages, cut
     return None
+
+
+def _cut_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int
+) -> tuple[Messages, Encoded] | None:
+    """Keeps as many words of the prompt's input as fit, at least one."""
+    givens = []
+    for place, message in enumerate(messages):
+        if message["role"] == "user":
+            before, mark, given = message["content"].rpartition(INPUT_MARK)
+            givens.append((bool(mark), len(given), place, before + mark, given))
+    _, _, place, kept, given = max(givens)
+    ends = [word.end() for word in re.finditer(r"\S+", given)]
+
+    def with_words(count: int) -> Messages:
+        content = kept + given[: ends[count - 1]]
+        return [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
+
+    # How many of the words fit: the lengths grow with the number of words.
+    count = bisect.bisect_right(
+        range(1, len(ends) + 1), max_length, key=lambda words: len(encode(tokenizer, [with_words(words)])[0])
+    )
+    if not count:
+        return None
+    (encoded,) = encode(tokenizer, [with_words(count)])
+    encoded.was_cut = True
+    return with_words(count), encoded
 
 
 def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetDict]:
@@ -83,3 +172,27 @@ def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetD
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
         raise UserError(f"{folder / 'tokenized'} cannot be opened; run prepare_dataset.py again.") from error
     return budget, open_tokenizer(folder / "tokenizer"), rows
+
+
+def open_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each split as people read them: `messages` and the task's columns, class labels as their names.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    splits = {}
+    for name in read_json(folder / "budget.json", "prepare_dataset.py")["splits"]:
+        files = sorted((folder / "data").glob(f"{name}-*-of-*.parquet"))
+        try:
+            rows = Dataset(pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files]))
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise UserError(f"{folder / 'data'} cannot be opened; run prepare_dataset.py again.") from error
+        splits[name] = rows.to_list()
+        for column, feature in rows.features.items():
+            if isinstance(feature, ClassLabel):
+                for row in splits[name]:
+                    row[column] = feature.names[row[column]]
+    return splits

@@ -27,7 +27,6 @@ def dataset_card(budget: dict, example: dict) -> str:
     """The README of a dataset folder, from its budget report and one of its rows."""
     from huggingface_hub import DatasetCardData
 
-    label_names = sorted(budget["splits"]["train"]["labels"])
     metadata = DatasetCardData(
         language="en",
         task_categories=["text-generation"],
@@ -39,9 +38,7 @@ def dataset_card(budget: dict, example: dict) -> str:
             }
         ],
     )
-    return render(
-        "dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, example=example, label_names=label_names
-    )
+    return render("dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, example=example)
 
 
 def build_repository(
@@ -94,7 +91,7 @@ def model_card(
     from fledge.tokenizers import open_tokenizer
 
     task, tokenizer = load_task(budget["task"]), open_tokenizer(model_dir)
-    example = {"instruction": samples[0]["instruction"] if samples else task.EXAMPLE}
+    example = [{"role": "user", "content": samples[0]["instruction"]}] if samples else task.EXAMPLE
     results = [
         EvalResult(
             task_type="text-generation",
@@ -116,7 +113,10 @@ def model_card(
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
         widget=[
-            {"text": prompt_text(tokenizer, sample["instruction"]), "output": {"text": sample["model"]["text"]}}
+            {
+                "text": prompt_text(tokenizer, [{"role": "user", "content": sample["instruction"]}]),
+                "output": {"text": sample["model"]["text"]},
+            }
             for sample in samples[:2]
         ]
         or None,
@@ -127,7 +127,7 @@ def model_card(
         repo_id=repo_id,
         purpose=task.PURPOSE,
         example=example,
-        prompt=prompt_text(tokenizer, example["instruction"]),
+        prompt=prompt_text(tokenizer, example),
         conversion=conversion,
         budget=budget,
         run=run,

@@ -4,17 +4,19 @@ from collections import Counter
 import pytest
 
 from fledge.budget import Budget
-from fledge.encoding import Encoded
+from fledge.encoding import IGNORED, Encoded
 
 END = 9
-TRAIN = [
-    Encoded([1], [2, END]),
-    Encoded([1, 1], [2, 2, 2, END]),
-    Encoded([1, 1, 1], [2] * 5, was_cut=True),
-    Encoded([1, 1, 1, 1], [2] * 7 + [END]),
-    Encoded([1] * 5, [2] * 124 + [END]),
-]
-HELD_OUT = [Encoded([1, 1], [2, END]), Encoded([1], [2, 2, END])]
+
+
+def row(prompt: int, answer: int, end: bool = True) -> Encoded:
+    """A prompt of so many tokens and an answer of so many, with end-of-text after it unless it was cut."""
+    completion = [2] * answer + [END] * end
+    return Encoded([1] * prompt + completion, [IGNORED] * prompt + completion, len(completion), was_cut=not end)
+
+
+TRAIN = [row(1, 1), row(2, 3), row(3, 5, end=False), row(4, 7), row(5, 124)]
+HELD_OUT = [row(2, 1), row(1, 2)]
 
 
 @pytest.fixture
@@ -22,8 +24,8 @@ def budget():
     budget = Budget("records", "poems", "story", seed=7, max_length=130, overflow="cut_completion")
     budget.rows_read = 1010
     budget.rejected = Counter({"no summary": 1, "an exact duplicate": 2, "longer than 130 tokens": 1000})
-    budget.describe("train", TRAIN, ["happy", "sad", "happy", "sad", "happy"], END)
-    budget.describe("test", HELD_OUT, ["sad", "happy"], END)
+    budget.describe("train", TRAIN, {"ending": ["happy", "sad", "happy", "sad", "happy"]}, END)
+    budget.describe("test", HELD_OUT, {"ending": ["sad", "happy"]}, END)
     return budget
 
 
@@ -39,6 +41,7 @@ def test_figures_of_a_split_match_a_hand_count(budget):
     assert budget.as_dict()["splits"]["train"] == {
         "rows": 5,
         "labels": {"happy": 3, "sad": 2},
+        "classes": {"ending": {"happy": 3, "sad": 2}},
         "tokens": 159,
         "supervised_share": pytest.approx(144 / 159),
         "eos_supervised": 4,
@@ -54,7 +57,7 @@ def test_figures_of_a_split_match_a_hand_count(budget):
 
 def test_a_length_at_the_limit_is_not_longer_than_it():
     budget = Budget("records", "poems", "story", 0, 512, "drop")
-    budget.describe("train", [Encoded([1] * 28, [2] * 100), Encoded([1] * 29, [2] * 100)], ["sad", "sad"], END)
+    budget.describe("train", [row(28, 100, end=False), row(29, 100, end=False)], {"ending": ["sad", "sad"]}, END)
 
     assert budget.splits["train"]["longer_than"]["128"] == 1
 
@@ -79,7 +82,7 @@ def test_the_report_names_every_reason_and_every_split(budget):
 
 def test_nothing_left_out_needs_no_table_of_reasons():
     budget = Budget("records", "poems", "story", 0, 130, "drop", rows_read=2)
-    budget.describe("train", HELD_OUT, ["sad", "happy"], END)
+    budget.describe("train", HELD_OUT, {"ending": ["sad", "happy"]}, END)
 
     assert "left out" not in budget.markdown()
 

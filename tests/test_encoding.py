@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fledge.encoding import IGNORED, OVERFLOW_POLICIES, Encoded, encode, fit, prompt_text
-from fledge.templates import load_template
+from fledge.encoding import IGNORED, OVERFLOW_POLICIES, Encoded, encode, encode_prompt, fit, prompt_text
+from fledge.templates import INPUT_MARK, load_template
 from fledge.tokenizers import load_tokenizer
 
 END = "<|endoftext|>"
@@ -52,8 +52,13 @@ def gpt2():
     return tokenizer
 
 
-def encode_one(tokenizer, instruction: str, response: str) -> Encoded:
-    (encoded,) = encode(tokenizer, [instruction], [response])
+def chat(*contents: str) -> list[dict[str, str]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def encode_one(tokenizer, *contents: str) -> Encoded:
+    (encoded,) = encode(tokenizer, [chat(*contents)])
     return encoded
 
 
@@ -73,27 +78,24 @@ def test_ids_and_labels_of_one_example():
 def test_the_prompt_reads_literally(tokenizer):
     instruction = "Write a story about: A cat.\nWith: sad ending"
 
-    assert prompt_text(tokenizer, instruction) == ("Write a story about: A cat.\nWith: sad ending\n\n### Story:\n")
+    assert prompt_text(tokenizer, chat(instruction)) == (
+        "Write a story about: A cat.\nWith: sad ending\n\n### Story:\n"
+    )
 
 
 def test_a_batch_keeps_its_order(tokenizer):
-    instructions, responses = ["About a dog.", "About a girl."], ["The dog ran.", "She was happy."]
+    conversations = [("About a dog.", "The dog ran."), ("A girl.", "She ran.", "And?", "She sat."), ("Hi.", "Ho.")]
 
-    assert encode(tokenizer, instructions, responses) == [
-        encode_one(tokenizer, *pair) for pair in zip(instructions, responses, strict=True)
+    assert encode(tokenizer, [chat(*contents) for contents in conversations]) == [
+        encode_one(tokenizer, *contents) for contents in conversations
     ]
-
-
-def test_instructions_without_a_response_each_are_an_error(tokenizer):
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        encode(tokenizer, ["one", "two"], ["one"])
 
 
 @settings(deadline=None, max_examples=100)
 @given(instruction=TEXT, response=TEXT)
 def test_training_sees_the_ids_that_inference_sends(tokenizer, instruction, response):
     sent = tokenizer.apply_chat_template(
-        [{"role": "user", "content": instruction}], tokenize=True, add_generation_prompt=True, return_dict=True
+        chat(instruction), tokenize=True, add_generation_prompt=True, return_dict=True
     )["input_ids"]
     encoded = encode_one(tokenizer, instruction, response)
 
@@ -105,10 +107,8 @@ def test_training_sees_the_ids_that_inference_sends(tokenizer, instruction, resp
 @settings(deadline=None, max_examples=50)
 @given(instruction=TEXT, response=TEXT)
 def test_the_whole_chat_is_prompt_response_and_end(tokenizer, instruction, response):
-    messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
-
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert whole == prompt_text(tokenizer, instruction) + response + END
+    whole = tokenizer.apply_chat_template(chat(instruction, response), tokenize=False)
+    assert whole == prompt_text(tokenizer, chat(instruction)) + response + END
 
 
 @settings(deadline=None, max_examples=150)
@@ -119,7 +119,7 @@ def test_the_supervised_labels_decode_to_the_response(tokenizer, instruction, re
 
     assert len(row["labels"]) == len(row["input_ids"])
     assert tokenizer.decode(supervised) == response + END
-    assert tokenizer.decode(row["input_ids"]) == prompt_text(tokenizer, instruction) + response + END
+    assert tokenizer.decode(row["input_ids"]) == prompt_text(tokenizer, chat(instruction)) + response + END
 
 
 @pytest.mark.parametrize(
@@ -134,15 +134,15 @@ def test_the_supervised_labels_decode_to_the_response(tokenizer, instruction, re
     ],
 )
 def test_the_generation_mask_covers_response_and_end(tokenizer, turns, masked):
-    chat = tokenizer.apply_chat_template(
+    made = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in turns],
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    mask = chat["assistant_masks"]
+    mask = made["assistant_masks"]
 
-    assert tokenizer.decode([i for i, m in zip(chat["input_ids"], mask, strict=True) if m]) == masked
+    assert tokenizer.decode([i for i, m in zip(made["input_ids"], mask, strict=True) if m]) == masked
 
 
 @pytest.mark.parametrize(
@@ -160,74 +160,116 @@ def test_no_token_spans_the_boundary(gpt2, response):
 def test_encoding_prompt_and_response_in_one_would_merge_them(gpt2):
     encoded = encode_one(gpt2, "A dog.", "\n\nHe ran.")
 
-    joined = gpt2(prompt_text(gpt2, "A dog.") + "\n\nHe ran." + END)["input_ids"]
+    joined = gpt2(prompt_text(gpt2, chat("A dog.")) + "\n\nHe ran." + END)["input_ids"]
     assert gpt2.decode(joined) == gpt2.decode(encoded.row["input_ids"])
     assert joined != encoded.row["input_ids"]
 
 
-# A prompt of three tokens and an answer of two words and end-of-text, which is 9.
+def counting(count: int) -> str:
+    """Words of one token each under GPT-2's vocabulary, after an instruction of one."""
+    return "Count" + INPUT_MARK + " ".join(["one", "two", "three", "four", "five", "six"][:count])
+
+
+# Under `story` the prompt "Count\none two …\n\n### Story:\n" has eight tokens and one for each word; the answer two
+# and end-of-text.
 @pytest.mark.parametrize(
-    ("overflow", "max_length", "prompt", "completion", "was_cut"),
+    ("overflow", "max_length", "words", "answer", "was_cut"),
     [
-        ("drop", 7, [1, 2, 3], [4, 5, 9], False),
-        ("drop", 6, [1, 2, 3], [4, 5, 9], False),
-        ("drop", 5, None, None, None),
-        ("cut_prompt", 6, [1, 2, 3], [4, 5, 9], False),
-        ("cut_prompt", 5, [2, 3], [4, 5, 9], True),
-        ("cut_prompt", 4, [3], [4, 5, 9], True),
-        ("cut_prompt", 3, None, None, None),
-        ("cut_completion", 6, [1, 2, 3], [4, 5, 9], False),
-        ("cut_completion", 5, [1, 2, 3], [4, 5], True),
-        ("cut_completion", 4, [1, 2, 3], [4], True),
-        ("cut_completion", 3, None, None, None),
+        ("drop", 17, 6, "yes yes" + END, False),
+        ("drop", 16, None, None, None),
+        ("cut_prompt", 17, 6, "yes yes" + END, False),
+        ("cut_prompt", 16, 5, "yes yes" + END, True),
+        ("cut_prompt", 12, 1, "yes yes" + END, True),
+        ("cut_prompt", 11, None, None, None),
+        ("cut_completion", 17, 6, "yes yes" + END, False),
+        ("cut_completion", 16, 5, "yes yes" + END, True),  # the input goes before the answer does
+        ("cut_completion", 12, 1, "yes yes" + END, True),
+        ("cut_completion", 11, None, None, None),
     ],
 )
-def test_overflow(overflow, max_length, prompt, completion, was_cut):
-    fitted = fit(Encoded([1, 2, 3], [4, 5, 9]), max_length, overflow)
+def test_overflow_of_a_prompt_with_an_input(gpt2, overflow, max_length, words, answer, was_cut):
+    messages = chat(counting(6), "yes yes")
+    (whole,) = encode(gpt2, [messages])
+    assert len(whole) == 17
+    fitted = fit(gpt2, messages, whole, max_length, overflow)
 
-    assert fitted == (None if prompt is None else Encoded(prompt, completion, was_cut))
+    if words is None:
+        assert fitted is None
+    else:
+        assert fitted[0] == chat(counting(words), "yes yes")
+        assert len(fitted[1]) <= max_length
+        assert gpt2.decode(fitted[1].completion_ids) == answer
+        assert fitted[1].was_cut == was_cut
+        assert fitted[1].prompt_ids == encode_prompt(gpt2, fitted[0][:-1])
 
 
-IDS = st.lists(st.integers(10, 20), max_size=12)
+# "Say it.\n\n### Story:\n" has nine tokens.
+@pytest.mark.parametrize(
+    ("overflow", "max_length", "fitted"),
+    [
+        ("cut_completion", 12, "yes yes" + END),
+        ("cut_completion", 11, "yes yes"),
+        ("cut_completion", 10, "yes"),
+        ("cut_completion", 9, None),
+        ("cut_prompt", 9, None),
+    ],
+)
+def test_an_answer_that_is_cut_has_no_end(gpt2, overflow, max_length, fitted):
+    messages = chat("Say it.", "yes yes")
+    (whole,) = encode(gpt2, [messages])
+    cut = fit(gpt2, messages, whole, max_length, overflow)
+
+    if fitted is None:
+        assert cut is None
+    else:
+        assert cut[0] == messages
+        assert gpt2.decode([label for label in cut[1].labels if label != IGNORED]) == fitted
+        assert cut[1].prompt_ids == whole.prompt_ids
+        assert cut[1].was_cut == (len(whole) > max_length)
 
 
-@settings(deadline=None, max_examples=300)
+def test_without_an_input_the_longest_message_is_cut(gpt2):
+    messages = chat("Say it once and then again please", "yes", "Again.", "yes")
+    (whole,) = encode(gpt2, [messages])
+    shortened, encoded = fit(gpt2, messages, whole, len(whole) - 2, "cut_prompt")
+
+    assert shortened == chat("Say it once and then", "yes", "Again.", "yes")
+    assert len(encoded) == len(whole) - 2
+
+
+@settings(deadline=None, max_examples=60)
 @given(
-    prompt=st.lists(st.integers(10, 20), min_size=1, max_size=12),
-    answer=IDS,
-    max_length=st.integers(1, 30),
+    story=st.lists(st.sampled_from(["a", "dog", "ran,", "“hm”", "🦊"]), max_size=30).map(" ".join),
+    answer=TEXT,
+    max_length=st.integers(1, 80),
     overflow=st.sampled_from(OVERFLOW_POLICIES),
 )
-def test_every_fitted_example_keeps_the_promises_of_its_policy(prompt, answer, max_length, overflow):
-    end = 9
-    whole = Encoded(prompt, [*answer, end])
-    fitted = fit(whole, max_length, overflow)
+def test_every_fitted_example_keeps_the_promises_of_its_policy(tokenizer, story, answer, max_length, overflow):
+    messages = chat("Sum up." + INPUT_MARK + story, answer)
+    (whole,) = encode(tokenizer, [messages])
+    fitted = fit(tokenizer, messages, whole, max_length, overflow)
 
     if len(whole) <= max_length:
-        assert fitted == whole
+        assert fitted == (messages, whole)
     elif overflow == "drop":
         assert fitted is None
     elif fitted is not None:
-        assert fitted.was_cut
-        assert len(fitted) == max_length
-        assert fitted.prompt_ids
-        assert fitted.completion_ids
-        is_complete = len(fitted.completion_ids) == len(whole.completion_ids)
-        assert (fitted.completion_ids[-1] == end) == is_complete
-        if overflow == "cut_prompt":
-            assert fitted.completion_ids == whole.completion_ids
-            assert whole.prompt_ids[-len(fitted.prompt_ids) :] == fitted.prompt_ids
-        else:
-            assert fitted.prompt_ids == whole.prompt_ids
-            assert whole.completion_ids[: len(fitted.completion_ids)] == fitted.completion_ids
-    else:
-        spared = whole.completion_ids if overflow == "cut_prompt" else whole.prompt_ids
-        assert len(spared) >= max_length
+        shortened, encoded = fitted
+        assert encoded.was_cut
+        assert 0 < len(encoded) <= max_length
+        assert story.startswith(shortened[0]["content"].removeprefix("Sum up." + INPUT_MARK))
+        assert encoded.prompt_ids == encode_prompt(tokenizer, shortened[:-1])
+        is_complete = encoded.completion_ids == whole.completion_ids
+        assert is_complete == (encoded.input_ids[-1] == tokenizer.eos_token_id)
+        if shortened != messages or overflow == "cut_prompt":
+            assert is_complete
 
 
-def test_fitting_leaves_the_example_itself_alone():
-    whole = Encoded([1, 2, 3], [4, 5, 9])
-    fit(whole, 4, "cut_prompt")
-    fit(whole, 4, "cut_completion")
+def test_fitting_leaves_the_example_itself_alone(gpt2):
+    messages = chat(counting(6), "yes yes")
+    (whole,) = encode(gpt2, [messages])
+    for policy in OVERFLOW_POLICIES:
+        fit(gpt2, messages, whole, 13, policy)
 
-    assert whole == Encoded([1, 2, 3], [4, 5, 9])
+    assert messages == chat(counting(6), "yes yes")
+    assert whole == encode(gpt2, [messages])[0]

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT, run_script
 
 from fledge.cli import UserError
-from fledge.encoding import prompt_text
+from fledge.encoding import encode_prompt
 from fledge.generation import answer_all, answer_batch, load_model
 from fledge.sampling import Sampling
 
@@ -20,7 +20,7 @@ def opened(tiny):
 
 def prompts_of(tokenizer, count: int) -> list[list[int]]:
     texts = [f"Write a story about: Lily took a {'very ' * (i % 4)}big kite.\nWith: sad ending" for i in range(count)]
-    return [tokenizer(prompt_text(tokenizer, text))["input_ids"] for text in texts]
+    return [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 
 def test_batched_equals_single_and_a_plain_loop(opened):

@@ -1,5 +1,4 @@
 import json
-import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,14 +8,12 @@ import pytest
 from conftest import run_script
 from datasets import ClassLabel, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import prepare_dataset
 from fledge.cli import UserError
-from fledge.encoding import IGNORED, prompt_text
+from fledge.encoding import IGNORED, encode_prompt, open_prepared, open_rows, prompt_length, prompt_text
 from fledge.tasks.topic_ending import requested
 from fledge.templates import load_template
 
@@ -57,14 +54,14 @@ def work(tmp_path_factory):
     return work
 
 
-def save_tokenizer(folder: Path, **settings) -> None:
+def save_tokenizer(folder: Path, end: str | None = END, **settings) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=420,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[END],
+        special_tokens=[end] if end else [],
         show_progress=False,
     )
     tokenizer.train_from_iterator([corpus_text()], trainer)
@@ -100,7 +97,7 @@ def read_split(folder: Path, name: str) -> list[dict]:
 
 
 def topics(folder: Path, name: str) -> set[str]:
-    return {requested(row["instruction"])[0] for row in read_split(folder, name)}
+    return {requested(row["messages"][0]["content"])[0] for row in read_split(folder, name)}
 
 
 def read_budget(folder: Path) -> dict:
@@ -121,7 +118,7 @@ def test_load_dataset_opens_the_folder_as_it_is(balanced, tmp_path):
 
     assert tuple(dataset) == SPLITS
     for name, split in dataset.items():
-        assert split.column_names == ["instruction", "response", "ending"]
+        assert split.column_names == ["messages", "ending"]
         assert split.features["ending"] == ClassLabel(names=["happy", "sad"])
         assert split.to_list() == read_split(balanced, name)
 
@@ -131,8 +128,10 @@ def test_every_row_says_what_its_record_said(plain):
     expected = [(f"A fox and {n} hats.", "happy", story(n)) for n in range(TOPICS)]
     expected += [(f"A fox and {n} hats.", "sad", story(n, "sad")) for n in range(0, TOPICS, 2)]
 
-    assert sorted((*requested(row["instruction"]), row["response"]) for row in rows) == sorted(expected)
-    assert all(("happy", "sad")[row["ending"]] == requested(row["instruction"])[1] for row in rows)
+    assert sorted((*requested(row["messages"][0]["content"]), row["messages"][1]["content"]) for row in rows) == sorted(
+        expected
+    )
+    assert all(("happy", "sad")[row["ending"]] == requested(row["messages"][0]["content"])[1] for row in rows)
 
 
 def test_the_encoded_rows_are_the_text_rows_in_their_order(plain):
@@ -145,11 +144,44 @@ def test_the_encoded_rows_are_the_text_rows_in_their_order(plain):
         text = read_split(plain, name)
         assert len(split) == len(text)
         for row, example in zip(split, text, strict=True):
-            prompt = prompt_text(tokenizer, example["instruction"])
+            prompt = prompt_text(tokenizer, example["messages"][:1])
+            response = example["messages"][1]["content"]
             supervised = [label for label in row["labels"] if label != IGNORED]
-            assert tokenizer.decode(row["input_ids"]) == prompt + example["response"] + END
-            assert tokenizer.decode(supervised) == example["response"] + END
+            assert tokenizer.decode(row["input_ids"]) == prompt + response + END
+            assert tokenizer.decode(supervised) == response + END
             assert row["labels"] == [IGNORED] * (len(row["labels"]) - len(supervised)) + supervised
+
+
+def test_the_rows_are_opened_with_their_classes_by_name_and_the_prompt_is_where_the_answer_begins(balanced):
+    _, tokenizer, tokenized = open_prepared(balanced)
+
+    for name, rows in open_rows(balanced).items():
+        assert len(rows) == len(tokenized[name])
+        for row, ids in zip(rows, tokenized[name], strict=True):
+            assert row["ending"] == requested(row["messages"][0]["content"])[1]
+            assert ids["input_ids"][: prompt_length(ids["labels"])] == encode_prompt(tokenizer, row["messages"][:-1])
+
+
+def test_a_vocabulary_without_an_end_of_text_gets_one(work, usual, tmp_path):
+    save_tokenizer(tmp_path / "endless", end=None, eos_token=None, bos_token=None, pad_token=None, model_max_length=128)
+    before = AutoTokenizer.from_pretrained(tmp_path / "endless")
+    prepare(*usual, "--tokenizer", tmp_path / "endless", "--output_dir", tmp_path / "out")
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, len(tokenizer)) == (END, len(before), len(before) + 1)
+    rows = load_from_disk(str(tmp_path / "out" / "tokenized"))["train"]
+    assert all(row["labels"][-1] == tokenizer.eos_token_id for row in rows)
+
+
+def test_the_chat_template_brings_its_tokens(usual, tmp_path):
+    prepare(*usual, "--template", "story_chat", "--limit", "60", "--output_dir", tmp_path / "out")
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    assert [user, assistant] == [len(tokenizer) - 2, len(tokenizer) - 1]
+    for row in load_from_disk(str(tmp_path / "out" / "tokenized"))["train"]:
+        assert row["input_ids"][0] == user
+        assert row["input_ids"][prompt_length(row["labels"]) - 1] == assistant
 
 
 def test_the_tokenizer_carries_the_template(plain):
@@ -236,10 +268,10 @@ def test_the_card_is_valid_and_says_what_is_in_the_dataset(balanced):
     assert "120 of 195 records were kept." in text
     for name, figures in read_budget(balanced)["splits"].items():
         each = figures["rows"] // 2
-        assert f"| {name} | {figures['rows']} | {each} | {each} | {figures['tokens']:,} |" in text
+        assert f"| {name} | {figures['rows']} | {figures['tokens']:,} | {each} happy, {each} sad |" in text
     for reason, count in read_budget(balanced)["rejected"].items():
         assert f"{count} ({reason})" in text
-    assert read_split(balanced, "train")[0]["response"] in text
+    assert read_split(balanced, "train")[0]["messages"][1]["content"] in text
     assert str(balanced.parent) not in text
 
 
@@ -371,7 +403,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--limit", "100", "--balance", "ending"], "no example with ending sad", id="an ending missing"),
         pytest.param(["--source", "novels"], "'novels' is unknown; choose one of tinystories_instruct", id="source"),
         pytest.param(["--task", "poem"], "'poem' is unknown; choose one of topic_ending", id="task"),
-        pytest.param(["--template", "haiku"], "'haiku' is unknown; choose one of story", id="template"),
+        pytest.param(["--template", "haiku"], "'haiku' is unknown; choose one of alpaca, inst,", id="template"),
         pytest.param(["--balance", "length"], "--balance length is no column .* has ending", id="balance"),
         pytest.param(["--overflow", "fold"], "--overflow fold is unknown; choose one of drop,", id="overflow"),
         pytest.param(["--max_length", "129"], "--max_length 129 is outside 1 to 128", id="above the context"),
@@ -381,7 +413,6 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--tokenizer", "nowhere"], "nowhere has no tokenizer.json", id="no tokenizer folder"),
         pytest.param(["--tokenizer", "void"], "void has no tokenizer.json", id="folder without a tokenizer"),
         pytest.param(["--tokenizer", "damaged"], "damaged", id="damaged tokenizer"),
-        pytest.param(["--tokenizer", "endless"], "endless", id="tokenizer without end-of-text"),
         pytest.param(["--seed", "one"], "--seed: invalid int value: 'one'", id="seed"),
         pytest.param(["--config", "number.yaml"], "--split 85 ", id="a number as the recipe's split"),
         pytest.param(["--split", "85/5"], "--split 85/5 is not three positive percentages", id="split"),
@@ -395,8 +426,6 @@ def test_a_mistake_is_refused_and_nothing_is_written(usual, tmp_path, monkeypatc
     Path("void").mkdir()
     Path("damaged").mkdir()
     Path("damaged/tokenizer.json").write_text('{"version": "1.0"}')
-    if "endless" in arguments:
-        save_tokenizer(Path("endless"), eos_token=None, bos_token=None)
 
     with pytest.raises(UserError, match=message):
         prepare(*usual, "--output_dir", "out", *arguments)
@@ -411,80 +440,3 @@ def test_a_folder_with_other_content_is_left_alone(usual, tmp_path, overwrite):
     with pytest.raises(UserError, match=str(tmp_path)):
         prepare(*usual, "--output_dir", tmp_path, *overwrite)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("thesis.txt", "mine")]
-
-
-@pytest.mark.parametrize(
-    ("text", "shares"),
-    [
-        ("85/5/10", (0.85, 0.05, 0.1)),
-        ("98/1/1", (0.98, 0.01, 0.01)),
-        ("99.5/0.25/0.25", (0.995, 0.0025, 0.0025)),
-        (" 80 / 10 / 10 ", (0.8, 0.1, 0.1)),
-        ("33.3333333/33.3333333/33.3333334", (1 / 3, 1 / 3, 1 / 3)),
-    ],
-)
-def test_split_shares(text, shares):
-    read = prepare_dataset.split_shares(text)
-
-    assert tuple(read) == SPLITS
-    assert tuple(read.values()) == pytest.approx(shares)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "85", "90/10", "85/5/5/5", "85/5/11", "0.85/0.05/0.1", "100/0/0", "110/-5/-5", "a/b/c", "85,5,10", "nan/5/95"],
-)
-def test_shares_that_do_not_add_up_are_refused(text):
-    with pytest.raises(UserError, match="is not three positive percentages that add up to 100, such as 85/5/10"):
-        prepare_dataset.split_shares(text)
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=60),
-    shares=st.sampled_from(["85/5/10", "34/33/33", "10/10/80", "98/1/1", "0.5/99/0.5"]),
-    seed=st.integers(0, 5),
-)
-def test_groups_stay_whole_and_nothing_is_lost(sizes, shares, seed):
-    rows = [({"group": f"topic {group}"}, (group, row)) for group, size in enumerate(sizes) for row in range(size)]
-    random.Random(seed).shuffle(rows)
-    wanted = prepare_dataset.split_shares(shares)
-
-    splits = prepare_dataset.split_by_group(rows, wanted, random.Random(seed))
-    assert tuple(splits) == SPLITS
-    assert sorted(key for part in splits.values() for _, key in part) == sorted(key for _, key in rows)
-    homes = Counter(group for part in splits.values() for group in {key[0] for _, key in part})
-    assert set(homes.values()) == {1}
-    for name, part in splits.items():
-        assert abs(len(part) - wanted[name] * len(rows)) <= max(sizes)
-
-
-def test_the_split_does_not_depend_on_the_order_of_the_records():
-    rows = [({"group": f"topic {number % 30}"}, number) for number in range(90)]
-    shares = prepare_dataset.split_shares("60/20/20")
-
-    one = prepare_dataset.split_by_group(rows, shares, random.Random(4))
-    other = prepare_dataset.split_by_group(rows[::-1], shares, random.Random(4))
-    for name in SPLITS:
-        assert {row[0]["group"] for row in one[name]} == {row[0]["group"] for row in other[name]}
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    labels=st.lists(st.sampled_from(["happy", "sad", "open"]), max_size=40),
-    wanted=st.sampled_from([("happy", "sad"), ("happy", "sad", "open")]),
-    seed=st.integers(0, 5),
-)
-def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(labels, wanted, seed):
-    rows = [({"ending": label}, number) for number, label in enumerate(labels) if label in wanted]
-    counts = Counter(row[0]["ending"] for row in rows)
-
-    if len(counts) < len(wanted):
-        with pytest.raises(UserError, match="has no example with ending"):
-            prepare_dataset.balance(rows, "ending", wanted, random.Random(seed))
-        return
-    kept = prepare_dataset.balance(rows, "ending", wanted, random.Random(seed))
-    assert Counter(row[0]["ending"] for row in kept) == dict.fromkeys(wanted, min(counts.values()))
-    assert {number for _, number in kept} <= {number for _, number in rows}
-    assert len({number for _, number in kept}) == len(kept)
-    assert kept == prepare_dataset.balance(rows, "ending", wanted, random.Random(seed))

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from fledge.cli import UserError
-from fledge.encoding import prompt_text
+from fledge.encoding import encode_prompt
 from fledge.publishing import refuse_local_paths, render
 
 INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"
@@ -44,7 +44,7 @@ def test_a_new_process_with_transformers_alone_answers_raw_and_chat_alike(tiny, 
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     tokenizer = AutoTokenizer.from_pretrained(tiny.data / "tokenizer")
-    trained_on = tokenizer(prompt_text(tokenizer, INSTRUCTION), add_special_tokens=False)["input_ids"]
+    trained_on = encode_prompt(tokenizer, [{"role": "user", "content": INSTRUCTION}])
     assert found["raw_ids"] == found["chat_ids"] == trained_on
     assert found["raw"] == found["chat"]
     assert found["chat"].strip()

@@ -1,4 +1,4 @@
-"""Tasks: a record → an instruction and its response, and how an answer to it is scored. One file a task."""
+"""Tasks: a record → conversations, and how an answer is scored. One file a task; docs/data.md tells how to add one."""
 
 import importlib
 from types import ModuleType

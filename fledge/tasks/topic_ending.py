@@ -6,13 +6,15 @@
 The data and its metric live here together, so that what is asked for and what is scored cannot drift apart.
 """
 
+import random
 import re
+from typing import Any
 
 from fledge.tasks import RejectedRecord
 
 TEMPLATE = "story"
-LABEL = "ending"
 LABELS = ("happy", "sad")
+COLUMNS = {"ending": LABELS}
 PURPOSE = "write a short story about a given topic with a happy or a sad ending"
 MEANING = {
     "ending_match": "the story ends as its prompt asks, by a classifier of endings",
@@ -34,11 +36,11 @@ def instruction(topic: str, ending: str) -> str:
     return f"Write a story about: {topic}\nWith: {ending} ending"
 
 
-EXAMPLE = instruction("A little boy found a red kite in the park.", "happy")
+EXAMPLE = [{"role": "user", "content": instruction("A little boy found a red kite in the park.", "happy")}]
 
 
-def example(record: dict[str, str]) -> dict[str, str]:
-    """A TinyStories-Instruct record → instruction, response, ending, and the topic by which splits are kept apart.
+def examples(record: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
+    """A TinyStories-Instruct record → messages, ending, and the topic by which splits are kept apart. No chance in it.
 
     Raises:
         RejectedRecord: the record lacks a summary or a story, or its story breaks off.
@@ -51,7 +53,11 @@ def example(record: dict[str, str]) -> dict[str, str]:
     if not story.endswith(COMPLETE):
         raise RejectedRecord("the story breaks off")
     ending = "sad" if "BadEnding" in record.get("Features", "") else "happy"
-    return {"instruction": instruction(topic, ending), "response": story, "ending": ending, "group": topic}
+    messages = [
+        {"role": "user", "content": instruction(topic, ending)},
+        {"role": "assistant", "content": story},
+    ]
+    return [{"messages": messages, "ending": ending, "group": topic}]
 
 
 def requested(text: str) -> tuple[str, str]:

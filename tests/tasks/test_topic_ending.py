@@ -1,3 +1,5 @@
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from fledge.tasks.topic_ending import (
     LABELS,
     EndingJudge,
     content_words,
-    example,
+    examples,
     instruction,
     requested,
     score,
@@ -23,9 +25,14 @@ def test_the_task_is_opened_by_its_name():
         load_task("poem")
 
 
+def made_of(record: dict[str, str]) -> dict:
+    (example,) = examples(record, random.Random(0))
+    return example
+
+
 def test_the_instruction_reads_literally():
     assert instruction("A cat finds a hat.", "sad") == "Write a story about: A cat finds a hat.\nWith: sad ending"
-    assert requested(EXAMPLE) == ("A little boy found a red kite in the park.", "happy")
+    assert requested(EXAMPLE[-1]["content"]) == ("A little boy found a red kite in the park.", "happy")
 
 
 @pytest.mark.parametrize(
@@ -40,19 +47,23 @@ def test_the_instruction_reads_literally():
 def test_the_ending_comes_from_the_features(features, ending):
     record = {"Summary": "A cat.", "Story": "It slept."} | ({"Features": features} if features else {})
 
-    assert example(record) == {
-        "instruction": f"Write a story about: A cat.\nWith: {ending} ending",
-        "response": "It slept.",
+    assert made_of(record) == {
+        "messages": [
+            {"role": "user", "content": f"Write a story about: A cat.\nWith: {ending} ending"},
+            {"role": "assistant", "content": "It slept."},
+        ],
         "ending": ending,
         "group": "A cat.",
     }
 
 
 def test_the_topic_is_one_line_and_the_story_stays_as_it_is():
-    made = example({"Summary": "A cat\nin  a hat.\tOn a mat.", "Story": 'It slept.\n\n"Purr," it said.'})
+    asked, answer = made_of({"Summary": "A cat\nin  a hat.\tOn a mat.", "Story": 'It slept.\n\n"Purr," it said.'})[
+        "messages"
+    ]
 
-    assert requested(made["instruction"]) == ("A cat in a hat. On a mat.", "happy")
-    assert made["response"] == 'It slept.\n\n"Purr," it said.'
+    assert requested(asked["content"]) == ("A cat in a hat. On a mat.", "happy")
+    assert answer["content"] == 'It slept.\n\n"Purr," it said.'
 
 
 @pytest.mark.parametrize(
@@ -69,14 +80,14 @@ def test_the_topic_is_one_line_and_the_story_stays_as_it_is():
 )
 def test_an_unusable_record_is_rejected_with_its_reason(record, reason):
     with pytest.raises(RejectedRecord) as rejected:
-        example(record)
+        made_of(record)
 
     assert str(rejected.value) == reason
 
 
 @pytest.mark.parametrize("story", ["It slept.", "It slept!", "Did it?", 'It said, "Purr"', "It said, “Purr”", "'No'"])
 def test_a_story_that_ends_a_sentence_is_complete(story):
-    assert example({"Summary": "A cat.", "Story": story})["response"] == story
+    assert made_of({"Summary": "A cat.", "Story": story})["messages"][-1]["content"] == story
 
 
 @settings(deadline=None, max_examples=200)
