@@ -4,10 +4,22 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, run_script
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    StableLmConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
-from fledge.generation import answer_all, answer_batch, load_model
+from fledge.generation import answer_all, answer_batch, answer_each, likely, load_model
 from fledge.sampling import Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
@@ -45,6 +57,103 @@ def test_the_seed_decides(opened):
     )
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_an_answer_does_not_depend_on_what_it_was_batched_with(opened, temperature):
+    model, tokenizer = opened
+    prompts, sampling = prompts_of(tokenizer, 9), Sampling(temperature=temperature, max_new_tokens=40)
+    alone = dict(answer_each(model, tokenizer, prompts, sampling, 1))
+    for batch_size in (3, 9):
+        assert dict(answer_each(model, tokenizer, prompts, sampling, batch_size)) == alone
+    later = dict(answer_each(model, tokenizer, prompts[5:], sampling, 4, numbers=[5, 6, 7, 8]))
+    assert later == {number: alone[number] for number in (5, 6, 7, 8)}
+
+
+class Spelled:
+    """A tokenizer whose text is the ids themselves; 7 ends."""
+
+    eos_token_id = 7
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+SIZES = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+MODELS = {
+    "gpt2": GPT2Config(vocab_size=60, n_positions=48, n_embd=16, n_layer=2, n_head=4),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=48),
+    "stablelm": StableLmConfig(**SIZES, num_key_value_heads=4, intermediate_size=24, max_position_embeddings=48),
+}
+
+
+def random_model(config):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.get_output_embeddings().weight.data.mul_(40)  # far from ties
+    return model
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_equals_generate(kind, penalty):
+    model = random_model(MODELS[kind])
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(8, 60, (2 + 5 * i % 11,), generator=generator).tolist() for i in range(12)]
+    sampling = Sampling(temperature=0, max_new_tokens=30, repetition_penalty=penalty)
+    answers = answer_all(model, Spelled(), prompts, sampling, 4, lambda done: None)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        settings = GenerationConfig(
+            max_new_tokens=30, do_sample=False, eos_token_id=7, pad_token_id=0, repetition_penalty=penalty
+        )
+        ids = torch.tensor([prompt])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, len(prompt) :]
+        assert answer.tokens == len(made)
+        assert answer.text.split() == [str(token) for token in made.tolist() if token != 7]
+        assert answer.stopped == (7 in made.tolist())
+
+
+def test_a_sliding_window_is_refused():
+    config = MistralConfig(**SIZES, num_key_value_heads=4, intermediate_size=24, sliding_window=8)
+    with pytest.raises(UserError, match="sliding"):
+        answer_all(random_model(config), Spelled(), [[1, 2]], GREEDY, 1, lambda done: None)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3, 1e-6])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 300, 10**6])
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_what_a_draw_may_give_is_what_transformers_allows(top_p, top_k, spread):
+    logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
+    warpers = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or 5000), TopPLogitsWarper(top_p)]
+    )
+    expected = warpers(None, logits.clone()).softmax(-1)
+    probabilities, ids = likely(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p))
+    shares = (probabilities / probabilities.sum(-1, keepdim=True)).float()
+    found = torch.zeros_like(logits).scatter(-1, ids, shares)
+    # One token at the edge of the nucleus may fall to either side by rounding.
+    assert ((found > 0) != (expected > 0)).sum(-1).max() <= 1
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0, -30.0, -30.0, -30.0])
+
+    class Fixed(torch.nn.Module):
+        """The same logits after every token."""
+
+        config, device = MODELS["gpt2"], torch.device("cpu")
+
+        def forward(self, input_ids, logits_to_keep=(0,), **_):
+            of_all = logits.expand(len(input_ids), len(logits_to_keep), -1)
+            return type("Output", (), {"logits": of_all})
+
+    sampling = Sampling(temperature=1, top_p=1, max_new_tokens=46)
+    answers = answer_all(Fixed(), Spelled(), [[1, 2]] * 200, sampling, 50, lambda done: None)
+    drawn = [int(token) for answer in answers for token in answer.text.split()]
+    shares = torch.bincount(torch.tensor(drawn), minlength=8) / len(drawn)
+    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.02, rtol=0)
+    assert len({answer.text for answer in answers}) == 200
 
 
 def test_never_past_the_context(opened):
