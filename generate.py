@@ -53,7 +53,7 @@ def main():
         raise UserError("The prompt is empty.")
     ids = begin + ids
     if args.num_samples == 1:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         answer_batch(model, tokenizer, [ids], sampling, sampling.seed, streamer)
     else:
         for number, answer in enumerate(
