@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -190,7 +197,7 @@ class Progress(TrainerCallback):
             print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
 
 
-def save_loss_curve(log_history: list[dict], file: Path) -> None:
+def save_loss_curve(log_history: list[dict], file: Path, what: str = "completion loss") -> None:
     """Training and validation loss over steps, as a picture."""
     import matplotlib
 
@@ -202,7 +209,7 @@ def save_loss_curve(log_history: list[dict], file: Path) -> None:
         points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="completion loss (nats per token)")
+    axes.set(xlabel="step", ylabel=f"{what} (nats per token)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
@@ -210,7 +217,16 @@ def save_loss_curve(log_history: list[dict], file: Path) -> None:
 
 
 def run_record(trainer: SFTTrainer, seconds: float, rows: DatasetDict) -> dict:
-    """Everything that made the run: data, hyper-parameters that differ from TRL's defaults, machine, and outcome."""
+    """Everything that made the run: data, and what `outcome` tells."""
+    return {
+        "rows": {name: len(split) for name, split in rows.items()},
+        "data_fingerprint": rows["train"]._fingerprint,
+        **outcome(trainer, seconds, SFTConfig),
+    }
+
+
+def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments]) -> dict:
+    """Hyper-parameters that differ from the library's `defaults`, machine, and what was reached."""
     import datasets
     import transformers
     import trl
@@ -220,7 +236,7 @@ def run_record(trainer: SFTTrainer, seconds: float, rows: DatasetDict) -> dict:
     args, history = trainer.args, trainer.state.log_history
     with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
         warnings.simplefilter("ignore", FutureWarning)
-        usual = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
+        usual = defaults(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
     left_out = ("run_name", "disable_tqdm", "dataloader_pin_memory", "use_cpu", "do_eval", "save_total_limit")
     left_out += ("log_level_replica", "logging_first_step", "ddp_find_unused_parameters", "gradient_checkpointing")
     chosen = args.to_dict().items()
@@ -229,8 +245,6 @@ def run_record(trainer: SFTTrainer, seconds: float, rows: DatasetDict) -> dict:
     training = [float(entry["loss"]) for entry in history if "loss" in entry]
     tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
     return {
-        "rows": {name: len(split) for name, split in rows.items()},
-        "data_fingerprint": rows["train"]._fingerprint,
         "hyperparameters": hyperparameters,
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "steps": trainer.state.global_step,

@@ -113,3 +113,16 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         evaluated=evaluated.stdout,
         metrics=metrics,
     )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> SimpleNamespace:
+    """Raw text as a `file`, and a `tokenizer` folder that train_tokenizer.py wrote from it."""
+    file = tmp_path_factory.mktemp("corpus") / "records.txt"
+    write_records(file, 120)
+    folder = file.parent / "tokenizer"
+    run_script(
+        "train_tokenizer.py", "--data", file, "--vocab_size", 400, "--output_dir", folder,
+        "--special_tokens", "<|user|>", "<|assistant|>",
+    )  # fmt: skip
+    return SimpleNamespace(file=file, tokenizer=folder)

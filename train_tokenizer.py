@@ -1,0 +1,63 @@
+"""Raw text → a byte-level BPE tokenizer that `AutoTokenizer` opens, with a report of what it is worth.
+
+python train_tokenizer.py --data corpus.txt --vocab_size 8000 --output_dir tokenizer
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+
+
+@dataclass
+class TokenizerArguments:
+    data: list[str] = field(
+        metadata={"help": "text, .jsonl or .parquet files (or .gz), folders of them, or Hub datasets (owner/name)"}
+    )
+    output_dir: str = field(metadata={"help": "the folder to write"})
+    vocab_size: int = field(default=8192, metadata={"help": "tokens, bytes and special ones included (default 8192)"})
+    special_tokens: list[str] = field(
+        default_factory=list, metadata={"help": "more special tokens; <|endoftext|> is always the first"}
+    )
+    min_frequency: int = field(default=2, metadata={"help": "a pair that occurs less often is not merged (default 2)"})
+    text_column: str = field(default="text", metadata={"help": "where a row has its text (default text)"})
+    document_start: str | None = field(
+        default=None, metadata={"help": "a regular expression: documents also begin at lines that match"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier tokenizer in output_dir"})
+
+
+def main():
+    (args,) = parse(sys.argv[1:], TokenizerArguments, description=__doc__)
+    check_output_dir(args.output_dir, args.overwrite, "tokenizer_report.json")
+    data = [args.data] if isinstance(args.data, str) else args.data
+    extra = [args.special_tokens] if isinstance(args.special_tokens, str) else args.special_tokens
+    if args.vocab_size <= 256 + 1 + len(extra):
+        raise UserError(
+            f"--vocab_size {args.vocab_size} leaves no merge beside 256 bytes and {1 + len(extra)} special tokens; "
+            "ask for more."
+        )
+
+    from fledge.corpus import END, pieces
+    from fledge.tokenizers.training import HeldOut, report, save, train
+
+    print(f"Reading {', '.join(data)} ...", flush=True)
+    held_out = HeldOut(pieces(data, args.text_column, args.document_start))
+    tokenizer = train(held_out, args.vocab_size, [END, *extra], args.min_frequency)
+    record = {"data": data, "documents": held_out.documents, "bytes": held_out.bytes, **report(tokenizer, held_out)}
+    with staged(args.output_dir, args.overwrite, "tokenizer_report.json") as folder:
+        save(tokenizer, folder)
+        write_json(folder / "tokenizer_report.json", record)
+    print(f"{record['vocab_size']:,} tokens from {record['documents']:,} documents, {record['bytes']:,} bytes.")
+    gpt2 = record["gpt2_bytes_per_token"]
+    print(
+        f"On {record['report_bytes']:,} bytes {record['report_on']}: {record['bytes_per_token']:.2f} bytes a token"
+        + (f" (GPT-2's 50,257 tokens: {gpt2:.2f})" if gpt2 else "")
+        + f"; {record['vocabulary_used']:.0%} of the vocabulary occurs."
+    )
+    print(f"The longest tokens: {', '.join(map(repr, record['longest_tokens'][:8]))}")
+    print(f"Next: pretrain.py --tokenizer {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)
