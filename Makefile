@@ -18,7 +18,7 @@ lint: $(VENV)/ready
 	ruff format --check .
 
 bench: $(VENV)/ready
-	python benchmarks/train_loss.py
+	python benchmarks/train_throughput.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -44,9 +44,9 @@ def main():
         check_fit,
         find_checkpoint,
         finished_model,
+        prepare_model,
         run_record,
         save_loss_curve,
-        score_supervised_only,
         use_all_threads,
     )
     from fledge.vocabulary import add_rows
@@ -91,8 +91,9 @@ def main():
         callbacks=[Progress()],
     )
     trainer.remove_callback(PrinterCallback)
-    if config.device.type in ("cpu", "mps"):
-        score_supervised_only(model)
+    loss = prepare_model(trainer)
+    if config.process_index == 0:
+        print(loss, flush=True)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     record = run_record(trainer, time.monotonic() - start, rows)

@@ -1,18 +1,15 @@
 """What Fledge adds to TRL's `SFTTrainer`: defaults for small models, precision by device, progress, and the record."""
 
-import functools
 import os
 import platform
 import subprocess
 import sys
 import time
-import types
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from datasets import DatasetDict
 from peft import PeftModel
 from transformers import (
@@ -25,10 +22,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from fledge.cli import UserError
-from fledge.encoding import IGNORED
+from fledge.loss import has_plain_logits, score_supervised_only
 
 
 @dataclass
@@ -118,31 +114,16 @@ def check_fit(
         )
 
 
-def score_supervised_only(model: PreTrainedModel) -> None:
-    """Replaces TRL's fused head, after `SFTTrainer` has added it, by one that projects supervised positions only.
-
-    TRL's head does so where Triton runs; elsewhere it projects every position of the batch, prompt and padding
-    included. It also needs no attention mask: TRL pads on the right, where causal attention never looks.
-    """
-
-    original_forward = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, attention_mask=None, **kwargs):
-        if not fused_lm_head:
-            return original_forward(*args, labels=labels, attention_mask=attention_mask, **kwargs)
-        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
-        mask = labels[:, 1:] != IGNORED
-        logits, targets = self.get_output_embeddings()(hidden[mask]).float(), labels[:, 1:][mask]
-        log_probs = -F.cross_entropy(logits, targets, reduction="none")
-        with torch.no_grad():
-            every_log_prob = logits.detach().log_softmax(-1)
-            entropy = -(every_log_prob.exp() * every_log_prob).sum(-1)
-            is_top1 = every_log_prob.argmax(-1) == targets
-        scattered = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_probs, entropy, is_top1)]
-        return FusedCausalLMOutput(log_probs=scattered[0], entropy=scattered[1], is_top1=scattered[2], label_mask=mask)
-
-    model.forward = types.MethodType(forward, model)
+def prepare_model(trainer: SFTTrainer) -> str:
+    """Makes a trainer's model score supervised positions only where that is faster, and returns a line that says so."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if trainer.args.device.type not in ("cpu", "mps"):
+        return "Loss: TRL's fused head, which projects supervised positions only on this device"
+    if not has_plain_logits(model.config):
+        return "Loss: TRL's head, because this architecture scales or caps its logits"
+    score_supervised_only(model)
+    return "Loss: supervised positions only, padding without a mask"
 
 
 def find_checkpoint(config: SmallModelConfig, resume: bool, overwrite: bool) -> str | None:

@@ -1,149 +1,19 @@
-import copy
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from datasets import Dataset
+from small import small_gpt2, small_tokenizer
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTTrainer
+from transformers import PreTrainedTokenizerFast
 
 from fledge.cli import UserError
-from fledge.encoding import IGNORED
 from fledge.training import (
     SmallModelConfig,
     check_fit,
     choose_bf16,
     save_loss_curve,
-    score_supervised_only,
     use_all_threads,
 )
-
-
-def small_gpt2(tied: bool) -> GPT2LMHeadModel:
-    torch.manual_seed(3)
-    sizes = {"vocab_size": 97, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 2}
-    return GPT2LMHeadModel(
-        GPT2Config(**sizes, tie_word_embeddings=tied, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, eos_token_id=0)
-    )
-
-
-def small_llama() -> LlamaForCausalLM:
-    torch.manual_seed(3)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=40,
-        )
-    )
-
-
-MODELS = {"tied": lambda: small_gpt2(True), "untied": lambda: small_gpt2(False), "llama": small_llama}
-
-
-def rows(count: int = 24) -> list[dict]:
-    generator = torch.Generator().manual_seed(5)
-    made = []
-    for _ in range(count):
-        length = int(torch.randint(6, 39, (1,), generator=generator))
-        prompt = int(torch.randint(1, length - 1, (1,), generator=generator))
-        ids = torch.randint(1, 97, (length,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
-    return made
-
-
-def trainer_for(model, tmp_path, tiny, **changes) -> SFTTrainer:
-    config = SmallModelConfig(
-        output_dir=str(tmp_path), bf16=False, eval_strategy="no", per_device_train_batch_size=4, seed=1, **changes
-    )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.base)
-    return SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer)
-
-
-def batch_of(trainer: SFTTrainer) -> dict:
-    return dict(next(iter(trainer.get_train_dataloader())))
-
-
-def gradients(trainer: SFTTrainer, batch: dict) -> tuple[float, dict]:
-    model = trainer.model
-    model.train()
-    model.zero_grad()
-    loss = trainer.compute_loss(model, dict(batch))
-    loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_equal_trl_and_the_definition(kind, tmp_path, tiny):
-    plain = trainer_for(MODELS[kind](), tmp_path / "a", tiny)
-    fast = trainer_for(MODELS[kind](), tmp_path / "b", tiny)
-    score_supervised_only(fast.model)
-    batch = batch_of(plain)
-    expected_loss, expected = gradients(plain, batch)
-    loss, found = gradients(fast, batch)
-
-    logits = MODELS[kind]()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    by_hand = F.cross_entropy(logits[:, :-1].reshape(-1, 97), batch["labels"][:, 1:].reshape(-1), ignore_index=IGNORED)
-    assert loss == pytest.approx(by_hand.item(), abs=1e-5)
-    assert loss == pytest.approx(expected_loss, abs=1e-5)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
-
-
-def losses_of_training(trainer: SFTTrainer) -> list[float]:
-    losses, compute_loss = [], trainer.compute_loss
-
-    def recording(*arguments, **keywords):
-        loss = compute_loss(*arguments, **keywords)
-        losses.append(loss.item())
-        return loss
-
-    trainer.compute_loss = recording
-    trainer.train()
-    return losses
-
-
-def test_fifty_steps_equal_trl(tmp_path, tiny):
-    plain = trainer_for(small_gpt2(True), tmp_path / "a", tiny, max_steps=50)
-    expected = losses_of_training(plain)
-    fast = trainer_for(small_gpt2(True), tmp_path / "b", tiny, max_steps=50)
-    score_supervised_only(fast.model)
-    found = losses_of_training(fast)
-    assert len(found) == 50
-    assert found == pytest.approx(expected, abs=1e-4)
-    assert found[-1] < found[0]
-    for key in ("entropy", "num_tokens"):
-        logged = [[entry[key] for entry in trainer.state.log_history if key in entry] for trainer in (plain, fast)]
-        assert logged[1] == pytest.approx(logged[0], rel=1e-3)
-
-
-def test_padding_does_not_change_the_loss_of_a_row(tmp_path, tiny):
-    trainer = trainer_for(small_gpt2(True), tmp_path, tiny)
-    score_supervised_only(trainer.model)
-    trainer.model.eval()
-    row = {key: torch.tensor([value]) for key, value in rows(1)[0].items()}
-    padded = {
-        "input_ids": F.pad(row["input_ids"], (0, 9), value=50),
-        "labels": F.pad(row["labels"], (0, 9), value=IGNORED),
-    }
-    alone, beside = (trainer.model(**batch, fused_lm_head=True).log_probs.sum() for batch in (row, padded))
-    torch.testing.assert_close(alone, beside)
-
-
-def test_generation_and_plain_forward_are_untouched(tmp_path, tiny):
-    trainer = trainer_for(small_gpt2(True), tmp_path, tiny)
-    ids = torch.tensor([[5, 6, 7]])
-    expected = copy.deepcopy(trainer.model).eval()(input_ids=ids, labels=ids)
-    score_supervised_only(trainer.model)
-    found = trainer.model.eval()(input_ids=ids, labels=ids)
-    torch.testing.assert_close(found.logits, expected.logits)
-    torch.testing.assert_close(found.loss, expected.loss)
 
 
 def test_precision_is_chosen_with_a_reason_and_the_user_wins(tmp_path):
@@ -154,21 +24,17 @@ def test_precision_is_chosen_with_a_reason_and_the_user_wins(tmp_path):
     assert SmallModelConfig(output_dir=str(tmp_path)).gradient_checkpointing is False
 
 
-def test_data_of_another_model_is_refused(tiny):
-    own = PreTrainedTokenizerFast.from_pretrained(tiny.base)
-    fitting = GPT2LMHeadModel(GPT2Config(vocab_size=len(own), n_positions=16, n_embd=8, n_layer=1, n_head=1))
-    check_fit(fitting, own, own, longest=16)
-    with pytest.raises(UserError, match="rows of 17 tokens and the model's context is 16"):
-        check_fit(fitting, own, own, longest=17)
-    with pytest.raises(UserError, match=f"97 rows for the {len(own)} tokens"):
-        check_fit(small_gpt2(True), own, own, longest=10)
-
-    longer = copy.deepcopy(own)
-    longer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
-    check_fit(fitting, own, longer, longest=16)
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1})))
-    with pytest.raises(UserError, match=f"with 2 tokens and the model's tokenizer has {len(own)}, of which"):
-        check_fit(fitting, own, other, longest=10)
+def test_data_of_another_model_is_refused():
+    model, own = small_gpt2(), small_tokenizer()
+    check_fit(model, own, own, longest=40)
+    check_fit(model, own, small_tokenizer(99), longest=40)
+    with pytest.raises(UserError, match="rows of 41 tokens and the model's context is 40"):
+        check_fit(model, own, own, longest=41)
+    with pytest.raises(UserError, match="97 rows for the 98 tokens"):
+        check_fit(model, small_tokenizer(98), small_tokenizer(98), longest=10)
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "t1": 1})))
+    with pytest.raises(UserError, match="with 2 tokens and the model's tokenizer has 97, of which 't"):
+        check_fit(model, own, other, longest=10)
 
 
 def test_loss_curve_is_a_picture(tmp_path):

@@ -1,0 +1,129 @@
+"""The loss of a causal model on supervised positions only, where TRL's fast head does not run (a CPU, Apple's GPU).
+
+There TRL projects every position of a batch onto the vocabulary, prompt and padding included, in float32, and does
+it again in the backward pass. Here each supervised position is projected once, and softmax and its gradient run over a
+few rows at a time, which stay in a core's cache. That is as fast as a compiled kernel, with nothing to compile.
+"""
+
+import functools
+import types
+
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from fledge.encoding import IGNORED
+
+# Entries of the logits in float32 at a time: 1.6 MB for a vocabulary of 50,257, which a core's level-2 cache holds.
+CACHED = 1 << 19
+# Entries of the logits in memory at a time: 256 MB of bfloat16. Beyond that the backward pass projects again.
+KEPT = 1 << 27
+
+
+def slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
+    """Scores `logits` (N, V) against `targets` (N,): log-probability, entropy, and whether nothing is likelier.
+
+    The three go to the rows of `scores` (3, N). With `with_gradient` the logits become the gradient of the negative
+    log-probability by them, softmax − onehot, in place.
+    """
+    for rows in slices(len(targets), max(1, CACHED // logits.size(1))):
+        log_probs, target = F.log_softmax(logits[rows], -1, dtype=torch.float32), targets[rows, None]
+        probs, chosen = log_probs.exp(), log_probs.gather(1, target)
+        scores[0, rows] = chosen[:, 0]
+        scores[1, rows] = -torch.linalg.vecdot(probs, log_probs)
+        scores[2, rows] = chosen[:, 0] >= log_probs.amax(-1)
+        if with_gradient:
+            logits[rows] = probs.scatter_add_(1, target, probs.new_full(target.shape, -1))
+
+
+class ScoreTokens(torch.autograd.Function):
+    """`score_logits` of `hidden` (N, D) through a head of `weight` (V, D) and `bias` (V,), differentiable in its row 0.
+
+    Under autocast the products run in its type, as any linear layer's do; softmax always runs in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.types = hidden.dtype, weight.dtype
+        hidden, weight, bias = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
+        scores = torch.empty(3, len(targets), device=hidden.device)
+        ctx.chunks = slices(len(targets), max(1, KEPT // len(weight)))
+        with_gradient = any(ctx.needs_input_grad)
+        logits = None
+        for rows in ctx.chunks:
+            logits = F.linear(hidden[rows], weight, bias)
+            score_logits(logits, targets[rows], scores[:, rows], with_gradient)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.kept = logits if with_gradient and len(ctx.chunks) == 1 else None
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad_scores):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        # The products run on relative weights of the tokens, which are 1 when all weigh the same, so that rounding a
+        # weight of 1/1783 to bfloat16 does not bend every gradient the same way.
+        token_weights = -grad_scores[0]
+        largest = token_weights.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if len(targets) else 1.0
+        relative = (token_weights / largest).to(hidden.dtype)[:, None]
+        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros(len(weight), device=weight.device) if ctx.needs_input_grad[2] else None
+        for rows in ctx.chunks:
+            gradient = ctx.kept
+            if gradient is None:
+                gradient = F.linear(hidden[rows], weight, bias)
+                score_logits(gradient, targets[rows], torch.empty(3, len(gradient), device=gradient.device), True)
+            if of_hidden is not None:
+                of_hidden[rows] = (gradient @ weight) * relative[rows]
+            if of_weight is not None:
+                of_weight += gradient.T @ (hidden[rows] * relative[rows])
+            if of_bias is not None:
+                of_bias += (gradient.T @ relative[rows])[:, 0]
+        ctx.kept = None
+        hidden_type, weight_type = ctx.types
+        found = zip((of_hidden, of_weight, of_bias), (hidden_type, weight_type, weight_type), strict=True)
+        return *(None if x is None else x.to(dtype).mul_(largest) for x, dtype in found), None
+
+
+def has_plain_logits(config: PretrainedConfig) -> bool:
+    """Whether a model's logits are its head's output, neither scaled nor capped, and its loss their cross-entropy."""
+    marks = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    return not any(config.get_text_config().to_dict().get(mark) for mark in (*marks, "output_router_logits"))
+
+
+def score_supervised_only(model: PreTrainedModel) -> None:
+    """Replaces TRL's fused head in `model`, after `add_fused_lm_head` (SFTTrainer calls it) has added it.
+
+    `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns a `FusedCausalLMOutput`:
+    per-token scores of shape (B, T − 1), zero where the label is ignored, and `loss`, their negative sum over
+    `num_items_in_batch` (by default over the supervised tokens here). Any `Trainer` may call it so; through
+    `DistributedDataParallel` too. Without `fused_lm_head` the forward is the model's own.
+
+    Batches must be padded on the right, as TRL's are: there causal attention never looks, so no mask is passed and
+    attention takes its causal path.
+    """
+    own_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, attention_mask=None, num_items_in_batch=None, **kwargs):
+        if not fused_lm_head:
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return own_forward(*args, labels=labels, attention_mask=attention_mask, **kwargs)
+        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
+        mask, head = labels[:, 1:] != IGNORED, self.get_output_embeddings()
+        scores = ScoreTokens.apply(hidden[mask], head.weight, head.bias, labels[:, 1:][mask])
+        log_probs, entropy, is_top1 = (row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores)
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+        )
+
+    model.forward = types.MethodType(forward, model)

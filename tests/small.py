@@ -1,0 +1,84 @@
+"""Models of a few thousand parameters, rows of random tokens for them, and a trainer over the two."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+from trl import SFTTrainer
+
+from fledge.encoding import IGNORED
+from fledge.training import SmallModelConfig
+
+VOCAB_SIZE, CONTEXT_LENGTH = 97, 40
+WITHOUT_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+LLAMA_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT_LENGTH,
+}
+
+
+def small_gpt2(tied: bool = True, n_layer: int = 2) -> GPT2LMHeadModel:
+    torch.manual_seed(3)
+    shape = {"vocab_size": VOCAB_SIZE, "n_positions": CONTEXT_LENGTH, "n_embd": 24, "n_layer": n_layer, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**shape, **WITHOUT_DROPOUT, tie_word_embeddings=tied, eos_token_id=0))
+
+
+def small_llama() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPE))
+
+
+def small_stablelm() -> StableLmForCausalLM:
+    torch.manual_seed(3)
+    return StableLmForCausalLM(StableLmConfig(**LLAMA_SHAPE, partial_rotary_factor=0.5))
+
+
+MODELS = {
+    "GPT-2, tied": small_gpt2,
+    "GPT-2, untied": lambda: small_gpt2(tied=False),
+    "Llama": small_llama,
+    "StableLM": small_stablelm,
+}
+
+
+def small_tokenizer(count: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Token n is the word `tn`; 0 ends a document."""
+    vocabulary = Tokenizer(models.WordLevel({f"t{i}": i for i in range(count)}, unk_token="t1"))
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="t0", pad_token="t0")
+
+
+def random_rows(count: int = 24) -> list[dict]:
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(6, CONTEXT_LENGTH - 1, (1,), generator=generator))
+        prompt = int(torch.randint(1, length - 1, (1,), generator=generator))
+        ids = torch.randint(1, VOCAB_SIZE, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
+    return made
+
+
+def trainer_for(model, folder: Path, rows: list[dict] | None = None, **changes) -> SFTTrainer:
+    """TRL's trainer as it is: nothing of Fledge's but the defaults of its configuration."""
+    config = {"bf16": False, "eval_strategy": "no", "per_device_train_batch_size": 4, "seed": 1, "report_to": "none"}
+    return SFTTrainer(
+        model=model,
+        args=SmallModelConfig(output_dir=str(folder), **config | changes),
+        train_dataset=Dataset.from_list(rows or random_rows()),
+        processing_class=small_tokenizer(),
+    )
