@@ -13,11 +13,12 @@ from fledge.cli import UserError, check_output_dir, parse, run, staged
 
 @dataclass
 class PrepareArguments:
-    data: list[str] = field(metadata={"help": "one file or several (text or .gz)"})
+    data: list[str] = field(metadata={"help": "files, folders or Hub datasets, one or several"})
     tokenizer: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     source: str = field(default="tinystories_instruct", metadata={"help": "the form of the data"})
     task: str = field(default="topic_ending", metadata={"help": "what to make of a record"})
+    columns: str | None = field(default=None, metadata={"help": "for --source columns: instruction=COLUMN,response=…"})
     template: str | None = field(default=None, metadata={"help": "the prompt's style; default: the task's own"})
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
     split: str = field(default="85/5/10", metadata={"help": "train/validation/test in percent (default 85/5/10)"})
@@ -51,7 +52,7 @@ def main():
     disable_progress_bar()
     transformers.logging.set_verbosity_error()
     shares = split_shares(args.split)
-    source, task = load_source(args.source), load_task(args.task)
+    source, task = load_source(args.source, args.columns), load_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
     template = args.template or task.TEMPLATE
     add_template(tokenizer, template)

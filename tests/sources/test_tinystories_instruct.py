@@ -1,12 +1,16 @@
 import gzip
+import json
+import re
 
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
-from fledge.sources.tinystories_instruct import records
+from fledge.sources import load_source
 
+records = load_source("tinystories_instruct").records
 FIELDS = ("Features", "Words", "Summary", "Random sentence", "Story")
 
 
@@ -97,27 +101,60 @@ def test_gzip_holds_the_same_records(tmp_path):
     assert list(records(str(tmp_path / "corpus.txt.gz"))) == unpacked
 
 
+STORY_LINES = [
+    "Words: that was all he had.",
+    "Words: a, b and c, said Mom.",
+    "Features: it had a big nose!",
+    "Story: time was her best time.",
+    'Summary: "We won," said Tom.\nThen they slept.',
+    "Random sentence: said the card.\nTom laughed.",
+    "Story time was over.",
+    "Words failed her.",
+]
+
+
+@pytest.mark.parametrize("line", STORY_LINES)
+@pytest.mark.parametrize("before", ["Summary: Tom hides.\n", "Words: a, b\nSummary: Tom hides.\nFeatures: Twist\n"])
+@pytest.mark.parametrize("after", ["", "Words: c, d\n", "Features: Dialogue\n\nSummary: Tom hides again.\n"])
+def test_a_line_of_the_story_that_begins_as_a_field_does_stays_in_the_story(tmp_path, line, before, after):
+    (tmp_path / "corpus.txt").write_text(f"{before}Story: \n\nTom hid.\n{line}\n{after}<|endoftext|>\n")
+
+    (record,) = records(str(tmp_path / "corpus.txt"))
+    assert record["Story"] == f"Tom hid.\n{line}"
+    assert record["Summary"] == "Tom hides."
+
+
 def is_plain(line: str) -> bool:
-    return "<|endoftext|>" not in line and not line.startswith(tuple(f"{name}:" for name in FIELDS))
+    return (
+        "<|endoftext|>" not in line
+        and not line.startswith(tuple(f"{name}:" for name in FIELDS))
+        and not re.search(r"[ \t]Story:", line)
+    )
 
 
 lines = st.text(st.characters(exclude_characters="\r\n\ufeff", exclude_categories=["Cs"]), max_size=30).filter(is_plain)
-values = st.lists(lines, min_size=1, max_size=4).map("\n".join).map(str.strip).filter(is_plain)
+texts = st.lists(lines, min_size=1, max_size=4).map("\n".join).map(str.strip).filter(is_plain)
+words = st.lists(st.from_regex(r"[a-zé-]{1,8}", fullmatch=True), min_size=1, max_size=4).map(", ".join)
+names = st.lists(st.sampled_from(["Dialogue", "BadEnding", "Twist", "MoralValue"]), min_size=1).map(", ".join)
+VALUES = {"Features": names, "Words": words, "Summary": texts, "Random sentence": lines.map(str.strip), "Story": texts}
 truths = st.permutations(FIELDS).flatmap(
     lambda names: st.integers(1, len(names)).flatmap(
-        lambda count: st.fixed_dictionaries(dict.fromkeys(names[:count], values))
+        lambda count: st.fixed_dictionaries({name: VALUES[name] for name in names[:count]})
     )
 )
 
 
 @st.composite
 def corpora(draw):
-    """The text of a corpus and the records it was written from."""
+    """The text of a corpus and the records it was written from: any order and placement, repeats, line endings."""
     truth, text = draw(st.lists(truths, min_size=1, max_size=4)), ""
     for number, record in enumerate(truth):
         for name, value in record.items():
             gap = draw(st.sampled_from(["", " ", "  ", "\t", "\n", " \n", " \n\n"]))
             text += f"{name}:{gap}{value}" + draw(st.sampled_from(["\n", "\n\n"]))
+        for name in draw(st.lists(st.sampled_from(["Summary", "Random sentence", "Story"]), max_size=2)):
+            if record.get(name):  # a second value of a field that has one does not count
+                text += f"{name}:\n" + draw(st.sampled_from(["Once more.", "Never mind."])) + "\n"
         is_last = number == len(truth) - 1
         text += draw(st.sampled_from(["", "<|endoftext|>", "<|endoftext|>\n"] if is_last else ["<|endoftext|>\n"]))
         text += draw(st.sampled_from(["", "\n"]))
@@ -129,7 +166,7 @@ def corpus_file(tmp_path_factory):
     return tmp_path_factory.mktemp("corpus") / "corpus.txt"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(corpora())
 def test_a_corpus_is_read_back_exactly(corpus_file, corpus):
     text, truth = corpus
@@ -138,6 +175,49 @@ def test_a_corpus_is_read_back_exactly(corpus_file, corpus):
     read = list(records(str(corpus_file)))
     assert read == truth
     assert [list(record) for record in read] == [list(record) for record in truth]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Features: Twist\nFeatures: BadEnding\nStory: A.\n", {"Features": "Twist, BadEnding", "Story": "A."}),
+        ("Words: a, b\nStory: A.\nWords: c\n", {"Words": "a, b, c", "Story": "A."}),
+        ("Summary:\nStory: A.\nSummary: Tom.\n", {"Summary": "Tom.", "Story": "A."}),
+        ("Words: a, b Story: Tom hid.\nHe slept.\nSummary: Tom.\n",
+         {"Words": "a, b", "Story": "Tom hid.\nHe slept.", "Summary": "Tom."}),
+    ],
+    ids=["features are one list", "words too", "an empty value does not count", "the story on another field's line"],
+)  # fmt: skip
+def test_repeated_and_shared_lines(tmp_path, text, expected):
+    (tmp_path / "corpus.txt").write_text(text)
+
+    assert list(records(str(tmp_path / "corpus.txt"))) == [expected]
+
+
+@settings(deadline=None, max_examples=30)
+@given(corpora(), st.integers(20, 200))
+def test_the_size_of_a_block_changes_nothing(corpus_file, corpus, block):
+    text, truth = corpus
+    corpus_file.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fledge.sources.reading.BLOCK", block)
+        assert list(records(str(corpus_file))) == truth
+
+
+def test_a_table_holds_a_line_a_row_as_on_the_hub(tmp_path):
+    text = "Summary: Tom hides.\nStory: \n\nTom hid.\n\nHe slept.\n<|endoftext|>\nWords: a, b\nStory: B.\n<|endoftext|>"
+    (tmp_path / "corpus.txt").write_text(text)
+    rows = pyarrow.table({"text": text.split("\n")})
+    pyarrow.parquet.write_table(rows, tmp_path / "corpus.parquet", row_group_size=3)
+
+    assert list(records(str(tmp_path / "corpus.parquet"))) == list(records(str(tmp_path / "corpus.txt")))
+
+
+def test_a_table_may_hold_a_record_a_row(tmp_path):
+    texts = ["Summary: A.\nStory: Tom hid.", "Story: B.\n<|endoftext|>\n", "Words: a\nStory: C."]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    assert [record["Story"] for record in records(str(tmp_path / "corpus.jsonl"))] == ["Tom hid.", "B.", "C."]
 
 
 PACKED = gzip.compress(b"Summary: A kite.\nStory: It flew.\n<|endoftext|>\n" * 50)
@@ -166,6 +246,10 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path, name, content, message)
         list(records(str(tmp_path / name)))
 
 
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        list(records(str(tmp_path)))
+def test_a_byte_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("fledge.sources.reading.BLOCK", 64)
+    good = "Summary: Zoë.\nStory: It flew.\n<|endoftext|>\n".encode() * 50
+    (tmp_path / "corpus.txt").write_bytes(good + b"Story: caf\xe9.\n")
+
+    with pytest.raises(UserError, match=f"corpus.txt is not UTF-8 text: byte {len(good) + 10} cannot be decoded"):
+        list(records(str(tmp_path / "corpus.txt")))

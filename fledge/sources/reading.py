@@ -1,0 +1,198 @@
+"""Files, folders and Hub datasets → chunks of whole records, streamed: no more than one chunk is in memory.
+
+Text comes in blocks that end with a record, tables in lists of rows. A chunk is what processes can share out.
+"""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from fledge.cli import UserError
+
+BLOCK = 4_000_000  # bytes of text in a chunk, about
+ROWS = 2_000  # rows in a chunk, at most
+TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SPLIT = re.compile(r"(?<![a-z])(train|valid|val|dev|test)(ing|ation)?(?![a-z])", re.IGNORECASE)
+SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole records in the order of their file; `split` is the one that the file's name or the Hub gives them."""
+
+    origin: str
+    split: str | None
+    content: str | list[Row]
+
+
+def text_chunks(data: str, end: str) -> Iterator[Chunk]:
+    """Blocks of text whose records end with `end`, from text files or from the `text` column of a table.
+
+    A table holds a line a row, as on the Hub; a row of several lines is a record of its own.
+
+    Raises:
+        UserError: nothing there, empty, damaged, or not UTF-8 (with the byte's offset).
+    """
+    for origin, split, rows in _parts(data):
+        blocks = _blocks(Path(origin), end) if rows is None else _joined(_lines(origin, rows, end), end)
+        for block in _not_empty(origin, (block for block in blocks if block.strip())):
+            yield Chunk(origin, split, block)
+
+
+def row_chunks(data: str) -> Iterator[Chunk]:
+    """Rows of JSON, JSON lines, CSV, parquet or a Hub dataset.
+
+    Raises:
+        UserError: nothing there, empty, damaged, not a table, or not UTF-8 (with the byte's offset).
+    """
+    for origin, split, rows in _parts(data):
+        if rows is None:
+            raise UserError(f"{origin} is no table; this source reads {', '.join(TABLES)} (or .gz of it) and Hub ids.")
+        rows = _not_empty(origin, rows)
+        while part := list(islice(rows, ROWS)):
+            yield Chunk(origin, split, part)
+
+
+def _parts(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]:
+    """What `data` names, part by part: its origin, its split, and its rows unless it is a text."""
+    path = Path(data)
+    if not path.exists() and HUB_ID.fullmatch(data) and _suffix(path) not in (*TABLES, ".txt"):
+        for name, rows in _hub_dataset(data).items():
+            yield data, _split(name), rows
+        return
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if _suffix(file) in (*TABLES, ".txt") and file.is_file())
+        if not files:
+            raise UserError(f"{path} holds no data file; expected .txt, {', '.join(TABLES)} or .gz of it.")
+    for file in files:
+        if not file.exists():
+            raise UserError(f"There is no data file at {file}.")
+        yield str(file), _split(file.name), _rows(file) if _suffix(file) in TABLES else None
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.stem if file.suffix == ".gz" else file.name).suffix
+
+
+def _split(name: str) -> str | None:
+    found = SPLIT.search(name)
+    return SPLIT_NAMES[found[1].lower()] if found else None
+
+
+def _hub_dataset(name: str) -> dict[str, Iterable[Row]]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, streaming=True)
+    except Exception as error:  # the Hub, its libraries and the network fail in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} is no file here, and the Hub does not give a dataset of that name: {reason}"
+        ) from error
+
+
+def _not_empty(origin: str, items: Iterable) -> Iterator:
+    items = iter(items)
+    for first in items:
+        return chain([first], items)
+    raise UserError(f"{origin} is empty.")
+
+
+def _blocks(file: Path, end: str) -> Iterator[str]:
+    """Decodes a file in blocks of about `BLOCK` bytes, each ending with `end`."""
+    mark, left, offset = end.encode(), b"", 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            while read := stream.read(BLOCK):
+                block = left + read
+                cut = block.rfind(mark) + len(mark) if mark in block else 0
+                block, left = block[:cut], block[cut:]
+                yield _decoded(file, block, offset)
+                offset += len(block)
+        yield _decoded(file, left, offset)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from error
+
+
+def _decoded(file: Path, block: bytes, offset: int) -> str:
+    try:
+        text = block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: byte {offset + error.start} cannot be decoded.") from error
+    return (text if offset else text.removeprefix("\ufeff")).replace("\r\n", "\n")
+
+
+def _lines(origin: str, rows: Iterable[Row], end: str) -> Iterator[str]:
+    for row in rows:
+        if "text" not in row:
+            raise UserError(f"{origin} has no column text; it has {', '.join(row)}.")
+        line = row["text"] or ""
+        yield f"{line}\n{end}" if "\n" in line and end not in line else line
+
+
+def _joined(lines: Iterator[str], end: str) -> Iterator[str]:
+    part, size = [], 0
+    for line in lines:
+        part.append(line)
+        size += len(line) + 1
+        if size >= BLOCK and end in line:
+            yield "\n".join(part)
+            part, size = [], 0
+    yield "\n".join(part)
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    suffix, number = _suffix(file), 0
+    if suffix == ".parquet":
+        rows = _parquet(file)
+    elif suffix == ".json":
+        rows = _json(file)
+    else:
+        lines = (line for block in _blocks(file, "\n") if block for line in block.removesuffix("\n").split("\n"))
+        if suffix in (".csv", ".tsv"):
+            rows = csv.DictReader((f"{line}\n" for line in lines), delimiter="\t" if suffix == ".tsv" else ",")
+        else:
+            rows = (json.loads(line) for line in lines if line.strip())
+    try:
+        for row in rows:
+            number += 1
+            if not isinstance(row, dict):
+                raise UserError(f"{file}: row {number} is {str(row)[:40]!r}, not a record with named columns.")
+            yield row
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise UserError(f"{file} is damaged after row {number}: {error}.") from error
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS):
+        yield from batch.to_pylist()
+
+
+def _json(file: Path) -> Iterator[Row]:
+    """An array, an object that holds one, or JSON lines under this name."""
+    text = "".join(_blocks(file, "\n"))
+    if not text.strip():
+        return
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        content = (json.loads(line) for line in text.split("\n") if line.strip())
+    if isinstance(content, dict):
+        arrays = [value for value in content.values() if isinstance(value, list) and value]
+        content = arrays[0] if len(arrays) == 1 and isinstance(arrays[0][0], dict) else [content]
+    yield from content

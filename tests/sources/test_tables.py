@@ -1,0 +1,192 @@
+import csv
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fledge.cli import UserError
+from fledge.sources import SOURCES, load_source
+
+ROWS = [
+    {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
+    {"instruction": "Translate to French.", "input": "a café,\nplease", "output": '"un café, s’il vous plaît" 🦊'},
+    {"instruction": "Say nothing.", "input": "", "output": ""},
+]
+
+
+def write(file, rows):
+    if file.suffix == ".gz":
+        inner = file.with_suffix("")
+        write(inner, rows)
+        file.write_bytes(gzip.compress(inner.read_bytes()))
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows), encoding="utf-8")
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0], delimiter="\t" if file.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+FORMS = ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.json.gz", "a.jsonl.gz", "a.csv.gz"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_table_gives_the_same_records(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("fledge.sources.reading.ROWS", 2)  # several chunks
+    write(tmp_path / name, ROWS)
+
+    assert list(load_source("alpaca").records(str(tmp_path / name))) == ROWS
+
+
+def test_an_array_may_lie_in_an_object_and_lines_may_be_called_json(tmp_path):
+    (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    write(tmp_path / "lines.jsonl", ROWS)
+    (tmp_path / "lines.jsonl").rename(tmp_path / "lines.json")
+
+    for name in ("object.json", "lines.json"):
+        assert list(load_source("alpaca").records(str(tmp_path / name))) == ROWS
+
+
+def test_a_folder_is_read_file_by_file_and_their_names_tell_the_split(tmp_path):
+    names = ["b-train.jsonl", "a_valid.jsonl", "c.dev.jsonl", "test-00000-of-00001.jsonl", "contest.jsonl"]
+    for name in names:
+        write(tmp_path / name, [{**ROWS[0], "output": name}])
+    (tmp_path / "notes.md").write_text("not data")
+
+    chunks = list(load_source("alpaca").chunks(str(tmp_path)))
+    assert [(chunk.content[0]["output"], chunk.split) for chunk in chunks] == [
+        ("a_valid.jsonl", "validation"),
+        ("b-train.jsonl", "train"),
+        ("c.dev.jsonl", "validation"),
+        ("contest.jsonl", None),
+        ("test-00000-of-00001.jsonl", "test"),
+    ]
+
+
+def test_dolly_is_read_under_either_name_of_its_columns(tmp_path):
+    original = {"instruction": "Who?", "context": "Ann ran.", "response": "Ann", "category": "closed_qa"}
+    copy = {"instruction": "Who?", "input": "Ann ran.", "output": "Ann", "category": "closed_qa"}
+    write(tmp_path / "original.jsonl", [original, {**original, "context": None}])
+    write(tmp_path / "copy.jsonl", [copy])
+
+    assert list(load_source("dolly").records(str(tmp_path / "original.jsonl"))) == [copy, {**copy, "input": ""}]
+    assert list(load_source("dolly").records(str(tmp_path / "copy.jsonl"))) == [copy]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("story", "context", "question", "answer", "attribute"),
+        ("story_name", "content", "question", "answer1", "attribute"),
+        ("story_name", "story_section", "question", "answer1", "attribute"),
+    ],
+)
+def test_questions_about_one_story_are_one_group(tmp_path, names):
+    values = ("fox", "A fox ran.", "Who ran?", "a fox", "character")
+    write(tmp_path / "qa.jsonl", [dict(zip(names, values, strict=True))])
+
+    assert list(load_source("story_qa").records(str(tmp_path / "qa.jsonl"))) == [
+        {"instruction": "Who ran?", "input": "A fox ran.", "output": "a fox", "category": "character", "group": "fox"}
+    ]
+
+
+def test_columns_are_named_by_the_user(tmp_path):
+    write(tmp_path / "own.jsonl", [{"q": " Who? ", "a": 7, "from": None, "unused": []}])
+    source = load_source("columns", "instruction=q, response=a,category=from")
+
+    assert list(source.records(str(tmp_path / "own.jsonl"))) == [{"instruction": "Who?", "output": "7", "category": ""}]
+
+
+def test_messages_are_taken_as_they_are(tmp_path):
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho.", "name": "x"}]
+    write(tmp_path / "chats.parquet", [{"chat": chat, "id": "s1"}])
+    source = load_source("columns", "messages=chat,group=id")
+
+    assert list(source.records(str(tmp_path / "chats.parquet"))) == [
+        {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}], "group": "s1"}
+    ]
+
+
+def test_a_hub_dataset_is_streamed_split_by_split(monkeypatch):
+    asked = []
+
+    def load_dataset(name, streaming):
+        asked.append((name, streaming))
+        return {"train": iter(ROWS[:2]), "validation": iter(ROWS[2:])}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    chunks = list(load_source("alpaca").chunks("someone/alpaca-like"))
+    assert asked == [("someone/alpaca-like", True)]
+    assert [(chunk.split, chunk.content) for chunk in chunks] == [("train", ROWS[:2]), ("validation", ROWS[2:])]
+
+
+@pytest.mark.parametrize(
+    ("source", "columns", "name", "content", "message"),
+    [
+        ("alpaca", None, "a.jsonl", b"", "a.jsonl is empty"),
+        ("alpaca", None, "a.json", b" \n", "a.json is empty"),
+        ("alpaca", None, "a.json", b"[]", "a.json is empty"),
+        ("alpaca", None, "a.csv", b"instruction,input,output\n", "a.csv is empty"),
+        ("alpaca", None, "a.json", b'[{"instruction": ', "a.json is damaged after row 0"),
+        ("alpaca", None, "a.jsonl", b'{"instruction": "a", "input": "", "output": ""}\n{"inst', "damaged after row 1"),
+        ("alpaca", None, "a.jsonl", b'{"instruction": "a"}\n["b"]\n', "row 2 is .*, not a record with named columns"),
+        ("alpaca", None, "a.jsonl", b'{"instruction": "caf\xe9"}', "a.jsonl is not UTF-8 text: byte 20 cannot"),
+        ("alpaca", None, "a.parquet", b"PAR0", "a.parquet is damaged"),
+        ("alpaca", None, "a.txt", b"text", "a.txt is no table; this source reads .json"),
+        ("alpaca", None, "a.jsonl", b'{"question": 1, "answer": 2}', "has not the columns .*; it has question, answer"),
+        ("dolly", None, "a.jsonl", b'{"instruction": 1}', "has not the columns .*; it has instruction"),
+        ("tinystories_instruct", None, "a.jsonl", b'{"story": "a"}', "a.jsonl has no column text; it has story"),
+        ("columns", "instruction=q,response=a", "a.jsonl", b'{"q": "", "r": ""}', "has no column a; it has q, r"),
+        (
+            "columns",
+            "messages=m",
+            "a.jsonl",
+            b'{"m": [{"from": "human"}]}',
+            "is no message with a role of system",
+        ),
+        ("columns", "messages=m", "a.jsonl", b'{"m": "hello"}', "holds hello, no list of messages"),
+        ("columns", "messages=m", "a.jsonl", b'{"m": 7}', "holds 7, no list of messages"),
+    ],
+)
+def test_bad_data_is_named_in_one_sentence(tmp_path, source, columns, name, content, message):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(UserError, match=message) as raised:
+        list(load_source(source, columns).records(str(tmp_path / name)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("data", ["nowhere.jsonl", "no/where.jsonl", "/no/where/at/all"])
+def test_data_that_is_not_there(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"There is no data file at {data}"):
+        list(load_source("alpaca").records(data))
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no data file"):
+        list(load_source("alpaca").records(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("source", "columns", "message"),
+    [
+        ("novels", None, f"'novels' is unknown; choose one of {', '.join(SOURCES)}"),
+        ("dolly", "instruction=a,response=b", "--columns goes with --source columns; dolly knows its own"),
+        ("columns", None, "--columns is missing: it does not name what a record needs"),
+        ("columns", "instruction=a", "--columns instruction=a does not name"),
+        ("columns", "instruction=a,response=", "does not name"),
+        ("columns", "instruction=a,response=b,answer=c", "does not name"),
+        ("columns", "instruction", "does not name"),
+    ],
+)
+def test_a_source_that_cannot_be(source, columns, message):
+    with pytest.raises(UserError, match=message):
+        load_source(source, columns)
