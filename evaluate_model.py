@@ -1,10 +1,16 @@
 """Base against instruct: the same held-out prompts, the same decoding, every answer kept and scored by its task.
 
 python evaluate_model.py --model model --base base --dataset data --output_dir evaluation
+python evaluate_model.py --config recipes/quickstart/evaluate.yaml --resume --ratings ratings.json
+python evaluate_model.py --model model --capabilities
 """
 
+import contextlib
 import json
+import shutil
 import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,97 +21,237 @@ from fledge.sampling import Sampling
 @dataclass
 class EvaluateArguments:
     model: str = field(metadata={"help": "the folder that train_sft.py wrote"})
-    base: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
-    dataset: str = field(metadata={"help": "the folder that prepare_dataset.py wrote"})
-    output_dir: str = field(metadata={"help": "the folder to write"})
+    base: str | None = field(default=None, metadata={"help": "the base folder that it was trained from"})
+    dataset: str | None = field(default=None, metadata={"help": "the folder that prepare_dataset.py wrote"})
+    output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     split: str = field(default="test", metadata={"help": "the split to ask from (default test)"})
     num_prompts: int = field(default=200, metadata={"help": "prompts to answer (default 200, or all there are)"})
+    num_samples: int = field(default=1, metadata={"help": "answers to each prompt (default 1)"})
     batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
+    resume: bool = field(default=False, metadata={"help": "use the answers that output_dir already holds"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier evaluation in output_dir"})
+    capabilities: bool = field(default=False, metadata={"help": "only show answers to the story-chat system's prompts"})
+    ratings: list[str] | None = field(default=None, metadata={"help": "what report.html's blind mode saved"})
+    judge_url: str | None = field(default=None, metadata={"help": "an OpenAI-compatible server: http://HOST:PORT/v1"})
+    judge_model: str | None = field(default=None, metadata={"help": "the model that it shall judge with"})
+    judge_samples: int = field(default=3, metadata={"help": "replies asked for each answer (default 3)"})
+    judge_pairs: bool = field(default=False, metadata={"help": "also compare the two answers, in both orders"})
+    judge_timeout: float = field(default=60.0, metadata={"help": "seconds to wait for a reply (default 60)"})
+
+    def check(self) -> None:
+        """Raises:
+        UserError: a value out of range, or a key that needs another one.
+        """
+        for name in ("num_prompts", "num_samples", "batch_size", "judge_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
+        for name in () if self.capabilities else ("base", "dataset", "output_dir"):
+            if getattr(self, name) is None:
+                raise UserError(f"--{name} is missing; only --capabilities does without it.")
+        if not self.judge_timeout > 0:
+            raise UserError(f"--judge_timeout {self.judge_timeout:g} is out of range; it must be above 0 seconds.")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise UserError("--judge_url and --judge_model belong together; give both or neither.")
+        if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
+            raise UserError(f"--judge_url {self.judge_url} is no address; it looks like http://localhost:8000/v1.")
+        if self.judge_pairs and not self.judge_url:
+            raise UserError("--judge_pairs needs --judge_url and --judge_model.")
 
 
 def main():
     args, sampling = parse(sys.argv[1:], EvaluateArguments, Sampling, description=__doc__)
     sampling.check()
-    if args.num_prompts < 1 or args.batch_size < 1:
-        raise UserError("--num_prompts and --batch_size must be at least 1.")
-    check_output_dir(args.output_dir, args.overwrite, "metrics.json")
-    data = Path(args.dataset)
+    args.check()
+    if args.capabilities:
+        return show_capabilities(args, sampling)
+    output_dir, data = Path(args.output_dir), Path(args.dataset)
+    unfinished = output_dir / "unfinished"
+    if unfinished.exists() and not (args.overwrite or args.resume):
+        raise UserError(f"{output_dir} holds an unfinished evaluation; --resume goes on, --overwrite begins anew.")
+    check_output_dir(output_dir, args.overwrite or args.resume, "metrics.json", "unfinished")
 
     import transformers
 
+    from fledge import evaluation, intervals, report, wording
     from fledge.encoding import open_prepared, open_rows, prompt_length
-    from fledge.evaluation import COMMON, completion_losses, paired_difference, report, summarise, table
-    from fledge.generation import answer_all, load_model
+    from fledge.generation import load_model
+    from fledge.journal import Journal
     from fledge.tasks import load_task
+    from fledge.vocabulary import add_rows
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     budget, tokenizer, encoded = open_prepared(data)
     if args.split not in encoded:
         raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(encoded)}.")
-    task = load_task(budget["task"])
-    text = open_rows(data)
-    labels = {name: [row["ending"] for row in split] for name, split in text.items()}
-    stories = {name: [row["messages"][-1]["content"] for row in split] for name, split in text.items()}
-    rows = encoded[args.split].select(range(min(args.num_prompts, len(encoded[args.split])))).to_list()
-    prompts = [row["input_ids"][: prompt_length(row["labels"])] for row in rows]
-    instructions = [row["messages"][-2]["content"] for row in text[args.split][: len(rows)]]
+    task, text = load_task(budget["task"]), open_rows(data)
+    count = min(args.num_prompts, len(encoded[args.split]))
+    if not count:
+        raise UserError(f"The {args.split} split of {data} is empty; prepare more data or name another --split.")
+    ids, rows = encoded[args.split].select(range(count)).to_list(), text[args.split][:count]
+    prompts = [row["input_ids"][: prompt_length(row["labels"])] for row in ids]
+    each = [row for row in rows for _ in range(args.num_samples)]  # the row that each answer answers
+    scorer = task.Scorer(text["train"], [row for name in text if name != "train" for row in text[name]])
+    wordings = wording.Wording(tokenizer, rows, text["train"])
 
-    # The judge learns from the training split and is itself judged on the two others.
-    judge = task.EndingJudge(stories["train"], labels["train"])
-    unseen = [name for name in text if name != "train"]
-    accuracy = judge.accuracy(
-        [story for name in unseen for story in stories[name]],
-        [label for name in unseen for label in labels[name]],
-    )
-    judge_n = sum(len(text[name]) for name in unseen)
-    judged_by = (
-        f"The ending classifier is right on {accuracy:.1%} of {judge_n} unseen stories, both endings weighing the same."
-    )
-    print(judged_by, flush=True)
+    # Answers are written as they are made, beside an earlier evaluation, which stays until this one is complete.
+    folders = {"base": args.base, "model": args.model}
+    models = {name: load_model(folder) for name, folder in folders.items()}
+    for name, (model, own) in models.items():
+        if not own.get_vocab().items() <= tokenizer.get_vocab().items():
+            raise UserError(
+                f"{folders[name]} has another vocabulary than {data}; evaluate the models it was prepared for."
+            )
+        add_rows(model, tokenizer)  # a template may have brought tokens that the base does not know
+    made_with = {
+        **{f"--{name}": evaluation.fingerprint(folder) for name, folder in folders.items()},
+        "--dataset or --num_prompts": evaluation.fingerprint_of_prompts(prompts),
+        "--num_samples": args.num_samples,
+        **{f"--{name}": value for name, value in asdict(sampling).items()},
+    }
+    begin_or_resume(output_dir, args.resume)
+    journal = Journal(unfinished / "answers.jsonl", made_with)
 
+    answers, scores, ratios, positions = {}, {}, {}, {}
+    for name, (model, _) in models.items():
+        with progress_bar(f"{name}: loss", count) as progress:
+            nats = evaluation.completion_nats(model, tokenizer, ids, progress)
+        with progress_bar(f"{name}: answers", len(each)) as progress:
+            made = evaluation.answer_prompts(
+                model, tokenizer, prompts, sampling, args.num_samples, args.batch_size, journal, name, progress
+            )
+        of_words = wordings.score(made)
+        answers[name], positions[name] = made, evaluation.loss_by_position(ids, nats)
+        scores[name] = [of_task | common for of_task, common in zip(scorer.score(each, made), of_words, strict=True)]
+        ratios[name] = evaluation.loss_ratios(nats, [evaluation.supervised_text(tokenizer, row) for row in ids])
+        ratios[name]["distinct_2"] = evaluation.distinct_ratio([answer.text for answer in made], args.num_samples)
+
+    samples = [
+        {
+            "prompt": i // args.num_samples,
+            "sample": i % args.num_samples,
+            "instruction": row["messages"][-2]["content"],
+            "reference": row["messages"][-1]["content"],
+            **row,
+            "messages": row["messages"][:-1],
+            **{name: vars(answers[name][i]) | {"scores": scores[name][i]} for name in folders},
+        }
+        for i, row in enumerate(each)
+    ]
+    meaning = {**task.MEANING, **wording.MEANING, **evaluation.MEANING}
+    extra = {}
+    if args.judge_url:
+        extra["llm_judge"] = ask_judge(args, samples, unfinished)
+        meaning["judge_score"] = f"0 to 100 from {args.judge_model}, the mean over the answers that have a score"
+    if args.ratings:
+        extra["human"] = report.read_ratings(args.ratings, samples)
+
+    names = ["instruction_following", *(name for name in meaning if name != "instruction_following")]
+    for name in folders:
+        ratios[name] |= intervals.means(scores[name], args.num_samples)
+    columns = {name: labels for name, labels in task.COLUMNS.items() if isinstance(labels, tuple)}
     metrics = {
         "task": budget["task"],
         "split": args.split,
+        "num_prompts": count,
+        "num_samples": args.num_samples,
         "sampling": asdict(sampling),
-        "judge": {"accuracy": accuracy, "n": judge_n},
-        "meaning": task.MEANING | COMMON,
+        "judge": scorer.judge,
+        **extra,
+        "meaning": {name: meaning[name] for name in names},
+        **intervals.compare(ratios["base"], ratios["model"], names),
+        "reference": evaluation.reference(wordings, [row["messages"][-1]["content"] for row in rows], ids),
+        "by": intervals.by_class(columns, rows, scores, args.num_samples),
+        "loss_by_position": positions,
     }
-    answers, scores = {}, {}
-    for name, folder in (("base", args.base), ("model", args.model)):
-
-        def progress(done: int, doing: str, name=name):
-            print(f"\r  {name:<5}  {doing} {done}/{len(rows)}  ", end="", flush=True)
-
-        model, _ = load_model(folder)
-        if model.get_input_embeddings().num_embeddings != len(tokenizer):
-            raise UserError(
-                f"{folder} has another vocabulary than the dataset; evaluate the models it was prepared for."
-            )
-        nats, counts = completion_losses(model, tokenizer, rows, args.batch_size, lambda n: progress(n, "read"))
-        made = answer_all(model, tokenizer, prompts, sampling, args.batch_size, lambda n: progress(n, "answered"))
-        print()
-        endings = judge.judge([answer.text for answer in made])
-        answers[name] = made
-        scores[name] = [
-            task.score(instruction, answer.text, answer.stopped, ending) | {"eos_rate": float(answer.stopped)}
-            for instruction, answer, ending in zip(instructions, made, endings, strict=True)
-        ]
-        metrics[name] = summarise(scores[name], nats, counts)
-    metrics["difference"] = paired_difference(scores["base"], scores["model"])
-
-    with staged(args.output_dir, args.overwrite, "metrics.json") as folder:
-        with (folder / "samples.jsonl").open("w", encoding="utf-8") as samples:
-            for i, instruction in enumerate(instructions):
-                sample = {"instruction": instruction, "reference": stories[args.split][i]}
-                for name in ("base", "model"):
-                    sample[name] = asdict(answers[name][i]) | {"scores": scores[name][i]}
-                samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
-        (folder / "report.md").write_text(report(metrics, judged_by), encoding="utf-8")
+    with staged(output_dir, True, "metrics.json", "unfinished") as folder:  # it holds at least what is unfinished
+        with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        for kept in unfinished.iterdir():
+            shutil.copy(kept, folder)
+        (folder / "report.md").write_text(report.report(metrics), encoding="utf-8")
+        (folder / "report.html").write_text(report.page(metrics, samples, list(columns), folders), encoding="utf-8")
         write_json(folder / "metrics.json", metrics)
-    print(f"\n{table(metrics)}\n\n{len(rows)} prompts, 95% intervals. {args.output_dir} holds every answer.")
+    print("\n".join(["", report.table(metrics), *report.judged_by(metrics)]))
+    print(f"\n{report.asked(metrics)}, 95% intervals. {output_dir}/report.html shows every answer.")
     print("Next: generate.py")
+
+
+def begin_or_resume(output_dir: Path, resume: bool) -> None:
+    """Empties `unfinished/`, or fills it with what a complete evaluation has already made."""
+    unfinished = output_dir / "unfinished"
+    if not resume:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    elif not unfinished.exists():
+        unfinished.mkdir(parents=True)
+        for name in ("answers.jsonl", "judgements.jsonl"):
+            if (output_dir / name).exists():
+                shutil.copy(output_dir / name, unfinished)
+
+
+@contextlib.contextmanager
+def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A line with the time left; what it yields is told how many are done."""
+    from tqdm import tqdm
+
+    form = "{desc:<22}{bar} {n_fmt}/{total_fmt}  {remaining} left"
+    with tqdm(total=total, desc=f"  {doing}", ncols=88, bar_format=form, mininterval=0.5) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) -> dict:
+    """Adds a language model's scores and preferences to `samples`, and returns what `metrics.json` says about them."""
+    from fledge.intervals import preference
+    from fledge.journal import Journal
+    from fledge.judge import PAIR, SCORE, Judge, judge_pairs, judge_scores
+
+    journal = Journal(unfinished / "judgements.jsonl", {"--judge_model": args.judge_model, "questions": [SCORE, PAIR]})
+    judge = Judge(args.judge_url, args.judge_model, args.judge_timeout, journal)
+    requests = ["\n\n".join(message["content"] for message in sample["messages"]) for sample in samples]
+    texts = {name: [sample[name]["text"] for sample in samples] for name in ("base", "model")}
+    record = {"model": args.judge_model, "samples": args.judge_samples}
+    with progress_bar("judge: scores", 2 * len(samples) * args.judge_samples) as progress:
+        scores, record["scores"] = judge_scores(judge, requests, texts, args.judge_samples, progress)
+    for name, of_model in scores.items():
+        for sample, score in zip(samples, of_model, strict=True):
+            sample[name]["scores"] |= {} if score is None else {"judge_score": score}
+    if args.judge_pairs:
+        with progress_bar("judge: pairs", 2 * len(samples)) as progress:
+            verdicts, record["pairs"] = judge_pairs(judge, requests, texts["base"], texts["model"], progress)
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            sample["judge_preference"] = verdict
+        record["preference"] = preference([[] if verdict is None else [verdict] for verdict in verdicts])
+    return record | {"last_failure": judge.last_failure}
+
+
+def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
+    """The story-chat system's fixed prompts and the model's answers; with --base, its answers beside them."""
+    import transformers
+    from fledge.tasks.story_chat import CAPABILITIES
+
+    from fledge.encoding import encode_prompt
+    from fledge.generation import answer_all, load_model
+    from fledge.vocabulary import add_rows
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load_model(args.model)
+    if not tokenizer.chat_template:
+        raise UserError(f"{args.model} has no chat template, so it takes no instructions; name a trained model.")
+    models = {"instruct": model}
+    if args.base is not None:
+        models = {"base": load_model(args.base)[0], **models}
+        add_rows(models["base"], tokenizer)
+    prompts = [encode_prompt(tokenizer, messages) for messages in CAPABILITIES.values()]
+    answers = {
+        who: answer_all(model, tokenizer, prompts, sampling, len(prompts), lambda done: None)
+        for who, model in models.items()
+    }
+    for i, (name, messages) in enumerate(CAPABILITIES.items()):
+        print(f"\n\033[1m{name}\033[0m\n{textwrap.indent(messages[-1]['content'], '  > ')}")
+        for who, made in answers.items():
+            ended = "" if made[i].stopped else " (did not stop)"
+            print(f"  {who}: {textwrap.indent(made[i].text, '  ').strip()}{ended}")
 
 
 if __name__ == "__main__":

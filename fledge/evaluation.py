@@ -1,7 +1,9 @@
 """Base against instruct on the same held-out prompts: losses, scores, and how sure one can be of them."""
 
-import math
+import hashlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,96 +11,137 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.encoding import IGNORED
+from fledge.encoding import IGNORED, prompt_length
+from fledge.generation import Answer, answer_each
+from fledge.intervals import Ratio, interval, means
+from fledge.journal import Journal
+from fledge.sampling import Sampling
+from fledge.wording import Wording, distinct_2
 
-RESAMPLES = 2000
-COMMON = {
-    "eos_rate": "answers that the model ended itself",
-    "completion_loss": "nats per token of the held-out answers",
+OF_REFERENCE = ("answer_tokens", "repetition", "copied", "distinct_2", "distinct_answers")
+TOKENS_AT_ONCE = 4096  # a forward's logits over 50,257 tokens are then 0.8 GB
+MEANING = {
+    "distinct_2": "different word pairs over all word pairs of all answers",
+    "completion_loss": "nats per token of the held-out answers, end-of-text included",
     "perplexity": "exp of the completion loss",
+    "bits_per_byte": "bits for a held-out answer and its end, per byte of its text",
 }
-SHARES = ("instruction_following", "ending_match", "topic_words", "eos_rate")
+
+
+def loss_ratios(nats: list[Tensor], texts: list[str]) -> dict[str, Ratio]:
+    """Completion loss, perplexity and bits per byte from the nats of each row's supervised tokens and their text."""
+    total = np.array([row.double().sum().item() for row in nats])
+    tokens, size = (np.array([float(len(part)) for part in parts]) for parts in (nats, [t.encode() for t in texts]))
+    return {
+        "completion_loss": Ratio(total, tokens),
+        "perplexity": Ratio(total, tokens, np.exp),
+        "bits_per_byte": Ratio(total / np.log(2), size),
+    }
+
+
+def distinct_ratio(texts: list[str], num_samples: int) -> Ratio:
+    """Distinct-2 over all texts, with each prompt's part in it."""
+    return Ratio(*np.array(distinct_2(texts), dtype=float).reshape(-1, num_samples, 2).sum(1).T)
+
+
+def supervised_text(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED], skip_special_tokens=True)
 
 
 @torch.no_grad()
-def completion_losses(
+def completion_nats(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, list[int]]],
-    batch_size: int,
     progress: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
-    """For each row: the negative log-likelihood of its supervised tokens in nats (N,), and their number (N,)."""
+) -> list[Tensor]:
+    """For each row the negative log-likelihood of its supervised tokens, in nats and in their order (S,)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    nats, counts = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    nats = {}
+    while len(nats) < len(rows):
+        batch = []
+        for i in order[len(nats) :]:
+            if batch and len(rows[i]["input_ids"]) * (len(batch) + 1) > TOKENS_AT_ONCE:
+                break
+            batch.append(i)
         longest = len(rows[batch[-1]]["input_ids"])
         # Padding on the right needs no mask: causal attention never looks there, and its labels are ignored.
         ids, labels = (
             torch.tensor([rows[i][key] + [fill] * (longest - len(rows[i][key])) for i in batch]).to(model.device)
-            for key, fill in (("input_ids", tokenizer.pad_token_id), ("labels", IGNORED))
+            for key, fill in (("input_ids", pad), ("labels", IGNORED))
         )
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-        nats[batch] = losses.sum(1).cpu()
-        counts[batch] = (labels[:, 1:] != IGNORED).sum(1).float().cpu()
-        progress(begin + len(batch))
-    return nats, counts
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        labels = labels[:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        for i, row_losses, row_labels in zip(batch, losses, labels, strict=True):
+            nats[i] = row_losses[row_labels != IGNORED].cpu()
+        progress(len(nats))
+    return [nats[i] for i in range(len(rows))]
 
 
-def interval(values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
-    """Weighted mean of `values` (N,) with its 95% confidence interval by the percentile bootstrap over prompts."""
-    weights = np.ones(len(values)) if weights is None else weights
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    means = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {
-        "value": float((values * weights).sum() / weights.sum()),
-        "low": float(low),
-        "high": float(high),
-        "n": len(values),
-    }
-
-
-def summarise(scores: list[dict[str, float]], nats: Tensor, counts: Tensor) -> dict[str, dict[str, float]]:
-    """Per-answer scores and per-row losses → every metric with its interval."""
-    metrics = {name: interval(np.array([score[name] for score in scores])) for name in scores[0]}
-    loss = interval((nats / counts).double().numpy(), counts.double().numpy())
-    metrics["completion_loss"] = loss
-    metrics["perplexity"] = {key: math.exp(loss[key]) for key in ("value", "low", "high")} | {"n": loss["n"]}
-    return metrics
-
-
-def paired_difference(base: list[dict[str, float]], model: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Model minus base on the same prompts, which is surer than the two intervals apart."""
-    return {name: interval(np.array([m[name] - b[name] for b, m in zip(base, model, strict=True)])) for name in base[0]}
-
-
-def table(metrics: dict) -> str:
-    """Base beside instruct as a Markdown table that also reads well in a terminal."""
-    rows = [("metric", "base", "instruct", "difference")]
-    for name, of_model in metrics["model"].items():
-        shown = (metrics["base"][name], of_model, metrics["difference"].get(name))
-        rows.append((name.replace("_", " "), *(show(name, value) if value else "" for value in shown)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+def loss_by_position(rows: list[dict[str, list[int]]], nats: list[Tensor]) -> list[dict[str, float]]:
+    """Mean nats of answer tokens by their place in the answer: 1, 2, 3-4, 5-8, … each with its count `n`."""
+    sums, counts = {}, {}
+    for row, row_nats in zip(rows, nats, strict=True):
+        place, places = 0, []
+        for label in row["labels"][1:]:
+            place = place + 1 if label != IGNORED else 0
+            places += [place] * (place > 0)
+        bins = np.ceil(np.log2(places)).astype(int)
+        for exponent in np.unique(bins).tolist():
+            sums[exponent] = sums.get(exponent, 0.0) + row_nats.numpy()[bins == exponent].sum(dtype=float)
+            counts[exponent] = counts.get(exponent, 0) + int((bins == exponent).sum())
+    return [
+        {"first": 2 ** (e - 1) + 1 if e else 1, "last": 2**e, "nats": sums[e] / counts[e], "n": counts[e]}
+        for e in sorted(sums)
     ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
-def report(metrics: dict, judged_by: str) -> str:
-    """`report.md`: the table, who judged, and what each metric means."""
-    meanings = "\n".join(f"- {name.replace('_', ' ')}: {meaning}" for name, meaning in metrics["meaning"].items())
-    count = metrics["model"]["eos_rate"]["n"]
-    heading = f"# Base against instruct\n\n{count} held-out prompts of the {metrics['split']} split; 95% intervals."
-    return f"{heading}\n\n{table(metrics)}\n\n{judged_by}\n\n{meanings}\n"
+def reference(wordings: Wording, texts: list[str], rows: list[dict[str, list[int]]]) -> dict[str, dict[str, float]]:
+    """What the held-out answers themselves reach, for the metrics that do not compare with them."""
+    lengths = [len(row["input_ids"]) - prompt_length(row["labels"]) for row in rows]
+    written = [Answer(text, length, stopped=True) for text, length in zip(texts, lengths, strict=True)]
+    metrics = means(wordings.score(written), 1) | {"distinct_2": distinct_ratio(texts, 1)}
+    return {name: found for name, metric in metrics.items() if name in OF_REFERENCE and (found := interval(metric))}
 
 
-def show(name: str, metric: dict[str, float]) -> str:
-    """`87.3% (83.1 to 91.2)` for a share, three digits for anything else."""
-    if name in SHARES:
-        return f"{metric['value']:.1%} ({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
-    return f"{metric['value']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    num_samples: int,
+    batch_size: int,
+    journal: Journal,
+    who: str,
+    progress: Callable[[int], None],
+) -> list[Answer]:
+    """`num_samples` answers to each prompt in turn, each in the journal as soon as it is made.
+
+    An answer depends on its prompt and its number alone, so what an interruption left to do comes out the same.
+    """
+    numbers = range(len(prompts) * num_samples)
+    left = [number for number in numbers if (who, number) not in journal.done]
+    asked = [prompts[number // num_samples] for number in left]
+    progress(len(numbers) - len(left))
+    for done, (number, answer) in enumerate(
+        answer_each(model, tokenizer, asked, sampling, batch_size, left), len(numbers) - len(left) + 1
+    ):
+        journal.add({(who, number): vars(answer)})
+        progress(done)
+    return [Answer(**journal.done[who, number]) for number in numbers]
+
+
+def fingerprint(folder: str) -> str:
+    """SHA-256 over a model's weights, by which answers are known to be its own."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin")):
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint_of_prompts(prompts: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -86,7 +86,7 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCardData
 
     from fledge.encoding import prompt_text
-    from fledge.evaluation import table
+    from fledge.report import table
     from fledge.tasks import load_task
     from fledge.tokenizers import open_tokenizer
 

@@ -5,7 +5,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from fledge.evaluation import table
+from fledge.report import table
 
 
 def main():

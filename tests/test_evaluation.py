@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,44 +9,54 @@ from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from fledge.encoding import IGNORED
-from fledge.evaluation import completion_losses, interval, paired_difference, table
+from fledge.evaluation import completion_nats, loss_by_position, loss_ratios, supervised_text
 from fledge.generation import load_model
+from fledge.intervals import interval
+from fledge.report import table
 
 
-def test_completion_losses_equal_rows_scored_one_by_one(tiny):
+@pytest.fixture(scope="module")
+def losses(tiny):
+    """The model, its tokenizer, the test rows, and the nats of their supervised tokens."""
     model, tokenizer = load_model(str(tiny.model))
     rows = load_from_disk(str(tiny.data / "tokenized"))["test"].to_list()
-    nats, counts = completion_losses(model, tokenizer, rows, 5, lambda done: None)
-    for row, nat, count in zip(rows, nats, counts, strict=True):
+    return model, tokenizer, rows, completion_nats(model, tokenizer, rows, lambda done: None)
+
+
+def test_completion_losses_equal_rows_scored_one_by_one(losses, monkeypatch):
+    model, tokenizer, rows, together = losses
+    monkeypatch.setattr("fledge.evaluation.TOKENS_AT_ONCE", 300)
+    in_small_batches = completion_nats(model, tokenizer, rows, lambda done: None)
+    for row, nats, again in zip(rows, together, in_small_batches, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         supervised = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
-        by_hand = -sum(F.log_softmax(logits[i - 1], -1)[row["labels"][i]] for i in supervised)
-        assert count == len(supervised)
-        assert nat.item() == pytest.approx(by_hand.item(), rel=1e-4)
+        by_hand = torch.stack([-F.log_softmax(logits[i - 1], -1)[row["labels"][i]] for i in supervised])
+        assert torch.allclose(nats, by_hand, atol=1e-4)
+        assert torch.allclose(again, by_hand, atol=1e-4)
 
 
-def test_interval_holds_the_mean_and_shrinks_with_more_prompts():
-    rng = np.random.default_rng(1)
-    few, many = rng.normal(3, 1, 50), rng.normal(3, 1, 5000)
-    for values in (few, many):
-        found = interval(values)
-        normal = 1.96 * values.std() / np.sqrt(len(values))
-        assert found["value"] == pytest.approx(values.mean())
-        assert found["low"] == pytest.approx(values.mean() - normal, rel=0.03)
-        assert found["high"] == pytest.approx(values.mean() + normal, rel=0.03)
-        assert found["n"] == len(values)
+def test_perplexity_and_bits_per_byte_by_hand(losses, tiny):
+    _, tokenizer, rows, nats = losses
+    texts = [supervised_text(tokenizer, row) for row in rows]
+    total, tokens = sum(row.sum().item() for row in nats), sum(len(row) for row in nats)
+    size = sum(len(text.encode("utf-8")) for text in texts)
+    found = {name: interval(ratio)["value"] for name, ratio in loss_ratios(nats, texts).items()}
+    assert found["completion_loss"] == pytest.approx(total / tokens)
+    assert found["perplexity"] == pytest.approx(math.exp(total / tokens))
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size)
+    samples = [json.loads(line) for line in (tiny.evaluation / "samples.jsonl").read_text("utf-8").split("\n") if line]
+    assert texts == [sample["reference"] for sample in samples]
 
 
-def test_weighted_interval_is_a_ratio_of_sums():
-    found = interval(np.array([1.0, 3.0]), np.array([3.0, 1.0]))
-    assert found["value"] == pytest.approx(1.5)
-
-
-def test_difference_is_paired():
-    base = [{"x": 0.0}, {"x": 1.0}, {"x": 0.0}]
-    model = [{"x": 0.5}, {"x": 1.5}, {"x": 0.5}]
-    assert paired_difference(base, model)["x"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 3}
+def test_loss_by_position_counts_each_answer_from_its_own_beginning():
+    rows = [{"labels": [IGNORED, 5, 6, IGNORED, 7]}, {"labels": [IGNORED, IGNORED, 5, 6, 7]}]
+    nats = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 6.0, 7.0])]
+    assert loss_by_position(rows, nats) == [
+        {"first": 1, "last": 1, "nats": 3.0, "n": 3},
+        {"first": 2, "last": 2, "nats": 4.0, "n": 2},
+        {"first": 3, "last": 4, "nats": 7.0, "n": 1},
+    ]
 
 
 def test_metrics_file_has_both_models_with_intervals(tiny):

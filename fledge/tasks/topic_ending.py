@@ -10,6 +10,7 @@ import random
 import re
 from typing import Any
 
+from fledge.generation import Answer
 from fledge.tasks import RejectedRecord
 
 TEMPLATE = "story"
@@ -118,3 +119,28 @@ class EndingJudge:
 
 def _last_sentences(story: str) -> str:
     return " ".join(re.split(r'(?<=[.!?"”])\s+', story.strip())[-4:]).lower()
+
+
+class Scorer:
+    """Scores answers; its judge of endings learns from the training rows and is measured on rows it has not seen."""
+
+    def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
+        stories, endings = ([pick(row) for row in train_rows] for pick in (_story, _ending))
+        self.endings = EndingJudge(stories, endings)
+        accuracy = self.endings.accuracy([_story(row) for row in unseen_rows], [_ending(row) for row in unseen_rows])
+        self.judge = {"accuracy": accuracy, "n": len(unseen_rows)}
+
+    def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
+        judged = self.endings.judge([answer.text for answer in answers])
+        return [
+            score(row["messages"][-2]["content"], answer.text, answer.stopped, ending)
+            for row, answer, ending in zip(rows, answers, judged, strict=True)
+        ]
+
+
+def _story(row: dict) -> str:
+    return row["messages"][-1]["content"]
+
+
+def _ending(row: dict) -> str:
+    return row["ending"]

@@ -1,0 +1,47 @@
+"""A file that grows by a line as soon as something is finished, so that an interruption loses nothing."""
+
+import json
+from pathlib import Path
+
+from fledge.cli import UserError
+
+
+class Journal:
+    """Finished pieces of work by key. The first line of the file holds the settings that they were made with.
+
+    Args:
+        file: JSON lines; made when missing.
+        settings: what must be equal for finished work to be used again.
+
+    Raises:
+        UserError: the file was made with other settings, or is no journal.
+    """
+
+    def __init__(self, file: Path, settings: dict):
+        self.file, self.done = file, {}
+        # A process that was killed may have left half a line.
+        whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
+        if whole:
+            try:
+                found, *entries = [json.loads(line) for line in whole.split(b"\n")]
+                self.done = {tuple(entry["key"]): entry["value"] for entry in entries}
+                differing = [name for name in settings if found.get(name) != settings[name]]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{file} is damaged; pass --overwrite instead of --resume.") from error
+            if differing:
+                raise UserError(
+                    f"{file} was made with another {' and another '.join(differing)}; "
+                    "give what it was made with, or pass --overwrite instead of --resume."
+                )
+            with file.open("rb+") as kept:
+                kept.truncate(len(whole) + 1)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def add(self, entries: dict[tuple, object]) -> None:
+        """Writes finished work at once."""
+        self.done |= entries
+        with self.file.open("a", encoding="utf-8") as file:
+            for key, value in entries.items():
+                file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
