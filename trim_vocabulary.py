@@ -1,0 +1,111 @@
+"""A model whose vocabulary is larger than its text needs → the same model with the tokens that the text uses.
+
+    python trim_vocabulary.py --model base --data corpus.txt --output_dir small
+
+For models with a byte-level BPE. Text of the kept tokens keeps its ids (renumbered) and its probabilities, up to what
+the removed tokens had; any other text is written with smaller tokens, of which all 256 bytes stay.
+"""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+
+
+@dataclass
+class TrimArguments:
+    model: str = field(metadata={"help": "a model folder, with its tokenizer"})
+    data: list[str] = field(
+        metadata={"help": "text like what the model is for: files, folders, Hub datasets, as for pretrain.py"}
+    )
+    output_dir: str = field(metadata={"help": "the folder to write"})
+    min_count: int = field(default=1, metadata={"help": "keep tokens that occur at least so often (default 1)"})
+    text_column: str = field(default="text", metadata={"help": "where a row has its text (default text)"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier trimmed model in output_dir"})
+
+
+def main():
+    (args,) = parse(sys.argv[1:], TrimArguments, description=__doc__)
+    check_output_dir(args.output_dir, args.overwrite, "trimming.json")
+    if args.min_count < 1:
+        raise UserError(f"--min_count {args.min_count} is out of range; a token that never occurs is not kept.")
+
+    import copy
+
+    import numpy as np
+    import torch
+    import transformers
+
+    from fledge.corpus import pieces
+    from fledge.generation import load_model
+    from fledge.tokenizers import encoding_of
+    from fledge.tokenizers.training import HeldOut
+    from fledge.vocabulary import compare_trimmed, keep_rows, trim_tokenizer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load_model(args.model)
+    model = model.cpu()
+    data = [args.data] if isinstance(args.data, str) else args.data
+
+    # Held-out text is not counted: it is what the result is measured on.
+    held_out = HeldOut(pieces(data, args.text_column))
+    counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
+    for text in held_out:
+        with encoding_of("The text"):
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        np.add.at(counts, ids, 1)
+    used = np.nonzero(counts >= args.min_count)[0].tolist()
+    trimmed, old_ids = trim_tokenizer(tokenizer, used)
+    small = copy.deepcopy(model)
+    keep_rows(small, old_ids)
+    print(f"{len(used):,} of {len(tokenizer):,} tokens occur; with bytes and merges {len(old_ids):,} stay.", flush=True)
+
+    length = 2 * model.config.max_position_embeddings  # characters: half a context or so
+    texts = [text[:length] for text in held_out.text[:200]]
+    texts = [text for text in texts if len(trimmed.encode(text)) < model.config.max_position_embeddings]
+    if not texts:
+        raise UserError("No held-out text fits the model's context, so nothing can be measured; give other --data.")
+    record = compare_trimmed((model, tokenizer), (small, trimmed), old_ids, texts)
+    record = {
+        "tokens_before": len(tokenizer),
+        "tokens_after": len(old_ids),
+        "parameters_before": model.num_parameters(),
+        "parameters_after": small.num_parameters(),
+        "min_count": args.min_count,
+        "held_out": held_out.is_unseen,
+        **record,
+    }
+    for name, net in (("before", model), ("after", small)):
+        hidden, times = torch.randn(256, net.get_input_embeddings().embedding_dim), []
+        with torch.no_grad():
+            for _ in range(5):
+                start = time.perf_counter()
+                net.get_output_embeddings()(hidden)
+                times.append(time.perf_counter() - start)
+        record[f"head_milliseconds_{name}"] = round(1000 * min(times), 3)
+    with staged(args.output_dir, args.overwrite, "trimming.json") as folder:
+        small.save_pretrained(folder)
+        trimmed.save_pretrained(folder)
+        for name in ("conversion.json", "pretraining.json"):
+            if (Path(args.model) / name).exists():
+                shutil.copy(Path(args.model) / name, folder)
+        write_json(folder / "trimming.json", record)
+    print(
+        f"{record['parameters_before']:,} to {record['parameters_after']:,} parameters; "
+        f"the head takes "
+        f"{record['head_milliseconds_before']} and then {record['head_milliseconds_after']} ms for 256 tokens."
+    )
+    print(
+        f"On {record['texts']} texts {'held out' if held_out.is_unseen else 'of the data'}: "
+        f"{record['bits_per_byte_before']:.4f} to {record['bits_per_byte_after']:.4f} bits per byte; "
+        f"{record['same_tokens']:.1%} keep their tokens, and there the removed ones had {record['removed']:.2%} "
+        f"of the probability; beyond that no log-probability moved by more than {record['largest_error']:.0e}."
+    )
+
+
+if __name__ == "__main__":
+    run(main)
