@@ -5,10 +5,11 @@ Only the standard library and TRL's light parser are imported here, so that `--h
 
 import argparse
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,31 +117,60 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, *markers: str) -> 
 
 @contextlib.contextmanager
 def staged(output_dir: str | Path, overwrite: bool, *markers: str) -> Iterator[Path]:
-    """Yields a folder beside `output_dir` that takes its place when the block succeeds and vanishes when it fails."""
+    """Yields a folder beside `output_dir` that takes its place when the block succeeds and vanishes when it fails.
+
+    A run that is killed leaves the output as it was, and the next one clears what it had begun. A lock keeps a second
+    run out as long as this one lives.
+
+    Raises:
+        UserError: see `check_output_dir`; another run is writing the same folder; or the disk is full.
+    """
     folder = check_output_dir(output_dir, overwrite, *markers).resolve()
+    building, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "replaced"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
-    try:
-        building.chmod(0o755)
-        yield building
-        if folder.exists():
-            replaced = building.with_name(building.name + ".old")
-            folder.replace(replaced)
-            building.replace(folder)
-            shutil.rmtree(replaced)
-        else:
-            building.replace(folder)
+        with _locked(folder):
+            if replaced.exists() and not folder.exists():  # killed between the two steps of taking its place
+                replaced.replace(folder)
+                check_output_dir(output_dir, overwrite, *markers)
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            try:
+                yield building
+                if folder.exists():
+                    shutil.rmtree(replaced, ignore_errors=True)
+                    folder.replace(replaced)
+                building.replace(folder)
+            finally:
+                if replaced.exists() and not folder.exists():
+                    replaced.replace(folder)
+                shutil.rmtree(building, ignore_errors=True)
+                shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:
         from safetensors import SafetensorError  # its way of reporting a full disk
 
         if not isinstance(error, (OSError, SafetensorError)):
             raise
         raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on a file beside `folder`; the system releases it when the process dies, however that happens."""
+    file = folder.with_name(f".{folder.name}.lock")
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino != file.stat().st_ino:
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise UserError(
+                f"Another run is writing {folder} at this moment; wait for it or name another --output_dir."
+            ) from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -239,6 +240,59 @@ def test_an_output_named_by_a_link_is_replaced_without_leftovers(tmp_path):
 
     assert contents(tmp_path / "link") == {"mark.json": "new"}
     assert {path.name for path in tmp_path.iterdir()} <= {"real", "link"}
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_the_first_one_finishes(tmp_path):
+    with staged(tmp_path / "out", False, MARK) as folder:
+        write_folder(folder, mark="first")
+        with (
+            pytest.raises(UserError, match=r"Another run is writing .*out at this moment"),
+            staged(tmp_path / "out", False, MARK),
+        ):
+            pytest.fail("the block ran")
+        with staged(tmp_path / "other", False, MARK) as other:
+            write_folder(other, mark="other")
+
+    assert contents(tmp_path) == {"out/mark.json": "first", "other/mark.json": "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fledge.cli import staged
+
+real = Path.replace
+def replace(self, target):
+    if sys.argv[2] == self.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, target)
+Path.replace = replace
+with staged(sys.argv[1], True, "mark.json") as folder:
+    (folder / "mark.json").write_text("half")
+    if sys.argv[2] == "block":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("moment", ["block", "out", ".out.building"])
+def test_after_a_kill_there_is_the_old_output_or_none_and_a_rerun_completes(tmp_path, moment, was_there):
+    if was_there:
+        write_folder(tmp_path / "out", mark="old")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), moment]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+
+    is_killed = moment != "out" or was_there  # without an old output there is none to move away
+    assert done.returncode == (-9 if is_killed else 0)
+    if is_killed:
+        assert {file.read_text() for file in (tmp_path / "out").glob("*")} <= {"old"}
+        with staged(tmp_path / "out", True, MARK) as folder:
+            assert list(folder.iterdir()) == []
+            assert contents(tmp_path / "out") == ({"mark.json": "old"} if was_there else {})
+            write_folder(folder, mark="new")
+        assert contents(tmp_path) == {"out/mark.json": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_json_is_read_as_it_was_written(tmp_path):
