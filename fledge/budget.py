@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fledge.blocks import Facts
 from fledge.cli import write_json
-from fledge.encoding import IGNORED, Encoded
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -33,27 +33,33 @@ class Budget:
     rejected: Counter = field(default_factory=Counter)
     splits: dict[str, dict] = field(default_factory=dict)
 
-    def describe(self, split: str, encoded: list[Encoded], labels: dict[str, list[str]], eos_token_id: int) -> None:
-        """Adds the figures of one finished split; `labels` holds each class column's values, row by row."""
-        lengths = np.array([len(example) for example in encoded])
-        prompt, completion = (
-            np.array([len(getattr(example, part)) for example in encoded]) for part in ("prompt_ids", "completion_ids")
-        )
+    def count(self, facts: Facts) -> None:
+        """Takes over what was read and what was left out of it on the way to rows."""
+        self.rows_read, self.records_used = facts.counts["read"], facts.counts["used"]
+        self.examples = facts.counts["examples"]
+        self.rejected.update(facts.rejected)
+
+    def describe(self, split: str, facts: dict[str, np.ndarray], classes: dict[str, tuple[str, ...]]) -> None:
+        """Adds the figures of one finished split from the facts of its rows (see `fledge.blocks`)."""
+        total, completion = facts["length"], facts["completion_length"]
+        counts = {
+            column: {label: int(n) for label, n in zip(labels, np.bincount(facts[column]), strict=False) if n}
+            for column, labels in classes.items()
+        }
+        counts = {column: dict(sorted(of_column.items())) for column, of_column in counts.items()}
         self.splits[split] = {
-            "rows": len(encoded),
-            "labels": dict(sorted(Counter(next(iter(labels.values()), [])).items())),
-            "classes": {column: dict(sorted(Counter(values).items())) for column, values in labels.items()},
-            "tokens": int(lengths.sum()),
-            "supervised_share": float(
-                sum(len(example) - example.labels.count(IGNORED) for example in encoded) / lengths.sum()
-            ),
-            "eos_supervised": sum(example.input_ids[-1] == eos_token_id for example in encoded),
-            "cut": sum(example.was_cut for example in encoded),
+            "rows": len(total),
+            "labels": next(iter(counts.values()), {}),
+            "classes": counts,
+            "tokens": int(total.sum()),
+            "supervised_share": float(facts["supervised"].sum() / total.sum()),
+            "eos_supervised": int(facts["is_ended"].sum()),
+            "cut": int(facts["was_cut"].sum()),
             "lengths": {
                 name: {f"{quantile:g}": int(np.quantile(values, quantile)) for quantile in QUANTILES}
-                for name, values in (("prompt", prompt), ("completion", completion), ("total", lengths))
+                for name, values in (("prompt", total - completion), ("completion", completion), ("total", total))
             },
-            "longer_than": {str(limit): int((lengths > limit).sum()) for limit in LENGTHS},
+            "longer_than": {str(limit): int((total > limit).sum()) for limit in LENGTHS},
         }
 
     def as_dict(self) -> dict:
@@ -91,7 +97,7 @@ class Budget:
         lines += ["", "Training rows longer than " + ", ".join(f"{limit}: {n:,}" for limit, n in over.items())]
         return "\n".join(lines) + "\n"
 
-    def save(self, folder: Path, train: list[Encoded]) -> None:
+    def save(self, folder: Path, train: dict[str, np.ndarray]) -> None:
         """Writes `budget.json`, `budget.md` and `budget.png`, the lengths of the training rows."""
         write_json(folder / "budget.json", self.as_dict())
         (folder / "budget.md").write_text(self.markdown(), encoding="utf-8")
@@ -103,7 +109,7 @@ class Budget:
 
         figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
         axes.hist(
-            [[len(example.prompt_ids) for example in train], [len(example.completion_ids) for example in train]],
+            [train["length"] - train["completion_length"], train["completion_length"]],
             bins=60,
             histtype="stepfilled",
             alpha=0.6,

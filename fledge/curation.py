@@ -1,7 +1,10 @@
 """Which examples go where: splits that share no group, and classes of one size."""
 
-import random
+from collections import Counter
 
+import numpy as np
+
+from fledge.blocks import Facts
 from fledge.cli import UserError
 
 
@@ -16,35 +19,67 @@ def split_shares(text: str) -> dict[str, float]:
     return dict(zip(("train", "validation", "test"), (percent / 100 for percent in percents), strict=True))
 
 
-def split_by_group(rows: list, shares: dict[str, float], rng: random.Random) -> dict[str, list]:
-    """Deals whole groups to the splits until each has its share of the rows."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row[0]["group"], []).append(row)
-    order = sorted(groups)
-    rng.shuffle(order)
-    splits, dealt, bound, names = {name: [] for name in shares}, 0, 0.0, iter(shares)
-    for group in order:
-        while dealt >= bound - 1e-9:
-            name = next(names)
-            bound += shares[name] * len(rows)
-        splits[name] += groups[group]
-        dealt += len(groups[group])
-    for part in splits.values():
-        rng.shuffle(part)
-    return splits
+def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
+    """Deals whole groups to the splits until each has its share of the rows.
+
+    `groups` (rows,) are hashes of the groups' names; the result (rows,) is the number of each row's split. It depends
+    on which groups there are, not on their order.
+    """
+    _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    dealt = np.cumsum(sizes[order]) - sizes[order]
+    bounds = np.cumsum([*shares.values()][:-1]) * len(groups)
+    split_of_group = np.empty(len(sizes), np.int8)
+    split_of_group[order] = np.searchsorted(bounds - 1e-9, dealt, side="right")
+    return split_of_group[group_of]
 
 
-def balance(rows: list, label: str, labels: tuple[str, ...], rng: random.Random) -> list:
-    """Keeps as many rows of each label as the rarest one has.
+def balance(rows: np.ndarray, codes: np.ndarray, column: str, labels: tuple[str, ...], seed: int) -> np.ndarray:
+    """Keeps as many of `rows` with each label as the rarest one has. `codes` (rows,) are numbers of `labels`.
 
     Raises:
         UserError: a label does not occur.
     """
-    by_label = {name: [row for row in rows if row[0][label] == name] for name in labels}
-    rarest = min(labels, key=lambda name: len(by_label[name]))
-    if not by_label[rarest]:
-        raise UserError(f"A split has no example with {label} {rarest}, so it cannot be balanced; give more data.")
-    balanced = [row for rows_of in by_label.values() for row in rng.sample(rows_of, len(by_label[rarest]))]
-    rng.shuffle(balanced)
-    return balanced
+    counts = np.bincount(codes, minlength=len(labels))
+    if not counts.min():
+        missing = labels[counts.argmin()]
+        raise UserError(f"A split has no example with {column} {missing}, so it cannot be balanced; give more data.")
+    rng = np.random.default_rng(seed)
+    kept = [rng.permutation(rows[codes == code])[: counts.min()] for code in range(len(labels))]
+    return np.sort(np.concatenate(kept))
+
+
+def repeated(fingerprints: np.ndarray) -> np.ndarray:
+    """(rows,), true for a row that has the fingerprint of an earlier one."""
+    is_repeated = np.ones(len(fingerprints), bool)
+    is_repeated[np.unique(fingerprints, return_index=True)[1]] = False
+    return is_repeated
+
+
+def assign_splits(
+    facts: Facts, shares: dict[str, float], balanced: tuple[str, tuple[str, ...]] | None, seed: int
+) -> tuple[np.ndarray, Counter]:
+    """Where every row goes: (rows,), the number of its split in `shares`, -1 for a row that is left out; and how many
+    are left out by reason. `balanced` is a class column with its labels.
+
+    Raises:
+        UserError: a split is empty or cannot be balanced.
+    """
+    columns = facts.columns
+    kept = np.flatnonzero(~repeated(columns["fingerprint"]))
+    left_out = Counter({"an exact duplicate": facts.total - len(kept)})
+    split_of = np.full(facts.total, -1, np.int8)
+    split_of[kept] = split_by_group(columns["group"][kept], shares, seed)
+    for number, name in enumerate(shares):
+        rows = np.flatnonzero(split_of == number)
+        if not len(rows):
+            raise UserError(
+                f"The {name} split is empty with {len(kept):,} usable records; give more data or another --split."
+            )
+        if balanced:
+            column, labels = balanced
+            chosen = balance(rows, columns[column][rows], column, labels, seed)
+            left_out[f"surplus of one {column}"] += len(rows) - len(chosen)
+            split_of[rows] = -1
+            split_of[chosen] = number
+    return split_of, +left_out

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fledge.cli import UserError, read_json
 from fledge.templates import INPUT_MARK
 from fledge.tokenizers import open_tokenizer
+from fledge.tokenizers.fast import TextEncoder
 
 IGNORED = -100
 OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
@@ -58,10 +59,12 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """The ids that ask for the next answer: what `pipeline()` sends, except that control tokens in a text stay text."""
-    return _encode_prompts(tokenizer, [messages])[0]
+    return _encode_prompts(tokenizer, [messages], TextEncoder(tokenizer, fast=False))[0]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[Encoded]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], encoder: TextEncoder | None = None
+) -> list[Encoded]:
     """Encodes a batch, whole: nothing is cut here. Each conversation ends with an answer.
 
     All answers of a conversation are supervised, each with end-of-text. An earlier one is only where the later prompt
@@ -70,8 +73,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) ->
     turns = [[i for i, m in enumerate(messages) if m["role"] == "assistant"] for messages in conversations]
     asked = [messages[:i] for messages, places in zip(conversations, turns, strict=True) for i in places]
     answers = [messages[i]["content"] for messages, places in zip(conversations, turns, strict=True) for i in places]
-    prompt_ids = iter(_encode_prompts(tokenizer, asked))
-    answer_ids = iter(tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    if not conversations:
+        return []
+    encoder = encoder or TextEncoder(tokenizer, fast=False)
+    prompt_ids = iter(_encode_prompts(tokenizer, asked, encoder))
+    answer_ids = iter(encoder(answers))
     encoded = []
     for places in turns:
         pairs = [(next(prompt_ids), [*next(answer_ids), tokenizer.eos_token_id]) for _ in places]
@@ -85,12 +91,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) ->
     return encoded
 
 
-def _encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[list[int]]:
-    control = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)")
+def _encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], encoder: TextEncoder
+) -> list[list[int]]:
     texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = encoder(texts, control=True)
     for place, messages in enumerate(conversations):
-        if any(control.search(message["content"]) for message in messages):
+        if any(encoder.control.search(message["content"]) for message in messages):
             ids[place] = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
             )

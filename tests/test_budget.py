@@ -1,22 +1,31 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from fledge.budget import Budget
-from fledge.encoding import IGNORED, Encoded
 
-END = 9
-
-
-def row(prompt: int, answer: int, end: bool = True) -> Encoded:
-    """A prompt of so many tokens and an answer of so many, with end-of-text after it unless it was cut."""
-    completion = [2] * answer + [END] * end
-    return Encoded([1] * prompt + completion, [IGNORED] * prompt + completion, len(completion), was_cut=not end)
+CLASSES = {"ending": ("sad", "happy")}
 
 
-TRAIN = [row(1, 1), row(2, 3), row(3, 5, end=False), row(4, 7), row(5, 124)]
-HELD_OUT = [row(2, 1), row(1, 2)]
+def facts(rows: list[tuple[int, int, bool]], endings: list[str]) -> dict[str, np.ndarray]:
+    """Of rows with a prompt of so many tokens and an answer of so many, and end-of-text after it unless it was cut."""
+    prompt, answer, end = (np.array(column) for column in zip(*rows, strict=True))
+    return {
+        "length": prompt + answer + end,
+        "completion_length": answer + end,
+        "supervised": answer + end,
+        "is_ended": end,
+        "was_cut": ~end,
+        "ending": np.array([CLASSES["ending"].index(ending) for ending in endings]),
+    }
+
+
+TRAIN = facts(
+    [(1, 1, True), (2, 3, True), (3, 5, False), (4, 7, True), (5, 124, True)], ["happy", "sad", "happy", "sad", "happy"]
+)
+HELD_OUT = facts([(2, 1, True), (1, 2, True)], ["sad", "happy"])
 
 
 @pytest.fixture
@@ -24,8 +33,8 @@ def budget():
     budget = Budget("records", "poems", "story", seed=7, max_length=130, overflow="cut_completion")
     budget.rows_read = 1010
     budget.rejected = Counter({"no summary": 1, "an exact duplicate": 2, "longer than 130 tokens": 1000})
-    budget.describe("train", TRAIN, {"ending": ["happy", "sad", "happy", "sad", "happy"]}, END)
-    budget.describe("test", HELD_OUT, {"ending": ["sad", "happy"]}, END)
+    budget.describe("train", TRAIN, CLASSES)
+    budget.describe("test", HELD_OUT, CLASSES)
     return budget
 
 
@@ -57,7 +66,7 @@ def test_figures_of_a_split_match_a_hand_count(budget):
 
 def test_a_length_at_the_limit_is_not_longer_than_it():
     budget = Budget("records", "poems", "story", 0, 512, "drop")
-    budget.describe("train", [row(28, 100, end=False), row(29, 100, end=False)], {"ending": ["sad", "sad"]}, END)
+    budget.describe("train", facts([(28, 100, False), (29, 100, False)], ["sad", "sad"]), CLASSES)
 
     assert budget.splits["train"]["longer_than"]["128"] == 1
 
@@ -82,7 +91,7 @@ def test_the_report_names_every_reason_and_every_split(budget):
 
 def test_nothing_left_out_needs_no_table_of_reasons():
     budget = Budget("records", "poems", "story", 0, 130, "drop", rows_read=2)
-    budget.describe("train", HELD_OUT, {"ending": ["sad", "happy"]}, END)
+    budget.describe("train", HELD_OUT, CLASSES)
 
     assert "left out" not in budget.markdown()
 

@@ -1,12 +1,12 @@
-import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
-from fledge.curation import balance, split_by_group, split_shares
+from fledge.curation import balance, repeated, split_by_group, split_shares
 
 SPLITS = ("train", "validation", "test")
 
@@ -43,46 +43,51 @@ def test_shares_that_do_not_add_up_are_refused(text):
     shares=st.sampled_from(["85/5/10", "34/33/33", "10/10/80", "98/1/1", "0.5/99/0.5"]),
     seed=st.integers(0, 5),
 )
-def test_groups_stay_whole_and_nothing_is_lost(sizes, shares, seed):
-    rows = [({"group": f"topic {group}"}, (group, row)) for group, size in enumerate(sizes) for row in range(size)]
-    random.Random(seed).shuffle(rows)
+def test_groups_stay_whole_and_splits_are_near_their_shares(sizes, shares, seed):
+    groups = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes))
     wanted = split_shares(shares)
 
-    splits = split_by_group(rows, wanted, random.Random(seed))
-    assert tuple(splits) == SPLITS
-    assert sorted(key for part in splits.values() for _, key in part) == sorted(key for _, key in rows)
-    homes = Counter(group for part in splits.values() for group in {key[0] for _, key in part})
-    assert set(homes.values()) == {1}
-    for name, part in splits.items():
-        assert abs(len(part) - wanted[name] * len(rows)) <= max(sizes)
+    splits = split_by_group(groups, wanted, seed)
+    assert len(splits) == len(groups)
+    assert set(splits) <= {0, 1, 2}
+    assert all(len(set(splits[groups == group])) == 1 for group in range(len(sizes)))
+    for number, name in enumerate(SPLITS):
+        assert abs((splits == number).sum() - wanted[name] * len(groups)) <= max(sizes)
 
 
-def test_the_split_does_not_depend_on_the_order_of_the_records():
-    rows = [({"group": f"topic {number % 30}"}, number) for number in range(90)]
+def test_the_split_does_not_depend_on_the_order_of_the_rows():
+    groups = np.arange(90) % 30
     shares = split_shares("60/20/20")
 
-    one = split_by_group(rows, shares, random.Random(4))
-    other = split_by_group(rows[::-1], shares, random.Random(4))
-    for name in SPLITS:
-        assert {row[0]["group"] for row in one[name]} == {row[0]["group"] for row in other[name]}
+    one, other = split_by_group(groups, shares, 4), split_by_group(groups[::-1], shares, 4)
+    assert one.tolist() == other[::-1].tolist()
+    assert one.tolist() != split_by_group(groups, shares, 5).tolist()
 
 
 @settings(deadline=None, max_examples=100)
 @given(
-    labels=st.lists(st.sampled_from(["happy", "sad", "open"]), max_size=40),
-    wanted=st.sampled_from([("happy", "sad"), ("happy", "sad", "open")]),
+    codes=st.lists(st.integers(0, 2), max_size=40),
+    labels=st.sampled_from([("a", "b"), ("a", "b", "c")]),
     seed=st.integers(0, 5),
 )
-def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(labels, wanted, seed):
-    rows = [({"ending": label}, number) for number, label in enumerate(labels) if label in wanted]
-    counts = Counter(row[0]["ending"] for row in rows)
+def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(codes, labels, seed):
+    codes = np.array([code for code in codes if code < len(labels)], dtype=int)
+    rows = np.arange(len(codes)) * 3
+    counts = Counter(codes.tolist())
 
-    if len(counts) < len(wanted):
-        with pytest.raises(UserError, match="has no example with ending"):
-            balance(rows, "ending", wanted, random.Random(seed))
+    if len(counts) < len(labels):
+        with pytest.raises(UserError, match=r"has no example with ending [abc]"):
+            balance(rows, codes, "ending", labels, seed)
         return
-    kept = balance(rows, "ending", wanted, random.Random(seed))
-    assert Counter(row[0]["ending"] for row in kept) == dict.fromkeys(wanted, min(counts.values()))
-    assert {number for _, number in kept} <= {number for _, number in rows}
-    assert len({number for _, number in kept}) == len(kept)
-    assert kept == balance(rows, "ending", wanted, random.Random(seed))
+    kept = balance(rows, codes, "ending", labels, seed)
+    assert Counter(codes[kept // 3].tolist()) == dict.fromkeys(range(len(labels)), min(counts.values()))
+    assert len(set(kept)) == len(kept)
+    assert set(kept) <= set(rows)
+    assert kept.tolist() == balance(rows, codes, "ending", labels, seed).tolist()
+
+
+@given(st.lists(st.integers(0, 5), max_size=30))
+def test_repeated_rows_are_those_whose_fingerprint_came_before(fingerprints):
+    expected = [value in fingerprints[:place] for place, value in enumerate(fingerprints)]
+
+    assert repeated(np.array(fingerprints, dtype=np.uint64)).tolist() == expected

@@ -16,8 +16,8 @@ from typing import Any
 
 from fledge.cli import UserError
 
-BLOCK = 4_000_000  # bytes of text in a chunk, about
-ROWS = 2_000  # rows in a chunk, at most
+BLOCK = 1_000_000  # bytes of text in a chunk, about
+ROWS = 1_000  # rows in a chunk, at most
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SPLIT = re.compile(r"(?<![a-z])(train|valid|val|dev|test)(ing|ation)?(?![a-z])", re.IGNORECASE)

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fledge.cli import UserError
+from fledge.tokenizers.fast import UnequalIds
 from fledge.tokenizers.sentencepiece import read_llama2c, read_sentencepiece
 from fledge.tokenizers.vocabulary import UNKNOWN_TOKENS, from_vocabulary, read_pickle, read_text
 
@@ -104,6 +105,8 @@ def encoding_of(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except UnequalIds:
+        raise
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"{what} cannot be encoded with this tokenizer: {error}.") from error
 
