@@ -1,6 +1,7 @@
 """Every template with every task and every edge of text: one way of writing a prompt, and it is pipeline()'s."""
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
@@ -185,6 +186,22 @@ def test_a_prompt_reads_literally(name, kind):
     asked = chat("Who?" if kind == "plain" else f"Sum up.{INPUT_MARK}Tom ran.")
 
     assert prompt_text(tokenizer, asked) == TEXTS[name, kind]
+
+
+EXCHANGES = (
+    chat("Write a story about a fox.", "A fox ran."),
+    chat(f"Who ran?{INPUT_MARK}A fox ran.", "A fox.", "Where?", "Home.", system="You answer questions about stories."),
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_document_shows_the_template_as_it_is(name):
+    tokenizer = load_tokenizer("gpt2", 512)
+    add_template(tokenizer, name)
+    shown = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in EXCHANGES]
+
+    section = f"### `{name}`\n\n" + "\n\n".join(f"```text\n{text}\n```" for text in shown)
+    assert section in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def test_every_template_is_tested():

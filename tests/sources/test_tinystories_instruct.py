@@ -4,6 +4,7 @@ import re
 
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,6 +203,22 @@ def test_the_size_of_a_block_changes_nothing(corpus_file, corpus, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fledge.sources.reading.BLOCK", block)
         assert list(records(str(corpus_file))) == truth
+
+
+def test_the_record_of_the_document_is_read_as_it_says(tmp_path):
+    document = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text(document.split("```text\n")[1].split("```")[0])
+
+    assert list(records(str(tmp_path / "corpus.txt"))) == [
+        {
+            "Features": "Dialogue, BadEnding",
+            "Words": "quit, oak, gloomy",
+            "Random sentence": "They were cold.",
+            "Story": 'Sara and Ben were playing in the park. Ben said, "Let\'s go."\n'
+            "Words: that was all he ever had, Sara thought.\nThey went home.",
+            "Summary": "Sara and Ben play in the park\nuntil it is cold.",
+        }
+    ]
 
 
 def test_a_table_holds_a_line_a_row_as_on_the_hub(tmp_path):
