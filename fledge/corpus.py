@@ -1,19 +1,14 @@
 """Raw text, from files or the Hub → documents, streamed, so that a corpus may be larger than memory."""
 
-import contextlib
-import gzip
-import io
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 from fledge.cli import UserError
+from fledge.sources.reading import blocks, parts
 
 END = "<|endoftext|>"
 PIECE = 1 << 20  # characters
-SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
 
 
 def pieces(
@@ -21,9 +16,10 @@ def pieces(
 ) -> Iterator[tuple[str, bool]]:
     """Yields (text, whether its document ends with it) from files, folders and Hub datasets, in their order.
 
-    Documents of a text file (or .gz) lie between `<|endoftext|>` marks; a row of a .jsonl or .parquet file or of a Hub
-    dataset is one. With `document_start`, a regular expression, a document also begins at each line that it matches,
-    and rows are lines (WikiText: `^ = [^=]`). Space around a document is taken off, empty documents are left out.
+    Documents of a text file (or .gz) lie between `<|endoftext|>` marks; a row of a .jsonl, .csv or .parquet file or of
+    a Hub dataset (owner/name, or owner/name:config) is one. With `document_start`, a regular expression, documents also
+    begin at lines that it matches, and rows are lines (WikiText: `^ = [^=]`). Space around a document is taken off,
+    empty documents are left out.
 
     A document longer than `size` characters comes in several pieces, each cut before the last space of a gap between
     words. There GPT-2's pattern cuts as well, so the pieces have the same ids as the whole.
@@ -50,109 +46,26 @@ def names_and_sizes(data: list[str]) -> list[tuple[str, int, int]]:
     """(name, bytes, time of change) of every file, by which a changed corpus is told; a Hub dataset has its name."""
     found = []
     for source in data:
-        if _is_on_the_hub(source):
-            found.append((source, 0, 0))
-        else:
-            stats = [(file, file.stat()) for file in _files(Path(source))]
-            found += [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        for origin, _, _ in parts(source):
+            file = Path(origin)
+            found.append((file.name, file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (origin, 0, 0))
     return found
 
 
-def _is_on_the_hub(source: str) -> bool:
-    return (
-        not Path(source).exists()
-        and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) is not None
-        and not (source.removesuffix(".gz").endswith(SUFFIXES))
-    )
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist; name a file, a folder, or a Hub dataset (owner/name[:config]).")
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.name.removesuffix(".gz").endswith(SUFFIXES))
-    if not files:
-        raise UserError(f"{path} holds no file that ends in {', '.join(SUFFIXES)} (or .gz); name one that does.")
-    return files
-
-
 def _texts(source: str, column: str, rows_are_lines: bool) -> Iterator[str | None]:
-    """Text in reading order; `None` where a document ends."""
-    if _is_on_the_hub(source):
-        rows = _hub_rows(source)
-        yield from _join(rows, source, column, rows_are_lines)
-        return
-    for file in _files(Path(source)):
-        kind = Path(file.name.removesuffix(".gz")).suffix
-        if kind == ".parquet":
-            yield from _join(_parquet_rows(file, column), file, column, rows_are_lines)
-        elif kind in (".jsonl", ".json"):
-            with _reading(file) as lines:
-                yield from _join(_json_rows(file, lines), file, column, rows_are_lines)
-        else:
-            with _reading(file) as text:
-                while chunk := text.read(PIECE):
-                    yield chunk
-        yield None
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[IO[str]]:
-    try:
-        with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(file.open("rb"))
-            if file.suffix == ".gz":
-                raw = stack.enter_context(gzip.GzipFile(fileobj=raw))
-            yield stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason}); convert it first.") from error
-    except (OSError, EOFError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from error
-
-
-def _json_rows(file: Path, lines: Iterable[str]) -> Iterator[dict]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file} line {number} is not JSON ({error}); give one object a line.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{file} line {number} is no object; give one object a line.")
-            yield row
-
-
-def _parquet_rows(file: Path, column: str) -> Iterator[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        columns = [column] if column in parquet.schema_arrow.names else None
-        for batch in parquet.iter_batches(1000, columns=columns):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} is no parquet file ({error}).") from error
-
-
-def _hub_rows(source: str) -> Iterator[dict]:
-    from datasets import load_dataset
-
-    name, _, config = source.partition(":")
-    try:
-        yield from load_dataset(name, config or None, split="train", streaming=True)
-    except Exception as error:  # datasets and the Hub raise many kinds
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(f"{source} is neither a file nor a Hub dataset that opens ({cause}).") from error
-
-
-def _join(rows: Iterable[dict], source: object, column: str, rows_are_lines: bool) -> Iterator[str | None]:
-    for row in rows:
-        if not isinstance(row.get(column), str):
-            raise UserError(f"{source} has no text in {column!r} (it has {', '.join(row)}); name it by --text_column.")
-        yield row[column]
-        if not rows_are_lines:
+    """Text in reading order; `None` where a document ends. Of a Hub dataset, the split train."""
+    for origin, split, rows in parts(source):
+        if rows is None:
+            yield from blocks(Path(origin), " ")
+            yield None
+        elif Path(origin).exists() or split in (None, "train"):
+            for row in rows:
+                if not isinstance(row.get(column), str):
+                    has = ", ".join(row)
+                    raise UserError(f"{origin} has no text in {column!r} (it has {has}); name it by --text_column.")
+                yield row[column]
+                if not rows_are_lines:
+                    yield None
             yield None
 
 

@@ -253,7 +253,7 @@ def score_in_cache(model: PreTrainedModel) -> None:
     """Replaces the loss of blocks in `model` by the one of `fledge.loss`, which is faster where there is no Triton.
 
     `model(input_ids=…, labels=…, shift_labels=…, num_items_in_batch=None)` then returns its `loss` alone: the mean over
-    the labels that count, or their sum over `num_items_in_batch`. Without `shift_labels` the forward is the model's own.
+    the labels that count, or their sum over `num_items_in_batch`. Without `shift_labels` the forward is the model's.
     """
     own_forward = model.forward
 

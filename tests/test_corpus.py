@@ -105,10 +105,10 @@ def gpt2_once():
         ("a.txt", "", {}, "there is no text"),
         ("a.txt", f" \n{END}\n", {}, "there is no text"),
         ("a.txt", b"caf\xe9", {}, "is not UTF-8"),
-        ("a.jsonl", '{"text": "x"}\n{"text"', {}, "line 2 is not JSON"),
-        ("a.jsonl", '["x"]', {}, "line 1 is no object"),
+        ("a.jsonl", '{"text": "x"}\n{"text"', {}, "damaged after row 1"),
+        ("a.jsonl", '["x"]', {}, "not a record with named columns"),
         ("a.jsonl", '{"story": "x"}', {}, r"no text in 'text' \(it has story\); name it by --text_column"),
-        ("a.parquet", "no", {}, "is no parquet file"),
+        ("a.parquet", "no", {}, "damaged after row 0"),
         ("a.txt", "x", {"document_start": "("}, "is no regular expression"),
     ],
 )
@@ -119,9 +119,9 @@ def test_a_bad_corpus_is_one_sentence(write, name, content, keywords, message):
 
 
 def test_what_does_not_exist_is_named(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="There is no data file"):
         documents(tmp_path / "corpus.txt")
-    with pytest.raises(UserError, match="holds no file that ends in"):
+    with pytest.raises(UserError, match="holds no data file"):
         documents(tmp_path)
     (tmp_path / "a.txt.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match="cannot be read"):

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import pretrain as script
 from fledge.cli import UserError, run
 from fledge.corpus import END, pieces
 from fledge.encoding import IGNORED
-from fledge.pretraining import Blocks, Corpus, TokenWriter, flops_per_token, new_gpt2, open_tokens
+from fledge.pretraining import Blocks, Corpus, TokenWriter, flops_per_token, new_gpt2, open_tokens, score_in_cache
 from fledge.training import Progress
 
 SIZES = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--context_length", 16)
@@ -129,6 +130,23 @@ def test_the_loss_begins_where_every_token_is_as_likely(tokenizer):
         targets = ids[:, 1:].contiguous()
         loss = model(input_ids=ids[:, :-1], labels=targets, shift_labels=targets).loss
         assert loss.item() == pytest.approx(math.log(400), rel=0.02)
+
+
+def test_loss_and_gradients_of_blocks_equal_the_definition(tokenizer):
+    set_seed(1)
+    plain = new_gpt2(tokenizer, 2, 2, 32, 16)
+    fast = copy.deepcopy(plain)
+    score_in_cache(fast)
+    ids, labels = torch.randint(400, (3, 16)), torch.randint(400, (3, 16))
+    labels[2, 9:] = IGNORED
+    for count in (None, 100):
+        by_hand = F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum") / (count or 41)
+        found = fast(input_ids=ids, labels=labels, shift_labels=labels, num_items_in_batch=count).loss
+        torch.testing.assert_close(found, by_hand)
+        wanted, got = (torch.autograd.grad(loss, list(m.parameters())) for m, loss in ((plain, by_hand), (fast, found)))
+        for expected, gradient in zip(wanted, got, strict=True):
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(fast(ids).logits, plain(ids).logits)
 
 
 def test_floating_point_operations_counted_by_hand(tokenizer):
@@ -251,7 +269,7 @@ def test_accumulated_and_two_processes_equal_one_big_batch(straight, corpus, tmp
     [
         (["--n_head", 5], "--n_embd 32 is not divisible by --n_head 5"),
         (["--context_length", 0], "--context_length 0 is out of range"),
-        (["--data", "nowhere.txt"], "does not exist"),
+        (["--data", "nowhere.txt"], "There is no data file"),
         (["--tokenizer", "nowhere"], "has no tokenizer.json"),
         (["--validation_share", 0.9], "--validation_share"),
         (["--learning_raet", 1], "--learning_raet"),

@@ -85,7 +85,7 @@ def test_report_without_gpt2(monkeypatch):
     [
         (["--vocab_size", 257], "leaves no merge"),
         (["--vocab_size", 99999], "supports"),
-        (["--data", "nowhere.txt"], "does not exist"),
+        (["--data", "nowhere.txt"], "There is no data file"),
     ],
 )
 def test_a_mistake_writes_nothing(corpus, tmp_path, monkeypatch, capsys, arguments, message):

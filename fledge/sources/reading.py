@@ -19,7 +19,7 @@ from fledge.cli import UserError
 BLOCK = 1_000_000  # bytes of text in a chunk, about
 ROWS = 1_000  # rows in a chunk, at most
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 SPLIT = re.compile(r"(?<![a-z])(train|valid|val|dev|test)(ing|ation)?(?![a-z])", re.IGNORECASE)
 SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
@@ -43,9 +43,9 @@ def text_chunks(data: str, end: str) -> Iterator[Chunk]:
     Raises:
         UserError: nothing there, empty, damaged, or not UTF-8 (with the byte's offset).
     """
-    for origin, split, rows in _parts(data):
-        blocks = _blocks(Path(origin), end) if rows is None else _joined(_lines(origin, rows, end), end)
-        for block in _not_empty(origin, (block for block in blocks if block.strip())):
+    for origin, split, rows in parts(data):
+        found = blocks(Path(origin), end) if rows is None else _joined(_lines(origin, rows, end), end)
+        for block in _not_empty(origin, (block for block in found if block.strip())):
             yield Chunk(origin, split, block)
 
 
@@ -55,7 +55,7 @@ def row_chunks(data: str) -> Iterator[Chunk]:
     Raises:
         UserError: nothing there, empty, damaged, not a table, or not UTF-8 (with the byte's offset).
     """
-    for origin, split, rows in _parts(data):
+    for origin, split, rows in parts(data):
         if rows is None:
             raise UserError(f"{origin} is no table; this source reads {', '.join(TABLES)} (or .gz of it) and Hub ids.")
         rows = _not_empty(origin, rows)
@@ -63,7 +63,7 @@ def row_chunks(data: str) -> Iterator[Chunk]:
             yield Chunk(origin, split, part)
 
 
-def _parts(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]:
+def parts(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]:
     """What `data` names, part by part: its origin, its split, and its rows unless it is a text."""
     path = Path(data)
     if not path.exists() and HUB_ID.fullmatch(data) and _suffix(path) not in (*TABLES, ".txt"):
@@ -94,7 +94,8 @@ def _hub_dataset(name: str) -> dict[str, Iterable[Row]]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, streaming=True)
+        repository, _, config = name.partition(":")
+        return load_dataset(repository, config or None, streaming=True)
     except Exception as error:  # the Hub, its libraries and the network fail in many ways
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -109,7 +110,7 @@ def _not_empty(origin: str, items: Iterable) -> Iterator:
     raise UserError(f"{origin} is empty.")
 
 
-def _blocks(file: Path, end: str) -> Iterator[str]:
+def blocks(file: Path, end: str) -> Iterator[str]:
     """Decodes a file in blocks of about `BLOCK` bytes, each ending with `end`."""
     mark, left, offset = end.encode(), b"", 0
     try:
@@ -159,7 +160,7 @@ def _rows(file: Path) -> Iterator[Row]:
     elif suffix == ".json":
         rows = _json(file)
     else:
-        lines = (line for block in _blocks(file, "\n") if block for line in block.removesuffix("\n").split("\n"))
+        lines = (line for block in blocks(file, "\n") if block for line in block.removesuffix("\n").split("\n"))
         if suffix in (".csv", ".tsv"):
             rows = csv.DictReader((f"{line}\n" for line in lines), delimiter="\t" if suffix == ".tsv" else ",")
         else:
@@ -183,7 +184,7 @@ def _parquet(file: Path) -> Iterator[Row]:
 
 def _json(file: Path) -> Iterator[Row]:
     """An array, an object that holds one, or JSON lines under this name."""
-    text = "".join(_blocks(file, "\n"))
+    text = "".join(blocks(file, "\n"))
     if not text.strip():
         return
     try:

@@ -117,13 +117,15 @@ def test_messages_are_taken_as_they_are(tmp_path):
 def test_a_hub_dataset_is_streamed_split_by_split(monkeypatch):
     asked = []
 
-    def load_dataset(name, streaming):
-        asked.append((name, streaming))
+    def load_dataset(name, config, streaming):
+        asked.append((name, config, streaming))
         return {"train": iter(ROWS[:2]), "validation": iter(ROWS[2:])}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     chunks = list(load_source("alpaca").chunks("someone/alpaca-like"))
-    assert asked == [("someone/alpaca-like", True)]
+    assert asked == [("someone/alpaca-like", None, True)]
+    list(load_source("alpaca").chunks("someone/alpaca-like:small"))
+    assert asked[1] == ("someone/alpaca-like", "small", True)
     assert [(chunk.split, chunk.content) for chunk in chunks] == [("train", ROWS[:2]), ("validation", ROWS[2:])]
 
 
