@@ -23,7 +23,7 @@ class PretrainArguments:
     data: list[str] = field(
         metadata={"help": "text, .jsonl or .parquet files (or .gz), folders of them, or Hub datasets (owner/name)"}
     )
-    tokenizer: str = field(metadata={"help": "the folder that train_tokenizer.py wrote, or any tokenizer's"})
+    tokenizer: str = field(metadata={"help": "the folder that train_tokenizer.py wrote, another tokenizer, or gpt2"})
     n_layer: int = field(default=6, metadata={"help": "layers (default 6)"})
     n_head: int = field(default=6, metadata={"help": "attention heads a layer (default 6)"})
     n_embd: int = field(default=384, metadata={"help": "width (default 384)"})
@@ -67,7 +67,7 @@ def main():
         plan,
         pretraining_record,
     )
-    from fledge.tokenizers import open_tokenizer
+    from fledge.tokenizers import load_tokenizer, open_tokenizer
     from fledge.training import Progress, find_checkpoint, save_loss_curve, use_all_threads
 
     args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
@@ -79,7 +79,8 @@ def main():
     if not checkpoint and config.process_index == 0:
         check_output_dir(output_dir, args.overwrite, "pretraining.json", "checkpoints")
     threads = use_all_threads(config)
-    tokenizer = open_tokenizer(args.tokenizer)
+    is_folder = (Path(args.tokenizer) / "tokenizer.json").exists()
+    tokenizer = open_tokenizer(args.tokenizer) if is_folder else load_tokenizer(args.tokenizer, args.context_length)
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer in {args.tokenizer} has no end-of-text token; train one by train_tokenizer.py.")
     if not 0 < args.validation_share <= 0.5:

@@ -270,7 +270,7 @@ def test_accumulated_and_two_processes_equal_one_big_batch(straight, corpus, tmp
         (["--n_head", 5], "--n_embd 32 is not divisible by --n_head 5"),
         (["--context_length", 0], "--context_length 0 is out of range"),
         (["--data", "nowhere.txt"], "There is no data file"),
-        (["--tokenizer", "nowhere"], "has no tokenizer.json"),
+        (["--tokenizer", "nowhere"], "There is no tokenizer at nowhere"),
         (["--validation_share", 0.9], "--validation_share"),
         (["--learning_raet", 1], "--learning_raet"),
     ],

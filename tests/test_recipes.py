@@ -19,7 +19,14 @@ def dataclasses_of(stage: str) -> list[type]:
         from train_sft import RunArguments
 
         return [RunArguments, SmallModelConfig, ModelConfig]
+    if stage == "pretrain":
+        from fledge.pretraining import PretrainConfig
+        from pretrain import PretrainArguments
+
+        return [PretrainArguments, PretrainConfig]
     module, name = {
+        "tokenizer": ("train_tokenizer", "TokenizerArguments"),
+        "trim": ("trim_vocabulary", "TrimArguments"),
         "convert": ("convert_checkpoint", "ConvertArguments"),
         "prepare": ("prepare_dataset", "PrepareArguments"),
         "evaluate": ("evaluate_model", "EvaluateArguments"),
@@ -49,8 +56,12 @@ def test_an_unknown_key_is_refused(recipe: Path, tmp_path):
 def test_stages_of_a_recipe_hand_on_the_same_folders():
     for folder in {recipe.parent for recipe in RECIPES}:
         stages = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")}
-        assert stages["prepare"]["tokenizer"] == stages["convert"]["output_dir"]
-        assert stages["train"]["model_name_or_path"] == stages["convert"]["output_dir"]
+        base = next(stages[stage]["output_dir"] for stage in ("convert", "trim", "pretrain") if stage in stages)
+        assert stages["prepare"]["tokenizer"] == stages["train"]["model_name_or_path"] == base
+        if "tokenizer" in stages:
+            assert stages["pretrain"]["tokenizer"] == stages["tokenizer"]["output_dir"]
+        if "trim" in stages:
+            assert stages["trim"]["model"] == stages["pretrain"]["output_dir"]
         assert stages["train"]["dataset"] == stages["prepare"]["output_dir"]
         assert stages["evaluate"]["model"] == stages["publish"]["model"] == stages["train"]["output_dir"]
         assert stages["generate"]["model"] == stages["train"]["output_dir"]
