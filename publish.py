@@ -1,62 +1,154 @@
-"""A finished model → a repository folder with a card that is made from the run's own records.
+"""A finished model, its dataset and a page to try it on → the Hub, or the same folders on this machine.
 
-python publish.py --model model --evaluation evaluation --repo_id user/name --dry_run --output_dir repository
+    python publish.py --model model --evaluation evaluation --repo_id user/name --dry_run --output_dir repository
+    python publish.py --model model --evaluation evaluation --repo_id user/name --license apache-2.0 \\
+        --dataset data --dataset_repo_id user/data --space_repo_id user/demo
+
+Each repository gets one commit, and only what changed there. The token is that of `hf auth login` or HF_TOKEN.
 """
 
+import contextlib
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged
+from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
 
 
 @dataclass
 class PublishArguments:
-    model: str = field(metadata={"help": "the folder that train_sft.py wrote"})
-    repo_id: str = field(metadata={"help": "user/name on the Hub"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "the folder that train_sft.py wrote; for a Space alone, also a model's Hub id"},
+    )
+    repo_id: str | None = field(default=None, metadata={"help": "user/name of the model on the Hub"})
     evaluation: str | None = field(default=None, metadata={"help": "the folder that evaluate_model.py wrote"})
-    license: str | None = field(default=None, metadata={"help": "an SPDX id, such as apache-2.0"})
-    private: bool = field(default=False, metadata={"help": "make the repository private"})
-    dry_run: bool = field(default=False, metadata={"help": "write the folder and send nothing"})
-    output_dir: str | None = field(default=None, metadata={"help": "the folder to write (default: <model>-repository)"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier folder in output_dir"})
+    dataset: str | None = field(default=None, metadata={"help": "the folder that prepare_dataset.py wrote"})
+    dataset_repo_id: str | None = field(default=None, metadata={"help": "user/name of the dataset on the Hub"})
+    space_repo_id: str | None = field(default=None, metadata={"help": "user/name of the Space on the Hub"})
+    base_model: str | None = field(
+        default=None, metadata={"help": "the base's Hub id, if it has one: named on the card, compared in the Space"}
+    )
+    license: str | None = field(default=None, metadata={"help": "of model and Space, an SPDX id such as apache-2.0"})
+    language: str = field(default="en", metadata={"help": "what the model writes, an ISO 639-1 code (default en)"})
+    private: bool = field(default=False, metadata={"help": "make the repositories private"})
+    revision: str | None = field(default=None, metadata={"help": "the branch to commit to, made if missing"})
+    create_pr: bool = field(default=False, metadata={"help": "open pull requests instead of committing"})
+    dry_run: bool = field(default=False, metadata={"help": "write the folders, look them over, and send nothing"})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "keep the folders here (default in a dry run: <model or dataset>-repository)"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier publication in output_dir"})
+
+
+def check(args: PublishArguments) -> None:
+    """Raises:
+    UserError: an id is none, or a key lacks the one it goes with.
+    """
+    for key in ("repo_id", "dataset_repo_id", "space_repo_id", "base_model"):
+        value = vars(args)[key]
+        if value and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value):
+            raise UserError(f"--{key} {value} is not of the form user/name.")
+    if not (args.repo_id or args.dataset_repo_id or args.space_repo_id):
+        raise UserError("Nothing to publish; give --repo_id, --dataset_repo_id, --space_repo_id, or several of them.")
+    if (args.repo_id or args.space_repo_id) and not args.model:
+        raise UserError(f"--{'repo_id' if args.repo_id else 'space_repo_id'} needs --model.")
+    if args.repo_id and not Path(args.model).is_dir():
+        raise UserError(f"There is no folder {args.model}; --model names what train_sft.py wrote.")
+    if args.space_repo_id and not args.repo_id and Path(args.model).is_dir():
+        raise UserError("A Space loads its model from the Hub; give --repo_id too, or a published --model user/name.")
+    if bool(args.dataset) != bool(args.dataset_repo_id):
+        raise UserError("--dataset and --dataset_repo_id go together.")
+    if args.create_pr and args.revision:
+        raise UserError("--create_pr opens a pull request against main; leave out --revision.")
 
 
 def main():
     (args,) = parse(sys.argv[1:], PublishArguments, description=__doc__)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
-        raise UserError(f"--repo_id {args.repo_id} is not of the form user/name.")
-    output_dir = args.output_dir or f"{args.model.rstrip('/')}-repository"
-    check_output_dir(output_dir, args.overwrite, "README.md")
+    check(args)
+    output_dir = args.output_dir
+    if args.dry_run and not output_dir:
+        output_dir = f"{(args.model or args.dataset).rstrip('/')}-repository"
+    if output_dir:
+        check_output_dir(output_dir, args.overwrite, "publication.json")
 
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+    import transformers
 
-    from fledge.publishing import build_repository
+    from fledge.upload import files_of, send
 
-    evaluation = Path(args.evaluation) if args.evaluation else None
-    with staged(output_dir, args.overwrite, "README.md") as folder:
-        build_repository(folder, Path(args.model), evaluation, args.repo_id, args.license)
-        files = sorted(file for file in folder.iterdir())
-        for file in files:
-            print(f"  {file.name:<24} {file.stat().st_size / 1e6:>8.2f} MB")
-    if not evaluation:
-        print("The card says that the model is not evaluated; --evaluation DIR adds the figures.")
-    if not args.license:
-        print("The card names no licence; --license apache-2.0, for example, adds one.")
-    if args.dry_run:
-        print(f"{output_dir} is what {args.repo_id} would hold. Nothing was sent.")
-        return
-    try:
-        url = HfApi().create_repo(args.repo_id, private=args.private, exist_ok=True)
-        HfApi().upload_folder(repo_id=args.repo_id, folder_path=output_dir, commit_message="Publish with Fledge")
-    except (HTTPError, LocalTokenNotFoundError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"The Hub did not take it: {reason} `hf auth login` signs in; {output_dir} is ready."
-        ) from error
-    print(f"Published at {url}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # The Space names the model and the model the dataset, so each is there before it is named.
+    repositories = {"dataset": args.dataset_repo_id, "model": args.repo_id, "space": args.space_repo_id}
+    repositories = {kind: repo_id for kind, repo_id in repositories.items() if repo_id}
+    with contextlib.ExitStack() as stack:
+        if not output_dir:
+            output_dir = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='fledge-'))}/publication"
+        with staged(output_dir, args.overwrite, "publication.json") as folder:
+            for kind in repositories:
+                (folder / kind).mkdir()
+            build(args, folder)
+            sizes = {}
+            for kind, repo_id in repositories.items():
+                sizes[kind] = {path: file.stat().st_size for path, file in files_of(folder / kind).items()}
+                print(f"\n{kind} {repo_id}: {len(sizes[kind])} files, {readable(sum(sizes[kind].values()))}")
+                for path, size in sizes[kind].items():
+                    print(f"  {path:<44} {readable(size):>10}")
+            content = {kind: {"repo_id": repo_id, "files": sizes[kind]} for kind, repo_id in repositories.items()}
+            write_json(folder / "publication.json", content)
+        print()
+        if args.dry_run:
+            print(f"{output_dir} holds what the Hub would get. Nothing was sent.")
+            return
+        for kind, repo_id in repositories.items():
+            sent = send(kind, Path(output_dir, kind), repo_id, args.private, args.revision, args.create_pr)
+            print(f"{sent.url}: {describe(sent.changed, sent.deleted)}", flush=True)
+
+
+def build(args: PublishArguments, folder: Path) -> None:
+    """Fills `folder`/dataset, /model and /space, those that are asked for, and looks them over."""
+    from fledge.cli import read_json
+    from fledge.preflight import check_folder, check_model
+    from fledge.publishing import build_dataset, build_model, build_space, download_records
+    from fledge.tasks import load_task
+
+    evaluation_dir = Path(args.evaluation) if args.evaluation else None
+    if args.dataset_repo_id:
+        build_dataset(folder / "dataset", Path(args.dataset))
+        check_folder("dataset", folder / "dataset")
+        if "\nlicense:" not in (folder / "dataset" / "README.md").read_text(encoding="utf-8"):
+            print("The dataset's card names no licence; that of its source belongs there.")
+    if args.repo_id:
+        target, model_dir = folder / "model", Path(args.model)
+        names = (args.repo_id, args.license, args.language, args.base_model, args.dataset_repo_id)
+        build_model(target, model_dir, evaluation_dir, *names)
+        check_folder("model", target)
+        example = load_task(read_json(target / "budget.json", "train_sft.py")["task"]).EXAMPLE
+        print(f"The model reloads and answers: {check_model(target, example)!r}")
+        if not evaluation_dir:
+            print("The card has no figures, because the model is not evaluated; --evaluation DIR adds them.")
+        if not args.license:
+            print("The card names no licence, so nobody may use the model; --license apache-2.0, say, names one.")
+    if args.space_repo_id:
+        model_dir = Path(args.model) if args.repo_id else download_records(args.model)
+        repo_id = args.repo_id or args.model
+        build_space(folder / "space", model_dir, evaluation_dir, repo_id, args.license, args.base_model)
+        check_folder("space", folder / "space")
+
+
+def describe(changed: list[str], deleted: list[str]) -> str:
+    if not changed and not deleted:
+        return "nothing changed, nothing sent"
+    return f"{len(changed)} files sent" + (f", {len(deleted)} old ones deleted" if deleted else "")
+
+
+def readable(size: int) -> str:
+    for unit, bytes_ in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= bytes_:
+            return f"{size / bytes_:.1f} {unit}"
+    return f"{size} B"
 
 
 if __name__ == "__main__":

@@ -1,26 +1,16 @@
-"""Cards and repository folders, generated from what the stages wrote about themselves."""
+"""Folders as the Hub gets them: the model, the dataset, and the Space, each with its card."""
 
-import json
 import shutil
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from fledge.card import CARDS, model_card, read_records, read_samples, render
+from fledge.cli import UserError, read_json, write_json
 
-from fledge.cli import UserError, read_json
-
-CARDS = Path(__file__).parent.parent / "model_card"
-
-
-def render(template: str, **values) -> str:
-    """Renders a template of `model_card/`; a name that it asks for and nobody gives is an error, never a blank."""
-    environment = Environment(
-        loader=FileSystemLoader(CARDS),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template).render(**values)
+# What training leaves besides the model, and nobody who loads the model needs.
+NOT_PUBLISHED = ("README.md", "training_args.bin")
+GRADIO = "6.31.0"  # what the Space runs on, as constraints.txt pins it
+EXAMPLES = 4  # on the Space's page
+NOTICE = "Answers are made up by a small model; nobody has checked them. What you type is kept nowhere."
 
 
 def dataset_card(budget: dict, example: dict) -> str:
@@ -41,112 +31,147 @@ def dataset_card(budget: dict, example: dict) -> str:
     return render("dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, example=example)
 
 
-def build_repository(
-    folder: Path, model_dir: Path, evaluation_dir: Path | None, repo_id: str, license_id: str | None
-) -> None:
-    """Fills `folder` with what the Hub gets: the model's files, the records of its making, and its card.
-
-    Raises:
-        UserError: a file that the card needs is missing, or a record names a path of this machine.
-    """
-    records = {
-        "conversion": read_json(model_dir / "conversion.json", "train_sft.py"),
-        "budget": read_json(model_dir / "budget.json", "train_sft.py"),
-        "run": read_json(model_dir / "run.json", "train_sft.py"),
-        "metrics": None,
-    }
-    for file in sorted(model_dir.iterdir()):
-        if file.is_file():
-            shutil.copy(file, folder)
-    samples = []
-    if evaluation_dir:
-        records["metrics"] = read_json(evaluation_dir / "metrics.json", "evaluate_model.py")
-        shutil.copy(evaluation_dir / "metrics.json", folder)
-        samples_file = evaluation_dir / "samples.jsonl"
-        if not samples_file.exists():
-            raise UserError(f"{samples_file} is missing; evaluate_model.py writes it.")
-        # Answers may hold Unicode's own line separators, at which splitlines() would cut a line of JSON.
-        samples = [json.loads(line) for line in samples_file.read_text(encoding="utf-8").split("\n") if line]
-    card = model_card(repo_id, license_id, model_dir, samples, **records)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    refuse_local_paths(folder)
-
-
-def model_card(
+def build_model(
+    folder: Path,
+    model_dir: Path,
+    evaluation_dir: Path | None,
     repo_id: str,
     license_id: str | None,
-    model_dir: Path,
-    samples: list[dict],
-    conversion: dict,
-    budget: dict,
-    run: dict,
-    metrics: dict | None,
-) -> str:
-    """The README of a model repository, valid for the Hub, from the records and nothing else."""
-    from huggingface_hub import EvalResult, ModelCardData
+    language: str,
+    base_model: str | None,
+    dataset_repo_id: str | None,
+) -> None:
+    """Fills `folder` with the model's files, the records of its making, and its card.
 
-    from fledge.encoding import prompt_text
-    from fledge.report import table
-    from fledge.tasks import load_task
-    from fledge.tokenizers import open_tokenizer
-
-    task, tokenizer = load_task(budget["task"]), open_tokenizer(model_dir)
-    example = [{"role": "user", "content": samples[0]["instruction"]}] if samples else task.EXAMPLE
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=budget["task"],
-            dataset_name=f"{budget['task']} from {budget['source']}",
-            dataset_split=metrics["split"],
-            metric_type=name,
-            metric_name=name.replace("_", " "),
-            metric_value=round(metric["value"], 4),
-        )
-        for name, metric in (metrics["model"] if metrics else {}).items()
-    ]
-    metadata = ModelCardData(
-        language="en",
-        license=license_id,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["fledge", "trl", "sft", "instruction-tuning", budget["task"]],
-        model_name=repo_id.split("/")[-1],
-        eval_results=results or None,
-        widget=[
-            {
-                "text": prompt_text(tokenizer, [{"role": "user", "content": sample["instruction"]}]),
-                "output": {"text": sample["model"]["text"]},
-            }
-            for sample in samples[:2]
-        ]
-        or None,
-    )
-    return render(
-        "model.md.jinja",
-        metadata=metadata.to_yaml(),
-        repo_id=repo_id,
-        purpose=task.PURPOSE,
-        example=example,
-        prompt=prompt_text(tokenizer, example),
-        conversion=conversion,
-        budget=budget,
-        run=run,
-        metrics=metrics,
-        num_prompts=len(samples),
-        samples=samples[:2],
-        table=table(metrics) if metrics else "",
-    )
-
-
-def refuse_local_paths(folder: Path) -> None:
-    """Raises:
-    UserError: a text file of the folder names this user's home or working directory.
+    Raises:
+        UserError: a file that the card needs is missing.
     """
-    private = {str(path) for path in (Path.home(), Path.cwd()) if len(path.parts) > 1}
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jsonl", ".md", ".jinja"):
-            text = file.read_text(encoding="utf-8")
-            if found := next((path for path in private if path in text), None):
-                raise UserError(
-                    f"{file.name} names {found}, a path of this machine; publishing it would show it to everyone."
-                )
+    records = read_records(model_dir, evaluation_dir)
+    for file in sorted(model_dir.iterdir()):
+        if file.is_file() and file.name not in NOT_PUBLISHED and not file.name.startswith("."):
+            shutil.copy(file, folder)
+    for part in ("adapter", "onnx"):
+        if (model_dir / part).is_dir():
+            shutil.copytree(model_dir / part, folder / part, ignore=shutil.ignore_patterns("README.md", ".*"))
+    if evaluation_dir:
+        shutil.copy(evaluation_dir / "metrics.json", folder)
+    samples = read_samples(evaluation_dir)
+    card = model_card(folder, repo_id, records, samples, license_id, language, base_model, dataset_repo_id)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def build_dataset(folder: Path, data_dir: Path) -> None:
+    """Fills `folder` with the parquet files, the card that was made with them, and the budget report.
+
+    Raises:
+        UserError: `data_dir` is no prepared dataset.
+    """
+    read_json(data_dir / "budget.json", "prepare_dataset.py")
+    if not (data_dir / "README.md").exists() or not any((data_dir / "data").glob("*.parquet")):
+        raise UserError(f"{data_dir} holds no data/*.parquet with a README.md; prepare_dataset.py writes them.")
+    shutil.copytree(data_dir / "data", folder / "data", ignore=shutil.ignore_patterns(".*"))
+    for name in ("README.md", "budget.json", "budget.md", "budget.png"):
+        if (data_dir / name).exists():
+            shutil.copy(data_dir / name, folder)
+
+
+def build_space(
+    folder: Path,
+    model_dir: Path,
+    evaluation_dir: Path | None,
+    repo_id: str,
+    license_id: str | None,
+    base_model: str | None,
+) -> None:
+    """Fills `folder` with a Gradio app, its settings for this model, and its card. The app needs no Fledge."""
+    from huggingface_hub import SpaceCardData
+
+    settings = space_settings(model_dir, read_samples(evaluation_dir), repo_id, base_model)
+    for name in ("app.py", "requirements.txt"):
+        shutil.copy(CARDS / "space" / name, folder)
+    write_json(folder / "settings.json", settings)
+    metadata = SpaceCardData(
+        title=settings["title"],
+        sdk="gradio",
+        sdk_version=GRADIO,
+        app_file="app.py",
+        license=license_id,
+        models=[repo_id, *([base_model] if base_model else [])],
+        colorFrom="green",
+        colorTo="blue",
+        emoji="\N{OPEN BOOK}",
+        short_description="A small language model to try",
+    )
+    card = render("space/README.md.jinja", metadata=metadata.to_yaml(), repo_id=repo_id, **settings)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def space_settings(model_dir: Path, samples: list[dict], repo_id: str, base_model: str | None) -> dict:
+    """What the Space's app.py reads: the models, which pages it shows, and how a visitor's words become a prompt."""
+    from fledge.tasks import load_task
+
+    name = read_json(model_dir / "budget.json", "train_sft.py")["task"]
+    task = load_task(name)
+    config = read_json(model_dir / "generation_config.json", "train_sft.py")
+    asked = [sample["messages"] for sample in samples if sample["sample"] == 0][:EXAMPLES] or [task.EXAMPLE]
+    examples = [messages[-1]["content"] for messages in asked]
+    story = chat = None
+    if name == "topic_ending":
+        story = {
+            "tab": "Story",
+            "label": "Topic",
+            "placeholder": task.requested(task.EXAMPLE[-1]["content"])[0],
+            "empty": "Please type a topic first.",
+            "instruction": task.instruction("{topic}", "{ending}"),
+            "endings": list(task.LABELS),
+            "examples": [list(task.requested(example)) for example in examples],
+        }
+    elif name == "story_chat":
+        instruction = task.PHRASINGS["words"][0]
+        story = {
+            "tab": "Story",
+            "label": "Words",
+            "placeholder": "boat, brave, laugh",
+            "empty": "Please type some words first.",
+            "instruction": instruction.replace("{words}", "{topic}"),
+            "endings": [],
+            "examples": [["boat, brave, laugh"], ["cat, rain, window"]],
+        }
+    if name != "topic_ending":
+        chat = {
+            "tab": "Chat",
+            "placeholder": "Ask for something, then ask about it.",
+            "empty": "Please type something first.",
+            "examples": examples,
+        }
+    return {
+        "model": repo_id,
+        "base": base_model,
+        "title": repo_id.split("/")[-1],
+        "description": f"A language model trained to {task.PURPOSE}.",
+        "notice": NOTICE,
+        "system": [message for message in task.EXAMPLE if message["role"] == "system"],
+        "temperature": config.get("temperature", 0.8),
+        "length": 300,
+        "story": story,
+        "chat": chat,
+    }
+
+
+def download_records(repo_id: str) -> Path:
+    """What a Space needs to know of a published model.
+
+    Raises:
+        UserError: there is no such model, or Fledge did not publish it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=["budget.json", "generation_config.json"]))
+    except (HTTPError, LocalEntryNotFoundError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"There is no folder {repo_id}, and the Hub gave no such model: {reason}") from error
+    if not (folder / "budget.json").exists():
+        raise UserError(f"{repo_id} holds no budget.json, so Fledge did not publish it; name a model that it did.")
+    return folder

@@ -64,7 +64,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
-    """Folders `base`, `data`, `model`, `evaluation`, `repository`, each written by the script whose work it is."""
+    """Folders `base`, `data`, `model`, `evaluation`, `repository`, each written by the script whose work it is.
+
+    `repository` holds what the Hub would get: `model`, `dataset` and `space`.
+    """
     work = tmp_path_factory.mktemp("tiny")
     paths = {name: work / name for name in ("base", "data", "model", "evaluation", "repository")}
     records, checkpoint, tokenizer_file = work / "records.txt", work / "model.pt", work / "tokenizer.json"
@@ -100,7 +103,8 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         "--output_dir", paths["evaluation"], "--max_new_tokens", 60, "--batch_size", 8,
     )  # fmt: skip
     run_script(
-        "publish.py", "--model", paths["model"], "--evaluation", paths["evaluation"], "--repo_id", "someone/tiny-tales",
+        "publish.py", "--model", paths["model"], "--evaluation", paths["evaluation"], "--dataset", paths["data"],
+        "--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo",
         "--license", "apache-2.0", "--dry_run", "--output_dir", paths["repository"],
     )  # fmt: skip
     metrics = json.loads((paths["evaluation"] / "metrics.json").read_text(encoding="utf-8"))

@@ -1,0 +1,142 @@
+"""A folder → one commit on the Hub that holds only what changed there, or none when nothing did."""
+
+import fnmatch
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from fledge.cli import UserError
+
+ATTEMPTS = 4
+LONGEST_WAIT = 120  # seconds
+# Files of ours that a later publication may no longer have; left in place they would be loaded or believed.
+STALE = {
+    "model": ("*.safetensors", "*.safetensors.index.json", "*.gguf", "adapter/*", "onnx/*", "metrics.json"),
+    "dataset": ("data/*.parquet",),
+    "space": (),
+}
+
+
+@dataclass
+class Sent:
+    """What became of one repository: `changed` and `deleted` are paths in it, `url` is its page or pull request."""
+
+    url: str
+    changed: list[str]
+    deleted: list[str]
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Path in the repository → file, in order."""
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def send(
+    kind: str,
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    api: HfApi | None = None,
+) -> Sent:
+    """Creates the repository if need be and brings it to the folder's content in a single commit.
+
+    `upload_folder` would commit a large folder in several batches, and a failure leave half of it behind. A passing
+    failure (a dropped connection, 429, 5xx) is tried again, by comparing anew: a commit whose answer was lost is then
+    found in place. A pull request is not tried again, because that would open a second one.
+
+    Raises:
+        UserError: the Hub refuses, cannot be reached, or the repository is public where a private one was asked for.
+    """
+    api = api or HfApi()
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _commit_changes(api, kind, folder, repo_id, private, revision, create_pr)
+        except (HTTPError, LocalTokenNotFoundError, RuntimeError, ValueError) as error:  # noqa: PERF203
+            # A failed LFS upload comes wrapped in a RuntimeError that only names the file.
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            wait = _seconds_to_wait(cause, attempt)
+            if create_pr or attempt == ATTEMPTS or wait is None:
+                raise UserError(_refusal(cause, repo_id)) from error
+            print(f"The Hub did not answer as it should ({_status(cause)}); trying again in {wait} s.", flush=True)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _commit_changes(
+    api: HfApi, kind: str, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool
+) -> Sent:
+    url = api.create_repo(
+        repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk="gradio" if kind == "space" else None
+    )
+    if private and not api.repo_info(repo_id, repo_type=kind).private:
+        raise UserError(f"{repo_id} exists and is public; make it private on its settings page or drop --private.")
+    if revision and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
+    there = {
+        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
+        for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=kind)
+        if isinstance(entry, RepoFile)
+    }
+    here = files_of(folder)
+    changed = [path for path, file in here.items() if path not in there or there[path] not in _hashes(file)]
+    deleted = [path for path in there if path not in here and any(fnmatch.fnmatch(path, like) for like in STALE[kind])]
+    if not changed and not deleted:
+        return Sent(str(url), [], [])
+    operations = [CommitOperationAdd(path, here[path]) for path in changed]
+    operations += [CommitOperationDelete(path) for path in deleted]
+    commit = api.create_commit(
+        repo_id,
+        operations,
+        commit_message="Publish with Fledge",
+        repo_type=kind,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return Sent(commit.pr_url or str(url), changed, deleted)
+
+
+def _hashes(file: Path) -> tuple[str, str]:
+    """SHA-256, by which the Hub knows a large file, and git's blob hash, by which it knows any other."""
+    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            sha256.update(block)
+            blob.update(block)
+    return sha256.hexdigest(), blob.hexdigest()
+
+
+def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
+    """How long to wait before trying again; `None` when the same request would be refused again."""
+    if isinstance(error, HfHubHTTPError):
+        if error.response.status_code != 429 and error.response.status_code < 500:
+            return None
+        asked = error.response.headers.get("Retry-After", "")
+        return min(int(asked) if asked.isdigit() else 2**attempt, LONGEST_WAIT)
+    return 2**attempt if isinstance(error, HTTPError) else None
+
+
+def _status(error: Exception) -> str:
+    return str(error.response.status_code) if isinstance(error, HfHubHTTPError) else type(error).__name__
+
+
+def _refusal(error: Exception, repo_id: str) -> str:
+    reason = " ".join(str(error).split())
+    if token := get_token():
+        reason = reason.replace(token, "<token>")
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401 or isinstance(error, LocalTokenNotFoundError):
+        advice = "Sign in with `hf auth login` or set HF_TOKEN, with a token that may write."
+    elif status == 403:
+        advice = f"The token must be allowed to write to {repo_id.split('/')[0]}."
+    elif status is None and isinstance(error, ValueError):
+        advice = "Mend what it names."
+    else:
+        advice = "The repository is as it was; run the same command again to go on."
+    return f"The Hub did not take {repo_id}: {reason} {advice}"
