@@ -4,6 +4,7 @@
         --tokenizer base --balance ending --output_dir data
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -33,6 +34,10 @@ class PrepareArguments:
     split: str = field(default="85/5/10", metadata={"help": "train/validation/test in percent (default 85/5/10)"})
     max_length: int | None = field(default=None, metadata={"help": "in tokens; default: the model's context length"})
     overflow: str = field(default="drop", metadata={"help": "drop, cut_prompt or cut_completion (default drop)"})
+    near_duplicates: float | None = field(
+        default=None,
+        metadata={"help": "leave out rows this similar to an earlier one, such as 0.8 (default: none)"},
+    )
     limit: int | None = field(default=None, metadata={"help": "read this many records"})
     max_shard_size: str = field(default="500MB", metadata={"help": "of a parquet file in memory (default 500MB)"})
     num_proc: int | None = field(default=None, metadata={"help": "processes; default: one for each core"})
@@ -77,6 +82,10 @@ def make_plan(args: PrepareArguments) -> Plan:
     """
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} is out of range; read at least one record.")
+    if args.near_duplicates is not None and not 0 < args.near_duplicates < 1:
+        raise UserError(f"--near_duplicates {args.near_duplicates} is no similarity between 0 and 1, such as 0.8.")
+    if args.near_duplicates and not importlib.util.find_spec("rensa"):
+        raise UserError("--near_duplicates needs the package rensa; pip install 'fledge[dedup]'.")
     args.num_proc = (os.cpu_count() or 1) if args.num_proc is None else args.num_proc
     if args.num_proc < 1:
         raise UserError(f"--num_proc {args.num_proc} is out of range; use at least one process.")
@@ -110,7 +119,14 @@ def make_plan(args: PrepareArguments) -> Plan:
         columns = ", ".join(classes_of(task)) or "none"
         raise UserError(f"--balance {args.balance} is no column to balance; {args.task} has {columns}.")
     preparation = Preparation(
-        source, args.task, tokenizer, TextEncoder(tokenizer), max_length, args.overflow, args.seed
+        source,
+        args.task,
+        tokenizer,
+        TextEncoder(tokenizer),
+        max_length,
+        args.overflow,
+        args.seed,
+        args.near_duplicates is not None,
     )
     files = [args.data] if isinstance(args.data, str) else args.data
     return Plan(args, files, source, task, template, shares, max_shard_bytes, preparation)
@@ -125,6 +141,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     from fledge.blocks import classes_of, columns_of
     from fledge.budget import Budget
     from fledge.curation import assign_splits
+    from fledge.duplicates import near_duplicates
     from fledge.publishing import dataset_card
     from fledge.shards import first_rows, write_splits
 
@@ -137,7 +154,11 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
         raise UserError(f"No record of {', '.join(plan.files)} can be used ({reasons}).")
 
     balanced = (args.balance, classes[args.balance]) if args.balance else None
-    split_of, left_out = assign_splits(facts, plan.shares, balanced, args.seed)
+    near = None
+    if args.near_duplicates:
+        signatures = [preparation.folder / f"{block}.minhash.npy" for block in facts.blocks]
+        near = near_duplicates(signatures, facts.columns["group"], args.near_duplicates)
+    split_of, left_out = assign_splits(facts, plan.shares, balanced, args.seed, near)
     budget.rejected.update(left_out)
     for number, name in enumerate(plan.shares):
         budget.describe(name, facts.of(split_of == number), classes)

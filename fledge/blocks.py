@@ -27,6 +27,7 @@ from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
+from fledge.duplicates import save_signatures
 from fledge.encoding import IGNORED, Encoded, encode, fit
 from fledge.sources import Chunk, Source
 from fledge.tasks import RejectedRecord, load_task
@@ -66,6 +67,7 @@ class Preparation:
     max_length: int
     overflow: str
     seed: int
+    near_duplicates: bool = False
     folder: Path | None = None
 
     def __call__(self, block: Block) -> None:
@@ -73,7 +75,8 @@ class Preparation:
         UserError: a character that the vocabulary lacks, or a record that the source cannot read.
         UnequalIds: see `TextEncoder`.
         """
-        task, counts, rejected, rows, facts = load_task(self.task), Counter(), Counter(), [], []
+        task, counts, rejected = load_task(self.task), Counter(), Counter()
+        rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], self.tokenizer.eos_token_id)], []
         numbered = enumerate(self.source.parse(block.chunk)[: block.limit])
         while records := list(islice(numbered, RECORDS)):
             examples = []
@@ -91,10 +94,13 @@ class Preparation:
             fitted = self._encoded(examples, rejected)
             rows.append(rows_table(task, fitted))
             facts.append(facts_table(task, fitted, self.tokenizer.eos_token_id))
+            texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
         written = json.dumps({"counts": counts, "rejected": rejected})
         write_table(self.folder / f"{block.name}.rows.arrow", pa.concat_tables(rows))
         facts = pa.concat_tables(facts).replace_schema_metadata({"block": written})
         write_table(self.folder / f"{block.name}.facts.arrow", facts)
+        if self.near_duplicates:
+            save_signatures(self.folder / f"{block.name}.minhash.npy", texts)
 
     def _encoded(self, examples: list[dict[str, Any]], rejected: Counter) -> list[tuple[dict[str, Any], Encoded]]:
         with encoding_of("A record"):

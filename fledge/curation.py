@@ -57,17 +57,25 @@ def repeated(fingerprints: np.ndarray) -> np.ndarray:
 
 
 def assign_splits(
-    facts: Facts, shares: dict[str, float], balanced: tuple[str, tuple[str, ...]] | None, seed: int
+    facts: Facts,
+    shares: dict[str, float],
+    balanced: tuple[str, tuple[str, ...]] | None,
+    seed: int,
+    near_duplicates: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Counter]:
     """Where every row goes: (rows,), the number of its split in `shares`, -1 for a row that is left out; and how many
-    are left out by reason. `balanced` is a class column with its labels.
+    are left out by reason. `balanced` is a class column with its labels, `near_duplicates` (rows,) a mask.
 
     Raises:
         UserError: a split is empty or cannot be balanced.
     """
     columns = facts.columns
-    kept = np.flatnonzero(~repeated(columns["fingerprint"]))
-    left_out = Counter({"an exact duplicate": facts.total - len(kept)})
+    is_repeated = repeated(columns["fingerprint"])
+    left_out = Counter({"an exact duplicate": int(is_repeated.sum())})
+    if near_duplicates is not None:
+        left_out["a near duplicate"] = int((near_duplicates & ~is_repeated).sum())
+        is_repeated |= near_duplicates
+    kept = np.flatnonzero(~is_repeated)
     split_of = np.full(facts.total, -1, np.int8)
     split_of[kept] = split_by_group(columns["group"][kept], shares, seed)
     for number, name in enumerate(shares):

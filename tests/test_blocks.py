@@ -34,7 +34,7 @@ def records(tmp_path_factory):
 def preparation(tmp_path):
     tokenizer = load_tokenizer(str(ROOT / "examples" / "scratch_gpt" / "tokenizer.json"), context_length=128)
     add_template(tokenizer, "story")
-    return Preparation(SOURCE, "topic_ending", tokenizer, TextEncoder(tokenizer), 128, "drop", 0, tmp_path)
+    return Preparation(SOURCE, "topic_ending", tokenizer, TextEncoder(tokenizer), 128, "drop", 0, folder=tmp_path)
 
 
 def bytes_of_files(folder: Path) -> dict[str, bytes]:
@@ -100,6 +100,13 @@ def test_blocks_hold_the_records_in_order(records, limit):
     assert len(made) == len({block.name for block in made})
     assert [block.name for block in made] == sorted(block.name for block in made)
     assert all(block.limit != 0 for block in made)
+
+
+def test_a_chunk_without_a_record_is_a_block_without_a_row(preparation):
+    preparation(Block("empty", Chunk("", None, "\n<|endoftext|>\n")))
+
+    facts = Facts.read(preparation.folder)
+    assert (facts.total, facts.rows.tolist(), +facts.counts, +facts.rejected) == (0, [0], {}, {})
 
 
 def test_any_number_of_processes_writes_the_same_bytes(preparation, records, tmp_path):

@@ -336,6 +336,23 @@ def test_max_length_drops_what_is_longer(usual, plain, tmp_path):
     assert max(split["lengths"]["total"]["1"] for split in budget["splits"].values()) <= limit
 
 
+def test_near_duplicates_are_left_out_and_counted_when_asked(work, tmp_path):
+    words = [f"w{n}" for n in range(800)]
+
+    def records(animal: str, end: str) -> str:
+        stories = (" ".join(words[n * 40 : n * 40 + 40]) for n in range(20))
+        return "".join(record(f"A {animal} in house {n}.", f"{text} {end}.") for n, text in enumerate(stories))
+
+    (tmp_path / "more.txt").write_text(records("bear", "and ran") + records("cat", "and sat"), encoding="utf-8")
+    arguments = ("--data", tmp_path / "more.txt", "--tokenizer", work / "base", "--overflow", "cut_completion")
+    prepare(*arguments, "--split", "60/20/20", "--output_dir", tmp_path / "kept")
+    prepare(*arguments, "--split", "60/20/20", "--output_dir", tmp_path / "out", "--near_duplicates", "0.7")
+
+    assert read_budget(tmp_path / "kept")["rejected"] == {}
+    assert read_budget(tmp_path / "out")["rejected"] == {"a near duplicate": 20}
+    assert all(topic.startswith("A bear") for name in SPLITS for topic in topics(tmp_path / "out", name))
+
+
 def test_endings_that_are_in_balance_lose_nothing(work, tmp_path):
     pairs = "".join(
         record(f"A bear and {n} hats.", story(n, end), features)
@@ -413,6 +430,9 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--tokenizer", "nowhere"], "nowhere has no tokenizer.json", id="no tokenizer folder"),
         pytest.param(["--tokenizer", "void"], "void has no tokenizer.json", id="folder without a tokenizer"),
         pytest.param(["--tokenizer", "damaged"], "damaged", id="damaged tokenizer"),
+        pytest.param(["--near_duplicates", "80"], "80.0 is no similarity between 0 and 1", id="similarity"),
+        pytest.param(["--num_proc", "0"], "--num_proc 0 is out of range", id="no process"),
+        pytest.param(["--max_shard_size", "big"], "--max_shard_size big is no size", id="size"),
         pytest.param(["--seed", "one"], "--seed: invalid int value: 'one'", id="seed"),
         pytest.param(["--config", "number.yaml"], "--split 85 ", id="a number as the recipe's split"),
         pytest.param(["--split", "85/5"], "--split 85/5 is not three positive percentages", id="split"),

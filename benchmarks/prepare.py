@@ -1,0 +1,211 @@
+"""prepare_dataset.py against what else would do its work, on the same records, and its peak memory.
+
+    python benchmarks/prepare.py                                    # rates, on 40 MB
+    python benchmarks/prepare.py --megabytes 300 --only_whole       # peak memory and time of the whole
+    python benchmarks/prepare.py --megabytes 3000 --only_whole
+
+The corpus is examples/tales.txt.gz over and over, with other names and another last sentence each time; ids are
+GPT-2's. Rates are megabytes of the corpus and examples a second by the clock; of the whole, and of nothing else, they
+include Python's start and its imports. Memory is the largest sum over all its processes of their proportional set
+sizes, sampled ten times a second: a page that two processes share counts once.
+"""
+
+import argparse
+import contextlib
+import gzip
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+ENDS = ("la", "ro", "mi", "ta", "ne", "ko", "vi", "sa", "du", "be")
+FIELDS = ("Summary:", "Features:", "Words:", "Random sentence:", "Story:")
+
+
+def write_corpus(file: Path, megabytes: float) -> None:
+    with gzip.open(ROOT / "examples" / "tales.txt.gz", "rt", encoding="utf-8") as stream:
+        text = stream.read()
+    names = re.compile(r"\b(" + "|".join(sorted(set(re.findall(r"named ([A-Z]\w+)", text)))) + r")\b")
+    copy = 0
+    with file.open("w", encoding="utf-8") as stream:
+        while stream.tell() < megabytes * 1e6:
+            end = "".join(ENDS[int(digit)] for digit in f"{copy:03d}")
+            copy_of_text = names.sub(rf"\1{end}", text) if copy else text
+            # The corpus ends with the record that fills it.
+            for record in copy_of_text.split("<|endoftext|>\n"):
+                if stream.tell() >= megabytes * 1e6:
+                    break
+                if record:
+                    stream.write(f"{record.rstrip()} That was on day {copy}.\n<|endoftext|>\n")
+            copy += 1
+
+
+def save_tokenizer(folder: Path):
+    from fledge.templates import add_template
+    from fledge.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer("gpt2", context_length=1024)
+    add_template(tokenizer, "story")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def parse_row_by_row(corpus: Path, out: Path) -> None:
+    """As people stream the line-a-row form of the Hub: a state machine over rows, a JSON line a record."""
+    from datasets import load_dataset
+
+    rows = load_dataset("text", data_files=str(corpus), split="train", streaming=True)
+    record, field = {}, None
+    with out.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            line = row["text"]
+            if line == "<|endoftext|>":
+                stream.write(json.dumps(record) + "\n")
+                record, field = {}, None
+                continue
+            for name in FIELDS:
+                if line.startswith(name):
+                    field, line = name, line[len(name) :].strip()
+                    break
+            if field:
+                record[field] = f"{record[field]}\n{line}" if field in record else line
+
+
+class ParseAndWrite:
+    """A chunk's records as parquet: what preparation does but for examples and tokens."""
+
+    def __init__(self, source, folder: Path):
+        self.source, self.folder = source, folder
+
+    def __call__(self, block) -> int:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        records = self.source.parse(block.chunk)
+        columns = {name: [record.get(name) for record in records] for name in ("Summary", "Words", "Features", "Story")}
+        pa.parquet.write_table(pa.table(columns), self.folder / f"{block.name}.parquet")
+        return len(records)
+
+
+def parse_and_write(corpus: Path, out: Path) -> None:
+    from fledge.blocks import blocks_of, spread
+    from fledge.sources import load_source
+
+    out.mkdir()
+    source = load_source("tinystories_instruct")
+    assert sum(spread(ParseAndWrite(source, out), blocks_of(source, [str(corpus)], None), num_proc=2))
+
+
+def conversations(corpus: Path, count: int) -> list[list[dict]]:
+    """The first that topic_ending makes, by the library itself."""
+    import random
+
+    from fledge.sources import load_source
+    from fledge.tasks import topic_ending
+
+    records = load_source("tinystories_instruct").records(str(corpus))
+    usable = (record for record in records if {"Summary", "Story"} <= record.keys())
+    complete = (record for record in usable if record["Story"].endswith(topic_ending.COMPLETE))
+    return [topic_ending.examples(record, random.Random(0))[0]["messages"] for record in islice(complete, count)]
+
+
+def prepare_with_trl(corpus: Path, tokenizer, count: int, num_proc: int | None) -> float:
+    """Examples a second of SFTTrainer's preparation of prompts and completions."""
+    from datasets import Dataset, disable_caching, disable_progress_bars
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from trl import SFTConfig, SFTTrainer
+
+    disable_caching()
+    disable_progress_bars()
+    rows = [{"prompt": [ask], "completion": [answer]} for ask, answer in conversations(corpus, count)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(output_dir=folder, max_length=1024, dataset_num_proc=num_proc, use_cpu=True, bf16=False)
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8))
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=Dataset.from_list(rows[:2]), processing_class=tokenizer
+        )
+        dataset = Dataset.from_list(rows)
+        start = time.perf_counter()
+        prepared = trainer._prepare_dataset(dataset, tokenizer, args, False, None, "train")
+        seconds = time.perf_counter() - start
+    assert len(prepared) == len(rows)
+    return len(rows) / seconds
+
+
+def tokenize_with_transformers(corpus: Path, tokenizer, count: int) -> float:
+    """Examples a second of nothing but the batched tokenizer, with all its threads."""
+    from fledge.encoding import prompt_text
+
+    asked = conversations(corpus, count)
+    prompts, answers = [prompt_text(tokenizer, messages[:1]) for messages in asked], [m[1]["content"] for m in asked]
+    start = time.perf_counter()
+    for begin in range(0, len(asked), 1000):
+        tokenizer(prompts[begin : begin + 1000])
+        tokenizer(answers[begin : begin + 1000])
+    return len(asked) / (time.perf_counter() - start)
+
+
+def prepare_whole(corpus: Path, tokenizer: Path, out: Path) -> tuple[float, float, dict]:
+    """Seconds of prepare_dataset.py, imports included, its peak memory in bytes, and its budget."""
+    import psutil
+
+    start, peak = time.perf_counter(), 0
+    command = [sys.executable, "prepare_dataset.py", "--data", corpus, "--tokenizer", tokenizer, "--output_dir", out]
+    process = subprocess.Popen([*map(str, command), "--overwrite"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    tree = psutil.Process(process.pid)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one has just ended: the next sample sees the others
+            peak = max(peak, sum(p.memory_full_info().pss for p in (tree, *tree.children(recursive=True))))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    return time.perf_counter() - start, peak, json.loads((out / "budget.json").read_text(encoding="utf-8"))
+
+
+def seconds_of(call, *arguments) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--only_whole", action="store_true", help="time and memory of prepare_dataset.py alone")
+    parser.add_argument("--folder", type=Path, help="where there is room for five times the corpus")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        corpus = folder / "corpus.txt"
+        write_corpus(corpus, args.megabytes)
+        megabytes = corpus.stat().st_size / 1e6
+        tokenizer = save_tokenizer(folder / "tokenizer")
+        print(f"{megabytes:,.0f} MB of records", flush=True)
+
+        seconds, peak, budget = prepare_whole(corpus, folder / "tokenizer", folder / "data")
+        tokens = sum(split["tokens"] for split in budget["splits"].values())
+        whole = budget["examples"] / seconds
+        print(f"prepare_dataset.py: {seconds:,.1f} s for {budget['rows_read']:,} records,", end=" ")
+        print(f"{budget['examples']:,} examples, {tokens:,} tokens ({megabytes / seconds:.1f} MB/s,", end=" ")
+        print(f"{whole:,.0f} examples/s); peak memory {peak / 1e9:.2f} GB", flush=True)
+        if args.only_whole:
+            return
+
+        slow = megabytes / seconds_of(parse_row_by_row, corpus, folder / "rows.jsonl")
+        fast = megabytes / seconds_of(parse_and_write, corpus, folder / "parquet")
+        print(f"parse and write: {fast:.1f} MB/s; row by row, streamed: {slow:.1f} MB/s ({fast / slow:.1f} times)")
+        count = 10_000
+        bare = tokenize_with_transformers(corpus, tokenizer, count)
+        print(f"transformers' tokenizer alone: {bare:,.0f} examples/s (the whole: {whole / bare:.2f} times that)")
+        for num_proc in (None, 2):
+            trl = prepare_with_trl(corpus, tokenizer, count, num_proc)
+            print(f"TRL, dataset_num_proc={num_proc}: {trl:,.0f} examples/s (the whole: {whole / trl:.2f} times that)")
+
+
+if __name__ == "__main__":
+    main()
