@@ -41,7 +41,9 @@ class PretrainArguments:
         default_factory=lambda: [""], metadata={"help": "beginnings that the model continues after each evaluation"}
     )
     sample_tokens: int = field(default=60, metadata={"help": "length of these samples (default 60)"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+    resume: str | None = field(
+        default=None, metadata={"help": "auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "tokenise, print the estimates, train nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
 
@@ -67,8 +69,10 @@ def main():
         plan,
         pretraining_record,
     )
+    from fledge.resuming import find_checkpoint
+    from fledge.run_record import Progress, save_loss_curve
     from fledge.tokenizers import load_tokenizer, open_tokenizer
-    from fledge.training import Progress, find_checkpoint, save_loss_curve, use_all_threads
+    from fledge.training import use_all_threads
 
     args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
     transformers.logging.set_verbosity_error()
@@ -121,7 +125,9 @@ def main():
     seconds = time.monotonic() - start
     if trainer.state.global_step < trainer.state.max_steps:
         saved = Path(get_last_checkpoint(config.output_dir)).name
-        raise UserError(f"Stopped before the last of {trainer.state.max_steps} steps; {saved} is kept for --resume.")
+        raise UserError(
+            f"Stopped before the last of {trainer.state.max_steps} steps; {saved} is kept for --resume auto."
+        )
     if not trainer.was_evaluated:
         trainer.evaluate()
     record = pretraining_record(trainer, seconds, tokens, estimate)

@@ -1,11 +1,12 @@
-"""A converted base and a prepared dataset → an instruct model, through TRL's SFTTrainer, on completions only.
+"""A base and a dataset → an instruct model, through TRL's SFTTrainer, on completions only.
 
     accelerate launch train_sft.py --config recipes/quickstart/train.yaml
     python train_sft.py --model_name_or_path base --dataset data --output_dir model --num_train_epochs 3
 
 Besides the keys below, every key of TRL's SFTConfig and ModelConfig works under its own name, among them
 --learning_rate, --num_train_epochs, --max_steps, --per_device_train_batch_size, --gradient_accumulation_steps,
---save_strategy, --report_to, --use_peft; --help_all lists them.
+--save_strategy, --load_best_model_at_end, --report_to, --use_peft, --lora_r, --use_dora, --neftune_noise_alpha;
+--help_all lists them.
 """
 
 import json
@@ -15,13 +16,26 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
 
 
 @dataclass
 class RunArguments:
-    dataset: str = field(metadata={"help": "the folder that prepare_dataset.py wrote"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+    dataset: str = field(
+        metadata={"help": "a folder of prepare_dataset.py, or a table of messages or of instruction and response"}
+    )
+    template: str | None = field(
+        default=None, metadata={"help": "chat template for a table, when the base has none (then alpaca) or another"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "dropout everywhere; a short fine-tuning wants none"})
+    freeze_layers: int = field(
+        default=0, metadata={"help": "freeze the first N blocks and the embeddings; the last N if negative"}
+    )
+    freeze_modules: list[str] = field(default_factory=list, metadata={"help": "freeze modules by name, such as wte"})
+    resume: str | None = field(
+        default=None, metadata={"help": "auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint"}
+    )
+    smoke: bool = field(default=False, metadata={"help": "three steps of the recipe, into output_dir-smoke"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
 
 
@@ -32,21 +46,25 @@ def main():
 
     import transformers
     from datasets.utils.logging import disable_progress_bar
-    from transformers import AutoModelForCausalLM
+    from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
-    from trl import ModelConfig, SFTTrainer, get_peft_config
+    from trl import ModelConfig
 
-    from fledge.encoding import open_prepared
+    from fledge.dataset import check_supervised, open_dataset
+    from fledge.resuming import StopOnSignal, find_checkpoint
+    from fledge.run_record import Progress, run_record, save_loss_curve
     from fledge.tokenizers import open_tokenizer
+    from fledge.trainable import adapter_config, adapter_record, freeze, trained_share
     from fledge.training import (
-        Progress,
+        InstructTrainer,
         SmallModelConfig,
         check_fit,
-        find_checkpoint,
+        check_processes,
         finished_model,
+        fit_max_length,
+        open_base,
         prepare_model,
-        run_record,
-        save_loss_curve,
+        smoke,
         use_all_threads,
     )
     from fledge.vocabulary import add_rows
@@ -55,60 +73,93 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bar()
-    output_dir, base, data = Path(config.output_dir), Path(model_args.model_name_or_path or ""), Path(args.dataset)
+    if args.smoke:
+        smoke(config)
+        args.overwrite = True
+    output_dir = Path(config.output_dir)
     # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
     config.output_dir = str(output_dir / "checkpoints")
+    check_processes(config)
     checkpoint = find_checkpoint(config, args.resume, args.overwrite)
     if not checkpoint and config.process_index == 0:
         check_output_dir(output_dir, args.overwrite, "run.json", "checkpoints")
     threads = use_all_threads(config)
-    # Where the base came from: one of these two, or neither for a model that another tool made.
-    provenance = [base / f"{name}.json" for name in ("conversion", "pretraining") if (base / f"{name}.json").exists()]
-    budget, tokenizer, rows = open_prepared(data)
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    longest = max(split["lengths"]["total"]["1"] for split in budget["splits"].values())
-    check_fit(model, open_tokenizer(base), tokenizer, longest)
+    base, model = open_base(model_args, args.dropout)
+    context = model.config.max_position_embeddings
+    own = open_tokenizer(base)
+    budget, tokenizer, rows, lines = open_dataset(args.dataset, own, args.template, context, config.seed)
+    check_supervised(rows)
+    check_fit(model, own, tokenizer, max(len(ids) for split in rows.values() for ids in split["input_ids"]))
+    lines += fit_max_length(config, context)
     new_tokens = add_rows(model, tokenizer)
-    if config.process_index == 0:
-        if not checkpoint and Path(config.output_dir).exists():
-            shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
-        precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
-        print(f"{model.num_parameters():,} parameters; processes: {config.world_size}")
-        if new_tokens:
-            print(f"New tokens {new_tokens}: the dataset's template has them, and the model learns them")
-        print(f"Precision {precision}: {config.precision_reason}", flush=True)
-        if threads:
-            print(threads, flush=True)
+    adapter = adapter_config(model_args, model, new_tokens)
+    if adapter and (args.freeze_layers or args.freeze_modules):
+        raise UserError("An adapter freezes all that it does not add; leave out --freeze_layers and --freeze_modules.")
+    freeze(model, args.freeze_layers, args.freeze_modules, new_tokens)
+    if config.process_index == 0 and not checkpoint and Path(config.output_dir).exists():
+        shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
 
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"] if config.eval_strategy != "no" else None,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        callbacks=[Progress()],
-    )
+    stop = StopOnSignal()
+    callbacks = [Progress(), stop]
+    if config.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    try:
+        trainer = InstructTrainer(
+            model=model,
+            args=config,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"] if config.eval_strategy != "no" else None,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=callbacks,
+        )
+    except (ImportError, ValueError) as error:  # what TRL, peft and trackers refuse, they say in words
+        raise UserError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
     loss = prepare_model(trainer)
-    if config.process_index == 0:
-        print(loss, flush=True)
+    if trainer.is_world_process_zero():
+        print(trained_share(trainer.model))
+        if new_tokens:
+            print(f"New tokens {new_tokens}: the dataset's template has them, and the model learns them")
+        precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
+        print(f"Processes {config.world_size}; precision {precision}: {config.precision_reason}")
+        print(*[line for line in (threads, loss, *lines) if line], sep="\n")
+        if args.resume:
+            print(f"Going on from {checkpoint}" if checkpoint else "A fresh start: there is no complete checkpoint")
+        sys.stdout.flush()
+    if checkpoint:
+        trainer.start_from(checkpoint)
+
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    record = run_record(trainer, time.monotonic() - start, rows)
+    if stop.was_told and trainer.state.global_step < trainer.state.max_steps:
+        if trainer.is_world_process_zero():
+            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved; go on with --resume auto.")
+        sys.exit(143)
+    # Asked of all processes, which may hold a part of the weights each.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trained = {"freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules, "new_tokens": new_tokens}
+    trained |= {"dropout": args.dropout, "adapter": adapter_record(trainer.model)}
+    record = run_record(trainer, time.monotonic() - start, rows, trained)
 
-    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         with staged(output_dir, True, "run.json", "checkpoints") as folder:
-            finished_model(trainer).save_pretrained(folder)
+            if adapter:
+                trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+                finished_model(trainer).save_pretrained(folder)
+            else:
+                finished_model(trainer).save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
             with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
             save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
-            for file in provenance:
-                shutil.copy(file, folder)
-            write_json(folder / "budget.json", budget)
+            # Where the base came from: one of these two, or neither for a model that another tool made.
+            for name in ("conversion.json", "pretraining.json"):
+                if (base / name).exists():
+                    shutil.copy(base / name, folder)
+            if budget:
+                write_json(folder / "budget.json", budget)
             write_json(folder / "run.json", record)
         print(
             f"Trained {record['steps']} steps in {record['seconds']:.0f} s, {record['tokens_per_second']:,} tokens/s."

@@ -107,7 +107,7 @@ def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from fledge.training import SmallModelConfig, prepare_model
+    from fledge.training import InstructTrainer, SmallModelConfig, prepare_model
 
     logging.disable(logging.WARNING)
 
@@ -144,7 +144,7 @@ def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
     else:
         config = SFTConfig(**common, use_cpu=cpu)
     clock = LastEpoch()
-    trainer = SFTTrainer(
+    trainer = (InstructTrainer if name == "Fledge" else SFTTrainer)(
         model=GPT2LMHeadModel(shape),
         args=config,
         train_dataset=Dataset.from_list(data),
@@ -158,7 +158,7 @@ def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
 
 
 def measure(name: str, supervised: float | None) -> dict:
-    from fledge.training import peak_memory_mib
+    from fledge.run_record import peak_memory_mib
 
     torch.manual_seed(0)
     data = rows(supervised)

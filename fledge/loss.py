@@ -22,7 +22,8 @@ KEPT = 1 << 27
 
 
 def slices(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    """`range(count)` cut into pieces of `size`; an empty one when there is nothing to cut."""
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
@@ -72,9 +73,8 @@ class ScoreTokens(torch.autograd.Function):
         token_weights = -grad_scores[0]
         largest = token_weights.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if len(targets) else 1.0
         relative = (token_weights / largest).to(hidden.dtype)[:, None]
-        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
-        of_bias = torch.zeros(len(weight), device=weight.device) if ctx.needs_input_grad[2] else None
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = of_bias = None
         for rows in ctx.chunks:
             gradient = ctx.kept
             if gradient is None:
@@ -82,10 +82,12 @@ class ScoreTokens(torch.autograd.Function):
                 score_logits(gradient, targets[rows], torch.empty(3, len(gradient), device=gradient.device), True)
             if of_hidden is not None:
                 of_hidden[rows] = (gradient @ weight) * relative[rows]
-            if of_weight is not None:
-                of_weight += gradient.T @ (hidden[rows] * relative[rows])
-            if of_bias is not None:
-                of_bias += (gradient.T @ relative[rows])[:, 0]
+            if ctx.needs_input_grad[1]:
+                part = gradient.T @ (hidden[rows] * relative[rows])
+                of_weight = part.float() if of_weight is None else of_weight.add_(part)
+            if ctx.needs_input_grad[2]:
+                part = (gradient.T @ relative[rows])[:, 0]
+                of_bias = part.float() if of_bias is None else of_bias.add_(part)
         ctx.kept = None
         hidden_type, weight_type = ctx.types
         found = zip((of_hidden, of_weight, of_bias), (hidden_type, weight_type, weight_type), strict=True)

@@ -32,9 +32,10 @@ from fledge.cli import UserError, read_json, staged, write_json
 from fledge.corpus import names_and_sizes, pieces
 from fledge.encoding import IGNORED
 from fledge.loss import ScoreTokens
+from fledge.run_record import outcome
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
-from fledge.training import choose_bf16, outcome
+from fledge.training import choose_bf16
 
 BATCH = 4_000_000  # characters that are encoded at once
 

@@ -1,30 +1,30 @@
-"""What Fledge adds to TRL's `SFTTrainer`: defaults for small models, precision by device, progress, and the record."""
+"""What Fledge adds to TRL's `SFTTrainer`: defaults for small models, automatic choices with reasons, safe stops."""
 
+import json
+import math
 import os
-import platform
-import subprocess
-import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from fledge.cli import UserError
 from fledge.loss import has_plain_logits, score_supervised_only
+from fledge.resuming import newest_checkpoint
 
 
 @dataclass
@@ -54,8 +54,14 @@ class SmallModelConfig(SFTConfig):
     log_level_replica: str = field(default="error", metadata={"help": "what processes other than the first print"})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "only if a forward skips weights"})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a lower loss, and keep the best model"}
+    )
 
     def __post_init__(self):
+        self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.precision_reason = "as asked for"
         if self.bf16 is None and not self.fp16:
@@ -87,6 +93,71 @@ def use_all_threads(config: SmallModelConfig) -> str | None:
     return f"Threads {threads}: accelerate launch leaves a process one, and this machine has more"
 
 
+def smoke(config: SmallModelConfig) -> None:
+    """Makes three steps of a recipe, with an evaluation and a checkpoint, in a folder of its own."""
+    config.output_dir = f"{config.output_dir}-smoke"
+    config.max_steps, config.logging_steps, config.eval_steps, config.save_steps = 3, 1, 3, 3
+    config.eval_strategy = "no" if config.eval_strategy == "no" else "steps"
+    config.save_strategy = "no" if config.save_strategy == "no" else "steps"
+
+
+def open_base(arguments: ModelConfig, dropout: float) -> tuple[Path, PreTrainedModel]:
+    """The folder of the base (downloaded when it is the Hub's) and the model, in float32, with `dropout` everywhere.
+
+    Raises:
+        UserError: there is no model.
+    """
+    name = arguments.model_name_or_path
+    if not name:
+        raise UserError("--model_name_or_path is missing; name the base, a folder or a model of the Hub.")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--dropout {dropout} is outside 0 to 1; give a share, such as 0.1.")
+    try:
+        base = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=arguments.model_revision))
+        shape = AutoConfig.from_pretrained(base)
+        rates = [key for key in shape.to_dict() if key.endswith(("pdrop", "dropout"))]
+        attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype="float32", **dict.fromkeys(rates, dropout), **attention
+        )
+    except (OSError, ValueError, SafetensorError, HFValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} holds no causal model that opens ({reason}); name the base's folder.") from error
+    return base, model
+
+
+def fit_max_length(config: SmallModelConfig, context: int) -> list[str]:
+    """Limits max_length to the model's `context`, and returns lines that say what was done."""
+    if config.max_length is not None and config.max_length > context:
+        asked, config.max_length = config.max_length, context
+        return [f"Rows of {context} tokens at most: max_length was {asked}, and the model's context is no longer"]
+    if config.packing and config.max_length is None:
+        config.max_length = context
+        return [f"Packed into rows of {context} tokens, the model's context"]
+    return []
+
+
+def check_processes(config: TrainingArguments) -> None:
+    """Refuses to train with fewer processes than the launcher was told to start.
+
+    Raises:
+        UserError: `accelerate launch` took a configuration of several processes and started one, as it does for CPUs
+            without MPI; or several GPUs are visible to one process.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    # accelerate names an address to meet at only when several processes are to.
+    if launched and "MASTER_ADDR" in os.environ and config.world_size == 1:
+        raise UserError(
+            "accelerate launch was told to start several processes and started one; "
+            "start them by torchrun --nproc_per_node COUNT train_sft.py instead."
+        )
+    if config.n_gpu > 1:
+        raise UserError(
+            f"One process sees {config.n_gpu} GPUs; start one on each with accelerate launch --config_file "
+            "recipes/accelerate/multi_gpu.yaml, or show it a single one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def check_fit(
     model: PreTrainedModel, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> None:
@@ -114,29 +185,82 @@ def check_fit(
         )
 
 
+class InstructTrainer(SFTTrainer):
+    """TRL's trainer, which stops at the first loss or gradient that is no number, and logs what people read.
+
+    A checkpoint that was saved is therefore one to go on from: the weights in it are finite.
+    """
+
+    def start_from(self, checkpoint: str) -> None:
+        """Goes on counting tokens where the interrupted run stopped."""
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        self._total_train_tokens = state["num_input_tokens_seen"]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.first_ids = inputs["input_ids"][0, :24]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._refuse("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # its scaler skips such a step by itself
+            self._refuse("gradient's norm", norm)
+        return norm
+
+    def _refuse(self, what: str, value) -> None:
+        if math.isfinite(value):
+            return
+        saved = newest_checkpoint(Path(self.args.output_dir))
+        begin = " ".join(self.processing_class.decode(self.first_ids).split())
+        raise UserError(
+            f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch that begins with "
+            f"{begin!r}; lower --learning_rate and "
+            + (f"go on from {saved.name} with --resume auto." if saved else "start again.")
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now, tokens = time.monotonic(), self._total_train_tokens
+            since, before = self.last_logged
+            logs["perplexity"] = math.exp(min(logs["loss"], 100))
+            logs["tokens_per_second"] = round((tokens - before) / (now - since), 1)
+            self.last_logged = now, tokens
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 100))
+        super().log(logs, start_time)
+
+    def train(self, *arguments, **keywords):
+        self.tokens_before = self._total_train_tokens
+        self.last_logged = time.monotonic(), self.tokens_before
+        return super().train(*arguments, **keywords)
+
+    def _save_checkpoint(self, model, trial):
+        self.state.num_input_tokens_seen = self._total_train_tokens
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
+            saved = newest_checkpoint(Path(self.args.output_dir))
+            raise UserError(
+                f"A checkpoint cannot be written to {self.args.output_dir} ({' '.join(str(error).split())}); make room "
+                + (f"and go on from {saved.name} with --resume auto." if saved else "and start again.")
+            ) from error
+
+
 def prepare_model(trainer: SFTTrainer) -> str:
     """Makes a trainer's model score supervised positions only where that is faster, and returns a line that says so."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+        head = model.get_output_embeddings()
+        if not hasattr(head, "bias"):  # peft's wrapper around new tokens passes on the weight alone
+            head.bias = head.token_adapter.base_layer.bias
     if trainer.args.device.type not in ("cpu", "mps"):
         return "Loss: TRL's fused head, which projects supervised positions only on this device"
     if not has_plain_logits(model.config):
         return "Loss: TRL's head, because this architecture scales or caps its logits"
     score_supervised_only(model)
     return "Loss: supervised positions only, padding without a mask"
-
-
-def find_checkpoint(config: SmallModelConfig, resume: bool, overwrite: bool) -> str | None:
-    """The newest checkpoint of an unfinished run to go on from, or `None` for a fresh start.
-
-    Raises:
-        UserError: there is one, and the user said neither to resume nor to overwrite.
-    """
-    folder = Path(config.output_dir)
-    newest = get_last_checkpoint(folder) if folder.is_dir() else None
-    if newest and not resume and not overwrite:
-        raise UserError(f"{folder.parent} holds an unfinished run; go on with --resume or start anew with --overwrite.")
-    return newest if resume else None
 
 
 def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
@@ -150,128 +274,3 @@ def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
     model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad, **sampling)
     return model
-
-
-class Progress(TrainerCallback):
-    """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
-
-    def __init__(self):
-        self.last_tokens = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start = self.last_time = time.monotonic()
-        self.first_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        done = f"{state.epoch or 0:5.2f} epochs  step {state.global_step:>5}/{state.max_steps}"
-        if "eval_loss" in logs:
-            print(f"{done}  validation loss {logs['eval_loss']:.3f}", flush=True)
-        elif "loss" in logs:
-            now, tokens = time.monotonic(), logs.get("num_tokens", 0)
-            speed = (tokens - self.last_tokens) / (now - self.last_time)
-            self.last_tokens, self.last_time = tokens, now
-            steps_left = state.max_steps - state.global_step
-            seconds_left = round((now - self.start) / (state.global_step - self.first_step) * steps_left)
-            time_left = f"{seconds_left // 60}:{seconds_left % 60:02d} left"
-            print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
-
-
-def save_loss_curve(log_history: list[dict], file: Path, what: str = "completion loss") -> None:
-    """Training and validation loss over steps, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel=f"{what} (nats per token)")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-
-
-def run_record(trainer: SFTTrainer, seconds: float, rows: DatasetDict) -> dict:
-    """Everything that made the run: data, and what `outcome` tells."""
-    return {
-        "rows": {name: len(split) for name, split in rows.items()},
-        "data_fingerprint": rows["train"]._fingerprint,
-        **outcome(trainer, seconds, SFTConfig),
-    }
-
-
-def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments]) -> dict:
-    """Hyper-parameters that differ from the library's `defaults`, machine, and what was reached."""
-    import datasets
-    import transformers
-    import trl
-
-    import fledge
-
-    args, history = trainer.args, trainer.state.log_history
-    with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
-        warnings.simplefilter("ignore", FutureWarning)
-        usual = defaults(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
-    left_out = ("run_name", "disable_tqdm", "dataloader_pin_memory", "use_cpu", "do_eval", "save_total_limit")
-    left_out += ("log_level_replica", "logging_first_step", "ddp_find_unused_parameters", "gradient_checkpointing")
-    chosen = args.to_dict().items()
-    hyperparameters = {k: v for k, v in sorted(chosen) if k in usual and v != usual[k] and k not in left_out}
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    training = [float(entry["loss"]) for entry in history if "loss" in entry]
-    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
-    return {
-        "hyperparameters": hyperparameters,
-        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0, 3),
-        "first_loss": training[0],
-        "last_loss": training[-1],
-        "validation_loss": evaluations[-1] if evaluations else None,
-        "tokens": int(tokens),
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds),
-        "peak_memory_mib": peak_memory_mib(),
-        "processes": args.world_size,
-        "device": torch.cuda.get_device_name()
-        if args.device.type == "cuda"
-        else f"{args.device.type} ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
-        "commit": commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "fledge": fledge.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-            "datasets": datasets.__version__,
-        },
-    }
-
-
-def peak_memory_mib() -> int:
-    """Peak memory of this process: the GPU's when there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)
-
-
-def commit() -> str | None:
-    """The commit of the code that ran, when it ran from a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None

@@ -12,7 +12,7 @@ stage "2/6 prepare: records become instructions and responses"
 python prepare_dataset.py --config "$recipe/prepare.yaml"
 
 stage "3/6 train: TRL, on the responses only"
-accelerate launch --config_file recipes/accelerate/one_process.yaml train_sft.py --config "$recipe/train.yaml"
+accelerate launch --config_file recipes/accelerate/cpu.yaml train_sft.py --config "$recipe/train.yaml"
 
 stage "4/6 evaluate: base against instruct on topics neither has seen"
 python evaluate_model.py --config "$recipe/evaluate.yaml"

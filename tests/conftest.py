@@ -94,7 +94,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         "--split", "80/10/10", "--output_dir", paths["data"],
     )  # fmt: skip
     trained = run_script(
-        "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/one_process.yaml", "train_sft.py",
+        "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "train_sft.py",
         "--model_name_or_path", paths["base"], "--dataset", paths["data"], "--output_dir", paths["model"],
         "--num_train_epochs", 12, "--learning_rate", 0.01, "--per_device_train_batch_size", 8,
     )  # fmt: skip

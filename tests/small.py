@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -59,6 +59,7 @@ MODELS = {
 def small_tokenizer(count: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Token n is the word `tn`; 0 ends a document."""
     vocabulary = Tokenizer(models.WordLevel({f"t{i}": i for i in range(count)}, unk_token="t1"))
+    vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="t0", pad_token="t0")
 
 

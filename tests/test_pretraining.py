@@ -21,7 +21,7 @@ from fledge.cli import UserError, run
 from fledge.corpus import END, pieces
 from fledge.encoding import IGNORED
 from fledge.pretraining import Blocks, Corpus, TokenWriter, flops_per_token, new_gpt2, open_tokens, score_in_cache
-from fledge.training import Progress
+from fledge.run_record import Progress
 
 SIZES = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--context_length", 16)
 
@@ -240,8 +240,8 @@ def test_stopped_and_resumed_equals_straight(straight, corpus, tmp_path, monkeyp
     assert not (tmp_path / "m" / "pretraining.json").exists()
     with pytest.raises(SystemExit):
         pretrain(corpus, tmp_path / "m", *steps)
-    assert "go on with --resume or start anew with --overwrite" in capsys.readouterr().err
-    pretrain(corpus, tmp_path / "m", *steps, "--resume")
+    assert "go on with --resume auto or start anew with --overwrite" in capsys.readouterr().err
+    pretrain(corpus, tmp_path / "m", *steps, "--resume", "auto")
     expected, found = weights(straight[0]), weights(tmp_path / "m")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

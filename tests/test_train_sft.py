@@ -1,17 +1,77 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
+from small import random_rows, small_gpt2, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_sft
+from fledge.cli import run
+from fledge.encoding import IGNORED
+from fledge.run_record import Progress
 
-def train(tiny, output_dir, *arguments, check=True):
-    return run_script(
-        "train_sft.py", "--model_name_or_path", tiny.base, "--dataset", tiny.data, "--output_dir", output_dir,
-        "--per_device_train_batch_size", 8, "--bf16", "False", *arguments, check=check,
-    )  # fmt: skip
+TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
+QUIET = ("--bf16", "False", "--eval_strategy", "no", "--per_device_train_batch_size", "8", "--use_cpu")
+
+
+def write_prepared(folder: Path, rows: list[dict], tokenizer) -> None:
+    """What prepare_dataset.py leaves, as far as training reads it."""
+    DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:4])).save_to_disk(
+        folder / "tokenized"
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "budget.json").write_text("{}", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> SimpleNamespace:
+    """A base of random weights that no conversion wrote, and prepared data for it."""
+    work = tmp_path_factory.mktemp("small")
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    small_gpt2(n_layer=3).save_pretrained(work / "base")
+    tokenizer.save_pretrained(work / "base")
+    write_prepared(work / "data", random_rows(32), tokenizer)
+    return SimpleNamespace(base=work / "base", data=work / "data")
+
+
+def train(small, output_dir: Path, *arguments: object, dataset: Path | None = None) -> None:
+    """train_sft.py in this process, which has imported everything already."""
+    given = ("--model_name_or_path", small.base, "--dataset", dataset or small.data, "--output_dir", output_dir)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["train_sft.py", *map(str, (*given, *QUIET, *arguments))])
+        run(train_sft.main)
+
+
+def refusal(capsys, *arguments, **keywords) -> str:
+    """The one sentence with which training is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(*arguments, **keywords)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = weights(before), weights(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
 
 
 def test_accelerate_launch_wrote_a_finished_model(tiny):
@@ -34,106 +94,274 @@ def test_accelerate_launch_wrote_a_finished_model(tiny):
     assert model.config.n_ctx == 128
     assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tiny.model).eos_token_id
     logged = [json.loads(line) for line in (tiny.model / "training_log.jsonl").read_text().splitlines()]
-    assert any("num_tokens" in entry for entry in logged)
-    assert any("eval_loss" in entry for entry in logged)
+    steps = [entry for entry in logged if "loss" in entry]
+    assert all(
+        {"num_tokens", "grad_norm", "learning_rate", "perplexity", "tokens_per_second"} <= e.keys() for e in steps
+    )
+    assert any({"eval_loss", "eval_perplexity"} <= entry.keys() for entry in logged)
     assert "tokens/s" in tiny.trained
-    assert "Precision" in tiny.trained
+    assert "precision" in tiny.trained
 
 
-def test_resumed_equals_straight(tiny, tmp_path):
-    steps = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--eval_strategy", "no"]
-    train(tiny, tmp_path / "straight", *steps, "--save_total_limit", 5)
-    straight = load_file(tmp_path / "straight" / "model.safetensors")
+KILLED = """
+import os, signal, sys
+from fledge.run_record import Progress
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+Progress.on_step_end = kill
+import train_sft
+train_sft.main()
+"""
 
-    interrupted = tmp_path / "interrupted"
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import sys, fledge.training as training\n"
-        "def kill(self, args, state, control, **kwargs):\n"
-        "    if state.global_step == 4:\n"
-        "        sys.exit(1)\n"
-        "training.Progress.on_step_end = kill\n"
-        "import train_sft\n"
-        "train_sft.main()\n",
-        encoding="utf-8",
-    )
-    killed = run_script(
-        script, "--model_name_or_path", tiny.base, "--dataset", tiny.data, "--output_dir", interrupted,
-        "--per_device_train_batch_size", 8, "--bf16", "False", *steps, check=False,
+
+def test_killed_and_resumed_equals_straight(small, tmp_path, capsys):
+    steps = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--logging_steps", 1)
+    train(small, tmp_path / "straight", *steps, "--resume", "auto")
+    cut = tmp_path / "cut"
+    (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
+    given = ("--model_name_or_path", small.base, "--dataset", small.data, "--output_dir", cut)
+    killed = run_script(tmp_path / "killed.py", *given, *QUIET, *steps, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (cut / "run.json").exists()
+    assert "saved at checkpoint-3; go on with --resume auto" in refusal(capsys, small, cut, *steps)
+    # A checkpoint that was being written when the process died.
+    shutil.copytree(cut / "checkpoints" / "checkpoint-3", cut / "checkpoints" / "checkpoint-4")
+    (cut / "checkpoints" / "checkpoint-4" / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
+    train(small, cut, *steps, "--resume", "auto")
+    assert "Going on from" in capsys.readouterr().out
+    assert changed(tmp_path / "straight", cut) == set()
+    one, other = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("straight", "cut"))
+    assert (one["tokens"], one["last_loss"], one["steps"]) == (other["tokens"], other["last_loss"], other["steps"])
+    assert (one["resumed"], other["resumed"]) == (False, True)
+
+
+def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch):
+    steps = ("--max_steps", 5)
+    train(small, tmp_path / "straight", *steps)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "on_step_end", stop)
+        with pytest.raises(SystemExit) as stopped:
+            train(small, tmp_path / "cut", *steps)
+    assert stopped.value.code == 143
+    assert "Stopped by SIGTERM at step 2, saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not (tmp_path / "cut" / "run.json").exists()
+    train(small, tmp_path / "cut", *steps, "--resume", "auto")
+    assert changed(tmp_path / "straight", tmp_path / "cut") == set()
+
+
+def test_only_what_is_not_frozen_moves(small, tmp_path, capsys):
+    every = set(weights(small.base))
+    steps = ("--max_steps", 2, "--warmup_steps", 0)
+    train(small, tmp_path / "all", *steps)
+    assert changed(small.base, tmp_path / "all") == every
+    train(small, tmp_path / "first", *steps, "--freeze_layers", 2)
+    assert changed(small.base, tmp_path / "first") == {name for name in every if ".h.2." in name or "ln_f" in name}
+    train(small, tmp_path / "last", *steps, "--freeze_layers", -1, "--freeze_modules", "wpe", "h.0.mlp")
+    kept = {name for name in every if ".h.2." in name or "wpe" in name or ".h.0.mlp." in name}
+    assert changed(small.base, tmp_path / "last") == every - kept
+    record = json.loads((tmp_path / "last" / "run.json").read_text())["trained"]
+    assert (record["freeze_layers"], record["freeze_modules"]) == (-1, ["wpe", "h.0.mlp"])
+    said = refusal(capsys, small, tmp_path / "m", "--freeze_modules", "attention")
+    assert "--freeze_modules attention names nothing in this model; it has act, attn," in said
+    assert "the model's 3 blocks" in refusal(capsys, small, tmp_path / "m", "--freeze_layers", 4)
+    assert "Everything is frozen" in refusal(capsys, small, tmp_path / "m", "--freeze_modules", "transformer")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("kind", [(), ("--use_dora",)])
+def test_an_adapter_is_merged_and_kept_beside(small, tmp_path, kind):
+    from peft import PeftModel
+
+    train(small, tmp_path / "m", "--max_steps", 3, "--use_peft", "--learning_rate", 0.05, *kind)
+    expected = {name for name in weights(small.base) if name.endswith(".weight") and ("attn" in name or "mlp" in name)}
+    assert changed(small.base, tmp_path / "m") == expected
+    ids = torch.arange(1, 30)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(small.base)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "m" / "adapter")(ids).logits, merged)
+    record = json.loads((tmp_path / "m" / "run.json").read_text())["trained"]["adapter"]
+    assert record["kind"] == ("DoRA" if kind else "LoRA")
+    assert str(small.base) not in (tmp_path / "m" / "adapter" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("way", [(), ("--use_peft",), ("--freeze_layers", "3")])
+def test_tokens_that_the_template_brings_are_learnt(small, tmp_path, way):
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE
+    rows = [{key: [97, *row[key], 98] for key in ("input_ids", "labels")} for row in random_rows(16)]
+    rows = [{"input_ids": row["input_ids"], "labels": [IGNORED, *row["labels"][1:]]} for row in rows]
+    write_prepared(tmp_path / "data", rows, tokenizer)
+    train(small, tmp_path / "m", "--max_steps", 2, "--warmup_steps", 0, *way, dataset=tmp_path / "data")
+    old, new = (weights(folder)["transformer.wte.weight"] for folder in (small.base, tmp_path / "m"))
+    assert new.shape == (99, 24)
+    start = old.mean(0)
+    assert all((row - start).abs().max() > 1e-6 for row in new[97:])
+    assert torch.equal(new[:97], old) == (way == ("--use_peft",))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "m")) == 99
+
+
+def test_twenty_records_are_learnt_by_heart_and_end(small, tmp_path):
+    """The canary: whatever breaks masks, shifts or end-of-text keeps these answers from coming back."""
+    rows = [[1 + n, 30, *[40 + (n * k) % 50 for k in range(1, 4 + n % 5)], 0] for n in range(20)]
+    data = [{"input_ids": ids, "labels": [IGNORED, IGNORED, *ids[2:]]} for ids in rows]
+    write_prepared(tmp_path / "data", data, AutoTokenizer.from_pretrained(small.base))
+    train(
+        small, tmp_path / "m", "--max_steps", 120, "--learning_rate", 0.01, "--per_device_train_batch_size", 20,
+        "--logging_steps", 40, dataset=tmp_path / "data",
     )  # fmt: skip
-    assert killed.returncode == 1
-    assert not (interrupted / "run.json").exists()
-    refused = train(tiny, interrupted, *steps, check=False)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-    train(tiny, interrupted, *steps, "--resume")
-    resumed = load_file(interrupted / "model.safetensors")
-    assert resumed.keys() == straight.keys()
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for ids in rows:
+        answer = model.generate(torch.tensor([ids[:2]]), max_new_tokens=20, do_sample=False)
+        assert answer[0].tolist() == ids
 
 
-def test_an_adapter_is_merged_into_a_plain_model(tiny, tmp_path):
-    done = train(
-        tiny, tmp_path / "lora", "--max_steps", 3, "--use_peft", "--eval_strategy", "no", "--learning_rate", 0.05
-    )
-    assert "Trained 3 steps" in done.stdout
-    base, merged = (load_file(folder / "model.safetensors") for folder in (tiny.base, tmp_path / "lora"))
-    changed = {name for name in merged if not torch.equal(base[name], merged[name])}
-    assert changed == {f"transformer.h.{n}.attn.c_attn.weight" for n in range(2)}
-
-
-def test_two_processes_train_together(tiny, tmp_path):
-    done = run_script(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "train_sft.py", "--model_name_or_path", tiny.base,
-        "--dataset", tiny.data, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", 4, "--bf16", "False",
-        "--max_steps", 3, "--eval_strategy", "no",
+def test_the_best_model_is_kept_and_a_worsening_run_stops(small, tmp_path):
+    train(
+        small, tmp_path / "m", "--max_steps", 40, "--eval_strategy", "steps", "--eval_steps", 4,
+        "--learning_rate", 0.03, "--lr_scheduler_type", "constant_with_warmup", "--early_stopping_patience", 1,
     )  # fmt: skip
-    record = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
-    assert (record["processes"], record["effective_batch_size"]) == (2, 8)
-    assert done.stdout.count("Trained 3 steps") == 1
+    record = json.loads((tmp_path / "m" / "run.json").read_text())
+    logged = [json.loads(line) for line in (tmp_path / "m" / "training_log.jsonl").read_text().splitlines()]
+    losses = [entry["eval_loss"] for entry in logged if "eval_loss" in entry]
+    assert record["best_validation_loss"] == min(losses) < losses[-1]
+    assert record["steps"] < 40
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    rows = random_rows(32)[:4]
+    nats = [
+        model(torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).loss.item()
+        * sum(label != IGNORED for label in r["labels"][1:])
+        for r in rows
+    ]
+    count = sum(label != IGNORED for r in rows for label in r["labels"][1:])
+    assert sum(nats) / count == pytest.approx(min(losses), abs=1e-4)
 
 
-def test_overwrite_deletes_an_unfinished_run_only_once_the_input_is_known_to_be_good(tiny, tmp_path):
+@pytest.mark.parametrize("spoilt", ["weights", "gradient"])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
+    small, tmp_path, capsys, monkeypatch, spoilt
+):
+    def spoil(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            if spoilt == "weights":
+                model.transformer.ln_f.weight.data[0] = float("nan")
+            else:
+                model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    monkeypatch.setattr(Progress, "on_step_end", spoil)
+    steps = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1)
+    said = refusal(capsys, small, tmp_path / "m", *steps)
+    assert ("loss is nan" if spoilt == "weights" else "gradient's norm is") in said
+    assert "at step 4, on the batch that begins with 't" in said
+    assert "checkpoint-3 with --resume auto" in said
+    assert not (tmp_path / "m" / "run.json").exists()
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_sentence(small, tmp_path, capsys, monkeypatch):
+    def full(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
+    said = refusal(capsys, small, tmp_path / "m", "--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1)
+    assert "No space left on device" in said
+    assert "make room" in said
+
+
+def test_smoke_runs_three_steps_elsewhere(small, tmp_path):
+    train(small, tmp_path / "m", "--num_train_epochs", 50, "--smoke")
+    train(small, tmp_path / "m", "--num_train_epochs", 50, "--smoke")
+    assert not (tmp_path / "m").exists()
+    assert json.loads((tmp_path / "m-smoke" / "run.json").read_text())["steps"] == 3
+
+
+def test_a_table_of_conversations_trains_by_the_base_s_template(small, tmp_path, capsys):
+    words = [" ".join(f"t{2 + (3 * n + k) % 90}" for k in range(4)) for n in range(20)]
+    table = [{"instruction": word, "response": word} for word in words]
+    table += [{"instruction": " ".join(["t5"] * 60), "response": "t1"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+    train(small, tmp_path / "m", "--max_steps", 2, dataset=tmp_path / "rows.jsonl")
+    said = capsys.readouterr().out
+    assert "1 longer than 40 tokens left out" in said
+    assert "Rows 1 in validation" in said
+    assert not (tmp_path / "m" / "budget.json").exists()
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": "t1", "answer": "t2"}\n', encoding="utf-8")
+    said = refusal(capsys, small, tmp_path / "n", dataset=other)
+    assert "has the columns answer, question; give messages, instruction and response" in said
+
+
+def spoil_data(small, folder: Path, rows: list[dict]) -> Path:
+    write_prepared(folder, rows, AutoTokenizer.from_pretrained(small.base))
+    return folder
+
+
+def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
+    out, rows = tmp_path / "m", random_rows(8)
+    masked = spoil_data(small, tmp_path / "masked", [{**row, "labels": [IGNORED] * len(row["labels"])} for row in rows])
+    assert "No token of the train split is supervised" in refusal(capsys, small, out, dataset=masked)
+    without = spoil_data(small, tmp_path / "without", [{"input_ids": row["input_ids"]} for row in rows])
+    assert "The train split lacks labels" in refusal(capsys, small, out, dataset=without)
+    missing = spoil_data(small, tmp_path / "missing", rows)
+    shutil.rmtree(missing / "tokenized")
+    assert "run prepare_dataset.py again" in refusal(capsys, small, out, dataset=missing)
+    foreign = tmp_path / "foreign"
+    write_prepared(foreign, rows, small_tokenizer(90))
+    assert "encoded with 90 tokens and the model's tokenizer has 97" in refusal(capsys, small, out, dataset=foreign)
+    assert "neither a folder that prepare_dataset.py wrote" in refusal(capsys, small, out, dataset=tmp_path / "none")
+    assert "holds no causal model" in refusal(capsys, small, out, "--model_name_or_path", tmp_path)
+    assert "is no checkpoint" in refusal(capsys, small, out, "--resume", tmp_path)
+    assert "outside 0 to 1" in refusal(capsys, small, out, "--dropout", 1.5)
+    assert "learning_rat" in refusal(capsys, small, out, "--learning_rat", 1)
+    assert "Target modules" in refusal(capsys, small, out, "--use_peft", "--lora_target_modules", "q_proj")
+    assert "An adapter freezes all" in refusal(capsys, small, out, "--use_peft", "--freeze_layers", 1)
+    assert not out.exists()
+
+
+def test_overwrite_deletes_an_unfinished_run_only_once_the_input_is_known_to_be_good(small, tmp_path, capsys):
     checkpoint = tmp_path / "m" / "checkpoints" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
-    refused = train(tiny, tmp_path / "m", check=False)
-    assert refused.returncode == 2
-    assert "unfinished run" in refused.stderr
-    mistyped = train(tiny, tmp_path / "m", "--overwrite", "--dataset", tmp_path, check=False)
-    assert mistyped.returncode == 2
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}', encoding="utf-8")
+    assert "unfinished run" in refusal(capsys, small, tmp_path / "m")
+    refusal(capsys, small, tmp_path / "m", "--overwrite", dataset=tmp_path / "none")
     assert (checkpoint / "trainer_state.json").exists()
-    train(tiny, tmp_path / "m", "--overwrite", "--max_steps", 1, "--eval_strategy", "no")
+    train(small, tmp_path / "m", "--overwrite", "--max_steps", 1)
     assert (tmp_path / "m" / "model.safetensors").exists()
     assert not checkpoint.exists()
 
 
-def test_data_prepared_for_another_model_is_refused_in_one_sentence(tiny, tmp_path):
-    other = tmp_path / "data"
-    shutil.copytree(tiny.data, other)
-    shutil.rmtree(other / "tokenized")
-    missing = run_script(
-        "train_sft.py",
-        "--model_name_or_path",
-        tiny.base,
-        "--dataset",
-        other,
-        "--output_dir",
-        tmp_path / "m",
-        check=False,
-    )
-    no_data = run_script(
-        "train_sft.py",
-        "--model_name_or_path",
-        tiny.base,
-        "--dataset",
-        tmp_path,
-        "--output_dir",
-        tmp_path / "m",
-        check=False,
-    )
-    unknown = train(tiny, tmp_path / "m", "--learning_rat", 1, check=False)
-    for done in (missing, no_data, unknown):
-        assert done.returncode == 2
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not (tmp_path / "m").exists()
+def torchrun(small, output_dir: Path, *launcher: object, rows_a_process: int) -> list[str]:
+    script = (ROOT / "train_sft.py", "--model_name_or_path", small.base, "--dataset", small.data)
+    script += ("--output_dir", output_dir, *QUIET, "--max_steps", 3, "--per_device_train_batch_size", rows_a_process)
+    return [*map(str, (sys.executable, "-m", "torch.distributed.run", *launcher, *script))]
+
+
+def test_two_nodes_of_one_process_equal_one_process_with_twice_the_batch(small, tmp_path):
+    train(small, tmp_path / "one", "--max_steps", 3, "--per_device_train_batch_size", 8)
+    port = 20000 + os.getpid() % 20000
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    nodes = [
+        subprocess.Popen(
+            torchrun(
+                small, tmp_path / "two", "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1,
+                "--master_addr", "127.0.0.1", "--master_port", port, rows_a_process=4,
+            ),
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][1][-2000:]
+    assert "Processes 2" in said[0][0]
+    assert "Trained 3 steps" not in said[1][0]
+    record = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
+    assert (record["processes"], record["effective_batch_size"]) == (2, 8)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)

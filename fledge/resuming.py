@@ -1,0 +1,74 @@
+"""Runs that stop and go on: which checkpoint is whole, and a last one when the machine is taken away."""
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fledge.cli import UserError
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint. `trainer_state.json` is written last, so one that can be read marks it."""
+
+    def is_complete(checkpoint: Path) -> bool:
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return state.get("global_step") == int(checkpoint.name.rpartition("-")[2])
+
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+    return max(filter(is_complete, found), key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+
+
+def find_checkpoint(config: TrainingArguments, resume: str | None, overwrite: bool) -> str | None:
+    """The checkpoint of an unfinished run to go on from, or `None` for a fresh start.
+
+    `resume` is "auto" for the newest complete one in the run's own folder, if there is any, or the path of one.
+
+    Raises:
+        UserError: there is one and the user said neither to resume nor to overwrite; or `resume` names none.
+    """
+    folder = Path(config.output_dir)
+    if resume not in (None, "auto"):
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise UserError(f"--resume {resume} is no checkpoint; name a folder checkpoint-N, or say --resume auto.")
+        return resume
+    newest = newest_checkpoint(folder)
+    if newest and not resume and not overwrite:
+        raise UserError(
+            f"{folder.parent} holds an unfinished run, saved at {newest.name}; "
+            "go on with --resume auto or start anew with --overwrite."
+        )
+    return str(newest) if newest and resume else None
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, which a batch system sends before it takes a machine away, ends training after the step, saved.
+
+    With several processes all stop at the same step as soon as one of them was told.
+    """
+
+    def __init__(self):
+        self.was_told = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.earlier = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number, frame):
+        self.was_told = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            told = torch.tensor(int(self.was_told), device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.was_told = bool(told)
+        if self.was_told and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.earlier)

@@ -1,0 +1,79 @@
+"""Which parameters train: all, all but some that are frozen, or an adapter's."""
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+from trl import ModelConfig, get_peft_config
+
+from fledge.cli import UserError
+
+
+def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The transformer blocks, in order."""
+    count = model.config.num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+
+
+def freeze(model: PreTrainedModel, layers: int, modules: list[str], new_tokens: int) -> None:
+    """Freezes the first `layers` blocks and the embeddings, or the last -`layers` blocks, and named modules.
+
+    A module is named by its path or by the end of it: `wte`, `mlp`, `h.0.attn`. Embeddings stay as they are trained
+    when the template brought `new_tokens`, whose rows have learnt nothing yet.
+
+    Raises:
+        UserError: a module does not exist, there are not that many blocks, or nothing is left to train.
+    """
+    blocks = list(blocks_of(model))
+    if abs(layers) > len(blocks):
+        raise UserError(f"--freeze_layers {layers} asks for more than the model's {len(blocks)} blocks; give fewer.")
+    frozen = blocks[:layers] if layers >= 0 else blocks[layers:]
+    paths = dict(model.named_modules())
+    if layers > 0 and not new_tokens:
+        frozen += [m for m in model.base_model.children() if isinstance(m, torch.nn.Embedding)]
+    for name in modules:
+        found = [module for path, module in paths.items() if f".{path}".endswith(f".{name}") and path]
+        if not found:
+            names = sorted({path.rpartition(".")[2] for path in paths} - {""} - {str(n) for n in range(len(blocks))})
+            raise UserError(f"--freeze_modules {name} names nothing in this model; it has {', '.join(names)}.")
+        frozen += found
+    for module in frozen:
+        module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("Everything is frozen; freeze fewer layers or modules.")
+
+
+def adapter_config(arguments: ModelConfig, model: PreTrainedModel, new_tokens: int) -> LoraConfig | None:
+    """LoRA or DoRA as `arguments` ask for it, on every linear layer of the blocks unless they name others.
+
+    Adapting all of them matches full fine-tuning where attention alone does not (https://arxiv.org/abs/2305.14314,
+    section 4). Rows of the embedding and of the head that belong to `new_tokens` are trained beside the adapter.
+    """
+    config = get_peft_config(arguments)
+    if config is None:
+        return None
+    if config.target_modules is None and config.target_parameters is None:
+        config.target_modules = "all-linear"
+    if new_tokens:
+        rows = model.get_input_embeddings().num_embeddings
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = [name for name, module in model.named_modules() if module in ends]
+        config.trainable_token_indices = {name: list(range(rows - new_tokens, rows)) for name in names}
+    return config
+
+
+def trained_share(model: torch.nn.Module) -> str:
+    """How many of the parameters train, as a line for people."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"Training {trained:,} of {total:,} parameters ({trained / total:.1%})"
+
+
+def adapter_record(model: torch.nn.Module) -> dict | None:
+    """What an adapter is, for the run's record; `None` when there is none."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = ""  # else a path of this machine
+    kind = "DoRA" if config.use_dora else "LoRA"
+    targets = sorted(config.target_modules or [])
+    return {"kind": kind, "r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "targets": targets}
