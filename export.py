@@ -46,7 +46,7 @@ def main():
     context, V = model.config.max_position_embeddings, min(len(tokenizer), model.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]
-    messages = [{"role": "user", "content": "What did Zoë's 2 cats do?\n\nThey  ran."}]
+    messages = [{"role": "user", "content": "What did Zoë's 2 cats do?\n\nThey ran."}]
     texts = [prompt_text(tokenizer, messages) if tokenizer.chat_template else messages[0]["content"]]
     export = to_gguf if args.to == "gguf" else to_onnx
     export(args, model, tokenizer, prompts, texts)
@@ -59,7 +59,7 @@ def to_gguf(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as building:
         file = Path(building) / output.name
-        write_gguf(model, tokenizer, file, Path(args.model).resolve().name)
+        differences = write_gguf(model, tokenizer, file, Path(args.model).resolve().name)
         if find_spec("llama_cpp"):
             error = largest_error(model, prompts, gguf_logits(file, prompts))
             if error > GGUF_TOLERANCE:
@@ -73,6 +73,8 @@ def to_gguf(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) 
         else:
             print("Not proven: `pip install llama-cpp-python` lets this script compare llama.cpp's logits.")
         file.replace(output)
+    for difference in differences:
+        print(difference)
     print(f"{args.output} holds weights, tokenizer and template. Run it: llama-cli -m {args.output}")
 
 

@@ -37,8 +37,8 @@ def served_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return GENERATION_MARKS.sub("", template)
 
 
-def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, name: str) -> None:
-    """Writes weights (float32), tokenizer and chat template to one file.
+def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, name: str) -> list[str]:
+    """Writes weights (float32), tokenizer and chat template to one file; returns what llama.cpp will do differently.
 
     Raises:
         UserError: llama.cpp has no counterpart of the architecture, one of its options, or the tokenizer.
@@ -52,7 +52,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     if config.model_type == "stablelm" or not config.tie_word_embeddings:
         tensors["output.weight"] = model.get_output_embeddings().weight
     # Tensors are written as the file is closed, so that what is refused leaves nothing.
-    vocabulary = _vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+    vocabulary, differences = _vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
     writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -72,6 +72,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return differences
 
 
 def _gpt2(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -155,8 +156,8 @@ def _refuse(obstacles: dict[str, bool]) -> None:
         raise UserError(f"llama.cpp cannot run this model: it has no {found}.")
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict:
-    """The keys below `tokenizer.` for a vocabulary of as many tokens as the model has `rows`."""
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict, list[str]]:
+    """The keys below `tokenizer.` for a vocabulary of as many tokens as the model has `rows`, and differences."""
     from gguf import TokenType
 
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -168,7 +169,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict:
     model, split = parts["model"], parts["pre_tokenizer"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    keys: dict = {"ggml.tokens": tokens}
+    keys, differences = {"ggml.tokens": tokens}, []
     if model["type"] == "BPE" and parts["normalizer"] is None and split and byte_level.items() <= split.items():
         keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": merges}
     elif model["type"] == "BPE" and model["byte_fallback"] and split is None:
@@ -179,13 +180,14 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict:
                 types[i] = TokenType.BYTE
         normalizers = json.dumps(parts["normalizer"])
         if "Precompiled" in normalizers:
-            raise UserError("llama.cpp cannot run this model: it has no SentencePiece normalization rules.")
+            differences.append("llama.cpp takes unusual characters as they are, and this tokenizer normalizes them.")
+        if r"\\A +" in normalizers:
+            differences.append("llama.cpp keeps runs of spaces, and this tokenizer joins them.")
         keys |= {
             "ggml.model": "llama",
             "ggml.pre": "default",
             "ggml.scores": [ranks.get(token, -1e6) for token in tokens],
             "ggml.add_space_prefix": "Prepend" in normalizers,
-            "ggml.remove_extra_whitespaces": r"\\A +" in normalizers,
         }
         if model["unk_token"]:
             unknown = tokens.index(model["unk_token"])
@@ -201,7 +203,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict:
     keys |= {f"ggml.{role}_token_id": i for role, i in named.items() if i is not None}
     if template := served_template(tokenizer):
         keys["chat_template"] = template
-    return keys
+    return keys, differences
 
 
 def gguf_logits(file: Path, prompts: list[list[int]]) -> list[np.ndarray]:
