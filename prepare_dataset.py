@@ -31,7 +31,7 @@ class PrepareArguments:
     columns: str | None = field(default=None, metadata={"help": "for --source columns: instruction=COLUMN,response=…"})
     template: str | None = field(default=None, metadata={"help": "the prompt's style; default: the task's own"})
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
-    split: str = field(default="85/5/10", metadata={"help": "train/validation/test in percent (default 85/5/10)"})
+    split: str = field(default="85/5/10", metadata={"help": "percents, or source: its own splits (default 85/5/10)"})
     max_length: int | None = field(default=None, metadata={"help": "in tokens; default: the model's context length"})
     overflow: str = field(default="drop", metadata={"help": "drop, cut_prompt or cut_completion (default drop)"})
     near_duplicates: float | None = field(
@@ -40,6 +40,8 @@ class PrepareArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "read this many records"})
     max_shard_size: str = field(default="500MB", metadata={"help": "of a parquet file in memory (default 500MB)"})
+    license: str | None = field(default=None, metadata={"help": "an SPDX id for the card; default: the source's own"})
+    show: int = field(default=0, metadata={"help": "print this many rows, what is supervised in colour"})
     num_proc: int | None = field(default=None, metadata={"help": "processes; default: one for each core"})
     seed: int = field(default=0, metadata={"help": "of the splits and the balancing (default 0)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier dataset in output_dir"})
@@ -54,7 +56,7 @@ class Plan:
     source: "Source"
     task: ModuleType
     template: str
-    shares: dict[str, float]
+    shares: dict[str, float] | None
     max_shard_bytes: int
     preparation: "Preparation"
 
@@ -73,6 +75,8 @@ def main():
         budget = write_dataset(plan, Facts.read(folder / "blocks"), folder)
         shutil.rmtree(folder / "blocks")
     print(budget.markdown())
+    if args.show:
+        show(Path(args.output_dir), args.show)
     print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: train_sft.py")
 
 
@@ -80,6 +84,8 @@ def make_plan(args: PrepareArguments) -> Plan:
     """Raises:
     UserError: an argument is wrong.
     """
+    if args.show < 0:
+        raise UserError(f"--show {args.show} is out of range; print no row or some.")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit} is out of range; read at least one record.")
     if args.near_duplicates is not None and not 0 < args.near_duplicates < 1:
@@ -105,7 +111,8 @@ def make_plan(args: PrepareArguments) -> Plan:
 
     disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    shares, max_shard_bytes = split_shares(args.split), bytes_of(args.max_shard_size)
+    shares = None if args.split == "source" else split_shares(args.split)
+    max_shard_bytes = bytes_of(args.max_shard_size)
     source, task = load_source(args.source, args.columns), load_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
     template = args.template or task.TEMPLATE
@@ -142,11 +149,21 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     from fledge.budget import Budget
     from fledge.curation import assign_splits
     from fledge.duplicates import near_duplicates
+    from fledge.encoding import prompt_text
     from fledge.publishing import dataset_card
     from fledge.shards import first_rows, write_splits
 
     args, preparation, classes = plan.arguments, plan.preparation, classes_of(plan.task)
-    budget = Budget(args.source, args.task, plan.template, args.seed, preparation.max_length, args.overflow)
+    budget = Budget(
+        args.source,
+        args.task,
+        plan.template,
+        args.seed,
+        preparation.max_length,
+        args.overflow,
+        license=args.license or plan.source.license,
+        columns={column: list(kind) if column in classes else kind for column, kind in plan.task.COLUMNS.items()},
+    )
     budget.count(facts)
     print(f"Read {budget.rows_read:,} records: {budget.examples:,} examples.", flush=True)
     if not facts.total:
@@ -158,17 +175,30 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     if args.near_duplicates:
         signatures = [preparation.folder / f"{block}.minhash.npy" for block in facts.blocks]
         near = near_duplicates(signatures, facts.columns["group"], args.near_duplicates)
-    split_of, left_out = assign_splits(facts, plan.shares, balanced, args.seed, near)
+    names, split_of, left_out = assign_splits(facts, plan.shares, balanced, args.seed, near)
     budget.rejected.update(left_out)
-    for number, name in enumerate(plan.shares):
+    for number, name in enumerate(names):
         budget.describe(name, facts.of(split_of == number), classes)
     columns = columns_of(plan.task)
-    write_splits(folder, preparation.folder, facts, split_of, (*plan.shares,), columns, plan.max_shard_bytes, args.seed)
+    write_splits(folder, preparation.folder, facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
     preparation.tokenizer.save_pretrained(folder / "tokenizer")
-    budget.save(folder, facts.of(split_of == 0))
-    (example,) = first_rows(folder, "train", 1)
-    (folder / "README.md").write_text(dataset_card(budget.as_dict(), example["messages"]), encoding="utf-8")
+    budget.save(folder, facts.of(split_of == names.index("train")))
+    rows = first_rows(folder, "train", 2)
+    prompt = prompt_text(preparation.tokenizer, rows[0]["messages"][:-1])
+    (folder / "README.md").write_text(dataset_card(budget.as_dict(), rows, prompt), encoding="utf-8")
     return budget
+
+
+def show(data: Path, count: int) -> None:
+    """Prints the first rows of the training split; what is supervised is green, in brackets without colours."""
+    from fledge.encoding import marked, open_prepared
+
+    _, tokenizer, rows = open_prepared(data)
+    marks = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    for number in range(min(count, len(rows["train"]))):
+        row = rows["train"][number]
+        print(f"--- row {number}: {len(row['input_ids'])} tokens, supervised {marks[0]}so{marks[1]}")
+        print(marked(tokenizer, row["input_ids"], row["labels"], *marks))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from fledge.cli import UserError
 from fledge.duplicates import save_signatures
 from fledge.encoding import IGNORED, Encoded, encode, fit
 from fledge.sources import Chunk, Source
+from fledge.sources.reading import SPLITS
 from fledge.tasks import RejectedRecord, load_task
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
@@ -37,6 +38,7 @@ from fledge.tokenizers.fast import TextEncoder, UnequalIds
 RECORDS = 500  # at a time: what a process holds
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 FACTS = {
+    "source_split": pa.int8(),
     "group": pa.uint64(),
     "fingerprint": pa.uint64(),
     "length": pa.int32(),
@@ -76,7 +78,7 @@ class Preparation:
         UnequalIds: see `TextEncoder`.
         """
         task, counts, rejected = load_task(self.task), Counter(), Counter()
-        rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], self.tokenizer.eos_token_id)], []
+        rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], None, self.tokenizer.eos_token_id)], []
         numbered = enumerate(self.source.parse(block.chunk)[: block.limit])
         while records := list(islice(numbered, RECORDS)):
             examples = []
@@ -93,7 +95,7 @@ class Preparation:
                 examples += made
             fitted = self._encoded(examples, rejected)
             rows.append(rows_table(task, fitted))
-            facts.append(facts_table(task, fitted, self.tokenizer.eos_token_id))
+            facts.append(facts_table(task, fitted, block.chunk.split, self.tokenizer.eos_token_id))
             texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
         written = json.dumps({"counts": counts, "rejected": rejected})
         write_table(self.folder / f"{block.name}.rows.arrow", pa.concat_tables(rows))
@@ -158,20 +160,10 @@ class Facts:
         )
 
 
-def blocks_of(
-    source: Source, files: list[str], limit: int | None = None, rank: int = 0, tasks: int = 1
-) -> Iterator[Block]:
-    """The chunks of all files, as far as their first `limit` records.
-
-    Of several tasks each has its own: whole files, or every n-th chunk if there are fewer files than tasks.
-    """
-    by_file = len(files) >= tasks
+def blocks_of(source: Source, files: list[str], limit: int | None) -> Iterator[Block]:
+    """The chunks of all files, as far as their first `limit` records."""
     for place, file in enumerate(files):
-        if by_file and place % tasks != rank:
-            continue
         for number, chunk in enumerate(source.chunks(file)):
-            if not by_file and number % tasks != rank:
-                continue
             block = Block(f"{place:05d}-{number:07d}", chunk)
             if limit is not None:
                 block.limit = min(limit, len(source.parse(chunk)))
@@ -228,10 +220,14 @@ def rows_table(task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]]) -> 
     return pa.table(arrays, names=[*features, *TOKENS])
 
 
-def facts_table(task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]], eos_token_id: int) -> pa.Table:
-    """What curation and the budget report ask of each row; class columns as the number of their label."""
+def facts_table(
+    task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, eos_token_id: int
+) -> pa.Table:
+    """What curation and the budget report ask of each row; class columns as the number of their label, the source's
+    own split as its number in `SPLITS`, -1 for none."""
     texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
     facts = {
+        "source_split": [SPLITS.index(split) if split else -1] * len(rows),
         "group": [hash_of(example["group"]) for example, _ in rows],
         "fingerprint": list(map(hash_of, texts)),
         "length": [len(ids) for _, ids in rows],

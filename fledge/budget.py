@@ -10,6 +10,14 @@ from fledge.blocks import Facts
 from fledge.cli import write_json
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+FEW_SUPERVISED, RARE_CLASS, MANY_DROPPED = 0.01, 0.1, 0.05  # below or above which a budget warns
+KEYS = (
+    ("longer than", "--max_length, --overflow cut_prompt or --overflow cut_completion"),
+    ("surplus of one", "--balance"),
+    ("its topic or story", "--split"),
+    ("an exact duplicate", "other --data"),
+    ("a near duplicate", "--near_duplicates"),
+)
 LENGTHS = (128, 256, 512, 1024, 2048)
 
 
@@ -32,6 +40,8 @@ class Budget:
     examples: int = 0
     rejected: Counter = field(default_factory=Counter)
     splits: dict[str, dict] = field(default_factory=dict)
+    license: str | None = None
+    columns: dict[str, str | list[str]] = field(default_factory=dict)  # a kind, or the labels of a class
 
     def count(self, facts: Facts) -> None:
         """Takes over what was read and what was left out of it on the way to rows."""
@@ -66,7 +76,31 @@ class Budget:
         kept = sum(split["rows"] for split in self.splits.values())
         content = dict(vars(self))
         content["rejected"] = dict(self.rejected.most_common())
-        return {**content, "rows_kept": kept}
+        return {**content, "rows_kept": kept, "warnings": self.warnings()}
+
+    def warnings(self) -> list[str]:
+        """What a training on this would suffer from, one sentence each, with the key that changes it."""
+        train = self.splits["train"]
+        sentences = []
+        if train["supervised_share"] < FEW_SUPERVISED:
+            sentences.append(
+                f"Only {train['supervised_share']:.2%} of the training tokens are supervised; a smaller --max_length "
+                "with --overflow cut_prompt shortens the prompts."
+            )
+        for column, counts in train["classes"].items():
+            rarest, most = min(counts, key=counts.get), max(counts, key=counts.get)
+            if counts[rarest] < RARE_CLASS * counts[most]:
+                sentences.append(
+                    f"{column} {rarest} is rare: {counts[rarest]:,} of {train['rows']:,} training rows, {most} has "
+                    f"{counts[most]:,}; --balance {column} makes them equal."
+                )
+        for reason, count in self.rejected.most_common():
+            key = next((key for begin, key in KEYS if reason.startswith(begin)), None)
+            of_what, total = ("examples", self.examples) if key else ("records", self.rows_read)
+            if count > MANY_DROPPED * total:
+                key = key or "another --task"
+                sentences.append(f"{count / total:.1%} of the {of_what} are left out ({reason}); {key} changes that.")
+        return sentences
 
     def markdown(self) -> str:
         """The report for people: what was kept, what was not and why, and how long the rows are."""
@@ -93,6 +127,7 @@ class Budget:
                 f"| {name} | {split['rows']:,} | {labels} | {split['tokens']:,} | {split['supervised_share']:.1%} "
                 f"| {split['eos_supervised']:,} of {split['rows']:,} | {median} | {p95} | {longest} |"
             )
+        lines += ["", *(f"**{sentence}**  " for sentence in self.warnings())] if self.warnings() else []
         over = self.splits["train"]["longer_than"]
         lines += ["", "Training rows longer than " + ", ".join(f"{limit}: {n:,}" for limit, n in over.items())]
         return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ import numpy as np
 
 from fledge.blocks import Facts
 from fledge.cli import UserError
+from fledge.sources.reading import SPLITS
 
 
 def split_shares(text: str) -> dict[str, float]:
@@ -34,7 +35,9 @@ def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> n
     return split_of_group[group_of]
 
 
-def balance(rows: np.ndarray, codes: np.ndarray, column: str, labels: tuple[str, ...], seed: int) -> np.ndarray:
+def balance(
+    split: str, rows: np.ndarray, codes: np.ndarray, column: str, labels: tuple[str, ...], seed: int
+) -> np.ndarray:
     """Keeps as many of `rows` with each label as the rarest one has. `codes` (rows,) are numbers of `labels`.
 
     Raises:
@@ -42,8 +45,11 @@ def balance(rows: np.ndarray, codes: np.ndarray, column: str, labels: tuple[str,
     """
     counts = np.bincount(codes, minlength=len(labels))
     if not counts.min():
-        missing = labels[counts.argmin()]
-        raise UserError(f"A split has no example with {column} {missing}, so it cannot be balanced; give more data.")
+        found = ", ".join(f"{label} {count:,}" for label, count in zip(labels, counts, strict=True))
+        raise UserError(
+            f"The {split} split has no example with {column} {labels[counts.argmin()]} (it has {found}), so it cannot "
+            "be balanced; give more data, another --split, or leave --balance out."
+        )
     rng = np.random.default_rng(seed)
     kept = [rng.permutation(rows[codes == code])[: counts.min()] for code in range(len(labels))]
     return np.sort(np.concatenate(kept))
@@ -56,38 +62,68 @@ def repeated(fingerprints: np.ndarray) -> np.ndarray:
     return is_repeated
 
 
+def apart(splits: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(rows,), false for a row whose group also lies in a later split: training gives way to validation, and both to
+    test, so that what is held out stays whole.
+
+    Raises:
+        UserError: a row has no split.
+    """
+    if unnamed := int((splits < 0).sum()):
+        raise UserError(
+            "--split source needs data whose files or Hub splits are named train, validation or test, and "
+            f"{unnamed:,} rows come from others; give shares instead, such as --split 85/5/10."
+        )
+    is_apart = np.ones(len(splits), bool)
+    for number in range(len(SPLITS) - 1):
+        is_apart[splits == number] = ~np.isin(groups[splits == number], groups[splits > number])
+    return is_apart
+
+
 def assign_splits(
     facts: Facts,
-    shares: dict[str, float],
+    shares: dict[str, float] | None,
     balanced: tuple[str, tuple[str, ...]] | None,
     seed: int,
     near_duplicates: np.ndarray | None = None,
-) -> tuple[np.ndarray, Counter]:
-    """Where every row goes: (rows,), the number of its split in `shares`, -1 for a row that is left out; and how many
-    are left out by reason. `balanced` is a class column with its labels, `near_duplicates` (rows,) a mask.
+) -> tuple[tuple[str, ...], np.ndarray, Counter]:
+    """Where every row goes: the names of the splits; (rows,), the number of each row's split among them, -1 for a row
+    that is left out; and how many are left out by reason.
+
+    `shares` is None for the source's own splits. `balanced` is a class column with its labels, `near_duplicates`
+    (rows,) a mask.
 
     Raises:
         UserError: a split is empty or cannot be balanced.
     """
-    columns = facts.columns
-    is_repeated = repeated(columns["fingerprint"])
-    left_out = Counter({"an exact duplicate": int(is_repeated.sum())})
+    columns, left_out = facts.columns, Counter()
+    rows = np.arange(facts.total)
+    if shares is None:
+        rows = rows[apart(columns["source_split"], columns["group"])]
+        left_out["its topic or story is held out in another split"] = facts.total - len(rows)
+    kept = rows[~repeated(columns["fingerprint"][rows])]
+    left_out["an exact duplicate"] = len(rows) - len(kept)
     if near_duplicates is not None:
-        left_out["a near duplicate"] = int((near_duplicates & ~is_repeated).sum())
-        is_repeated |= near_duplicates
-    kept = np.flatnonzero(~is_repeated)
+        left_out["a near duplicate"] = int(near_duplicates[kept].sum())
+        kept = kept[~near_duplicates[kept]]
+    if shares is None:
+        own, numbers = np.unique(columns["source_split"][kept], return_inverse=True)
+        names = tuple(SPLITS[code] for code in own)
+    else:
+        numbers = split_by_group(columns["group"][kept], shares, seed)
+        names = tuple(shares)
     split_of = np.full(facts.total, -1, np.int8)
-    split_of[kept] = split_by_group(columns["group"][kept], shares, seed)
-    for number, name in enumerate(shares):
-        rows = np.flatnonzero(split_of == number)
-        if not len(rows):
+    split_of[kept] = numbers
+    for name in ("train", *names):
+        if name not in names or not (numbers == names.index(name)).any():
             raise UserError(
                 f"The {name} split is empty with {len(kept):,} usable records; give more data or another --split."
             )
-        if balanced:
-            column, labels = balanced
-            chosen = balance(rows, columns[column][rows], column, labels, seed)
+    if balanced:
+        column, labels = balanced
+        for number, name in enumerate(names):
+            rows = np.flatnonzero(split_of == number)
+            chosen = balance(name, rows, columns[column][rows], column, labels, seed)
             left_out[f"surplus of one {column}"] += len(rows) - len(chosen)
-            split_of[rows] = -1
-            split_of[chosen] = number
-    return split_of, +left_out
+            split_of[np.setdiff1d(rows, chosen)] = -1
+    return names, split_of, +left_out

@@ -8,6 +8,7 @@ never on a cut one. A control token that stands in somebody's text stays text.
 import bisect
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def prompt_length(labels: list[int]) -> int:
     while begin and labels[begin - 1] != IGNORED:
         begin -= 1
     return begin
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int], begin: str, end: str) -> str:
+    """The text of a row with `begin` and `end` around each run of supervised tokens."""
+    text = ""
+    for is_supervised, run in groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
+        part = tokenizer.decode([token for token, _ in run])
+        text += f"{begin}{part}{end}" if is_supervised else part
+    return text
 
 
 def fit(

@@ -13,12 +13,13 @@ EXAMPLES = 4  # on the Space's page
 NOTICE = "Answers are made up by a small model; nobody has checked them. What you type is kept nowhere."
 
 
-def dataset_card(budget: dict, example: dict) -> str:
-    """The README of a dataset folder, from its budget report and one of its rows."""
+def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
+    """The README of a dataset folder, from its budget report, some of its rows, and the prompt of the first of them."""
     from huggingface_hub import DatasetCardData
 
     metadata = DatasetCardData(
-        language="en",
+        language=None if budget["source"] == "columns" else "en",
+        license=budget["license"],
         task_categories=["text-generation"],
         tags=["instruction-tuning", "fledge"],
         configs=[
@@ -28,7 +29,7 @@ def dataset_card(budget: dict, example: dict) -> str:
             }
         ],
     )
-    return render("dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, example=example)
+    return render("dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, rows=rows, prompt=prompt)
 
 
 def build_model(

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -31,7 +32,7 @@ HELD_OUT = facts([(2, 1, True), (1, 2, True)], ["sad", "happy"])
 @pytest.fixture
 def budget():
     budget = Budget("records", "poems", "story", seed=7, max_length=130, overflow="cut_completion")
-    budget.rows_read = 1010
+    budget.rows_read, budget.records_used, budget.examples = 1010, 1009, 1009
     budget.rejected = Counter({"no summary": 1, "an exact duplicate": 2, "longer than 130 tokens": 1000})
     budget.describe("train", TRAIN, CLASSES)
     budget.describe("test", HELD_OUT, CLASSES)
@@ -103,3 +104,51 @@ def test_the_same_figures_are_saved_as_json_text_and_picture(budget, tmp_path):
     assert (tmp_path / "budget.md").read_text(encoding="utf-8") == budget.markdown()
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {file.name for file in tmp_path.iterdir()} == {"budget.json", "budget.md", "budget.png"}
+
+
+def warnings_of(rows, endings=None, rejected=None, examples=1000) -> list[str]:
+    budget = Budget("records", "poems", "story", 0, 130, "drop", rows_read=2000, records_used=500, examples=examples)
+    budget.describe("train", facts(rows, endings or ["happy", "sad"] * (len(rows) // 2)), CLASSES)
+    budget.rejected = Counter(rejected or {})
+    return budget.as_dict()["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ({"rows": [(5, 5, True)] * 2}, []),
+        ({"rows": [(98, 0, True)] * 2}, []),
+        ({"rows": [(100, 0, True)] * 2}, [r"Only 0\.99% of the training tokens .* --overflow cut_prompt"]),
+        ({"rows": [(5, 5, True)] * 11, "endings": ["happy"] * 10 + ["sad"]}, []),
+        (
+            {"rows": [(5, 5, True)] * 12, "endings": ["happy"] * 11 + ["sad"]},
+            [r"ending sad is rare: 1 of 12 training rows, happy has 11; --balance ending makes them equal\."],
+        ),
+        ({"rows": [(5, 5, True)] * 2, "rejected": {"longer than 130 tokens": 50}}, []),
+        (
+            {"rows": [(5, 5, True)] * 2, "rejected": {"longer than 130 tokens": 51}},
+            [r"5\.1% of the examples are left out \(longer than 130 tokens\); --max_length, --overflow cut_prompt or"],
+        ),
+        (
+            {"rows": [(5, 5, True)] * 2, "rejected": {"no summary": 120, "surplus of one ending": 80}},
+            [
+                r"6\.0% of the records are left out \(no summary\); another --task changes that\.",
+                r"8\.0% of the examples are left out \(surplus of one ending\); --balance changes that\.",
+            ],
+        ),
+    ],
+)
+def test_a_warning_names_the_key_that_changes_it(made, expected):
+    found = warnings_of(**made)
+
+    assert len(found) == len(expected)
+    for sentence, pattern in zip(found, expected, strict=True):
+        assert re.match(pattern, sentence)
+
+
+def test_warnings_stand_in_the_report():
+    budget = Budget("records", "poems", "story", 0, 130, "drop", rows_read=2, records_used=2, examples=2)
+    budget.describe("train", facts([(200, 0, True)] * 2, ["sad", "happy"]), CLASSES)
+
+    (sentence,) = budget.warnings()
+    assert sentence in budget.markdown()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
-from fledge.curation import balance, repeated, split_by_group, split_shares
+from fledge.curation import apart, balance, repeated, split_by_group, split_shares
 
 SPLITS = ("train", "validation", "test")
 
@@ -77,13 +77,13 @@ def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(codes, labels, se
 
     if len(counts) < len(labels):
         with pytest.raises(UserError, match=r"has no example with ending [abc]"):
-            balance(rows, codes, "ending", labels, seed)
+            balance("train", rows, codes, "ending", labels, seed)
         return
-    kept = balance(rows, codes, "ending", labels, seed)
+    kept = balance("train", rows, codes, "ending", labels, seed)
     assert Counter(codes[kept // 3].tolist()) == dict.fromkeys(range(len(labels)), min(counts.values()))
     assert len(set(kept)) == len(kept)
     assert set(kept) <= set(rows)
-    assert kept.tolist() == balance(rows, codes, "ending", labels, seed).tolist()
+    assert kept.tolist() == balance("train", rows, codes, "ending", labels, seed).tolist()
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))
@@ -91,3 +91,20 @@ def test_repeated_rows_are_those_whose_fingerprint_came_before(fingerprints):
     expected = [value in fingerprints[:place] for place, value in enumerate(fingerprints)]
 
     assert repeated(np.array(fingerprints, dtype=np.uint64)).tolist() == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), max_size=30))
+def test_what_is_held_out_stays_whole_and_its_groups_leave_the_earlier_splits(rows):
+    splits, groups = np.array(rows, dtype=int).reshape(-1, 2).T
+    is_apart = apart(splits, groups)
+
+    for row, (split, group) in enumerate(rows):
+        assert is_apart[row] == (not any(other > split and same == group for other, same in rows))
+    homes = Counter(group for group, _ in {(rows[row][1], rows[row][0]) for row in np.flatnonzero(is_apart)})
+    assert set(homes.values()) <= {1}
+
+
+def test_rows_without_a_split_of_their_own_are_refused_with_their_number():
+    with pytest.raises(UserError, match=r"--split source needs .* and 2 rows come from others; give shares instead"):
+        apart(np.array([0, -1, 2, -1]), np.arange(4))

@@ -1,4 +1,5 @@
 import json
+import resource
 import sys
 from collections import Counter
 from pathlib import Path
@@ -268,7 +269,8 @@ def test_the_card_is_valid_and_says_what_is_in_the_dataset(balanced):
     assert "120 of 195 records were kept." in text
     for name, figures in read_budget(balanced)["splits"].items():
         each = figures["rows"] // 2
-        assert f"| {name} | {figures['rows']} | {figures['tokens']:,} | {each} happy, {each} sad |" in text
+        counts = f"{figures['rows']} | {figures['tokens']:,} | {figures['supervised_share']:.1%}"
+        assert f"| {name} | {counts} | {each} happy, {each} sad |" in text
     for reason, count in read_budget(balanced)["rejected"].items():
         assert f"{count} ({reason})" in text
     assert read_split(balanced, "train")[0]["messages"][1]["content"] in text
@@ -393,6 +395,103 @@ def test_a_person_runs_it_and_reads_the_report(usual, tmp_path):
     assert (tmp_path / "out" / "budget.md").read_text(encoding="utf-8") in done.stdout
 
 
+def test_the_splits_of_the_source_are_kept_and_held_out_topics_leave_the_training(work, tmp_path):
+    texts = {
+        "train": [record(f"A fox and {n} hats.", story(n)) for n in range(20)],
+        "valid": [record(f"A bear and {n} hats.", story(n)) for n in range(6)]
+        + [record("A fox and 3 hats.", story(3)), record("A fox and 4 hats.", story(4, "sad"), "BadEnding")],
+    }
+    for name, records in texts.items():
+        (tmp_path / f"{name}.txt").write_text("".join(records))
+    prepare(
+        *("--data", tmp_path / "train.txt", tmp_path / "valid.txt", "--tokenizer", work / "base"),
+        *("--split", "source", "--output_dir", tmp_path / "out"),
+    )
+
+    budget = read_budget(tmp_path / "out")
+    assert {name: split["rows"] for name, split in budget["splits"].items()} == {"train": 18, "validation": 8}
+    assert budget["rejected"] == {"its topic or story is held out in another split": 2}
+    assert set(load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))) == {"train", "validation"}
+    assert not topics(tmp_path / "out", "train") & topics(tmp_path / "out", "validation")
+    assert {"A fox and 3 hats.", "A fox and 4 hats."} <= topics(tmp_path / "out", "validation")
+
+
+def test_the_splits_of_a_source_that_names_none_are_refused(usual, tmp_path):
+    with pytest.raises(UserError, match="--split source needs data whose files or Hub splits are named"):
+        prepare(*usual, "--split", "source", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "written"), [([], "cdla-sharing-1.0"), (["--license", "apache-2.0"], "apache-2.0")])
+def test_the_card_names_a_licence(usual, tmp_path, given, written):
+    prepare(*usual, *given, "--limit", "60", "--output_dir", tmp_path / "out")
+
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == written
+    assert f"`{written}`" in card.text
+
+
+def test_the_card_shows_the_schema_the_template_and_real_rows(plain):
+    text = (plain / "README.md").read_text(encoding="utf-8")
+    rows = read_split(plain, "train")[:2]
+
+    assert "| `ending` | a class: happy, sad |" in text
+    assert "for the template `story`, under which a row is at most 128 tokens long" in text
+    assert f"```text\n{rows[0]['messages'][0]['content']}\n\n### Story:\n\n```" in text
+    for row in rows:
+        for message in row["messages"]:
+            assert f"{message['role']}:\n\n```text\n{message['content']}\n```" in text
+
+
+def test_show_prints_rows_with_what_is_supervised_marked(usual, tmp_path, capsys):
+    prepare(*usual, "--show", "3", "--output_dir", tmp_path / "out")
+
+    shown = capsys.readouterr().out.split("--- row ")[1:]
+    assert len(shown) == 3
+    for text, row in zip(shown, read_split(tmp_path / "out", "train"), strict=False):
+        asked, answer = row["messages"]
+        assert f"{asked['content']}\n\n### Story:\n[[{answer['content']}{END}]]" in text
+
+
+def test_messages_of_a_table_go_all_the_way(work, tmp_path):
+    """`topic_ending` reads the fields of a table's rows as it does those of a text."""
+    rows = [{"text": text} for text in corpus_text().replace(END, "").split("Features: ")[1:]]
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": "Features: " + row["text"]}) + "\n" for row in rows)
+    prepare("--data", tmp_path / "rows.jsonl", "--tokenizer", work / "base", "--output_dir", tmp_path / "out")
+
+    assert (read_budget(tmp_path / "out")["rows_read"], read_budget(tmp_path / "out")["rows_kept"]) == (195, 180)
+
+
+def test_a_full_disk_leaves_nothing(usual, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"out cannot be written: .*File too large"):
+            prepare(*usual, "--num_proc", "1", "--output_dir", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_killed_leaves_the_old_dataset_and_the_next_completes(usual, plain, tmp_path):
+    prepare(*usual, "--seed", "7", "--output_dir", tmp_path / "out")
+    before = (tmp_path / "out" / "budget.json").read_bytes()
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, fledge.shards, prepare_dataset\n"
+        "fledge.shards.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "prepare_dataset.main()\n"
+    )
+    done = run_script(script, *usual, "--overwrite", "--output_dir", tmp_path / "out", check=False)
+    assert done.returncode == -9
+    assert (tmp_path / "out" / "budget.json").read_bytes() == before
+
+    prepare(*usual, "--overwrite", "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "budget.json").read_bytes() == (plain / "budget.json").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "killed.py"}
+
+
 def test_a_person_who_errs_reads_one_line(usual, tmp_path):
     done = run_script(
         "prepare_dataset.py", *usual, "--data", tmp_path / "none.txt", "--output_dir", tmp_path / "out", check=False
@@ -427,6 +526,11 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--max_length", "-1"], "--max_length -1 is outside 1 to 128", id="negative length"),
         pytest.param(["--max_length", "0"], "--max_length 0 is outside 1 to 128", id="no length"),
         pytest.param(["--limit", "-1"], "--limit", id="negative limit"),
+        pytest.param(["--show", "-1"], "--show -1 is out of range", id="negative show"),
+        pytest.param(["--data", "latin.txt"], "latin.txt is not UTF-8 text: byte 16 cannot", id="not UTF-8"),
+        pytest.param(["--source", "alpaca"], "corpus.txt is no table", id="a text for a table"),
+        pytest.param(["--source", "columns"], "--columns is missing", id="no columns named"),
+        pytest.param(["--columns", "messages=chat"], "--columns goes with --source columns", id="columns of another"),
         pytest.param(["--tokenizer", "nowhere"], "nowhere has no tokenizer.json", id="no tokenizer folder"),
         pytest.param(["--tokenizer", "void"], "void has no tokenizer.json", id="folder without a tokenizer"),
         pytest.param(["--tokenizer", "damaged"], "damaged", id="damaged tokenizer"),
@@ -441,6 +545,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
 def test_a_mistake_is_refused_and_nothing_is_written(usual, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
+    Path("latin.txt").write_bytes(b"Summary: Caf\xc3\xa9 d\xe9j\xe0.\n")
     Path("number.yaml").write_text("split: 85\n")
     Path("broken.txt").write_text(record(None, story(1)) + record(None, story(2)) + record("A fox.", "It lost one and"))
     Path("void").mkdir()

@@ -20,6 +20,7 @@ BLOCK = 1_000_000  # bytes of text in a chunk, about
 ROWS = 1_000  # rows in a chunk, at most
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+SPLITS = ("train", "validation", "test")
 SPLIT = re.compile(r"(?<![a-z])(train|valid|val|dev|test)(ing|ation)?(?![a-z])", re.IGNORECASE)
 SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
