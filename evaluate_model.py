@@ -81,6 +81,7 @@ def main():
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    rated = [report.read_ratings(file) for file in args.ratings or []]
     budget, tokenizer, encoded = open_prepared(data)
     if args.split not in encoded:
         raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(encoded)}.")
@@ -143,8 +144,8 @@ def main():
     if args.judge_url:
         extra["llm_judge"] = ask_judge(args, samples, unfinished)
         meaning["judge_score"] = f"0 to 100 from {args.judge_model}, the mean over the answers that have a score"
-    if args.ratings:
-        extra["human"] = report.read_ratings(args.ratings, samples)
+    if rated:
+        extra["human"] = report.fold_ratings(rated, samples)
 
     names = ["instruction_following", *(name for name in meaning if name != "instruction_following")]
     for name in folders:

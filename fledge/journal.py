@@ -25,7 +25,7 @@ class Journal:
             try:
                 found, *entries = [json.loads(line) for line in whole.split(b"\n")]
                 self.done = {tuple(entry["key"]): entry["value"] for entry in entries}
-                differing = [name for name in settings if found.get(name) != settings[name]]
+                differing = [name for name in found | settings if found.get(name) != settings.get(name)]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{file} is damaged; pass --overwrite instead of --resume.") from error
             if differing:

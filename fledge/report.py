@@ -129,34 +129,42 @@ def answers_id(samples: list[dict]) -> str:
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
-def read_ratings(files: list[str], samples: list[dict]) -> dict:
-    """Ratings that the page's blind mode saved: how often each preference was given, and the preference over prompts.
+POINTS = {"model": 1.0, "base": 0.0, "tie": 0.5}
+
+
+def read_ratings(file: str) -> dict:
+    """Opens what the page's blind mode saved.
 
     Raises:
-        UserError: a file is no ratings, or rates other answers than these.
+        UserError: the file is missing or is something else.
     """
-    points = {"model": 1.0, "base": 0.0, "tie": 0.5}
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        ratings = [(int(rating["prompt"]), POINTS[rating["preferred"]]) for rating in content["ratings"]]
+        return {"file": file, "answers": str(content["answers"]), "ratings": ratings}
+    except OSError as error:
+        raise UserError(f"--ratings {file} cannot be read: {error.strerror}.") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--ratings {file} is not what the report's blind mode saves; save it again.") from error
+
+
+def fold_ratings(contents: list[dict], samples: list[dict]) -> dict:
+    """How often each preference was given, and the preference over prompts.
+
+    Raises:
+        UserError: a file rates other answers than these.
+    """
     rated: dict[int, list[float]] = {sample["prompt"]: [] for sample in samples}
-    counts = dict.fromkeys(points, 0)
-    for file in files:
-        try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-            ratings = [(int(rating["prompt"]), str(rating["preferred"])) for rating in content["ratings"]]
-            answers = content["answers"]
-        except OSError as error:
-            raise UserError(f"--ratings {file} cannot be read: {error.strerror}.") from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"--ratings {file} is not what the report's blind mode saves; save it again.") from error
-        if answers != answers_id(samples):
+    for content in contents:
+        if content["answers"] != answers_id(samples) or any(prompt not in rated for prompt, _ in content["ratings"]):
             raise UserError(
-                f"--ratings {file} rates other answers than these; --resume keeps the answers that it was made on."
+                f"--ratings {content['file']} rates other answers than these; --resume keeps those that it was made on."
             )
-        for prompt, preferred in ratings:
-            if prompt not in rated or preferred not in points:
-                raise UserError(f"--ratings {file} is not what the report's blind mode saves; save it again.")
-            rated[prompt].append(points[preferred])
-            counts[preferred] += 1
-    return {"raters": len(files), **counts, "preference": preference(list(rated.values()))}
+        for prompt, points in content["ratings"]:
+            rated[prompt].append(points)
+    given = [points for of_prompt in rated.values() for points in of_prompt]
+    counts = {name: given.count(points) for name, points in POINTS.items()}
+    return {"raters": len(contents), **counts, "preference": preference(list(rated.values()))}
 
 
 def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str, str]) -> str:
@@ -177,7 +185,7 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
     data = {"answers": answers_id(samples), "columns": columns, "samples": samples}
     return environment.get_template("report.html.jinja").render(
         metrics=metrics,
-        names={who: Path(folder).name for who, folder in names.items()},
+        names={who: "/".join(Path(folder).parts[-2:]) for who, folder in names.items()},
         asked=asked(metrics),
         show=show,
         title=title,
@@ -208,7 +216,7 @@ def histogram(lengths: dict[str, list[int]], bins: int = 24) -> dict:
 
 def curves(by_position: dict[str, list[dict]]) -> dict:
     """Loss by place in the answer → for each model its points with x and y between 0 and 1, and the axes' marks."""
-    top = max(point["nats"] for points in by_position.values() for point in points)
+    top = max(0.1, *(point["nats"] for points in by_position.values() for point in points))
     step = _round_up(top / 4)
     top = step * math.ceil(top / step)
     ticks = [round(step * i, 6) for i in range(round(top / step) + 1)]

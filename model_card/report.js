@@ -20,10 +20,13 @@ for (const sample of samples)
     for (const [name, value] of Object.entries(sample[who].scores)) (values[name] ??= new Set()).add(value);
 const constraints = Object.keys(values).filter((name) => [...values[name]].every((value) => value === 0 || value === 1));
 
+// What the heading of an answer says already, and what is no concern of a single answer.
+const UNMARKED = ["eos_rate", "answer_tokens", "distinct_answers"];
+
 function chips(scores) {
   const row = make("div", "chips");
   for (const [name, value] of Object.entries(scores)) {
-    if (value === null) continue;
+    if (UNMARKED.includes(name)) continue;
     const binary = constraints.includes(name);
     const shown = binary ? (value ? "✓ " : "✗ ") + title(name) : `${title(name)} ${+value.toFixed(value < 10 ? 2 : 0)}`;
     row.append(make("span", "chip" + (binary ? (value ? " met" : " missed") : ""), shown));
