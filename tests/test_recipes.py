@@ -12,7 +12,7 @@ RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.pa
 
 
 def dataclasses_of(stage: str) -> list[type]:
-    if stage == "train":
+    if stage in ("train", "train_lora"):
         from trl import ModelConfig
 
         from fledge.training import SmallModelConfig
@@ -56,15 +56,23 @@ def test_an_unknown_key_is_refused(recipe: Path, tmp_path):
 def test_stages_of_a_recipe_hand_on_the_same_folders():
     for folder in {recipe.parent for recipe in RECIPES}:
         stages = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")}
-        base = next(stages[stage]["output_dir"] for stage in ("convert", "trim", "pretrain") if stage in stages)
-        assert stages["prepare"]["tokenizer"] == stages["train"]["model_name_or_path"] == base
-        if "tokenizer" in stages:
-            assert stages["pretrain"]["tokenizer"] == stages["tokenizer"]["output_dir"]
-        if "trim" in stages:
-            assert stages["trim"]["model"] == stages["pretrain"]["output_dir"]
-        assert stages["train"]["dataset"] == stages["prepare"]["output_dir"]
-        assert stages["evaluate"]["model"] == stages["publish"]["model"] == stages["train"]["output_dir"]
-        assert stages["generate"]["model"] == stages["train"]["output_dir"]
+
+        def handed_on(stage: str, key: str, *makers: str, stages=stages) -> bool:
+            """What a stage reads is what the first of its makers wrote, if the recipe has the two."""
+            made = next((stages[maker]["output_dir"] for maker in makers if maker in stages), None)
+            return stage not in stages or made is None or stages[stage][key] == made
+
+        bases = ("convert", "trim", "pretrain")
+        assert handed_on("prepare", "tokenizer", *bases), folder
+        assert handed_on("train", "model_name_or_path", *bases), folder
+        assert handed_on("pretrain", "tokenizer", "tokenizer"), folder
+        assert handed_on("trim", "model", "pretrain"), folder
+        assert handed_on("train", "dataset", "prepare"), folder
+        assert all(handed_on(stage, "model", "train") for stage in ("evaluate", "publish", "generate")), folder
+        if "train_lora" in stages:
+            for key in ("model_name_or_path", "dataset"):
+                assert stages["train_lora"][key] == stages["train"][key]
+            assert stages["train_lora"]["output_dir"] == stages["train"]["output_dir"] + "_lora"
 
 
 def test_accelerate_reads_its_configs():
