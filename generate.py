@@ -1,65 +1,187 @@
-"""Text from a model, through its own prompt template, shown as it is written.
+"""Text from a model, through its own prompt template: one prompt, a conversation, or a file of prompts.
 
 python generate.py --model model --topic "A cat who was afraid of the sea." --ending sad
+python generate.py --model model --interactive
+python generate.py --model model --prompts_file prompts.txt --output_file answers.jsonl
 python generate.py --model base --prompt "Once upon a time"
 """
 
+import contextlib
+import shutil
 import sys
+import textwrap
+import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
 
 from fledge.cli import UserError, parse, run
 from fledge.sampling import Sampling
+
+WAYS = ("prompt", "topic", "words", "ask", "interactive", "prompts_file")
 
 
 @dataclass
 class GenerateArguments:
     model: str = field(metadata={"help": "a model folder"})
     prompt: str | None = field(default=None, metadata={"help": "an instruction, or for a base model a beginning"})
-    topic: str | None = field(default=None, metadata={"help": "what the story is about"})
+    topic: str | None = field(default=None, metadata={"help": "what a story is to be about"})
     ending: str = field(default="happy", metadata={"help": "how it ends: happy or sad (default happy)"})
+    words: str | None = field(default=None, metadata={"help": "words that a story is to use: 'boat, brave, laugh'"})
+    story: str | None = field(default=None, metadata={"help": "a text file that --ask is about"})
+    ask: str | None = field(default=None, metadata={"help": "a question, about --story if given"})
+    interactive: bool = field(default=False, metadata={"help": "a conversation; /help lists its commands"})
+    prompts_file: str | None = field(
+        default=None, metadata={"help": "a prompt a line, or .jsonl with `prompt` or `messages` in each line"}
+    )
+    output_file: str | None = field(default=None, metadata={"help": "where the answers to --prompts_file go (.jsonl)"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier output_file"})
+    batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
+    compare: str | None = field(default=None, metadata={"help": "another model folder, shown beside the first"})
     num_samples: int = field(default=1, metadata={"help": "answers to draw (default 1)"})
+    stats: bool = field(default=False, metadata={"help": "say tokens a second, and how many answers ended themselves"})
 
 
 def main():
     args, sampling = parse(sys.argv[1:], GenerateArguments, Sampling, description=__doc__)
     sampling.check()
-    if (args.prompt is None) == (args.topic is None):
-        raise UserError("Give either --prompt or --topic.")
-    if args.ending not in ("happy", "sad"):
-        raise UserError(f"--ending {args.ending} is unknown; choose happy or sad.")
-    if args.num_samples < 1:
-        raise UserError(f"--num_samples {args.num_samples} is out of range; ask for at least one.")
+    check(args)
 
     import transformers
     from transformers import TextStreamer
 
-    from fledge.encoding import encode_prompt
+    from fledge.conversation import converse, fit_beginning, fit_prompt
     from fledge.generation import answer_batch, load_model
-    from fledge.tasks.topic_ending import instruction
-    from fledge.tokenizers import encoding_of
+    from fledge.prompts_file import answer_file
+    from fledge.vocabulary import add_rows
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load_model(args.model)
-    text = instruction(" ".join(args.topic.split()), args.ending) if args.topic is not None else args.prompt
-    # A base model has no template: it continues the text itself, as the beginning of a document.
-    begin = [] if tokenizer.chat_template or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    with encoding_of("The prompt"):
+    models = [load_model(folder) for folder in (args.model, args.compare) if folder]
+    for model, tokenizer in models:
+        if not tokenizer.chat_template and (args.interactive or args.ask or args.words):
+            raise UserError(f"{model.name_or_path} is a base model without a chat template; give it a --prompt.")
+    task = task_of(args)
+    system = [message for message in task.EXAMPLE if message["role"] == "system"] if task else []
+    messages = [*system, {"role": "user", "content": question(args)}]
+
+    def ids_for(model, tokenizer, messages: list[dict[str, str]]) -> list[int]:
+        context = model.config.max_position_embeddings
         if tokenizer.chat_template:
-            ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
-        else:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError("The prompt is empty.")
-    ids = begin + ids
-    if args.num_samples == 1:
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-        answer_batch(model, tokenizer, [ids], sampling, sampling.seed, streamer)
+            ids, said = fit_prompt(tokenizer, messages, context, sampling.max_new_tokens)
+        else:  # a base model continues the text itself, as the beginning of a document
+            ids, said = fit_beginning(tokenizer, messages[-1]["content"], context, sampling.max_new_tokens)
+        if said:
+            print(said, file=sys.stderr)
+        return ids
+
+    def show_stats():
+        return stats(args.stats)
+
+    if args.interactive:
+        converse(*models[0], system, sampling, show_stats)
+    elif args.prompts_file:
+        with show_stats() as answers:
+            answers += answer_file(args, *models[0], sampling, lambda asked: ids_for(*models[0], [*system, *asked]))
+    elif args.compare:
+        # A base model is asked as its instruct model is, with the template that it lacks.
+        (_, one), (_, other) = models
+        models = [(m, t if t.chat_template else other if t is one else one) for m, t in models]
+        columns = []
+        for model, tokenizer in models:
+            add_rows(model, tokenizer)
+            ids = ids_for(model, tokenizer, messages)
+            with show_stats() as answers:
+                answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed)
+            columns.append([answer.text for answer in answers])
+        for texts in zip(*columns, strict=True):
+            print(side_by_side((args.model, args.compare), texts))
     else:
-        for number, answer in enumerate(
-            answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed), 1
-        ):
-            print(f"--- {number}\n{answer.text}\n")
+        model, tokenizer = models[0]
+        ids = ids_for(model, tokenizer, messages)
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_samples == 1 else None
+        with show_stats() as answers:
+            answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed, streamer)
+        if not streamer:
+            for number, answer in enumerate(answers, 1):
+                print(f"--- {number}\n{answer.text}\n")
+
+
+def check(args) -> None:
+    """Raises:
+    UserError: keys that contradict each other.
+    """
+    given = [f"--{way}" for way in WAYS if getattr(args, way)]
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are given" if given else "Nothing is asked"
+        raise UserError(f"{found}; give one of {', '.join('--' + way for way in WAYS)}.")
+    if args.ending not in ("happy", "sad"):
+        raise UserError(f"--ending {args.ending} is unknown; choose happy or sad.")
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise UserError("--num_samples and --batch_size must be at least 1.")
+    if args.story and not args.ask:
+        raise UserError("--story needs a question; add --ask 'Who is the main character?'.")
+    if bool(args.prompts_file) != bool(args.output_file):
+        raise UserError("--prompts_file and --output_file go together; one of them is missing.")
+    if args.compare and (args.interactive or args.prompts_file):
+        raise UserError("--compare answers a single prompt; it goes with neither --interactive nor --prompts_file.")
+
+
+def task_of(args):
+    """The task that the model was trained for (`None` if unknown); warns when it is asked for another one's."""
+    from fledge.cli import read_json
+    from fledge.tasks import load_task
+
+    budget = Path(args.model) / "budget.json"
+    name = read_json(budget, "train_sft.py")["task"] if budget.exists() else None
+    wanted = "topic_ending" if args.topic else "story_chat" if args.words else None
+    if name and wanted and name != wanted:
+        print(f"{args.model} was trained on the task {name}, and this asks for {wanted}.", file=sys.stderr)
+    return load_task(name) if name else None
+
+
+def question(args) -> str:
+    """What is asked, as the task that knows such questions words it."""
+    from fledge.tasks import load_task
+    from fledge.templates import INPUT_MARK
+
+    if args.topic:
+        return load_task("topic_ending").instruction(" ".join(args.topic.split()), args.ending)
+    if args.words:
+        words = ", ".join(word.strip() for word in args.words.split(",") if word.strip())
+        return load_task("story_chat").PHRASINGS["words"][0].format(words=words)
+    if args.story:
+        try:
+            return args.ask + INPUT_MARK + Path(args.story).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--story {args.story} cannot be read as text in UTF-8: {error}.") from error
+    return args.ask or args.prompt or ""
+
+
+@contextlib.contextmanager
+def stats(shown: bool):
+    """Yields a list for answers; afterwards says on standard error how fast they came."""
+    answers, start = [], time.perf_counter()
+    yield answers
+    if shown:
+        tokens, stopped = sum(answer.tokens for answer in answers), sum(answer.stopped for answer in answers)
+        rate = tokens / (time.perf_counter() - start)
+        ended = f"{stopped} of {len(answers)} stopped by end-of-text"
+        print(f"[{tokens:,} tokens, {rate:,.0f} tokens/s, {ended}]", file=sys.stderr)
+
+
+def side_by_side(names: tuple[str, str], texts: tuple[str, str]) -> str:
+    """Two texts in columns; one below the other where the terminal is too narrow for that."""
+    width = (shutil.get_terminal_size().columns - 3) // 2
+    if width < 30:
+        return "\n\n".join(f"--- {name}\n{text}" for name, text in zip(names, texts, strict=True)) + "\n"
+    columns = []
+    for name, text in zip(names, texts, strict=True):
+        wrapped = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width) or [""]]
+        columns.append([name[-width:], "─" * width, *wrapped])
+    return (
+        "\n".join(f"{left:<{width}} │ {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -160,10 +160,20 @@ class Facts:
         )
 
 
-def blocks_of(source: Source, files: list[str], limit: int | None) -> Iterator[Block]:
-    """The chunks of all files, as far as their first `limit` records."""
+def blocks_of(
+    source: Source, files: list[str], limit: int | None = None, rank: int = 0, tasks: int = 1
+) -> Iterator[Block]:
+    """The chunks of all files, as far as their first `limit` records.
+
+    Of several tasks each has its own: whole files, or every n-th chunk if there are fewer files than tasks.
+    """
+    by_file = len(files) >= tasks
     for place, file in enumerate(files):
+        if by_file and place % tasks != rank:
+            continue
         for number, chunk in enumerate(source.chunks(file)):
+            if not by_file and number % tasks != rank:
+                continue
             block = Block(f"{place:05d}-{number:07d}", chunk)
             if limit is not None:
                 block.limit = min(limit, len(source.parse(chunk)))

@@ -89,8 +89,7 @@ def write_splits(
 ) -> None:
     """Writes `data/SPLIT-*.parquet` and the `DatasetDict` `tokenized/` into `folder`, from the rows in `blocks`.
 
-    `split_of` is what `assign_splits` says. Blocks are shuffled, then rows within a window of blocks. A block's rows
-    are deleted once they are read, so that the disk holds them once.
+    `split_of` is what `assign_splits` says. Blocks are shuffled, then rows within a window of blocks.
     """
     files = [blocks / f"{name}.rows.arrow" for name in facts.blocks]
     split_of_block = np.split(split_of, np.cumsum(facts.rows)[:-1])
@@ -111,8 +110,6 @@ def write_splits(
             chosen = rows.take(rng.permutation(np.flatnonzero(split_of_row == number)))
             text[number].write(chosen)
             tokens[number].write(chosen)
-        for number in window:
-            files[number].unlink()
 
     for name, of_text, of_tokens in zip(splits, text, tokens, strict=True):
         of_text.close()

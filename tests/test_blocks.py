@@ -102,6 +102,16 @@ def test_blocks_hold_the_records_in_order(records, limit):
     assert all(block.limit != 0 for block in made)
 
 
+@pytest.mark.parametrize(("files", "tasks"), [(1, 1), (1, 3), (2, 3), (2, 2), (5, 2)])
+def test_tasks_share_the_blocks(records, files, tasks):
+    def content(**share):
+        return [(block.name, block.chunk.content) for block in blocks_of(SOURCE, [records] * files, **share)]
+
+    shares = [content(rank=rank, tasks=tasks) for rank in range(tasks)]
+    assert all(shares)
+    assert sorted(block for share in shares for block in share) == content()
+
+
 def test_a_chunk_without_a_record_is_a_block_without_a_row(preparation):
     preparation(Block("empty", Chunk("", None, "\n<|endoftext|>\n")))
 
@@ -195,7 +205,6 @@ def test_splits_are_written_as_datasets_writes_them(preparation, records, tmp_pa
         assert {file.name for file in saved.glob("*.json")} == {
             file.name for file in (tmp_path / "out" / "tokenized" / name).glob("*.json")
         }
-    assert not list(tmp_path.glob("*.rows.arrow"))
 
 
 @settings(deadline=None, max_examples=50)

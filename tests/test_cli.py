@@ -10,7 +10,7 @@ import pytest
 from fledge.cli import UserError, check_output_dir, parse, read_json, run, staged, write_json
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("convert_checkpoint", "prepare_dataset", "train_sft", "evaluate_model", "generate", "publish")
+SCRIPTS = ("convert_checkpoint", "export", "prepare_dataset", "train_sft", "evaluate_model", "generate", "publish")
 
 
 @dataclass

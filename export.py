@@ -1,0 +1,94 @@
+"""A model folder → GGUF (llama.cpp, Ollama) or ONNX (transformers.js, onnxruntime), proven against the original.
+
+python export.py --model model --to gguf --output model.gguf
+python export.py --model model --to onnx --output model-onnx
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from fledge.cli import UserError, parse, run, staged
+
+NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+@dataclass
+class ExportArguments:
+    model: str = field(metadata={"help": "a model folder"})
+    to: str = field(metadata={"help": "gguf or onnx"})
+    output: str = field(metadata={"help": "the file (gguf) or the folder (onnx) to write"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier export"})
+
+
+def main():
+    (args,) = parse(sys.argv[1:], ExportArguments, description=__doc__)
+    if args.to not in NEEDED:
+        raise UserError(f"--to {args.to} is unknown; choose gguf or onnx.")
+    if missing := [package for package in NEEDED[args.to] if find_spec(package) is None]:
+        raise UserError(f"Export to {args.to} needs {', '.join(missing)}; `pip install 'fledge[export]'` brings it.")
+    output = Path(args.output)
+    if args.to == "gguf" and output.exists() and not (args.overwrite and output.is_file()):
+        raise UserError(f"{output} is already there; name another --output or pass --overwrite.")
+
+    import torch
+    import transformers
+
+    from fledge.encoding import prompt_text
+    from fledge.generation import load_model
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load_model(args.model)
+    model.cpu()
+    context, V = model.config.max_position_embeddings, min(len(tokenizer), model.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]
+    messages = [{"role": "user", "content": "What did Zoë's 2 cats do?\n\nThey ran."}]
+    texts = [prompt_text(tokenizer, messages) if tokenizer.chat_template else messages[0]["content"]]
+    export = to_gguf if args.to == "gguf" else to_onnx
+    export(args, model, tokenizer, prompts, texts)
+
+
+def to_gguf(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
+    from fledge.exporting import GGUF_TOLERANCE, gguf_ids, gguf_logits, largest_error, write_gguf
+
+    output = Path(args.output).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as building:
+        file = Path(building) / output.name
+        differences = write_gguf(model, tokenizer, file, Path(args.model).resolve().name)
+        if find_spec("llama_cpp"):
+            error = largest_error(model, prompts, gguf_logits(file, prompts))
+            if error > GGUF_TOLERANCE:
+                raise UserError(
+                    f"llama.cpp computes other logits: {error:.1e} of the largest one; nothing was written."
+                )
+            for text, ids in zip(texts, gguf_ids(file, texts), strict=True):
+                if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
+                    raise UserError(f"llama.cpp splits {text!r} into other tokens; nothing was written.")
+            print(f"Proven by llama.cpp: logits within {error:.1e} of the largest one, the same tokens of a prompt.")
+        else:
+            print("Not proven: `pip install llama-cpp-python` lets this script compare llama.cpp's logits.")
+        file.replace(output)
+    for difference in differences:
+        print(difference)
+    print(f"{args.output} holds weights, tokenizer and template. Run it: llama-cli -m {args.output}")
+
+
+def to_onnx(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
+    from fledge.exporting import ONNX_TOLERANCE, largest_error, onnx_logits, write_onnx
+
+    with staged(args.output, args.overwrite, "onnx") as folder:
+        write_onnx(model, tokenizer, folder)
+        error = largest_error(model, prompts, onnx_logits(folder / "onnx" / "model.onnx", model.config, prompts))
+        if error > ONNX_TOLERANCE:
+            raise UserError(f"onnxruntime computes other logits: {error:.1e} of the largest one; nothing was written.")
+        print(f"Proven by onnxruntime: logits within {error:.1e} of the largest one, with the cache and without.")
+    print(f"{args.output} runs in transformers.js and onnxruntime.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""prepare_dataset.py as a datatrove pipeline, for a corpus that one machine does not hold: the same rows.
+
+    python recipes/scale/prepare.py --tasks 2 --workers 2 --data tales.txt.gz --tokenizer base --output_dir data
+
+All keys of prepare_dataset.py work, recipes too, but for --limit, --num_proc and --show. README.md beside this file
+tells how it goes on a cluster.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from fledge.cli import UserError, check_output_dir, parse, run, staged
+from prepare_dataset import Plan, PrepareArguments, make_plan, write_dataset
+
+
+@dataclass
+class ScaleArguments:
+    tasks: int = field(default=2, metadata={"help": "into how many parts the work is cut (default 2)"})
+    workers: int = field(default=2, metadata={"help": "how many of them run at once (default 2)"})
+    blocks: str | None = field(
+        default=None, metadata={"help": "where all machines see the same folder; default: output_dir with -blocks"}
+    )
+
+
+class Half(PipelineStep):
+    """Either half of the work; a task makes its plan anew where it runs."""
+
+    type = "Fledge"
+
+    def __init__(self, arguments: PrepareArguments, blocks: Path):
+        super().__init__()
+        self.arguments, self.blocks = arguments, blocks
+
+    def plan(self) -> Plan:
+        plan = make_plan(self.arguments)
+        plan.preparation.folder = self.blocks
+        return plan
+
+
+class MakeBlocks(Half):
+    """The first, in as many tasks as there are: records → rows and facts on disk, a file each a block."""
+
+    name = "Rows of each block"
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1):
+        from fledge.blocks import blocks_of, prepare_blocks
+
+        plan = self.plan()
+        prepare_blocks(plan.preparation, lambda: blocks_of(plan.source, plan.files, None, rank, world_size), num_proc=1)
+        yield from data or ()
+
+
+class WriteDataset(Half):
+    """The second, one task: what is known of all rows decides where each goes, and the dataset is written."""
+
+    name = "Splits and files"
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1):
+        from fledge.blocks import Facts
+
+        plan = self.plan()
+        with staged(self.arguments.output_dir, self.arguments.overwrite, "budget.json") as folder:
+            print(write_dataset(plan, Facts.read(self.blocks), folder).markdown())
+        yield from data or ()
+
+
+def main():
+    scale, arguments = parse(sys.argv[1:], ScaleArguments, PrepareArguments, description=__doc__)
+    check_output_dir(arguments.output_dir, arguments.overwrite, "budget.json")
+    if arguments.limit:
+        raise UserError("--limit counts records from the beginning, which tasks cannot; leave it out.")
+    make_plan(arguments)  # what is wrong with it is said here, not in a task's log
+    blocks = Path(scale.blocks or f"{arguments.output_dir}-blocks").absolute()
+    blocks.mkdir(parents=True, exist_ok=True)
+
+    make = LocalPipelineExecutor(
+        [MakeBlocks(arguments, blocks)], tasks=scale.tasks, workers=scale.workers, logging_dir=f"{blocks}/logs/make"
+    )
+    write = LocalPipelineExecutor(
+        [WriteDataset(arguments, blocks)], tasks=1, workers=1, logging_dir=f"{blocks}/logs/write", depends=make
+    )
+    write.run()
+    print(f"{arguments.output_dir} is ready; {blocks} may be deleted.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,39 @@
+import gzip
+import sys
+
+import pytest
+from conftest import ROOT, run_script, write_records
+
+import prepare_dataset
+from fledge.tokenizers import load_tokenizer
+
+pytest.importorskip("datatrove")
+
+
+def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(tmp_path, monkeypatch):
+    for name, count in (("one.txt", 900), ("two.txt.gz", 500), ("three.txt", 700)):
+        file = tmp_path / name.removesuffix(".gz")
+        write_records(file, count)
+        if name.endswith(".gz"):
+            file.with_name(name).write_bytes(gzip.compress(file.read_bytes()))
+    load_tokenizer(str(ROOT / "examples" / "scratch_gpt" / "tokenizer.json"), 128).save_pretrained(tmp_path / "base")
+    common = [
+        *("--data", tmp_path / "one.txt", tmp_path / "two.txt.gz", tmp_path / "three.txt"),
+        *("--tokenizer", tmp_path / "base", "--balance", "ending", "--near_duplicates", "0.95"),
+    ]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in ("", *common, "--output_dir", tmp_path / "one_machine")])
+    prepare_dataset.main()
+    run_script(
+        "recipes/scale/prepare.py", *common, "--tasks", 3, "--workers", 2, "--output_dir", tmp_path / "many",
+        HOME=str(tmp_path),
+    )  # fmt: skip
+
+    written = [
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (tmp_path / "one_machine", tmp_path / "many")
+    ]
+    assert len(written[0]) > 10
+    assert written[0].keys() == written[1].keys()
+    for name, content in written[0].items():
+        if not name.endswith(".png"):
+            assert content == written[1][name], name
