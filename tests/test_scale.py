@@ -21,7 +21,8 @@ def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(tmp_path, mo
         *("--data", tmp_path / "one.txt", tmp_path / "two.txt.gz", tmp_path / "three.txt"),
         *("--tokenizer", tmp_path / "base", "--balance", "ending", "--near_duplicates", "0.95"),
     ]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in ("", *common, "--output_dir", tmp_path / "one_machine")])
+    arguments = (*common, "--output_dir", tmp_path / "one_machine")
+    monkeypatch.setattr(sys, "argv", [str(part) for part in ("prepare", *arguments)])
     prepare_dataset.main()
     run_script(
         "recipes/scale/prepare.py", *common, "--tasks", 3, "--workers", 2, "--output_dir", tmp_path / "many",
