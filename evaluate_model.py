@@ -228,10 +228,10 @@ def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) ->
 def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
     """The story-chat system's fixed prompts and the model's answers; with --base, its answers beside them."""
     import transformers
-    from fledge.tasks.story_chat import CAPABILITIES
 
     from fledge.encoding import encode_prompt
     from fledge.generation import answer_all, load_model
+    from fledge.tasks.story_chat import CAPABILITIES
     from fledge.vocabulary import add_rows
 
     transformers.logging.set_verbosity_error()

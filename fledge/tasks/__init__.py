@@ -5,7 +5,7 @@ from types import ModuleType
 
 from fledge.cli import UserError
 
-TASKS = ("topic_ending",)
+TASKS = ("topic_ending", "story_chat", "instructions")
 
 
 class RejectedRecord(Exception):

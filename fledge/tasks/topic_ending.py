@@ -10,6 +10,8 @@ import random
 import re
 from typing import Any
 
+import numpy as np
+
 from fledge.generation import Answer
 from fledge.tasks import RejectedRecord
 
@@ -23,6 +25,7 @@ MEANING = {
     "instruction_following": "right ending, at least half of the topic's content words, and stopped by end-of-text",
 }
 
+ERRORS_SHOWN = 5
 COMPLETE = (".", "!", "?", '"', "”", "'")
 FUNCTION_WORDS = frozenset(
     """a about after all also an and are as at be because been before being but by can could day did do does each
@@ -100,13 +103,46 @@ class EndingJudge:
 
         # A rare class counts as much as a frequent one: real data has one sad story in a hundred.
         self.model = make_pipeline(
-            TfidfVectorizer(preprocessor=_last_sentences, ngram_range=(1, 2), sublinear_tf=True, min_df=2),
+            TfidfVectorizer(preprocessor=_end_in_lower_case, ngram_range=(1, 2), sublinear_tf=True, min_df=2),
             LogisticRegression(C=10, max_iter=1000, class_weight="balanced"),
         )
         self.model.fit(stories, endings)
 
     def judge(self, stories: list[str]) -> list[str]:
         return [str(ending) for ending in self.model.predict(stories)]
+
+    def sadness(self, stories: list[str]) -> np.ndarray:
+        """(stories,), the probability that each of them ends sadly."""
+        return self.model.predict_proba(stories)[:, list(self.model.classes_).index("sad")]
+
+    def measure(self, stories: list[str], endings: list[str]) -> dict:
+        """What the judge is worth on stories it has not seen: accuracy, calibration, and where it is most wrong.
+
+        `brier` is the mean squared distance of its probabilities from the truth (Brier 1950; 0.25 for "one half"
+        always). `calibration` has a bin for each fifth of the probabilities of a sad ending that occurs: what it said
+        and how often it was so.
+        """
+        sadness, is_sad = self.sadness(stories), np.array([ending == "sad" for ending in endings])
+        bins = np.minimum((sadness * 5).astype(int), 4)
+        worst = np.argsort(-np.abs(sadness - is_sad), kind="stable")[:ERRORS_SHOWN]
+        return {
+            "accuracy": self.accuracy(stories, endings),
+            "n": len(stories),
+            "brier": float(np.mean((sadness - is_sad) ** 2)),
+            "calibration": [
+                {
+                    "said_sad": float(sadness[bins == number].mean()),
+                    "was_sad": float(is_sad[bins == number].mean()),
+                    "n": int((bins == number).sum()),
+                }
+                for number in sorted(set(bins.tolist()))
+            ],
+            "errors": [
+                {"ends": last_sentences(stories[i]), "label": endings[i], "said_sad": float(sadness[i])}
+                for i in worst.tolist()
+                if (sadness[i] >= 0.5) != is_sad[i]
+            ],
+        }
 
     def accuracy(self, stories: list[str], endings: list[str]) -> float:
         """Mean of the accuracies on either ending (0.5 is chance, however rare one of them is)."""
@@ -117,8 +153,12 @@ class EndingJudge:
         return sum(recalls) / len(recalls)
 
 
-def _last_sentences(story: str) -> str:
-    return " ".join(re.split(r'(?<=[.!?"”])\s+', story.strip())[-4:]).lower()
+def last_sentences(story: str) -> str:
+    return " ".join(re.split(r'(?<=[.!?"”])\s+', story.strip())[-4:])
+
+
+def _end_in_lower_case(story: str) -> str:
+    return last_sentences(story).lower()
 
 
 class Scorer:
@@ -127,8 +167,7 @@ class Scorer:
     def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
         stories, endings = ([pick(row) for row in train_rows] for pick in (_story, _ending))
         self.endings = EndingJudge(stories, endings)
-        accuracy = self.endings.accuracy([_story(row) for row in unseen_rows], [_ending(row) for row in unseen_rows])
-        self.judge = {"accuracy": accuracy, "n": len(unseen_rows)}
+        self.judge = self.endings.measure(*([pick(row) for row in unseen_rows] for pick in (_story, _ending)))
 
     def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
         judged = self.endings.judge([answer.text for answer in answers])

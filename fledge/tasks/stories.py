@@ -1,0 +1,209 @@
+"""What can be read from a short story by rule: who it is about, what happens, its moral, whether anyone speaks.
+
+Every function answers only when it is sure and gives `None` otherwise: an instruction with a wrong answer is worse than
+none. `tests/tasks/main_characters.jsonl` holds what a person said about 200 stories.
+"""
+
+import re
+from collections import Counter
+
+SENTENCE_END = re.compile(r'(?<=[.!?])["”’\']?\s+(?=["“‘\']?[A-Z])')
+QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
+MORAL = re.compile(
+    r"\bmoral of (?:the|this) story(?: is\b|:).*\w \w|^(?:The|Our) moral is\b"
+    r"|\blesson\b[^.!?]*(?: that (?!day\b|she |he |they )|: | [-–—] )\w+ \w+ \w+"
+    r"|\blearn(?:ed|t) (?:that day )?that (?:it(?: i|['’])s|being|sharing|helping|we|you|sometimes)\b"
+)
+EVENT = re.compile(
+    r"(?:But |Then,? |And then,? )?(?:[Oo]ne|[Oo]n an?) (?:\w+,? ){0,3}(?:day|morning|afternoon|evening|night)\b"
+)
+CLOSED = re.compile(r"(?:The|THE) (?:end|End|END)[.!]?")
+BAD_TURN = re.compile(
+    r"\b(?:sad(?:ly)?|cr(?:y|ied|ying)|died|dead|lost|gone|hurt|sick|alone|lonely|scared|never|too late|sorry|tears?"
+    r"|broken|regret(?:ted)?|angry|no one)\b"
+)
+GOOD_TURN = re.compile(
+    r"\b(?:happ(?:y|ier|ily|iest|iness)|smil(?:ed?|ing|es)|fun|friends?|laugh(?:ed|ing)|glad|proud|love[ds]?"
+    r"|hug(?:ged|s)?|enjoy(?:ed)?|safe(?:ly)?|best|thank(?:ed|ful)|excited|joy)\b"
+)
+SPEECH = re.compile(
+    r"\b(said|says|say|asked|asks|replied|replies|answered|shouted|yelled|whispered|cried out|exclaimed|called out"
+    r"|told|tells|talk(?:ed|ing|s)?|spoke|speaks?|begged|screamed|explained|laughed|responded|warned|suggested)\b"
+)
+# Who can be a story's main character without a name.
+BEINGS = frozenset(
+    """alien angel animal ant baby bear beaver bee beetle bird birdie boy brother bug bull bunny butterfly camel captain
+    cat caterpillar chef chick chicken child clown cook cop cow crab creature cricket crocodile crow dad daddy
+    dancer daughter deer dinosaur doctor dog dolphin donkey dove dragon driver duck duckling eagle elephant elf
+    explorer fairy farmer father fireman fish fisherman fly fox friend frog ghost giant giraffe girl goat goose
+    gorilla grandma grandpa guard hamster hawk hedgehog hen hero hippo horse human hunter infant jellyfish judge
+    kangaroo kid king kitten kitty knight lady lamb leopard lion lizard lobster man mermaid mole mom mommy monkey
+    monster mosquito mother mouse mule musician nurse octopus ostrich otter owl painter panda parrot peacock
+    penguin person pig pigeon pilot pirate policeman pony prince princess puppy queen rabbit raccoon rat raven
+    reindeer rhinoceros robot sailor seal shark sheep sister skeleton snail snake soldier son spider squirrel
+    swan teacher tiger toad troll turkey turtle unicorn vet warrior whale witch wizard wolf woman worm zebra""".split()  # noqa: SIM905
+)
+# What may carry a name and is nobody.
+PLACES = frozenset(
+    """area book building castle city club country farm forest game garden hill hotel house island kingdom lake land
+    mountain ocean park place planet play playground restaurant river school sea shop song store street team town
+    valley village zoo""".split()  # noqa: SIM905
+)
+NO_NAMES = frozenset(
+    """A After All Although An And Another As At Aunt Auntie Because But By Christmas Dad Daddy Dr Each Easter English
+    Even Every Everyone Finally First For Friday From God Grandad Grandma Grandmother Grandpa Granny Halloween
+    Happy He Hello Her Hey Hi His How I If In It Its Jr Just Later Little Look Lord Mama Maybe Mister Mom Momma
+    Mommy Monday Mr Mrs Ms Mum Mummy Mother Father My Nana Next No Not Now Oh Okay On Once One Our Papa Please
+    Santa Saturday She Since So Some Sometimes Soon Sunday Thank Thanks That The Their Then There These They This
+    Thursday Today Too Tuesday Two Uncle Wednesday We What When Where Which While Who Why With Wow Yes You Your
+    January February March April May June July August September October November December TV""".split()  # noqa: SIM905
+)
+TITLE = r"(?:(?:Mr|Mrs|Ms|Miss|Dr|Captain|Princess|Prince|King|Queen)\.? )?"
+NAME = rf"{TITLE}[A-Z][a-zé]+(?:-[A-Z][a-z]+)?"
+NAMED = re.compile(rf"\b(\w+),? (?:(?:who|that) (?:was|is) )?(?:named|called) ({NAME}(?: [A-Z][a-z]+)?)\b(?!')")
+LISTED = re.compile(rf"\b({NAME}(?:, {NAME})*),? and ({NAME})\b(?!['’])")
+
+
+def sentences(text: str) -> list[str]:
+    """Splits at sentence ends; a quotation of several sentences stays with the sentence it stands in."""
+    shielded = QUOTED.sub(lambda quote: re.sub(r"\s", "\0", quote[0]), text)
+    return [" ".join(part.replace("\0", " ").split()) for part in SENTENCE_END.split(shielded) if part.strip()]
+
+
+def main_character(story: str) -> str | None:
+    """Who the story is about: "Lily", "Tom and Anna", or "the cat" where it has no name.
+
+    It is who comes first, if nobody else comes up more often.
+    """
+    narration = " ".join(QUOTED.sub(' "" ', story).split())
+    if re.search(r"\b(I|I'm|we|my|We|My)\b", narration):
+        return None  # told by somebody in it
+    opening = " ".join(sentences(narration)[:3])
+    counts = _names(narration)
+    first = min(counts, key=lambda name: _first_at(name, narration), default=None)
+    being = re.search(rf"\b[Aa]n? (?:[a-z-]+,? ){{0,4}}?({'|'.join(BEINGS)})\b(?!['’-])", opening)
+    if being and (first is None or being.start() < _first_at(first, narration)):
+        named = re.match(rf"[^.!?]*?,? (?:who (?:was|is) )?(?:named|called) ({NAME})\b", opening[being.end() :])
+        named = named or re.search(rf"(?:[HhIi](?:is|er|ts)|[Tt]he {being[1]}'s) name was ({NAME})\b", opening)
+        if not named or named[1] != first:
+            return _unnamed(being[1], narration, counts)
+    if first is None or _first_at(first, narration) >= len(opening):
+        return None
+    together = [first]
+    several = LISTED.match(narration, _first_at(first, narration))
+    if several:
+        together = [*several[1].split(", "), several[2]]
+    if any(name not in counts for name in together):
+        return None
+    rivals = [count for name, count in counts.items() if name not in together]
+    if len(together) == 1:
+        companion = re.search(rf"\b{first} and (?:his|her|their|an?) [a-z -]+,? ({NAME})", opening)
+        if companion and 2 * counts[companion[1]] > counts[first]:
+            return None
+    elif 3 * min(counts[name] for name in together) < max(counts.values()):
+        return None
+    if counts[first] < max([2, *rivals, _thing_mentions(narration)]):
+        return None
+    return " and ".join([", ".join(together[:-1]), together[-1]] if len(together) > 1 else together)
+
+
+def _first_at(name: str, narration: str) -> int:
+    return re.search(rf"\b{re.escape(name)}\b", narration).start()
+
+
+def _names(narration: str) -> Counter[str]:
+    """Names of persons and animals in a text without quotations, with the number of their mentions.
+
+    Inside a sentence a capital letter shows a name, at its beginning only with a second mention and no lower-case twin.
+    """
+    inside = re.findall(rf"(?<=[a-z,;:] )({NAME})\b", narration)
+    begin = re.findall(rf'(?:^|(?<=[.!?"] ))({NAME})\b', narration)
+    plain = set(re.findall(r"\b[a-z]+\b", narration))
+    found = {match[2] for match in NAMED.finditer(narration)} | {name for name in inside if _may_name(name)}
+    found |= {name for name in begin if _may_name(name) and begin.count(name) > 1 and name.lower() not in plain}
+    nobody = {match[2] for match in NAMED.finditer(narration) if match[1] in PLACES}
+    found = {name for name in found - nobody if not any(name != other and name in other.split() for other in found)}
+    return Counter({name: len(re.findall(rf"\b{re.escape(name)}\b", narration)) for name in found})
+
+
+def _may_name(name: str) -> bool:
+    return name.split()[-1] not in NO_NAMES
+
+
+def _unnamed(being: str, narration: str, counts: Counter[str]) -> str | None:
+    """ "the cat", in the words that the story mostly uses, unless a name or another being comes up more often."""
+    mentions = Counter(re.findall(rf"\b[Tt]he ((?:[a-z]+ )?(?:{'|'.join(BEINGS)}))\b(?!['’])", narration))
+    if re.search(rf"\b(?:other|another|two) {being}", narration):
+        return None
+    own = Counter({phrase: count for phrase, count in mentions.items() if phrase.split()[-1] == being})
+    others = Counter()
+    for phrase, count in (mentions - own).items():
+        others[phrase.split()[-1]] += count
+    if own.total() < max(
+        [
+            2,
+            *(2 * count for count in counts.values()),
+            *(count + 1 for count in others.values()),
+            _thing_mentions(narration),
+        ]
+    ):
+        return None
+    return f"the {own.most_common(1)[0][0]}"
+
+
+def _thing_mentions(narration: str) -> int:
+    """How often the thing comes up with which the story begins ("there was a big boat"); 0 if it begins otherwise."""
+    begin = re.match(
+        r"[^.!?]*\b(?:was|lived|stood) an? ((?:[a-z-]+,? )*?)([a-z]+)(?: (?:that|which|who|in|on|at|near)|[.,!?])",
+        narration,
+    )
+    if not begin or begin[2] in BEINGS | PLACES:
+        return 0
+    return len(re.findall(rf"\b[Tt]he (?:[a-z]+ )?{begin[2]}\b(?!['’])", narration))
+
+
+def speaks(story: str) -> bool | None:
+    """Whether anyone in the story speaks: a quotation with a verb of speech says yes, neither of the two says no."""
+    quoted, told = QUOTED.search(story), SPEECH.search(QUOTED.sub("", story))
+    if quoted and told:
+        return True
+    return None if quoted or told or re.search(r'["“”]', story) else False
+
+
+def moral(story: str) -> str | None:
+    """The sentence that states the story's moral, as it stands there."""
+    for sentence in reversed(sentences(story)):
+        if '"' not in sentence and "“" not in sentence and MORAL.search(sentence):
+            return sentence
+    return None
+
+
+def happenings(story: str, character: str | None) -> str | None:
+    """What happened: the sentence in which the story sets in ("One day, ...") and the one with which it closes.
+
+    A pronoun at the beginning becomes the main `character`, if it can only mean that one.
+    """
+    told = [s for s in sentences(story) if not MORAL.search(s) and not CLOSED.fullmatch(s)]
+    at = next((i for i, sentence in enumerate(told[:-1]) if EVENT.match(sentence)), None)
+    if at is None or any(re.search(r'["“”]', sentence) for sentence in (told[at], told[-1])):
+        return None
+    event = told[at]
+    pronoun = re.match(rf"({EVENT.pattern},? )(she|he|it|they|her|his|its|their)\b", event)
+    if pronoun:
+        plural = pronoun[2] in ("they", "their")
+        known = set(re.split(r", | and ", character or ""))
+        if character is None or plural != (" and " in character) or set(_names(" ".join(told[: at + 1]))) - known:
+            return None
+        owner = "" if pronoun[2] in ("she", "he", "it", "they") else "'s"
+        event = f"{pronoun[1]}{character}{owner}{event[pronoun.end() :]}"
+    return f"{event} {told[-1]}"
+
+
+def ends_happily(story: str, sad_by_record: bool) -> bool | None:
+    """Whether the story ends happily: what its record says, unless the words of the last three sentences deny it."""
+    told = [s for s in sentences(story) if not MORAL.search(s) and not CLOSED.fullmatch(s)]
+    close = " ".join(told[-3:])
+    bad, good = len(BAD_TURN.findall(close)), len(GOOD_TURN.findall(close))
+    if sad_by_record:
+        return False if bad > good else None
+    return True if good > bad else None

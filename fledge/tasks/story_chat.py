@@ -1,0 +1,194 @@
+"""Story chat: write a story, sum one up, and answer questions about it, alone or in a conversation about one story.
+
+The answers come from the record (TinyStories-Instruct) and from rules that answer only when they are sure
+(`fledge.tasks.stories`). Which phrasing asks, and what a conversation is made of, is drawn from the `rng` given.
+"""
+
+import hashlib
+import random
+import re
+
+from fledge.generation import Answer
+from fledge.tasks import RejectedRecord
+from fledge.tasks.overlap import exact_match, f1, rouge
+from fledge.tasks.stories import ends_happily, happenings, main_character, moral, sentences, speaks
+from fledge.tasks.topic_ending import COMPLETE, content_words
+from fledge.tasks.words import used
+from fledge.templates import INPUT_MARK
+
+TEMPLATE = "story_chat"
+PURPOSE = "write short stories, sum them up, and answer questions about them"
+SYSTEM = {
+    "role": "system",
+    "content": "You are a storyteller. You write short stories and answer questions about them.",
+}
+KINDS = ("summary", "moral", "words", "who", "what", "happy", "talk")
+COLUMNS = {
+    "kind": KINDS,
+    "form": ("single", "conversation"),
+    "words": "strings",
+    "features": "strings",
+}
+MEANING = {
+    "instruction_following": "meets every constraint its prompt states and stopped by end-of-text; what that is for "
+    "each kind of prompt stands in docs/tasks.md",
+    "rouge1": "single words shared with the reference summary or account (ROUGE-1, F-measure)",
+    "rouge2": "word pairs shared with it (ROUGE-2, F-measure)",
+    "rougeL": "longest common subsequence with it (ROUGE-L, F-measure)",
+    "grounded": "share of a summary's content words that its story has",
+    "moral_rougeL": "longest common subsequence with the moral that the story states (ROUGE-L, F-measure)",
+    "words_used": "share of the requested words that the story uses, in any inflection",
+    "all_words_used": "the story uses all requested words",
+    "dialogue": "somebody speaks in the story, where the prompt asks for dialogue",
+    "exact_match": "a question is answered with the reference's words, but for case, punctuation and articles",
+    "f1": "words shared with the reference answer to a question (harmonic mean of precision and recall)",
+    "no_role_leak": "no role token of the conversation stands in the answer",
+}
+
+# The first phrasing of each kind is the plain one, which `CAPABILITIES` asks with.
+PHRASINGS = {
+    "summary": ("Summarize this story.", "What is this story about?", "Give a short summary of the story."),
+    "moral": ("What is the moral of the story?", "What does this story teach?", "Which lesson does the story state?"),
+    "words": (
+        "Write a story using these words: {words}",
+        "Write a short story with the words {words}",
+        "Tell me a story in which these words occur: {words}",
+    ),
+    "who": ("Who is the main character?", "Who is this story about?", "Name the main character of the story."),
+    "what": (
+        "What happened in the story?",
+        "What happens in this story, and how does it end?",
+        "Tell me what happened and how it ended.",
+    ),
+    "happy": ("Does the story have a happy ending?", "Does it end happily?", "Is the ending of the story a happy one?"),
+    "talk": ("Does anyone speak in the story?", "Is there dialogue in the story?", "Do the characters talk?"),
+}
+DIALOGUE = "\nThe story should contain dialogue."
+ROLE_TOKEN = re.compile(r"<\|\w+\|>|^(?:user|assistant|system) ?:", re.MULTILINE | re.IGNORECASE)
+# Nearly every story ends happily and has dialogue. Asked of all of them, a model would learn to say yes unread.
+SHARE_OF_YES = {"happy": 1 / 3, "talk": 1 / 2}
+LONGEST_CONVERSATION = 4  # answers
+
+
+def examples(record: dict, rng: random.Random) -> list[dict]:
+    """A TinyStories-Instruct record → an example of each kind that it supports, and a conversation of several of them.
+
+    Raises:
+        RejectedRecord: the record has no story, its story breaks off, or no answer about it is sure.
+    """
+    story = record.get("Story", "").strip()
+    if not story:
+        raise RejectedRecord("no story")
+    if not story.endswith(COMPLETE):
+        raise RejectedRecord("the story breaks off")
+    answers = _answers(record, story, rng)
+    words = _words_used(record, story)
+    features = ["dialogue"] if _lists(record, "Dialogue") and speaks(story) and rng.random() < 0.5 else []
+    group = hashlib.blake2b(" ".join(story.split()).encode(), digest_size=16).hexdigest()
+
+    def ask(kind: str, text: str = "") -> list[dict[str, str]]:
+        content = rng.choice(PHRASINGS[kind]) + (INPUT_MARK + text if text else "")
+        return [_user(content), {"role": "assistant", "content": answers[kind]}]
+
+    def example(kind: str, form: str, turns: list[dict[str, str]]) -> dict:
+        constraints = {"words": words, "features": features} if kind == "words" else {"words": [], "features": []}
+        return {"messages": [SYSTEM, *turns], "kind": kind, "form": form, **constraints, "group": group}
+
+    made = [example(kind, "single", ask(kind, story)) for kind in answers]
+    written = []
+    if words:
+        request = rng.choice(PHRASINGS["words"]).format(words=", ".join(words)) + (DIALOGUE if features else "")
+        written = [_user(request), {"role": "assistant", "content": story}]
+        made.append(example("words", "single", written))
+    if len(answers) > 1:
+        kinds = rng.sample(list(answers), rng.randint(2, min(LONGEST_CONVERSATION, len(answers))))
+        # It goes on from a story that was just written, or begins with one that the user brings.
+        turns = written if written and rng.random() < 0.5 else []
+        for kind in kinds:
+            turns = turns + ask(kind, "" if turns else story)
+        made.append(example(kinds[-1], "conversation", turns))
+    if not made:
+        raise RejectedRecord("no answer about the story is sure")
+    return made
+
+
+def _answers(record: dict, story: str, rng: random.Random) -> dict[str, str]:
+    """The sure answers to questions about the story, by kind."""
+    who = main_character(story)
+    yes_or_no = {"happy": ends_happily(story, _lists(record, "BadEnding")), "talk": speaks(story)}
+    for kind, share in SHARE_OF_YES.items():
+        if yes_or_no[kind] and rng.random() >= share:
+            yes_or_no[kind] = None
+    found = {
+        "summary": " ".join(record.get("Summary", "").split()),
+        "moral": moral(story) if _lists(record, "MoralValue") or "moral of the story" in story else None,
+        "who": f"{who[0].upper()}{who[1:]}." if who else None,
+        "what": happenings(story, who),
+        **{kind: None if yes is None else "Yes." if yes else "No." for kind, yes in yes_or_no.items()},
+    }
+    return {kind: answer for kind, answer in found.items() if answer}
+
+
+def _lists(record: dict, feature: str) -> bool:
+    return feature in [name.strip() for name in record.get("Features", "").split(",")]
+
+
+def _words_used(record: dict, story: str) -> list[str]:
+    """The record's words that its story does use."""
+    words = [word.strip() for word in record.get("Words", "").split(",") if word.strip()]
+    return [word for word, is_used in zip(words, used(words, story), strict=True) if is_used]
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+class Scorer:
+    """Scores answers by rule: nothing is learned from the training split, so there is no judge to judge."""
+
+    def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
+        self.judge: dict = {}
+
+    def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
+        return [_score(row, answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def _score(row: dict, answer: Answer) -> dict[str, float]:
+    kind, text, reference = row["kind"], answer.text, row["messages"][-1]["content"]
+    scores = {"no_role_leak": float(not ROLE_TOKEN.search(text))}
+    if kind == "words":
+        found = used(row["words"], text)
+        scores |= {"words_used": sum(found) / len(found), "all_words_used": float(all(found))}
+        if "dialogue" in row["features"]:
+            scores["dialogue"] = float(speaks(text) is True)
+        met = all(found) and scores.get("dialogue", 1) and len(sentences(text)) >= 3
+    elif kind in ("summary", "what"):
+        given = " ".join(message["content"] for message in row["messages"][:-1])
+        wanted = content_words(text)
+        scores |= rouge(reference, text)
+        scores["grounded"] = len(wanted & content_words(given)) / len(wanted) if wanted else 0.0
+        met = scores["grounded"] >= 0.7 and 2 * len(text) < len(given)
+    elif kind == "moral":
+        scores["moral_rougeL"] = rouge(reference, text)["rougeL"]
+        met = scores["moral_rougeL"] >= 0.5
+    else:
+        scores |= {"exact_match": exact_match(reference, text), "f1": f1(reference, text)}
+        met = scores["exact_match"]
+    follows = met and answer.stopped and scores["no_role_leak"]
+    return {"instruction_following": float(bool(follows)), **scores}
+
+
+_STORY = (
+    "Once upon a time, there was a small fox named Rusty. Rusty lived near a river and loved to skip stones. One day, "
+    "Rusty saw a duck who could not get out of the reeds. Rusty pulled the reeds apart with his teeth. "
+    '"Thank you," said the duck. "Come and swim with me!" Rusty was afraid of the water, but the duck showed him how '
+    "to paddle. At night they sat on the bank and watched the moon, and they were happy."
+)
+# The fixed prompts of `evaluate_model.py --capabilities`.
+CAPABILITIES = {
+    "summary": [SYSTEM, _user(PHRASINGS["summary"][0] + INPUT_MARK + _STORY)],
+    "words": [SYSTEM, _user(PHRASINGS["words"][0].format(words="boat, brave, laugh"))],
+    "who": [SYSTEM, _user(PHRASINGS["who"][0] + INPUT_MARK + _STORY)],
+    "what": [SYSTEM, _user(PHRASINGS["what"][0] + INPUT_MARK + _STORY)],
+}
+EXAMPLE = CAPABILITIES["words"]

@@ -1,0 +1,39 @@
+"""Is a requested word used? Inflections count as used (run, runs, ran, running), derivations do not (runner).
+
+Two words are inflections of one when they share a dictionary form in LemmInflect's lexicon, which is made from the
+NIH's SPECIALIST lexicon (https://github.com/bjascob/LemmInflect). "A run" and "to run" are one word here.
+"""
+
+import re
+from functools import lru_cache
+
+SUPPLETIVE = {"people": "person"}  # the lexicon has two words where a story has one
+
+
+@lru_cache(maxsize=100_000)
+def lemmas(word: str) -> frozenset[str]:
+    """The dictionary forms that a lower-case word may be a form of; itself among them."""
+    from lemminflect import getAllLemmas
+
+    found = {lemma for forms in getAllLemmas(word).values() for lemma in forms}
+    return frozenset({word, SUPPLETIVE.get(word, word)} | found)
+
+
+def in_order(text: str) -> list[str]:
+    """Lower-case words of a text; a hyphen parts words, a possessive 's is left off.
+
+    >>> in_order("The ice-cream man's van")
+    ['the', 'ice', 'cream', 'man', 'van']
+    """
+    return re.findall(r"[^\W_]+(?:'(?!s\b)[^\W_]+)*", re.sub(r"'s\b", "", text.lower().replace("’", "'")))
+
+
+def used(requested: list[str], text: str) -> list[bool]:
+    """For each requested word, or phrase of several words, whether `text` uses it in any inflection."""
+    words = [lemmas(word) for word in in_order(text)]
+    found = []
+    for phrase in requested:
+        wanted = [lemmas(word) for word in in_order(phrase)]
+        places = range(len(words) - len(wanted) + 1)
+        found.append(bool(wanted) and any(all(w & words[at + i] for i, w in enumerate(wanted)) for at in places))
+    return found
