@@ -157,9 +157,9 @@ def _thing_mentions(narration: str) -> int:
         r"[^.!?]*\b(?:was|lived|stood) an? ((?:[a-z-]+,? )*?)([a-z]+)(?: (?:that|which|who|in|on|at|near)|[.,!?])",
         narration,
     )
-    if not begin or begin[2] in BEINGS | PLACES:
+    if not begin or begin[1] in BEINGS | PLACES:
         return 0
-    return len(re.findall(rf"\b[Tt]he (?:[a-z]+ )?{begin[2]}\b(?!['’])", narration))
+    return len(re.findall(rf"\b[Tt]he (?:[a-z]+ )?{begin[1]}\b(?!['’])", narration))
 
 
 def speaks(story: str) -> bool | None:

@@ -9,7 +9,7 @@ from fledge.tasks.story_chat import CAPABILITIES, COLUMNS, EXAMPLE, KINDS, MEANI
 from fledge.templates import INPUT_MARK
 
 STORY = (
-    "Once upon a time, there was a little girl named Lily. Lily had a red ball. One day, she lost the ball in the park. "
+    "Once upon a time, there was a little girl named Lily. Lily had a red ball. One day, she lost it in the park. "
     '"Where is my ball?" Lily asked. A dog brought the ball back. Lily was happy and hugged the dog. '
     "The moral of the story is to take care of your things."
 )
@@ -41,7 +41,7 @@ def answers_to(record: dict, kind: str) -> set[str]:
         ("moral", "The moral of the story is to take care of your things."),
         ("words", STORY),
         ("who", "Lily."),
-        ("what", "One day, Lily lost the ball in the park. Lily was happy and hugged the dog."),
+        ("what", "One day, Lily lost it in the park. Lily was happy and hugged the dog."),
         ("happy", "Yes."),
         ("talk", "Yes."),
     ],
