@@ -6,8 +6,10 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +44,8 @@ class PrepareArguments:
     max_shard_size: str = field(default="500MB", metadata={"help": "of a parquet file in memory (default 500MB)"})
     license: str | None = field(default=None, metadata={"help": "an SPDX id for the card; default: the source's own"})
     show: int = field(default=0, metadata={"help": "print this many rows, what is supervised in colour"})
+    push_to_hub: str | None = field(default=None, metadata={"help": "user/name: send the dataset there as well"})
+    private: bool = field(default=False, metadata={"help": "make the repository on the Hub private"})
     num_proc: int | None = field(default=None, metadata={"help": "processes; default: one for each core"})
     seed: int = field(default=0, metadata={"help": "of the splits and the balancing (default 0)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier dataset in output_dir"})
@@ -78,12 +82,16 @@ def main():
     if args.show:
         show(Path(args.output_dir), args.show)
     print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: train_sft.py")
+    if args.push_to_hub:
+        push(Path(args.output_dir), args.push_to_hub, args.private)
 
 
 def make_plan(args: PrepareArguments) -> Plan:
     """Raises:
     UserError: an argument is wrong.
     """
+    if args.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
+        raise UserError(f"--push_to_hub {args.push_to_hub} is not of the form user/name.")
     if args.show < 0:
         raise UserError(f"--show {args.show} is out of range; print no row or some.")
     if args.limit is not None and args.limit < 1:
@@ -187,6 +195,22 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     prompt = prompt_text(preparation.tokenizer, rows[0]["messages"][:-1])
     (folder / "README.md").write_text(dataset_card(budget.as_dict(), rows, prompt), encoding="utf-8")
     return budget
+
+
+def push(data: Path, repo_id: str, private: bool) -> None:
+    """Sends the parquet files, the card and the budget; ids and tokenizer stay here, they are one model's.
+
+    Raises:
+        UserError: the Hub does not take it.
+    """
+    from fledge.preflight import check_folder
+    from fledge.publishing import build_dataset
+    from fledge.upload import send
+
+    with tempfile.TemporaryDirectory(prefix="fledge-") as folder:
+        build_dataset(Path(folder), data)
+        check_folder("dataset", Path(folder))
+        print(f"Sent to {send('dataset', Path(folder), repo_id, private).url}")
 
 
 def show(data: Path, count: int) -> None:

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from conftest import run_script
 from datasets import ClassLabel, load_dataset, load_from_disk
+from hub import TOKEN, Hub
 from huggingface_hub import DatasetCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -492,6 +493,43 @@ def test_a_run_that_is_killed_leaves_the_old_dataset_and_the_next_completes(usua
     assert {path.name for path in tmp_path.iterdir()} == {"out", "killed.py"}
 
 
+STREAMED = """
+from fledge.sources import load_source
+source = load_source("columns", "messages=messages")
+for chunk in source.chunks("someone/tales"):
+    print(chunk.split, len(source.parse(chunk)), source.parse(chunk)[0]["messages"][0]["role"])
+"""
+
+
+def test_what_is_sent_to_the_hub_is_streamed_back_from_it(usual, tmp_path):
+    hub = Hub()
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    try:
+        done = run_script(
+            "prepare_dataset.py", *usual, "--push_to_hub", "someone/tales", "--output_dir", tmp_path / "out",
+            HF_TOKEN=TOKEN, **online,
+        )  # fmt: skip
+        streamed = run_script("-c", STREAMED, **online).stdout.splitlines()
+    finally:
+        hub.shutdown()
+        hub.server_close()
+
+    assert f"Sent to {hub.url}/datasets/someone/tales" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    splits = read_budget(tmp_path / "out")["splits"]
+    assert streamed == [f"{name} {split['rows']} user" for name, split in splits.items()]
+
+
+def test_a_hub_that_cannot_be_reached_leaves_the_dataset_here(usual, tmp_path):
+    done = run_script(
+        "prepare_dataset.py", *usual, "--push_to_hub", "someone/tales", "--output_dir", tmp_path / "out",
+        check=False, HF_TOKEN="", HF_HOME=str(tmp_path / "home"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert read_budget(tmp_path / "out")["rows_kept"] == 180
+
+
 def test_a_person_who_errs_reads_one_line(usual, tmp_path):
     done = run_script(
         "prepare_dataset.py", *usual, "--data", tmp_path / "none.txt", "--output_dir", tmp_path / "out", check=False
@@ -526,6 +564,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--max_length", "-1"], "--max_length -1 is outside 1 to 128", id="negative length"),
         pytest.param(["--max_length", "0"], "--max_length 0 is outside 1 to 128", id="no length"),
         pytest.param(["--limit", "-1"], "--limit", id="negative limit"),
+        pytest.param(["--push_to_hub", "tales"], "--push_to_hub tales is not of the form user/name", id="no owner"),
         pytest.param(["--show", "-1"], "--show -1 is out of range", id="negative show"),
         pytest.param(["--data", "latin.txt"], "latin.txt is not UTF-8 text: byte 16 cannot", id="not UTF-8"),
         pytest.param(["--source", "alpaca"], "corpus.txt is no table", id="a text for a table"),
