@@ -14,7 +14,8 @@ from hub import TOKEN, Hub
 from transformers import AutoTokenizer
 
 from fledge.encoding import encode_prompt
-from fledge.publishing import GRADIO
+from fledge.publishing import GRADIO, space_settings
+from fledge.tasks import TASKS
 
 INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"
 ALL = ("--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo")
@@ -181,6 +182,20 @@ def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
     assert metadata["sdk_version"] == GRADIO == pinned
     assert metadata["models"] == ["someone/tiny-tales"]
     assert not re.search(r"import fledge|from fledge|trust_remote_code", (space / "app.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_page_in_the_space(task, tmp_path):
+    (tmp_path / "budget.json").write_text(json.dumps({"task": task}), encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}', encoding="utf-8")
+    settings = space_settings(tmp_path, [], "a/b", None)
+    assert settings["story"] or settings["chat"]
+    assert settings["temperature"] == 0.7
+    if settings["story"]:
+        assert settings["story"]["instruction"].count("{topic}") == 1
+        columns = 2 if settings["story"]["endings"] else 1
+        assert all(len(example) == columns for example in settings["story"]["examples"])
+    assert settings["chat"] is None or all(settings["chat"]["examples"])
 
 
 def test_no_code_asks_to_run_a_models_own_code():

@@ -4,6 +4,7 @@ python app.py                                  the models that settings.json nam
 MODEL=../model BASE=../base python app.py      folders of this machine instead
 """
 
+import html
 import json
 import os
 import threading
@@ -170,7 +171,7 @@ def chat_page(writer: Writer) -> None:
         if len(message) > LONGEST_INPUT:
             yield message, history, f"That is {len(message):,} characters; please stay below {LONGEST_INPUT:,}."
             return
-        said = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in history]
+        said = [{"role": turn["role"], "content": html.unescape(text_of(turn["content"]))} for turn in history]
         said.append({"role": "user", "content": message.strip()})
         if not said[-1]["content"]:
             yield message, history, settings["empty"]
@@ -180,16 +181,18 @@ def chat_page(writer: Writer) -> None:
             yield message, history, TOO_LONG
             return
         for text, status in writer.answer(ids, temperature, length):
-            yield "", [*said, {"role": "assistant", "content": text or "…"}], status
+            turns = [*said, {"role": "assistant", "content": text or "…"}]
+            # Chatbot takes any text for HTML, even without Markdown; escaped, it shows what was typed.
+            yield "", [turn | {"content": html.escape(turn["content"])} for turn in turns], status
 
     conversation = gr.Chatbot(
-        show_label=False, height=380, render_markdown=False, sanitize_html=True, allow_tags=False, buttons=["copy"],
+        show_label=False, height=380, render_markdown=False, sanitize_html=True, allow_tags=False, buttons=[],
         placeholder=settings["placeholder"],
     )  # fmt: skip
     message = gr.Textbox(show_label=False, placeholder="Say something", lines=1, max_lines=12)
     with gr.Row():
         send, stop = gr.Button("Send", variant="primary", scale=3), gr.Button("Stop", scale=1, min_width=90)
-        clear = gr.Button("Clear", scale=1, min_width=90)
+        clear = gr.Button("Start over", scale=1, min_width=120)
     status = status_line()
     inputs = [message, conversation, *sampling_controls(writer)]
     running = [
@@ -243,4 +246,4 @@ def build(model: str, base: str | None) -> gr.Blocks:
 if __name__ == "__main__":
     theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=["monospace"])
     page = build(os.environ.get("MODEL", SETTINGS["model"]), os.environ.get("BASE", SETTINGS["base"]))
-    page.launch(theme=theme, css=CSS, ssr_mode=False, enable_monitoring=False)
+    page.launch(theme=theme, css=CSS, ssr_mode=False, run_history=False)
