@@ -7,7 +7,7 @@ none. `tests/tasks/main_characters.jsonl` holds what a person said about 200 sto
 import re
 from collections import Counter
 
-SENTENCE_END = re.compile(r'(?<=[.!?])["”’\']?\s+(?=["“‘\']?[A-Z])')
+SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["”’']))\s+(?=["“‘']?[A-Z])""")
 QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
 MORAL = re.compile(
     r"\bmoral of (?:the|this) story(?: is\b|:).*\w \w|^(?:The|Our) moral is\b"
@@ -102,7 +102,7 @@ def main_character(story: str) -> str | None:
             return None
     elif 3 * min(counts[name] for name in together) < max(counts.values()):
         return None
-    if counts[first] < max([2, *rivals, _thing_mentions(narration)]):
+    if counts[first] < max([2, *rivals, 1 + _thing_mentions(narration)]):
         return None
     return " and ".join([", ".join(together[:-1]), together[-1]] if len(together) > 1 else together)
 
@@ -114,13 +114,18 @@ def _first_at(name: str, narration: str) -> int:
 def _names(narration: str) -> Counter[str]:
     """Names of persons and animals in a text without quotations, with the number of their mentions.
 
-    Inside a sentence a capital letter shows a name, at its beginning only with a second mention and no lower-case twin.
+    Inside a sentence a capital letter shows a name. At its beginning it does if the word never occurs in lower case and
+    either occurs again or begins the story.
     """
     inside = re.findall(rf"(?<=[a-z,;:] )({NAME})\b", narration)
     begin = re.findall(rf'(?:^|(?<=[.!?"] ))({NAME})\b', narration)
     plain = set(re.findall(r"\b[a-z]+\b", narration))
     found = {match[2] for match in NAMED.finditer(narration)} | {name for name in inside if _may_name(name)}
-    found |= {name for name in begin if _may_name(name) and begin.count(name) > 1 and name.lower() not in plain}
+    found |= {
+        name
+        for name in begin
+        if _may_name(name) and name.lower() not in plain and (begin.count(name) > 1 or narration.startswith(name))
+    }
     nobody = {match[2] for match in NAMED.finditer(narration) if match[1] in PLACES}
     found = {name for name in found - nobody if not any(name != other and name in other.split() for other in found)}
     return Counter({name: len(re.findall(rf"\b{re.escape(name)}\b", narration)) for name in found})
@@ -133,7 +138,7 @@ def _may_name(name: str) -> bool:
 def _unnamed(being: str, narration: str, counts: Counter[str]) -> str | None:
     """ "the cat", in the words that the story mostly uses, unless a name or another being comes up more often."""
     mentions = Counter(re.findall(rf"\b[Tt]he ((?:[a-z]+ )?(?:{'|'.join(BEINGS)}))\b(?!['’])", narration))
-    if re.search(rf"\b(?:other|another|two) {being}", narration):
+    if re.search(rf"\b(?:other|another|two) {being}|\b{being} and an? ", narration):
         return None
     own = Counter({phrase: count for phrase, count in mentions.items() if phrase.split()[-1] == being})
     others = Counter()
@@ -154,7 +159,7 @@ def _unnamed(being: str, narration: str, counts: Counter[str]) -> str | None:
 def _thing_mentions(narration: str) -> int:
     """How often the thing comes up with which the story begins ("there was a big boat"); 0 if it begins otherwise."""
     begin = re.match(
-        r"[^.!?]*\b(?:was|lived|stood) an? ((?:[a-z-]+,? )*?)([a-z]+)(?: (?:that|which|who|in|on|at|near)|[.,!?])",
+        r"[^.!?]*\b(?:was|lived|stood) an? (?:[a-z-]+,? )*?([a-z]+)(?: (?:that|which|who|in|on|at|near)|[.,!?])",
         narration,
     )
     if not begin or begin[1] in BEINGS | PLACES:
