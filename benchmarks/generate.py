@@ -104,6 +104,8 @@ def main():
     rate = compare("1 prompt", every, model, TOLD, prompts[:1], ANSWER)
     read = sum(p.nbytes for p in model.parameters()) - model.transformer.wte.weight.nbytes
     print(f"1 prompt: {rate * read / bandwidth():.0%} of the memory bandwidth of {bandwidth() / 1e9:.1f} GB/s")
+    half = GPT2LMHeadModel(SHAPE).eval().bfloat16()
+    compare("1 prompt in bfloat16", {"Fledge": with_fledge, "generate": with_generate}, half, TOLD, prompts[:1], ANSWER)
     compare("64 prompts", {way: every[way] for way in ("Fledge", "generate")}, model, TOLD, prompts, ANSWER)
     compare("64 prompts, the first 16 tokens", every, model, TOLD, prompts, 16)
 

@@ -40,6 +40,7 @@ def answer_file(
         "written": (Path(args.model) / "config.json").stat().st_mtime_ns,
         "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "num_samples": args.num_samples,
+        "dtype": args.dtype,
         "sampling": asdict(sampling),
     }
     partial = output.with_name(output.name + ".partial")

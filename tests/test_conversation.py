@@ -120,8 +120,13 @@ def test_two_models_side_by_side(tiny, monkeypatch, capsys):
     assert below[1].split() == below[2].split() == alone
 
 
+def test_half_precision_answers_too(tiny, monkeypatch, capsys):
+    topic = ["--topic", "Lily took a ball.", "--temperature", 0, "--max_new_tokens", 6]
+    run_generate(monkeypatch, "--model", tiny.model, *topic, "--dtype", "bfloat16")
+    assert capsys.readouterr().out.strip()
+
+
 def test_another_task_is_warned_of(tiny, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("fledge.tasks.story_chat")
     folder = tmp_path / "model"
     folder.mkdir()
     for file in tiny.model.iterdir():
@@ -139,7 +144,6 @@ def test_words_and_stories_are_asked_as_the_task_does(tmp_path):
     story.write_text("Lily had a ball.\n", encoding="utf-8")
     args = generate.GenerateArguments(model="m", ask="Who is it?", story=str(story))
     assert generate.question(args) == f"Who is it?{INPUT_MARK}Lily had a ball."
-    pytest.importorskip("fledge.tasks.story_chat")
     words = generate.GenerateArguments(model="m", words="boat,  brave ,laugh")
     assert generate.question(words) == "Write a story using these words: boat, brave, laugh"
 
@@ -151,6 +155,7 @@ def test_words_and_stories_are_asked_as_the_task_does(tmp_path):
         ({"prompt": "x", "topic": "y"}, "--prompt and --topic are given"),
         ({"topic": "x", "ending": "odd"}, "--ending odd"),
         ({"prompt": "x", "num_samples": 0}, "at least 1"),
+        ({"prompt": "x", "dtype": "int8"}, "--dtype int8"),
         ({"prompt": "x", "story": "s.txt"}, "--story needs a question"),
         ({"prompts_file": "p.txt"}, "go together"),
         ({"prompt": "x", "output_file": "o"}, "go together"),
