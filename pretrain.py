@@ -130,10 +130,12 @@ def main():
         )
     if not trainer.was_evaluated:
         trainer.evaluate()
+    # Asked of all processes, which may hold a part of the weights each.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     record = pretraining_record(trainer, seconds, tokens, estimate)
     if trainer.is_world_process_zero():
         with staged(output_dir, True, "pretraining.json", "checkpoints") as folder:
-            finished_base(trainer).save_pretrained(folder)
+            finished_base(trainer).save_pretrained(folder, state_dict=weights)
             tokenizer.model_max_length = args.context_length
             tokenizer.save_pretrained(folder)
             with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:

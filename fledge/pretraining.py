@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import (
     GenerationConfig,
@@ -32,6 +33,7 @@ from fledge.cli import UserError, read_json, staged, write_json
 from fledge.corpus import names_and_sizes, pieces
 from fledge.encoding import IGNORED
 from fledge.loss import ScoreTokens
+from fledge.muon import MuonWithAdamW
 from fledge.run_record import outcome
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
@@ -62,6 +64,9 @@ class PretrainConfig(TrainingArguments):
     enable_jit_checkpoint: bool = field(default=True, metadata={"help": "save a checkpoint on SIGTERM"})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "count tokens in the log"})
     bf16: bool | None = field(default=None, metadata={"help": "train in bf16 autocast (default: where it is fast)"})
+    muon: bool = field(
+        default=False, metadata={"help": "Muon for the layers' matrices, which wants --learning_rate 5e-3"}
+    )
     # Blocks carry labels that are shifted already, under a name that no forward lists.
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave as it is"})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin memory in the data loader"})
@@ -290,6 +295,17 @@ class PretrainTrainer(Trainer):
         if self.args.device.type in ("cpu", "mps"):
             score_in_cache(self.model)
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        args = self.args
+        if args.muon and self.optimizer is None:
+            if self.is_fsdp_enabled:
+                raise UserError(
+                    "--muon needs whole matrices, which FSDP spreads over the processes; leave one of them."
+                )
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = MuonWithAdamW(self.model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+        return super().create_optimizer(model)
+
     def log(self, logs: dict, *arguments) -> None:
         super().log(logs | {"num_tokens": self.state.num_input_tokens_seen}, *arguments)
 
@@ -360,7 +376,7 @@ class Samples(TrainerCallback):
         if not state.is_world_process_zero:
             return
         print(f"             {metrics['eval_bits_per_byte']:.4f} bits per byte", flush=True)
-        if args.fsdp_config is not None and args.fsdp:  # its weights are spread over the processes
+        if isinstance(next(model.parameters()), DTensor):  # FSDP2: its weights are spread over the processes
             return
         for prompt in self.prompts:
             ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]
@@ -391,7 +407,7 @@ def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
     epochs, (whole, rest) = steps / steps_an_epoch, divmod(steps, steps_an_epoch)
     seen = whole * (len(blocks.ids) - 1) + rest * rows_a_step * blocks.context_length
     parameters = model.num_parameters()
-    seconds = None if args.fsdp else trainer.seconds_a_step()
+    seconds = None if trainer.is_fsdp_enabled else trainer.seconds_a_step()
     estimate = {
         "steps": steps,
         "tokens": seen,

@@ -1,0 +1,41 @@
+"""Muon for the matrices of the layers, AdamW for all else, as one optimizer that a `Trainer` can hold.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix, which
+learns more from a step. Its rate is matched to AdamW's (Liu et al. 2025), so one schedule serves both.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`parts` are the two optimizers; their parameter groups are this one's, so that a schedule reaches both."""
+
+    def __init__(self, model: PreTrainedModel, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.dim() == 2 and ".h." in name]
+        tables = [p for name, p in named if p.dim() == 2 and ".h." not in name]
+        vectors = [p for _, p in named if p.dim() < 2]
+        adamw = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        super().__init__([*adamw, {"params": matrices}], {"lr": lr})
+        self.parts = [
+            torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps, fused=True),
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        ]
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, of_part in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(of_part)
+        self._share()
