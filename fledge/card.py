@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 
 from fledge.cli import UserError, read_json
+from fledge.report import LOWER_IS_BETTER, NEUTRAL, NO_SHARES, asked, judged_by, table, table_by
 
 CARDS = Path(__file__).parent.parent / "model_card"
 STAGES = {
@@ -105,6 +106,8 @@ def failures(samples: list[dict], meaning: dict[str, str]) -> list[dict]:
     """
     found = []
     for name, means in meaning.items():
+        if name in (*LOWER_IS_BETTER, *NEUTRAL, *NO_SHARES):  # where 0 is no miss
+            continue
         scores = {i: s["model"]["scores"][name] for i, s in enumerate(samples) if name in s["model"]["scores"]}
         missed = [i for i, score in scores.items() if score == 0]
         if missed and set(scores.values()) <= {0, 1}:
@@ -136,7 +139,6 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCardData
 
     from fledge.encoding import encode_prompt, prompt_text
-    from fledge.report import asked, judged_by, table, table_by
     from fledge.tasks import load_task
     from fledge.tokenizers import open_tokenizer
 

@@ -144,7 +144,9 @@ def test_failures_are_counted_of_the_answers_that_were_asked():
         return {"model": {"scores": scores}}
 
     samples = [answer(yes=1), answer(yes=0, part=0.5), answer(part=0), answer(yes=0, part=1), answer(always=1)]
-    found = failures(samples, {"yes": "said yes", "part": "a share", "always": "never missed", "absent": "not scored"})
+    samples.append(answer(repetition=0, copied=0, answer_tokens=0))  # of which 0 is the best, or neither
+    meaning = {"yes": "said yes", "part": "a share", "always": "never missed", "absent": "not scored"}
+    found = failures(samples, meaning | dict.fromkeys(("repetition", "copied", "answer_tokens"), "no miss"))
     assert [(f["name"], f["missed"], f["of"]) for f in found] == [("yes", 2, 3)]
     assert found[0]["example"] is samples[3]  # the card shows the first two anyway
 
