@@ -5,9 +5,10 @@
     python benchmarks/prepare.py --megabytes 3000 --only_whole
 
 The corpus is examples/tales.txt.gz over and over, with other names and another last sentence each time; ids are
-GPT-2's. Rates are megabytes of the corpus and examples a second by the clock; of the whole, and of nothing else, they
-include Python's start and its imports. Memory is the largest sum over all its processes of their proportional set
-sizes, sampled ten times a second: a page that two processes share counts once.
+GPT-2's. Rates are megabytes of the corpus and examples a second, first by the clock and then of processor time, which
+says more on a machine that is not idle: two idle cores reach twice the latter where both are used. Of the whole, and of
+nothing else, they include Python's start and its imports. Memory is the largest sum over all its processes of their
+proportional set sizes, sampled twice a second: a page that two processes share counts once.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import contextlib
 import gzip
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -115,8 +117,8 @@ def conversations(corpus: Path, count: int) -> list[list[dict]]:
     return [topic_ending.examples(record, random.Random(0))[0]["messages"] for record in islice(complete, count)]
 
 
-def prepare_with_trl(corpus: Path, tokenizer, count: int, num_proc: int | None) -> float:
-    """Examples a second of SFTTrainer's preparation of prompts and completions."""
+def prepare_with_trl(corpus: Path, tokenizer, count: int, num_proc: int | None) -> "Cost":
+    """SFTTrainer's preparation of prompts and completions."""
     from datasets import Dataset, disable_caching, disable_progress_bars
     from transformers import GPT2Config, GPT2LMHeadModel
     from trl import SFTConfig, SFTTrainer
@@ -131,46 +133,72 @@ def prepare_with_trl(corpus: Path, tokenizer, count: int, num_proc: int | None) 
             model=model, args=args, train_dataset=Dataset.from_list(rows[:2]), processing_class=tokenizer
         )
         dataset = Dataset.from_list(rows)
-        start = time.perf_counter()
-        prepared = trainer._prepare_dataset(dataset, tokenizer, args, False, None, "train")
-        seconds = time.perf_counter() - start
+        with Cost() as cost:
+            prepared = trainer._prepare_dataset(dataset, tokenizer, args, False, None, "train")
     assert len(prepared) == len(rows)
-    return len(rows) / seconds
+    return cost
 
 
-def tokenize_with_transformers(corpus: Path, tokenizer, count: int) -> float:
-    """Examples a second of nothing but the batched tokenizer, with all its threads."""
+def tokenize_with_transformers(corpus: Path, tokenizer, count: int) -> "Cost":
+    """Nothing but the batched tokenizer, with all its threads."""
     from fledge.encoding import prompt_text
 
     asked = conversations(corpus, count)
     prompts, answers = [prompt_text(tokenizer, messages[:1]) for messages in asked], [m[1]["content"] for m in asked]
-    start = time.perf_counter()
-    for begin in range(0, len(asked), 1000):
-        tokenizer(prompts[begin : begin + 1000])
-        tokenizer(answers[begin : begin + 1000])
-    return len(asked) / (time.perf_counter() - start)
+    with Cost() as cost:
+        for begin in range(0, len(asked), 1000):
+            tokenizer(prompts[begin : begin + 1000])
+            tokenizer(answers[begin : begin + 1000])
+    return cost
 
 
-def prepare_whole(corpus: Path, tokenizer: Path, out: Path) -> tuple[float, float, dict]:
-    """Seconds of prepare_dataset.py, imports included, its peak memory in bytes, and its budget."""
+def prepare_whole(corpus: Path, tokenizer: Path, out: Path) -> tuple["Cost", float, dict]:
+    """What prepare_dataset.py costs, its peak memory in bytes, and its budget."""
     import psutil
 
-    start, peak = time.perf_counter(), 0
+    peak = 0
     command = [sys.executable, "prepare_dataset.py", "--data", corpus, "--tokenizer", tokenizer, "--output_dir", out]
-    process = subprocess.Popen([*map(str, command), "--overwrite"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    tree = psutil.Process(process.pid)
-    while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # one has just ended: the next sample sees the others
-            peak = max(peak, sum(p.memory_full_info().pss for p in (tree, *tree.children(recursive=True))))
-        time.sleep(0.1)
+    with Cost(watching=True) as cost:
+        process = subprocess.Popen([*map(str, command), "--overwrite"], cwd=ROOT, stdout=subprocess.DEVNULL)
+        tree = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one has just ended: the next sample sees the others
+                peak = max(peak, sum(p.memory_full_info().pss for p in (tree, *tree.children(recursive=True))))
+            time.sleep(0.5)
     assert process.returncode == 0
-    return time.perf_counter() - start, peak, json.loads((out / "budget.json").read_text(encoding="utf-8"))
+    return cost, peak, json.loads((out / "budget.json").read_text(encoding="utf-8"))
 
 
-def seconds_of(call, *arguments) -> float:
-    start = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - start
+class Cost:
+    """Seconds by the clock and of the processors between entering and leaving: this process's and its ended children's.
+
+    `watching` leaves out this process, which then only samples another's memory.
+    """
+
+    def __init__(self, watching: bool = False):
+        own = [] if watching else [resource.RUSAGE_SELF]
+        self.counted = [*own, resource.RUSAGE_CHILDREN]
+
+    def __enter__(self) -> "Cost":
+        self.clock, self.processor = time.perf_counter(), self._processor()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.clock, self.processor = time.perf_counter() - self.clock, self._processor() - self.processor
+
+    def _processor(self) -> float:
+        return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, self.counted))
+
+
+def rates(amount: float, cost: Cost) -> str:
+    return f"{amount / cost.clock:,.1f} a second by the clock, {amount / cost.processor:,.1f} of processor time"
+
+
+def against(whole: Cost, whole_count: int, other: Cost, count: int) -> str:
+    clock, processor = (
+        (whole_count / getattr(whole, kind)) / (count / getattr(other, kind)) for kind in ("clock", "processor")
+    )
+    return f"the whole: {clock:.2f} times that by the clock, {processor:.2f} of processor time"
 
 
 def main():
@@ -187,24 +215,28 @@ def main():
         tokenizer = save_tokenizer(folder / "tokenizer")
         print(f"{megabytes:,.0f} MB of records", flush=True)
 
-        seconds, peak, budget = prepare_whole(corpus, folder / "tokenizer", folder / "data")
-        tokens = sum(split["tokens"] for split in budget["splits"].values())
-        whole = budget["examples"] / seconds
-        print(f"prepare_dataset.py: {seconds:,.1f} s for {budget['rows_read']:,} records,", end=" ")
-        print(f"{budget['examples']:,} examples, {tokens:,} tokens ({megabytes / seconds:.1f} MB/s,", end=" ")
-        print(f"{whole:,.0f} examples/s); peak memory {peak / 1e9:.2f} GB", flush=True)
+        whole, peak, budget = prepare_whole(corpus, folder / "tokenizer", folder / "data")
+        tokens, count = sum(split["tokens"] for split in budget["splits"].values()), budget["examples"]
+        print(f"prepare_dataset.py: {whole.clock:,.1f} s, {whole.processor:,.1f} s of processor time,", end=" ")
+        print(
+            f"{budget['rows_read']:,} records, {count:,} examples, {tokens:,} tokens; peak memory {peak / 1e9:.2f} GB"
+        )
+        print(f"  MB: {rates(megabytes, whole)}\n  examples: {rates(count, whole)}", flush=True)
         if args.only_whole:
             return
 
-        slow = megabytes / seconds_of(parse_row_by_row, corpus, folder / "rows.jsonl")
-        fast = megabytes / seconds_of(parse_and_write, corpus, folder / "parquet")
-        print(f"parse and write: {fast:.1f} MB/s; row by row, streamed: {slow:.1f} MB/s ({fast / slow:.1f} times)")
-        count = 10_000
-        bare = tokenize_with_transformers(corpus, tokenizer, count)
-        print(f"transformers' tokenizer alone: {bare:,.0f} examples/s (the whole: {whole / bare:.2f} times that)")
+        with Cost() as cost:
+            parse_row_by_row(corpus, folder / "rows.jsonl")
+        print(f"row by row, streamed, MB: {rates(megabytes, cost)}")
+        with Cost() as cost:
+            parse_and_write(corpus, folder / "parquet")
+        print(f"parse and write in blocks, MB: {rates(megabytes, cost)}", flush=True)
+        some = 10_000
+        bare = tokenize_with_transformers(corpus, tokenizer, some)
+        print(f"transformers' tokenizer alone, examples: {rates(some, bare)}; {against(whole, count, bare, some)}")
         for num_proc in (None, 2):
-            trl = prepare_with_trl(corpus, tokenizer, count, num_proc)
-            print(f"TRL, dataset_num_proc={num_proc}: {trl:,.0f} examples/s (the whole: {whole / trl:.2f} times that)")
+            trl = prepare_with_trl(corpus, tokenizer, some, num_proc)
+            print(f"TRL, dataset_num_proc={num_proc}, examples: {rates(some, trl)}; {against(whole, count, trl, some)}")
 
 
 if __name__ == "__main__":
