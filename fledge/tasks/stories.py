@@ -7,7 +7,10 @@ none. `tests/tasks/main_characters.jsonl` holds what a person said about 200 sto
 import re
 from collections import Counter
 
-SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["”’']))\s+(?=["“‘']?[A-Z])""")
+SENTENCE_END = re.compile(
+    r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)"
+    r"""(?:(?<=[.!?])|(?<=[.!?]["”’']))\s+(?=["“‘']?[A-Z])"""
+)
 QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
 MORAL = re.compile(
     r"\bmoral of (?:the|this) story(?: is\b|:).*\w \w|^(?:The|Our) moral is\b"

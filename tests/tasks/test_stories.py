@@ -72,6 +72,7 @@ def test_it_is_not_named_when_that_is_not_sure(story):
         ("Tom ran. Ann sat!  Who? ", ["Tom ran.", "Ann sat!", "Who?"]),
         ('"Stop. Wait!" said Tom. He ran.', ['"Stop. Wait!" said Tom.', "He ran."]),
         ('Tom said, "Go." Ann went.', ['Tom said, "Go."', "Ann went."]),
+        ("Mr. Fox met Mrs. Hen. Dr. Owl came.", ["Mr. Fox met Mrs. Hen.", "Dr. Owl came."]),
         ("It cost 3.50 in all. Fine.", ["It cost 3.50 in all.", "Fine."]),
         ("", []),
     ],

@@ -5,11 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
+from fledge.generation import Answer
 from fledge.tasks import RejectedRecord, load_task
 from fledge.tasks.topic_ending import (
     EXAMPLE,
     LABELS,
     EndingJudge,
+    Scorer,
     content_words,
     examples,
     instruction,
@@ -206,3 +208,36 @@ def test_accuracy_is_the_mean_of_the_recalls(judge):
 
 def test_accuracy_on_one_ending_alone_is_its_recall(judge):
     assert judge.accuracy([HAPPY[0], HAPPY[1], SAD[0], SAD[1]], ["sad"] * 4) == 0.5
+
+
+def test_the_judge_reports_what_it_is_worth(judge):
+    """One of four stories carries the wrong label; the judge is sure of all four."""
+    stories, endings = [HAPPY[0], HAPPY[1], SAD[0], SAD[1]], ["happy", "happy", "sad", "happy"]
+    sadness = judge.sadness(stories)
+    measured = judge.measure(stories, endings)
+
+    assert measured["accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert measured["n"] == 4
+    wanted = (sadness[0] ** 2 + sadness[1] ** 2 + (1 - sadness[2]) ** 2 + sadness[3] ** 2) / 4
+    assert measured["brier"] == pytest.approx(wanted)
+    assert [(part["n"], part["was_sad"]) for part in measured["calibration"]] == [(2, 0), (2, 0.5)]
+    assert measured["calibration"][0]["said_sad"] == pytest.approx(sadness[:2].mean())
+    assert measured["errors"] == [
+        {"ends": "Ann lost a toy. Ann looked. It was gone. Everyone cried and was sad.", "label": "happy"}
+        | {"said_sad": pytest.approx(sadness[3])}
+    ]
+
+
+def test_a_scorer_learns_from_train_and_is_measured_on_the_rest():
+    def row(story: str, ending: str) -> dict:
+        asked = {"role": "user", "content": instruction("A toy.", ending)}
+        return {"messages": [asked, {"role": "assistant", "content": story}], "ending": ending}
+
+    train = [row(story, "happy") for story in HAPPY * 5] + [row(story, "sad") for story in SAD * 5]
+    scorer = Scorer(train, [row(HAPPY[0], "happy"), row(SAD[0], "sad")])
+
+    assert (scorer.judge["accuracy"], scorer.judge["n"], scorer.judge["errors"]) == (1, 2, [])
+    asked = [row(HAPPY[0], "happy"), row(HAPPY[0], "sad")]
+    scores = scorer.score(asked, [Answer(HAPPY[1], 9, True)] * 2)
+    assert [part["ending_match"] for part in scores] == [1, 0]
+    assert [part["instruction_following"] for part in scores] == [1, 0]
