@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT, run_script
 
 import evaluate_model
+from fledge import evaluation, wording
 from fledge.cli import UserError
 from fledge.encoding import open_prepared
 from fledge.evaluation import answer_prompts
@@ -17,6 +18,7 @@ from fledge.generation import answer_all, load_model
 from fledge.journal import Journal
 from fledge.report import answers_id
 from fledge.sampling import Sampling
+from fledge.vocabulary import add_rows
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -89,6 +91,16 @@ def test_answers_are_those_of_each_prompt_alone(tiny, tmp_path):
     alone = [answer_all(model, tokenizer, [prompt], greedy, 1, lambda done: None)[0] for prompt in prompts]
     assert together == [answer for answer in alone for _ in range(2)]
     assert done[-1] == 10
+
+
+def test_a_role_token_in_an_answer_is_seen(tiny, monkeypatch):
+    model, tokenizer = load_model(str(tiny.model))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>"]})
+    add_rows(model, tokenizer)
+    script = iter([*tokenizer("He ran.")["input_ids"], len(tokenizer) - 1, tokenizer.eos_token_id])
+    monkeypatch.setattr("fledge.generation.choose", lambda *_: [next(script)])
+    (answer,) = answer_all(model, tokenizer, [[5, 6]], Sampling(), 1, lambda done: None)
+    assert (answer.text, answer.stopped) == ("He ran.<|user|>", True)
 
 
 def rate(output_dir: Path, preferences: list[str], **changed) -> str:
@@ -208,9 +220,31 @@ def test_a_model_of_another_vocabulary_is_refused(evaluate, tiny, tmp_path):
         evaluate(tmp_path / "out", "--base", model)
 
 
+def test_the_document_has_every_metric_and_key(tiny):
+    document = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    names = {*wording.MEANING, *evaluation.MEANING, *tiny.metrics, "human", "llm_judge"}
+    assert {name for name in names if f"`{name}`" not in document} == set()
+
+
 def test_recipes_ask_for_a_report():
     for recipe in (ROOT / "recipes").glob("*/evaluate.yaml"):
         assert {"model", "base", "dataset", "output_dir"} <= yaml.safe_load(recipe.read_text(encoding="utf-8")).keys()
+
+
+def test_capabilities_shows_every_prompt_and_both_models(tiny, monkeypatch, capsys):
+    arguments = ["--model", tiny.model, "--base", tiny.base, "--capabilities", "--max_new_tokens", 4]
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *map(str, arguments)])
+    monkeypatch.setattr(
+        "fledge.tasks.story_chat.CAPABILITIES",
+        {
+            "words": [{"role": "user", "content": "Write a story using these words: kite"}],
+            "who": [{"role": "user", "content": "Who is it?"}],
+        },
+    )  # the tiny model's context is too short for the story itself
+    evaluate_model.main()
+    said = capsys.readouterr().out
+    assert said.index("words") < said.index("> Write a story using these words: kite") < said.index("> Who is it?")
+    assert said.count("  base: ") == said.count("  instruct: ") == 2
 
 
 def test_the_script_itself_says_a_mistake_in_one_line(tmp_path):

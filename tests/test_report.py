@@ -50,7 +50,12 @@ def metrics() -> dict:
         "num_prompts": 3,
         "num_samples": 1,
         "sampling": {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 300, "seed": 0},
-        "judge": {"accuracy": 0.993, "n": 434, "errors": [HOSTILE]},
+        "judge": {
+            "accuracy": 0.993,
+            "n": 434,
+            "calibration": [{"said_sad": 0.037, "was_sad": 0.05, "n": 434}],
+            "errors": [HOSTILE],
+        },
         "meaning": {name: f"what {name} means" for name in names},
         "base": {name: metric(value) for name, value in names.items()},
         "model": {name: metric(value + 0.2) for name, value in names.items()},
@@ -108,6 +113,11 @@ def test_nothing_an_answer_holds_becomes_part_of_the_page(metrics, samples):
     assert "{{ 7*7 }}" in text
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
     assert data == {"answers": answers_id(samples), "columns": ["ending"], "samples": samples}
+
+
+def test_the_page_shows_how_sure_the_judge_may_be(metrics, samples):
+    text = page(metrics, samples, ["ending"], {"base": "base", "model": "model"})
+    assert "<td>4%</td><td>5%</td><td>434</td>" in text
 
 
 def test_the_page_stands_alone(metrics, samples):
