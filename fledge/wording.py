@@ -85,7 +85,7 @@ class Wording:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: list[dict], train_rows: list[dict]):
-        self.training = [row["messages"][-1]["content"] for row in train_rows]
+        self.training = [m["content"] for row in train_rows for m in row["messages"] if m["role"] == "assistant"]
         self.marks = template_marks(tokenizer, [row["messages"] for row in rows])
         self.openings = instruction_openings([row["messages"] for row in train_rows])
 
@@ -122,9 +122,9 @@ def template_marks(tokenizer: PreTrainedTokenizerBase, conversations: list[list[
 def instruction_openings(conversations: list[list[dict]]) -> set[str]:
     """First three words of lines by which prompts are told: in 1% of the prompts, and ten times rarer in answers."""
     asked, answered = Counter(), Counter()
-    for *context, answer in conversations:
-        asked.update({begin for m in context if m["role"] == "user" for begin in _openings(m["content"])})
-        answered.update(set(_openings(answer["content"])))
+    for messages in conversations:
+        for count, role in ((asked, "user"), (answered, "assistant")):
+            count.update({begin for m in messages if m["role"] == role for begin in _openings(m["content"])})
     return {begin for begin, n in asked.items() if n >= 0.01 * len(conversations) and n >= 10 * answered[begin]}
 
 

@@ -121,7 +121,7 @@ def test_the_page_shows_how_sure_the_judge_may_be(metrics, samples):
 
 
 def test_the_page_stands_alone(metrics, samples):
-    metrics["judge"] = {}
+    metrics["judge"] = {"accuracy": 0.9, "n": 3}
     text = page(metrics, samples, ["ending"], {"base": "base", "model": "model"})
     assert "default-src 'none'" in text
     code = re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
