@@ -164,9 +164,8 @@ def answer_each(
                     cache.move(len(rows) - 1, i)
                     rows[i] = rows[-1]
                 rows.pop()
-                # A role token in an answer is a fault that must be seen; only these say nothing.
-                silent = {end, tokenizer.bos_token_id, tokenizer.pad_token_id}
-                text = tokenizer.decode([token for token in made if token not in silent]).strip()
+                # A role token in an answer is a fault that must be seen.
+                text = tokenizer.decode(made, skip_special_tokens=False).strip()
                 yield row.number, Answer(text, len(made) + stopped, stopped)
 
 

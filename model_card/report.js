@@ -86,6 +86,8 @@ function list() {
   const found = chosen();
   $("count").textContent = `${found.length} of ${samples.length}`;
   $("list").replaceChildren(...found.slice(0, shown).map(show));
+  // Of a conversation the last question is what was asked.
+  for (const box of document.querySelectorAll("#list .ask")) if (box.childElementCount > 2) box.scrollTop = box.scrollHeight;
   $("more").hidden = found.length <= shown;
 }
 
