@@ -153,7 +153,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     Raises:
         UserError: there is no row, or a split is empty or cannot be balanced.
     """
-    from fledge.blocks import classes_of, columns_of
+    from fledge.blocks import classes_of, written_columns
     from fledge.budget import Budget
     from fledge.curation import assign_splits
     from fledge.duplicates import near_duplicates
@@ -187,7 +187,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     budget.rejected.update(left_out)
     for number, name in enumerate(names):
         budget.describe(name, facts.of(split_of == number), classes)
-    columns = columns_of(plan.task)
+    columns = written_columns(plan.task)
     write_splits(folder, preparation.folder, facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
     preparation.tokenizer.save_pretrained(folder / "tokenizer")
     budget.save(folder, facts.of(split_of == names.index("train")))

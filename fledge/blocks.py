@@ -198,8 +198,17 @@ def prepare_blocks(preparation: Preparation, blocks: Callable[[], Iterator[Block
         prepare_blocks(preparation, blocks, num_proc)
 
 
+def written_columns(task: ModuleType) -> Features:
+    """The columns of a row as people read it: `instruction` and `response` where a task always asks just once."""
+    columns = columns_of(task)
+    if not task.ASKS_ONCE:
+        return columns
+    del columns["messages"]
+    return Features({"instruction": Value("string"), "response": Value("string"), **columns})
+
+
 def columns_of(task: ModuleType) -> Features:
-    """The columns of a row as people read it."""
+    """The columns of a row in a block."""
     kinds = {"string": Value("string"), "strings": List(Value("string"))}
     columns = {
         column: ClassLabel(names=list(kind)) if isinstance(kind, tuple) else kinds[kind]

@@ -191,8 +191,16 @@ def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetD
     return budget, open_tokenizer(folder / "tokenizer"), rows
 
 
+def with_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the stages work with it: a pair of `instruction` and `response` becomes `messages`."""
+    if "messages" in row:
+        return row
+    pair = (("user", row.pop("instruction")), ("assistant", row.pop("response")))
+    return {"messages": [{"role": role, "content": content} for role, content in pair], **row}
+
+
 def open_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each split as people read them: `messages` and the task's columns, class labels as their names.
+    """The rows of each split: `messages` and the task's columns, class labels as their names.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -207,7 +215,7 @@ def open_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
             rows = Dataset(pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files]))
         except (OSError, pyarrow.ArrowInvalid) as error:
             raise UserError(f"{folder / 'data'} cannot be opened; run prepare_dataset.py again.") from error
-        splits[name] = rows.to_list()
+        splits[name] = [with_messages(row) for row in rows.to_list()]
         for column, feature in rows.features.items():
             if isinstance(feature, ClassLabel):
                 for row in splits[name]:

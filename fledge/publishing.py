@@ -17,6 +17,8 @@ def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
     """The README of a dataset folder, from its budget report, some of its rows, and the prompt of the first of them."""
     from huggingface_hub import DatasetCardData
 
+    from fledge.tasks import load_task
+
     metadata = DatasetCardData(
         language=None if budget["source"] == "columns" else "en",
         license=budget["license"],
@@ -29,7 +31,10 @@ def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
             }
         ],
     )
-    return render("dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, rows=rows, prompt=prompt)
+    asks_once = load_task(budget["task"]).ASKS_ONCE
+    return render(
+        "dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, rows=rows, prompt=prompt, asks_once=asks_once
+    )
 
 
 def build_model(

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 from datasets import DatasetInfo, Features
 from datasets.utils.py_utils import convert_file_size_to_int
 
 from fledge.blocks import TOKENS, Facts, read_table
 from fledge.cli import UserError
+from fledge.encoding import with_messages
 
 WINDOW = 32  # blocks whose rows are shuffled together: about 100 MB
 
@@ -108,6 +110,7 @@ def write_splits(
         split_of_row = np.concatenate([split_of_block[number] for number in window])
         for number in range(len(splits)):
             chosen = rows.take(rng.permutation(np.flatnonzero(split_of_row == number)))
+            chosen = chosen if "messages" in columns else with_pairs(chosen)
             text[number].write(chosen)
             tokens[number].write(chosen)
 
@@ -115,6 +118,14 @@ def write_splits(
         of_text.close()
         _describe_arrow(folder / "tokenized" / name, of_tokens.close())
     (folder / "tokenized" / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
+
+
+def with_pairs(rows: pa.Table) -> pa.Table:
+    """Adds `instruction` and `response`, the first and the second of two `messages`."""
+    for place, name in enumerate(("instruction", "response")):
+        message = pa.compute.list_element(rows["messages"], place)
+        rows = rows.append_column(name, pa.compute.struct_field(message, "content"))
+    return rows
 
 
 def _describe_arrow(folder: Path, files: list[Path]) -> None:
@@ -139,6 +150,7 @@ def _describe_arrow(folder: Path, files: list[Path]) -> None:
 
 
 def first_rows(folder: Path, split: str, count: int) -> list[dict[str, Any]]:
-    """The first rows of a split that `write_splits` wrote, class labels as numbers."""
+    """The first rows of a split that `write_splits` wrote, with `messages`, class labels as numbers."""
     file = min((folder / "data").glob(f"{split}-*.parquet"))
-    return next(pa.parquet.ParquetFile(file).iter_batches(batch_size=count)).to_pylist()
+    rows = next(pa.parquet.ParquetFile(file).iter_batches(batch_size=count)).to_pylist()
+    return [with_messages(row) for row in rows]

@@ -99,7 +99,7 @@ def read_split(folder: Path, name: str) -> list[dict]:
 
 
 def topics(folder: Path, name: str) -> set[str]:
-    return {requested(row["messages"][0]["content"])[0] for row in read_split(folder, name)}
+    return {requested(row["instruction"])[0] for row in read_split(folder, name)}
 
 
 def read_budget(folder: Path) -> dict:
@@ -120,7 +120,7 @@ def test_load_dataset_opens_the_folder_as_it_is(balanced, tmp_path):
 
     assert tuple(dataset) == SPLITS
     for name, split in dataset.items():
-        assert split.column_names == ["messages", "ending"]
+        assert split.column_names == ["instruction", "response", "ending"]
         assert split.features["ending"] == ClassLabel(names=["happy", "sad"])
         assert split.to_list() == read_split(balanced, name)
 
@@ -130,10 +130,8 @@ def test_every_row_says_what_its_record_said(plain):
     expected = [(f"A fox and {n} hats.", "happy", story(n)) for n in range(TOPICS)]
     expected += [(f"A fox and {n} hats.", "sad", story(n, "sad")) for n in range(0, TOPICS, 2)]
 
-    assert sorted((*requested(row["messages"][0]["content"]), row["messages"][1]["content"]) for row in rows) == sorted(
-        expected
-    )
-    assert all(("happy", "sad")[row["ending"]] == requested(row["messages"][0]["content"])[1] for row in rows)
+    assert sorted((*requested(row["instruction"]), row["response"]) for row in rows) == sorted(expected)
+    assert all(("happy", "sad")[row["ending"]] == requested(row["instruction"])[1] for row in rows)
 
 
 def test_the_encoded_rows_are_the_text_rows_in_their_order(plain):
@@ -146,8 +144,8 @@ def test_the_encoded_rows_are_the_text_rows_in_their_order(plain):
         text = read_split(plain, name)
         assert len(split) == len(text)
         for row, example in zip(split, text, strict=True):
-            prompt = prompt_text(tokenizer, example["messages"][:1])
-            response = example["messages"][1]["content"]
+            prompt = prompt_text(tokenizer, [{"role": "user", "content": example["instruction"]}])
+            response = example["response"]
             supervised = [label for label in row["labels"] if label != IGNORED]
             assert tokenizer.decode(row["input_ids"]) == prompt + response + END
             assert tokenizer.decode(supervised) == response + END
@@ -274,7 +272,7 @@ def test_the_card_is_valid_and_says_what_is_in_the_dataset(balanced):
         assert f"| {name} | {counts} | {each} happy, {each} sad |" in text
     for reason, count in read_budget(balanced)["rejected"].items():
         assert f"{count} ({reason})" in text
-    assert read_split(balanced, "train")[0]["messages"][1]["content"] in text
+    assert read_split(balanced, "train")[0]["response"] in text
     assert str(balanced.parent) not in text
 
 
@@ -438,10 +436,10 @@ def test_the_card_shows_the_schema_the_template_and_real_rows(plain):
 
     assert "| `ending` | a class: happy, sad |" in text
     assert "for the template `story`, under which a row is at most 128 tokens long" in text
-    assert f"```text\n{rows[0]['messages'][0]['content']}\n\n### Story:\n\n```" in text
+    assert f"```text\n{rows[0]['instruction']}\n\n### Story:\n\n```" in text
     for row in rows:
-        for message in row["messages"]:
-            assert f"{message['role']}:\n\n```text\n{message['content']}\n```" in text
+        for role, column in (("user", "instruction"), ("assistant", "response")):
+            assert f"{role}:\n\n```text\n{row[column]}\n```" in text
 
 
 def test_show_prints_rows_with_what_is_supervised_marked(usual, tmp_path, capsys):
@@ -450,8 +448,7 @@ def test_show_prints_rows_with_what_is_supervised_marked(usual, tmp_path, capsys
     shown = capsys.readouterr().out.split("--- row ")[1:]
     assert len(shown) == 3
     for text, row in zip(shown, read_split(tmp_path / "out", "train"), strict=False):
-        asked, answer = row["messages"]
-        assert f"{asked['content']}\n\n### Story:\n[[{answer['content']}{END}]]" in text
+        assert f"{row['instruction']}\n\n### Story:\n[[{row['response']}{END}]]" in text
 
 
 def test_messages_of_a_table_go_all_the_way(work, tmp_path):
@@ -495,9 +492,9 @@ def test_a_run_that_is_killed_leaves_the_old_dataset_and_the_next_completes(usua
 
 STREAMED = """
 from fledge.sources import load_source
-source = load_source("columns", "messages=messages")
+source = load_source("columns", "instruction=instruction,response=response")
 for chunk in source.chunks("someone/tales"):
-    print(chunk.split, len(source.parse(chunk)), source.parse(chunk)[0]["messages"][0]["role"])
+    print(chunk.split, len(source.parse(chunk)), source.parse(chunk)[0]["instruction"].split()[0])
 """
 
 
@@ -517,7 +514,7 @@ def test_what_is_sent_to_the_hub_is_streamed_back_from_it(usual, tmp_path):
     assert f"Sent to {hub.url}/datasets/someone/tales" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
     splits = read_budget(tmp_path / "out")["splits"]
-    assert streamed == [f"{name} {split['rows']} user" for name, split in splits.items()]
+    assert streamed == [f"{name} {split['rows']} Write" for name, split in splits.items()]
 
 
 def test_a_hub_that_cannot_be_reached_leaves_the_dataset_here(usual, tmp_path):

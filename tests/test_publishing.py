@@ -41,7 +41,7 @@ print(json.dumps({
     "raw_ids": writer.tokenizer(raw)["input_ids"],
     "chat_ids": writer.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"],
     "rows": {name: len(split) for name, split in data.items()},
-    "first": data["test"][0]["messages"],
+    "columns": data["test"].column_names,
     "printed": printed,
 }))
 """
@@ -112,7 +112,7 @@ def test_a_stranger_with_an_empty_cache_loads_the_model_the_data_and_runs_the_sn
     assert found["chat"].strip()
     budget = json.loads((tiny.data / "budget.json").read_text(encoding="utf-8"))
     assert found["rows"] == {name: split["rows"] for name, split in budget["splits"].items()}
-    assert [message["role"] for message in found["first"]] == ["user", "assistant"]
+    assert found["columns"] == ["instruction", "response", "ending"]
     assert all(text.strip() for text in found["printed"])
 
 

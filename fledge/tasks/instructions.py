@@ -15,6 +15,7 @@ from fledge.tasks.stories import sentences
 from fledge.templates import INPUT_MARK
 
 TEMPLATE = "alpaca"
+ASKS_ONCE = False  # a source may hold conversations
 PURPOSE = "follow instructions"
 # Dolly's eight, ours, and what has none of these names.
 CATEGORIES = (

@@ -17,6 +17,7 @@ from fledge.tasks.words import used
 from fledge.templates import INPUT_MARK
 
 TEMPLATE = "story_chat"
+ASKS_ONCE = False
 PURPOSE = "write short stories, sum them up, and answer questions about them"
 SYSTEM = {
     "role": "system",

@@ -16,6 +16,7 @@ from fledge.generation import Answer
 from fledge.tasks import RejectedRecord
 
 TEMPLATE = "story"
+ASKS_ONCE = True
 LABELS = ("happy", "sad")
 COLUMNS = {"ending": LABELS}
 PURPOSE = "write a short story about a given topic with a happy or a sad ending"
