@@ -1,28 +1,35 @@
-"""The last screen of `recipes/run.sh`: what was reached, two stories, where it lies, what to type next."""
+"""The last screen of `recipes/run.sh`: what was reached, what was generated, where it lies, what to type next."""
 
 import json
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 
-from fledge.report import table
+import yaml
+
+from fledge.report import judged_by, table
+
+HEADINGS = {"happy.txt": "A happy ending", "sad.txt": "A sad ending", "answer.txt": "An answer"}
 
 
 def main():
-    runs = Path("runs", sys.argv[1])
+    name = sys.argv[1]
+    runs = Path("runs", name)
     metrics = json.loads((runs / "evaluation/metrics.json").read_text(encoding="utf-8"))
     print("\n" + "=" * 100)
-    print(f"Base against instruct, {metrics['model']['eos_rate']['n']} held-out prompts, 95% intervals\n")
-    print(table(metrics))
-    print(f"(endings judged by a classifier that is right on {metrics['judge']['accuracy']:.1%} of unseen stories)")
-    for ending in ("happy", "sad"):
-        story = (runs / f"{ending}.txt").read_text(encoding="utf-8").strip()
-        print(f"\nA {ending} ending")
-        for paragraph in story.splitlines():
-            print(textwrap.fill(paragraph, 98, initial_indent="  ", subsequent_indent="  "))
-    print(f"\nThe model: {runs}/model   every answer: {runs}/evaluation   for the Hub: {runs}/repository")
+    print(f"Base against instruct, {metrics['num_prompts']} held-out prompts, 95% intervals\n")
+    print("\n".join([table(metrics), *judged_by(metrics)]))
+    for file, heading in HEADINGS.items():
+        if (runs / file).exists():
+            print(f"\n{heading}")
+            for paragraph in (runs / file).read_text(encoding="utf-8").strip().splitlines():
+                print(textwrap.fill(paragraph, 98, initial_indent="  ", subsequent_indent="  "))
+    print(f"\nThe model: {runs}/model   every answer: {runs}/evaluation/report.html   for the Hub: {runs}/repository")
+    asked = yaml.safe_load(Path("recipes", name, "generate.yaml").read_text(encoding="utf-8"))
+    key = next(key for key in ("topic", "words", "prompt") if key in asked)
     print("Next: source .venv/bin/activate")
-    print(f'      python generate.py --model {runs}/model --topic "A dog who lost his bone." --ending sad')
+    print(f"      python generate.py --model {runs}/model --{key} {shlex.quote(str(asked[key]))}")
 
 
 if __name__ == "__main__":
