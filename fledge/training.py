@@ -22,6 +22,7 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from fledge.attention import LONGEST, NAME, attend_by_rows
 from fledge.cli import UserError
 from fledge.loss import has_plain_logits, score_supervised_only
 from fledge.resuming import newest_checkpoint
@@ -260,7 +261,11 @@ def prepare_model(trainer: SFTTrainer) -> str:
     if not has_plain_logits(model.config):
         return "Loss: TRL's head, because this architecture scales or caps its logits"
     score_supervised_only(model)
-    return "Loss: supervised positions only, padding without a mask"
+    line = "Loss: supervised positions only, padding without a mask"
+    if trainer.args.bf16 and trainer.args.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        attend_by_rows(model)
+        line += f"; attention row by row up to a length of {LONGEST}"
+    return line
 
 
 def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
@@ -268,6 +273,8 @@ def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model
     model.config.use_cache = True  # TRL switches it off for training
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
     tokenizer = trainer.processing_class
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     # Greedy decoding makes a small model repeat itself.

@@ -10,6 +10,7 @@ from trl import SFTTrainer
 from fledge import loss as fledge_loss
 from fledge.encoding import IGNORED
 from fledge.loss import ScoreTokens, has_plain_logits, score_supervised_only
+from fledge.training import prepare_model
 
 
 def scores_by_definition(hidden, weight, bias, targets) -> torch.Tensor:
@@ -112,7 +113,7 @@ def test_fifty_steps_equal_trl(bf16, tolerance, tmp_path):
     plain = trainer_for(small_gpt2(), tmp_path / "a", **changes)
     expected = losses_of_training(plain)
     fast = trainer_for(small_gpt2(), tmp_path / "b", **changes)
-    score_supervised_only(fast.model)
+    assert prepare_model(fast).startswith("Loss: supervised positions only")
     found = losses_of_training(fast)
     assert len(found) == 50
     assert found == pytest.approx(expected, abs=tolerance)
