@@ -1,4 +1,6 @@
+import multiprocessing
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -74,6 +76,27 @@ def die(block: Block) -> None:
 def test_a_killed_process_is_an_error_and_no_silence():
     with pytest.raises(UserError, match="A process was killed"):
         list(spread(die, named(8), num_proc=2))
+
+
+def test_no_process_outlives_a_run_that_is_killed():
+    """Only the run and its processes hold the pipe's other end, so that it is at its end when all of them are gone."""
+    reading, writing = os.pipe()
+
+    def wait(block: Block) -> None:
+        os.write(writing, b".")
+        signal.pause()
+
+    a_run = multiprocessing.get_context("fork").Process(target=lambda: list(spread(wait, named(4), num_proc=2)))
+    a_run.start()
+    os.close(writing)
+    rest = os.read(reading, 1)
+    assert rest == b"."
+    a_run.kill()
+    a_run.join()
+    while rest and select.select([reading], [], [], 60)[0]:
+        rest = os.read(reading, 10)
+    assert rest == b""
+    os.close(reading)
 
 
 def fail(block: Block) -> None:
