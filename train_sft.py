@@ -154,6 +154,9 @@ def main():
             with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
             save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
+            curves = Path(config.output_dir) / "runs"  # where tensorboard has been writing
+            if curves.is_dir():
+                shutil.copytree(curves, folder / "runs")
             # Where the base came from: one of these two, or neither for a model that another tool made.
             for name in ("conversion.json", "pretraining.json"):
                 if (base / name).exists():

@@ -274,6 +274,16 @@ def test_a_full_disk_at_a_checkpoint_is_one_sentence(small, tmp_path, capsys, mo
     assert "make room" in said
 
 
+def test_curves_of_tensorboard_outlive_the_checkpoints(small, tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(small, tmp_path / "m", "--max_steps", 2, "--logging_steps", 1, "--report_to", "tensorboard")
+    (file,) = (tmp_path / "m" / "runs").rglob("events*")
+    events = reading.EventAccumulator(str(file))
+    events.Reload()
+    watched = {"loss", "perplexity", "tokens_per_second", "grad_norm", "learning_rate"}
+    assert watched <= {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
+
+
 def test_smoke_runs_three_steps_elsewhere(small, tmp_path):
     train(small, tmp_path / "m", "--num_train_epochs", 50, "--smoke")
     train(small, tmp_path / "m", "--num_train_epochs", 50, "--smoke")
