@@ -33,18 +33,17 @@ FIELDS = ("Summary:", "Features:", "Words:", "Random sentence:", "Story:")
 def write_corpus(file: Path, megabytes: float) -> None:
     with gzip.open(ROOT / "examples" / "tales.txt.gz", "rt", encoding="utf-8") as stream:
         text = stream.read()
-    names = re.compile(r"\b(" + "|".join(sorted(set(re.findall(r"named ([A-Z]\w+)", text)))) + r")\b")
-    copy = 0
-    with file.open("w", encoding="utf-8") as stream:
-        while stream.tell() < megabytes * 1e6:
+    known = "|".join(sorted(set(re.findall(r"named ([A-Z]\w+)", text))))
+    pieces = re.split(rf"\b({known})\b", text.replace("\n<|endoftext|>", " That was on day DAY.\n<|endoftext|>"))
+    size, copy = 0, 0
+    with file.open("wb") as stream:
+        while size < megabytes * 1e6:
             end = "".join(ENDS[int(digit)] for digit in f"{copy:03d}")
-            copy_of_text = names.sub(rf"\1{end}", text) if copy else text
+            pieces_of_copy = (f"{piece}{end}" if place % 2 else piece for place, piece in enumerate(pieces))
+            content = "".join(pieces_of_copy).replace("DAY", str(copy)).encode()
             # The corpus ends with the record that fills it.
-            for record in copy_of_text.split("<|endoftext|>\n"):
-                if stream.tell() >= megabytes * 1e6:
-                    break
-                if record:
-                    stream.write(f"{record.rstrip()} That was on day {copy}.\n<|endoftext|>\n")
+            cut = content.find(b"<|endoftext|>\n", max(0, int(megabytes * 1e6) - size))
+            size += stream.write(content if cut < 0 else content[: cut + len(b"<|endoftext|>\n")])
             copy += 1
 
 
