@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
-from fledge.sampling import Sampling
+from fledge.generation.sampling import Sampling
 
 
 @dataclass
@@ -72,10 +72,10 @@ def main():
 
     import transformers
 
-    from fledge import evaluation, intervals, report, wording
     from fledge.encoding import open_prepared, open_rows, prompt_length
-    from fledge.generation import load_model
-    from fledge.journal import Journal
+    from fledge.evaluation import intervals, measuring, report, wording
+    from fledge.evaluation.journal import Journal
+    from fledge.generation.answers import load_model
     from fledge.tasks import load_task
     from fledge.vocabulary import add_rows
 
@@ -105,8 +105,8 @@ def main():
             )
         add_rows(model, tokenizer)  # a template may have brought tokens that the base does not know
     made_with = {
-        **{f"--{name}": evaluation.fingerprint(folder) for name, folder in folders.items()},
-        "--dataset or --num_prompts": evaluation.fingerprint_of_prompts(prompts),
+        **{f"--{name}": measuring.fingerprint(folder) for name, folder in folders.items()},
+        "--dataset or --num_prompts": measuring.fingerprint_of_prompts(prompts),
         "--num_samples": args.num_samples,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
     }
@@ -116,16 +116,16 @@ def main():
     answers, scores, ratios, positions = {}, {}, {}, {}
     for name, (model, _) in models.items():
         with progress_bar(f"{name}: loss", count) as progress:
-            nats = evaluation.completion_nats(model, tokenizer, ids, progress)
+            nats = measuring.completion_nats(model, tokenizer, ids, progress)
         with progress_bar(f"{name}: answers", len(each)) as progress:
-            made = evaluation.answer_prompts(
+            made = measuring.answer_prompts(
                 model, tokenizer, prompts, sampling, args.num_samples, args.batch_size, journal, name, progress
             )
         of_words = wordings.score(made)
-        answers[name], positions[name] = made, evaluation.loss_by_position(ids, nats)
+        answers[name], positions[name] = made, measuring.loss_by_position(ids, nats)
         scores[name] = [of_task | common for of_task, common in zip(scorer.score(each, made), of_words, strict=True)]
-        ratios[name] = evaluation.loss_ratios(nats, [evaluation.supervised_text(tokenizer, row) for row in ids])
-        ratios[name]["distinct_2"] = evaluation.distinct_ratio([answer.text for answer in made], args.num_samples)
+        ratios[name] = measuring.loss_ratios(nats, [measuring.supervised_text(tokenizer, row) for row in ids])
+        ratios[name]["distinct_2"] = measuring.distinct_ratio([answer.text for answer in made], args.num_samples)
 
     samples = [
         {
@@ -139,7 +139,7 @@ def main():
         }
         for i, row in enumerate(each)
     ]
-    meaning = {**task.MEANING, **wording.MEANING, **evaluation.MEANING}
+    meaning = {**task.MEANING, **wording.MEANING, **measuring.MEANING}
     extra = {}
     if args.judge_url:
         extra["llm_judge"] = ask_judge(args, samples, unfinished)
@@ -161,7 +161,7 @@ def main():
         **extra,
         "meaning": {name: meaning[name] for name in names},
         **intervals.compare(ratios["base"], ratios["model"], names),
-        "reference": evaluation.reference(wordings, [row["messages"][-1]["content"] for row in rows], ids),
+        "reference": measuring.reference(wordings, [row["messages"][-1]["content"] for row in rows], ids),
         "by": intervals.by_class(columns, rows, scores, args.num_samples),
         "loss_by_position": positions,
     }
@@ -202,9 +202,9 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) -> dict:
     """Adds a language model's scores and preferences to `samples`, and returns what `metrics.json` says about them."""
-    from fledge.intervals import preference
-    from fledge.journal import Journal
-    from fledge.judge import PAIR, SCORE, Judge, judge_pairs, judge_scores
+    from fledge.evaluation.intervals import preference
+    from fledge.evaluation.journal import Journal
+    from fledge.evaluation.judge import PAIR, SCORE, Judge, judge_pairs, judge_scores
 
     journal = Journal(unfinished / "judgements.jsonl", {"--judge_model": args.judge_model, "questions": [SCORE, PAIR]})
     judge = Judge(args.judge_url, args.judge_model, args.judge_timeout, journal)
@@ -230,7 +230,7 @@ def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
     import transformers
 
     from fledge.encoding import encode_prompt
-    from fledge.generation import answer_all, load_model
+    from fledge.generation.answers import answer_all, load_model
     from fledge.tasks.story_chat import CAPABILITIES
     from fledge.vocabulary import add_rows
 

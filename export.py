@@ -37,7 +37,7 @@ def main():
     import transformers
 
     from fledge.encoding import prompt_text
-    from fledge.generation import load_model
+    from fledge.generation.answers import load_model
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

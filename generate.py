@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from fledge.cli import UserError, parse, run
-from fledge.sampling import Sampling
+from fledge.generation.sampling import Sampling
 
 WAYS = ("prompt", "topic", "words", "ask", "interactive", "prompts_file")
 
@@ -54,9 +54,9 @@ def main():
     import transformers
     from transformers import TextStreamer
 
-    from fledge.conversation import converse, fit_beginning, fit_prompt
-    from fledge.generation import answer_batch, load_model
-    from fledge.prompts_file import answer_file
+    from fledge.generation.answers import answer_batch, load_model
+    from fledge.generation.conversation import converse, fit_beginning, fit_prompt
+    from fledge.generation.prompts_file import answer_file
     from fledge.vocabulary import add_rows
 
     transformers.logging.set_verbosity_error()

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from fledge.cli import UserError, check_output_dir, parse, run, staged
 
 if TYPE_CHECKING:
-    from fledge.blocks import Facts, Preparation
-    from fledge.budget import Budget
+    from fledge.preparation.blocks import Facts, Preparation
+    from fledge.preparation.budget import Budget
     from fledge.sources import Source
 
 
@@ -70,7 +70,7 @@ def main():
     check_output_dir(args.output_dir, args.overwrite, "budget.json")
     plan = make_plan(args)
 
-    from fledge.blocks import Facts, blocks_of, prepare_blocks
+    from fledge.preparation.blocks import Facts, blocks_of, prepare_blocks
 
     with staged(args.output_dir, args.overwrite, "budget.json") as folder:
         plan.preparation.folder = folder / "blocks"
@@ -107,10 +107,10 @@ def make_plan(args: PrepareArguments) -> Plan:
     import transformers
     from datasets.utils.logging import disable_progress_bar
 
-    from fledge.blocks import Preparation, classes_of
-    from fledge.curation import split_shares
     from fledge.encoding import OVERFLOW_POLICIES
-    from fledge.shards import bytes_of
+    from fledge.preparation.blocks import Preparation, classes_of
+    from fledge.preparation.curation import split_shares
+    from fledge.preparation.shards import bytes_of
     from fledge.sources import load_source
     from fledge.tasks import load_task
     from fledge.templates import add_template
@@ -153,13 +153,13 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     Raises:
         UserError: there is no row, or a split is empty or cannot be balanced.
     """
-    from fledge.blocks import classes_of, written_columns
-    from fledge.budget import Budget
-    from fledge.curation import assign_splits
-    from fledge.duplicates import near_duplicates
     from fledge.encoding import prompt_text
-    from fledge.publishing import dataset_card
-    from fledge.shards import first_rows, write_splits
+    from fledge.preparation.blocks import classes_of, written_columns
+    from fledge.preparation.budget import Budget
+    from fledge.preparation.curation import assign_splits
+    from fledge.preparation.duplicates import near_duplicates
+    from fledge.preparation.shards import first_rows, write_splits
+    from fledge.publishing.repositories import dataset_card
 
     args, preparation, classes = plan.arguments, plan.preparation, classes_of(plan.task)
     budget = Budget(
@@ -203,9 +203,9 @@ def push(data: Path, repo_id: str, private: bool) -> None:
     Raises:
         UserError: the Hub does not take it.
     """
-    from fledge.preflight import check_folder
-    from fledge.publishing import build_dataset
-    from fledge.upload import send
+    from fledge.publishing.preflight import check_folder
+    from fledge.publishing.repositories import build_dataset
+    from fledge.publishing.upload import send
 
     with tempfile.TemporaryDirectory(prefix="fledge-") as folder:
         build_dataset(Path(folder), data)

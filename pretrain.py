@@ -57,7 +57,7 @@ def main():
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    from fledge.pretraining import (
+    from fledge.pretraining.pretrainer import (
         Blocks,
         Corpus,
         PretrainConfig,
@@ -69,10 +69,10 @@ def main():
         plan,
         pretraining_record,
     )
-    from fledge.resuming import find_checkpoint
-    from fledge.run_record import Progress, save_loss_curve
     from fledge.tokenizers import load_tokenizer, open_tokenizer
-    from fledge.training import use_all_threads
+    from fledge.training.resuming import find_checkpoint
+    from fledge.training.run_record import Progress, save_loss_curve
+    from fledge.training.trainer import use_all_threads
 
     args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
     transformers.logging.set_verbosity_error()

@@ -76,7 +76,7 @@ def main():
 
     import transformers
 
-    from fledge.upload import files_of, send
+    from fledge.publishing.upload import files_of, send
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -110,8 +110,8 @@ def main():
 def build(args: PublishArguments, folder: Path) -> None:
     """Fills `folder`/dataset, /model and /space, those that are asked for, and looks them over."""
     from fledge.cli import read_json
-    from fledge.preflight import check_folder, check_model
-    from fledge.publishing import build_dataset, build_model, build_space, download_records
+    from fledge.publishing.preflight import check_folder, check_model
+    from fledge.publishing.repositories import build_dataset, build_model, build_space, download_records
     from fledge.tasks import load_task
 
     evaluation_dir = Path(args.evaluation) if args.evaluation else None

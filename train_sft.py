@@ -50,12 +50,12 @@ def main():
     from transformers.trainer_callback import PrinterCallback
     from trl import ModelConfig
 
-    from fledge.dataset import check_supervised, open_dataset
-    from fledge.resuming import StopOnSignal, find_checkpoint
-    from fledge.run_record import Progress, run_record, save_loss_curve
     from fledge.tokenizers import open_tokenizer
-    from fledge.trainable import adapter_config, adapter_record, freeze, trained_share
-    from fledge.training import (
+    from fledge.training.dataset import check_supervised, open_dataset
+    from fledge.training.resuming import StopOnSignal, find_checkpoint
+    from fledge.training.run_record import Progress, run_record, save_loss_curve
+    from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
+    from fledge.training.trainer import (
         InstructTrainer,
         SmallModelConfig,
         check_fit,

@@ -38,7 +38,7 @@ def main():
             "ask for more."
         )
 
-    from fledge.corpus import END, pieces
+    from fledge.pretraining.corpus import END, pieces
     from fledge.tokenizers.training import HeldOut, report, save, train
 
     print(f"Reading {', '.join(data)} ...", flush=True)

@@ -39,8 +39,8 @@ def main():
     import torch
     import transformers
 
-    from fledge.corpus import pieces
-    from fledge.generation import load_model
+    from fledge.generation.answers import load_model
+    from fledge.pretraining.corpus import pieces
     from fledge.tokenizers import encoding_of
     from fledge.tokenizers.training import HeldOut
     from fledge.vocabulary import compare_trimmed, keep_rows, trim_tokenizer

@@ -16,10 +16,10 @@ import torch
 from transformers import GenerationConfig
 
 from fledge.encoding import open_prepared, prompt_length
-from fledge.evaluation import answer_prompts
-from fledge.generation import load_model
-from fledge.journal import Journal
-from fledge.sampling import Sampling
+from fledge.evaluation.journal import Journal
+from fledge.evaluation.measuring import answer_prompts
+from fledge.generation.answers import load_model
+from fledge.generation.sampling import Sampling
 
 
 def bare(model, tokenizer, prompts, sampling, batch_size) -> int:

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from fledge.generation import answer_each, load_model
-from fledge.sampling import Sampling
+from fledge.generation.answers import answer_each, load_model
+from fledge.generation.sampling import Sampling
 
 SHAPE = GPT2Config(
     n_positions=512, n_embd=384, n_layer=6, n_head=6, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False

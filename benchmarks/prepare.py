@@ -95,7 +95,7 @@ class ParseAndWrite:
 
 
 def parse_and_write(corpus: Path, out: Path) -> None:
-    from fledge.blocks import blocks_of, spread
+    from fledge.preparation.blocks import blocks_of, spread
     from fledge.sources import load_source
 
     out.mkdir()

@@ -107,7 +107,7 @@ def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from fledge.training import InstructTrainer, SmallModelConfig, prepare_model
+    from fledge.training.trainer import InstructTrainer, SmallModelConfig, prepare_model
 
     logging.disable(logging.WARNING)
 
@@ -158,7 +158,7 @@ def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
 
 
 def measure(name: str, supervised: float | None) -> dict:
-    from fledge.run_record import peak_memory_mib
+    from fledge.training.run_record import peak_memory_mib
 
     torch.manual_seed(0)
     data = rows(supervised)

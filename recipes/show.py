@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from fledge.report import judged_by, table
+from fledge.evaluation.report import judged_by, table
 
 HEADINGS = {"happy.txt": "A happy ending", "sad.txt": "A sad ending", "answer.txt": "An answer"}
 

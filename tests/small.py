@@ -17,7 +17,7 @@ from transformers import (
 from trl import SFTTrainer
 
 from fledge.encoding import IGNORED
-from fledge.training import SmallModelConfig
+from fledge.training.trainer import SmallModelConfig
 
 VOCAB_SIZE, CONTEXT_LENGTH = 97, 40
 WITHOUT_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)

@@ -10,14 +10,14 @@ import yaml
 from conftest import ROOT, run_script
 
 import evaluate_model
-from fledge import evaluation, wording
 from fledge.cli import UserError
 from fledge.encoding import open_prepared
-from fledge.evaluation import answer_prompts
-from fledge.generation import answer_all, load_model
-from fledge.journal import Journal
-from fledge.report import answers_id
-from fledge.sampling import Sampling
+from fledge.evaluation import measuring, wording
+from fledge.evaluation.journal import Journal
+from fledge.evaluation.measuring import answer_prompts
+from fledge.evaluation.report import answers_id
+from fledge.generation.answers import answer_all, load_model
+from fledge.generation.sampling import Sampling
 from fledge.vocabulary import add_rows
 
 
@@ -98,7 +98,7 @@ def test_a_role_token_in_an_answer_is_seen(tiny, monkeypatch):
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>"]})
     add_rows(model, tokenizer)
     script = iter([*tokenizer("He ran.")["input_ids"], len(tokenizer) - 1, tokenizer.eos_token_id])
-    monkeypatch.setattr("fledge.generation.choose", lambda *_: [next(script)])
+    monkeypatch.setattr("fledge.generation.answers.choose", lambda *_: [next(script)])
     (answer,) = answer_all(model, tokenizer, [[5, 6]], Sampling(), 1, lambda done: None)
     assert (answer.text, answer.stopped) == ("He ran.<|user|>", True)
 
@@ -119,7 +119,7 @@ def test_ratings_and_a_judge_that_is_down_are_folded_in_without_answering_again(
     evaluate(out)
     answers = (out / "answers.jsonl").read_bytes()
     ratings = rate(out, ["model", "model", "tie", "base"])
-    monkeypatch.setattr("fledge.generation.choose", None)  # an answer that is made again would fail
+    monkeypatch.setattr("fledge.generation.answers.choose", None)  # an answer that is made again would fail
     judge = ("--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "nobody", "--judge_pairs", True)
     said = evaluate(out, "--resume", True, "--ratings", ratings, *judge)
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -222,7 +222,7 @@ def test_a_model_of_another_vocabulary_is_refused(evaluate, tiny, tmp_path):
 
 def test_the_document_has_every_metric_and_key(tiny):
     document = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    names = {*wording.MEANING, *evaluation.MEANING, *tiny.metrics, "human", "llm_judge"}
+    names = {*wording.MEANING, *measuring.MEANING, *tiny.metrics, "human", "llm_judge"}
     assert {name for name in names if f"`{name}`" not in document} == set()
 
 

@@ -18,8 +18,8 @@ import export
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.exporting import GGUF_TOLERANCE, gguf_ids, gguf_logits, largest_error, served_template, write_gguf
-from fledge.generation import answer_batch, load_model
-from fledge.sampling import Sampling
+from fledge.generation.answers import answer_batch, load_model
+from fledge.generation.sampling import Sampling
 from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer
 

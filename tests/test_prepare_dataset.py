@@ -477,8 +477,8 @@ def test_a_run_that_is_killed_leaves_the_old_dataset_and_the_next_completes(usua
     before = (tmp_path / "out" / "budget.json").read_bytes()
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os, signal, fledge.shards, prepare_dataset\n"
-        "fledge.shards.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, fledge.preparation.shards, prepare_dataset\n"
+        "fledge.preparation.shards.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepare_dataset.main()\n"
     )
     done = run_script(script, *usual, "--overwrite", "--output_dir", tmp_path / "out", check=False)

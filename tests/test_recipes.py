@@ -6,7 +6,7 @@ import yaml
 from conftest import ROOT
 
 from fledge.cli import UserError, parse
-from fledge.sampling import Sampling
+from fledge.generation.sampling import Sampling
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
 
@@ -15,12 +15,12 @@ def dataclasses_of(stage: str) -> list[type]:
     if stage in ("train", "train_lora"):
         from trl import ModelConfig
 
-        from fledge.training import SmallModelConfig
+        from fledge.training.trainer import SmallModelConfig
         from train_sft import RunArguments
 
         return [RunArguments, SmallModelConfig, ModelConfig]
     if stage == "pretrain":
-        from fledge.pretraining import PretrainConfig
+        from fledge.pretraining.pretrainer import PretrainConfig
         from pretrain import PretrainArguments
 
         return [PretrainArguments, PretrainConfig]

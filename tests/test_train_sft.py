@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_sft
 from fledge.cli import run
 from fledge.encoding import IGNORED
-from fledge.run_record import Progress
+from fledge.training.run_record import Progress
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 QUIET = ("--bf16", "False", "--eval_strategy", "no", "--per_device_train_batch_size", "8", "--use_cpu")
@@ -105,7 +105,7 @@ def test_accelerate_launch_wrote_a_finished_model(tiny):
 
 KILLED = """
 import os, signal, sys
-from fledge.run_record import Progress
+from fledge.training.run_record import Progress
 def kill(self, args, state, control, **kwargs):
     if state.global_step == 4:
         os.kill(os.getpid(), signal.SIGKILL)

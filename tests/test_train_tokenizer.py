@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import train_tokenizer
 from fledge.cli import UserError, run
-from fledge.corpus import END, pieces
+from fledge.pretraining.corpus import END, pieces
 from fledge.tokenizers.training import HeldOut, report, train
 
 

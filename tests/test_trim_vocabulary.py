@@ -18,7 +18,7 @@ from transformers import (
 
 import trim_vocabulary
 from fledge.cli import UserError, run
-from fledge.corpus import pieces
+from fledge.pretraining.corpus import pieces
 from fledge.tokenizers.fast import characters_of_bytes
 from fledge.vocabulary import compare_trimmed, keep_rows, trim_tokenizer
 

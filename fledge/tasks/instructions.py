@@ -8,7 +8,7 @@ import ast
 import random
 import re
 
-from fledge.generation import Answer
+from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord
 from fledge.tasks.overlap import exact_match, f1, plain, rouge, translation
 from fledge.tasks.stories import sentences

@@ -8,7 +8,7 @@ import hashlib
 import random
 import re
 
-from fledge.generation import Answer
+from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord
 from fledge.tasks.overlap import exact_match, f1, rouge
 from fledge.tasks.stories import ends_happily, happenings, main_character, moral, sentences, speaks

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fledge.generation import Answer
+from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord
 
 TEMPLATE = "story"

@@ -49,7 +49,7 @@ class MakeBlocks(Half):
     name = "Rows of each block"
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
-        from fledge.blocks import blocks_of, prepare_blocks
+        from fledge.preparation.blocks import blocks_of, prepare_blocks
 
         plan = self.plan()
         prepare_blocks(plan.preparation, lambda: blocks_of(plan.source, plan.files, None, rank, world_size), num_proc=1)
@@ -62,7 +62,7 @@ class WriteDataset(Half):
     name = "Splits and files"
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
-        from fledge.blocks import Facts
+        from fledge.preparation.blocks import Facts
 
         plan = self.plan()
         with staged(self.arguments.output_dir, self.arguments.overwrite, "budget.json") as folder:

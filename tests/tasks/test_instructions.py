@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from fledge.generation import Answer
+from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord
 from fledge.tasks.instructions import (
     CATEGORIES,

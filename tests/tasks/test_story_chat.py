@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from fledge.generation import Answer
+from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord
 from fledge.tasks.story_chat import CAPABILITIES, COLUMNS, EXAMPLE, KINDS, MEANING, PHRASINGS, SYSTEM, Scorer, examples
 from fledge.templates import INPUT_MARK

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
-from fledge.generation import Answer
+from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord, load_task
 from fledge.tasks.topic_ending import (
     EXAMPLE,

@@ -1,0 +1,236 @@
+"""What an evaluation shows: a table for the terminal, `report.md`, and a page that stands alone."""
+
+import base64
+import hashlib
+import json
+import math
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fledge.cli import UserError
+from fledge.evaluation.intervals import preference
+
+TEMPLATES = Path(__file__).parents[2] / "model_card"
+NO_SHARES = ("completion_loss", "perplexity", "bits_per_byte", "answer_tokens", "judge_score")
+LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
+WHO = {"base": "base", "model": "instruct"}
+NEUTRAL = ("answer_tokens", "distinct_2")
+
+
+def show(name: str, metric: dict[str, float] | None) -> str:
+    """`87.3% (83.1 to 91.2)` for a share, three digits for anything else, nothing for nothing."""
+    if metric is None:
+        return ""
+    if name in NO_SHARES:
+        digits = 1 if name in ("answer_tokens", "judge_score") else 3
+        return f"{metric['value']:.{digits}f} ({metric['low']:.{digits}f} to {metric['high']:.{digits}f})"
+    return f"{metric['value']:.1%} ({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
+
+
+def title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def table(metrics: dict) -> str:
+    """Base beside instruct as a Markdown table that also reads well in a terminal."""
+    return _aligned(
+        [
+            ("metric", "base", "instruct", "difference"),
+            *(
+                (title(name), *(show(name, metrics[part].get(name)) for part in ("base", "model", "difference")))
+                for name in metrics["model"]
+            ),
+        ]
+    )
+
+
+def table_by(by: dict, name: str = "instruction_following") -> str:
+    """One metric for each class of each column that the task names; `by` is the key `by` of `metrics.json`."""
+    rows = [("only", "prompts", "base", "instruct")]
+    for column, labels in by.items():
+        for label, of_label in labels.items():
+            shown = (show(name, of_label[who].get(name)) for who in ("base", "model"))
+            rows.append((f"{column} = {label}", str(of_label["prompts"]), *shown))
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def judged_by(metrics: dict) -> list[str]:
+    """Who judged and how far one can trust it, a sentence each."""
+    sentences, judge, llm = [], metrics["judge"], metrics.get("llm_judge")
+    if "accuracy" in judge:
+        sentences.append(
+            f"The ending classifier is right on {judge['accuracy']:.1%} of {judge['n']} unseen stories, "
+            "both endings weighing the same."
+        )
+    if llm:
+        of_scores = llm["scores"]
+        sentences.append(
+            f"{llm['model']} scored answers from 0 to 100, {llm['samples']} replies each: "
+            f"{of_scores['answers_without_score']} of {of_scores['answers']} answers have no score "
+            f"({of_scores['unparseable']} of {of_scores['asked']} replies held none, "
+            f"{of_scores['unanswered']} requests failed{_last(llm)}). An answer without one is left out of the mean."
+        )
+        if pairs := llm.get("pairs"):
+            sentences.append(
+                f"It compared {pairs['pairs']} pairs in both orders: {pairs['pairs_decided_by_order']} were decided by "
+                f"the order and count as undecided, {pairs['pairs_without_verdict']} have no verdict: {preferred(llm)}."
+            )
+    if human := metrics.get("human"):
+        sentences.append(
+            f"People who did not know which was which rated {human['model'] + human['base'] + human['tie']} pairs of "
+            f"answers ({human['raters']} file(s)) and preferred instruct {human['model']} times, base {human['base']}, "
+            f"neither {human['tie']}: {preferred(human)}."
+        )
+    return sentences
+
+
+def preferred(judged: dict) -> str:
+    shown = show("preference", judged["preference"])
+    return f"instruct preferred {shown}, undecided counting half" if shown else "no preference"
+
+
+def _last(llm: dict) -> str:
+    return f"; the last: {llm['last_failure']}" if llm["last_failure"] else ""
+
+
+def report(metrics: dict) -> str:
+    """`report.md`: the table, who judged, and what each metric means."""
+    parts = [
+        "# Base against instruct",
+        f"{asked(metrics)}; 95% intervals by the bootstrap over prompts.",
+        table(metrics),
+        *judged_by(metrics),
+    ]
+    if metrics["by"]:
+        parts += ["Instruction following, class by class:", table_by(metrics["by"])]
+    parts.append("\n".join(f"- {title(name)}: {metrics['meaning'][name]}" for name in metrics["model"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def asked(metrics: dict) -> str:
+    samples = metrics["num_samples"]
+    each = f", {samples} answers each," if samples > 1 else ""
+    return f"{metrics['num_prompts']:,} held-out prompts{each} of the {metrics['split']} split"
+
+
+def answers_id(samples: list[dict]) -> str:
+    """Names these very answers, so that ratings of others are not taken for theirs."""
+    texts = json.dumps([[sample[who]["text"] for who in WHO] for sample in samples], ensure_ascii=True)
+    return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
+
+POINTS = {"model": 1.0, "base": 0.0, "tie": 0.5}
+
+
+def read_ratings(file: str) -> dict:
+    """Opens what the page's blind mode saved.
+
+    Raises:
+        UserError: the file is missing or is something else.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        ratings = [(int(rating["prompt"]), POINTS[rating["preferred"]]) for rating in content["ratings"]]
+        return {"file": file, "answers": str(content["answers"]), "ratings": ratings}
+    except OSError as error:
+        raise UserError(f"--ratings {file} cannot be read: {error.strerror}.") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--ratings {file} is not what the report's blind mode saves; save it again.") from error
+
+
+def fold_ratings(contents: list[dict], samples: list[dict]) -> dict:
+    """How often each preference was given, and the preference over prompts.
+
+    Raises:
+        UserError: a file rates other answers than these.
+    """
+    rated: dict[int, list[float]] = {sample["prompt"]: [] for sample in samples}
+    for content in contents:
+        if content["answers"] != answers_id(samples) or any(prompt not in rated for prompt, _ in content["ratings"]):
+            raise UserError(
+                f"--ratings {content['file']} rates other answers than these; --resume keeps those that it was made on."
+            )
+        for prompt, points in content["ratings"]:
+            rated[prompt].append(points)
+    given = [points for of_prompt in rated.values() for points in of_prompt]
+    counts = {name: given.count(points) for name, points in POINTS.items()}
+    return {"raters": len(contents), **counts, "preference": preference(list(rated.values()))}
+
+
+def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str, str]) -> str:
+    """`report.html`: one file without any other, with plots, every answer, and the blind mode.
+
+    Answers are hostile until proven otherwise. Jinja escapes what stands in the page; what its script reads is JSON
+    in which no `<` can end the script, and the script only ever writes text nodes; and the page's policy lets no other
+    script run and nothing be fetched.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    data = {"answers": answers_id(samples), "columns": columns, "samples": samples}
+    return environment.get_template("report.html.jinja").render(
+        metrics=metrics,
+        names={who: "/".join(Path(folder).parts[-2:]) for who, folder in names.items()},
+        asked=asked(metrics),
+        show=show,
+        title=title,
+        shares=[name for name in metrics["model"] if name not in NO_SHARES],
+        lower_is_better=LOWER_IS_BETTER,
+        neutral=NEUTRAL,
+        judged_by=judged_by(metrics),
+        judge=json.dumps(metrics["judge"], indent=2, ensure_ascii=False),
+        lengths=histogram({who: [sample[who]["tokens"] for sample in samples] for who in WHO}),
+        positions=curves(metrics["loss_by_position"]),
+        data=json.dumps(data).replace("<", "\\u003c"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def histogram(lengths: dict[str, list[int]], bins: int = 24) -> dict:
+    """Lengths in tokens → for each model the count in each of `bins` equal bins, and a round bin width."""
+    longest = max(max(values) for values in lengths.values())
+    width = _round_up(max(longest / bins, 1))
+    count = longest // width + 1
+    counts = {who: [0] * count for who in lengths}
+    for who, values in lengths.items():
+        for value in values:
+            counts[who][value // width] += 1
+    return {"width": width, "count": count, "counts": counts, "highest": max(max(c) for c in counts.values())}
+
+
+def curves(by_position: dict[str, list[dict]]) -> dict:
+    """Loss by place in the answer → for each model its points with x and y between 0 and 1, and the axes' marks."""
+    top = max(0.1, *(point["nats"] for points in by_position.values() for point in points))
+    step = _round_up(top / 4)
+    top = step * math.ceil(top / step)
+    ticks = [round(step * i, 6) for i in range(round(top / step) + 1)]
+    places = next(iter(by_position.values()))
+    last = max(len(places) - 1, 1)
+    lines = {
+        who: [{"x": i / last, "y": point["nats"] / top, **point} for i, point in enumerate(points)]
+        for who, points in by_position.items()
+    }
+    return {"lines": lines, "ticks": [{"y": tick / top, "label": f"{tick:g}"} for tick in ticks]}
+
+
+def _round_up(number: float) -> float | int:
+    """The next of 1, 2, 5, 10, 20, 50 … (or 0.1, 0.2, 0.5 …)."""
+    power = 10 ** math.floor(math.log10(number))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= number * (1 - 1e-9))
+    return int(step) if step >= 1 else step

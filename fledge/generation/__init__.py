@@ -1,0 +1,1 @@
+"""Answers from a model: one, a conversation, or a file of them."""

@@ -1,0 +1,148 @@
+"""What is asked of a model: made to fit its context by rule, and a conversation in the terminal."""
+
+import contextlib
+import json
+import re
+import sys
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from fledge.cli import UserError
+from fledge.encoding import Messages, encode_prompt
+from fledge.generation.answers import answer_batch
+from fledge.generation.sampling import Sampling
+from fledge.templates import INPUT_MARK
+from fledge.tokenizers import encoding_of
+
+HELP = """\
+/retry      another answer to the last message
+/reset      forget the conversation
+/save FILE  add the conversation to FILE as one line of JSON
+/help       this text
+/quit       leave (Ctrl-D does, too); Ctrl-C stops an answer"""
+
+
+def fit_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, context: int, max_new_tokens: int
+) -> tuple[list[int], str]:
+    """Ids that ask for the next answer and leave room for it, and a sentence about what was left out ("" if nothing).
+
+    A quarter of the context is kept for the answer, less if `max_new_tokens` is less. The oldest turns go first, whole.
+    Then the text that the question is about (after `INPUT_MARK`) loses its end, as in preparation. The question never
+    loses a word, nor does the system message.
+
+    Raises:
+        UserError: the question alone does not fit, or has a character that the tokenizer lacks.
+    """
+    room = context - min(max_new_tokens, context // 4)
+    kept, left_out = list(messages), []
+    with encoding_of("The prompt"):
+        ids = encode_prompt(tokenizer, kept)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        for dropped, begin in enumerate(turns[1:], 1):
+            if len(ids) <= room:
+                break
+            kept = [*messages[: turns[0]], *messages[begin:]]
+            ids = encode_prompt(tokenizer, kept)
+            left_out = [f"the oldest {dropped} of {len(turns)} turns"]
+        question, mark, text = kept[-1]["content"].rpartition(INPUT_MARK)
+        if len(ids) > room and mark:
+            ends = [word.end() for word in re.finditer(r"\S+", text)]
+
+            def with_words(count: int) -> list[int]:
+                content = question + mark + text[: ends[count - 1]]
+                return encode_prompt(tokenizer, [*kept[:-1], {**kept[-1], "content": content}])
+
+            fitting, beyond = 1, len(ends)  # the first word stays, the last one goes
+            while beyond - fitting > 1:
+                middle = (fitting + beyond) // 2
+                fitting, beyond = (middle, beyond) if len(with_words(middle)) <= room else (fitting, middle)
+            ids = with_words(fitting)
+            left_out.append(f"the last {len(ends) - fitting:,} of the {len(ends):,} words of the text")
+    if len(ids) >= context:
+        raise UserError(
+            f"A prompt of {len(ids)} tokens leaves no room in the model's context of {context}; shorten it."
+        )
+    return (
+        ids,
+        f"To fit the model's context of {context} tokens, {' and '.join(left_out)} were left out." if left_out else "",
+    )
+
+
+def fit_beginning(
+    tokenizer: PreTrainedTokenizerBase, text: str, context: int, max_new_tokens: int
+) -> tuple[list[int], str]:
+    """The same for a base model, which has no template and goes on from the text's end: it loses its beginning.
+
+    Raises:
+        UserError: the text is empty, or has a character that the tokenizer lacks.
+    """
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    with encoding_of("The prompt"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("The prompt is empty.")
+    excess = len(begin) + len(ids) - (context - min(max_new_tokens, context // 4))
+    if excess <= 0:
+        return begin + ids, ""
+    said = f"To fit the model's context of {context} tokens, the first {excess:,} of {len(ids):,} tokens were left out."
+    return begin + ids[excess:], said
+
+
+def converse(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: Messages, sampling: Sampling, show_stats
+) -> None:
+    """Reads messages from standard input until it ends or says /quit, and streams the answers to them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  the keys of a terminal: history, arrows; Windows has them without it
+
+    messages, asked = list(system), 0
+    print("Write a message, or /help.")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        command, _, argument = line.partition(" ")
+        retried = command == "/retry"
+        if command == "/quit":
+            return
+        if not line:
+            continue
+        if command == "/reset":
+            messages = list(system)
+            print("Forgotten.")
+        elif command == "/save":
+            print(save(messages, argument.strip()))
+        elif retried and len(messages) == len(system):
+            print("There is no message yet to answer again.")
+        elif line.startswith("/") and not retried:
+            print(HELP if command == "/help" else f"{command} is unknown; /help lists the commands.")
+        else:
+            turn = messages[:-1] if retried else [*messages, {"role": "user", "content": line}]
+            try:
+                ids, said = fit_prompt(tokenizer, turn, model.config.max_position_embeddings, sampling.max_new_tokens)
+                if said:
+                    print(f"({said})", file=sys.stderr)
+                streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+                with show_stats() as answers:
+                    answers += answer_batch(model, tokenizer, [ids], sampling, sampling.seed + asked, streamer)
+                messages = [*turn, {"role": "assistant", "content": answers[0].text}]
+                asked += 1
+            except UserError as error:
+                print(error, file=sys.stderr)
+            except KeyboardInterrupt:
+                print("\n(stopped; the message is not part of the conversation)")
+
+
+def save(messages: Messages, file: str) -> str:
+    """Adds the conversation to a file as one line; says what it did."""
+    if not file:
+        return "/save needs a file's name."
+    try:
+        with Path(file).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        return f"{file} cannot be written: {error.strerror}."
+    return f"Saved to {file}."

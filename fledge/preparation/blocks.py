@@ -1,0 +1,316 @@
+"""Blocks of records → rows on disk, by several processes, so that memory does not grow with the data.
+
+Of a block NAME come two Arrow files: `NAME.rows.arrow` (messages, the task's columns, token ids) and
+`NAME.facts.arrow`, the few numbers a row by which `fledge.preparation.curation` decides where it goes. A block depends
+on nothing but its own records, so the files are the same whoever makes them and in whatever order.
+"""
+
+import json
+import os
+import random
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain, islice
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from fledge.cli import UserError
+from fledge.encoding import IGNORED, Encoded, encode, fit
+from fledge.preparation.duplicates import save_signatures
+from fledge.sources import Chunk, Source
+from fledge.sources.reading import SPLITS
+from fledge.tasks import RejectedRecord, load_task
+from fledge.tokenizers import encoding_of
+from fledge.tokenizers.fast import TextEncoder, UnequalIds
+
+RECORDS = 500  # at a time: what a process holds
+TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+FACTS = {
+    "source_split": pa.int8(),
+    "group": pa.uint64(),
+    "fingerprint": pa.uint64(),
+    "length": pa.int32(),
+    "completion_length": pa.int32(),
+    "supervised": pa.int32(),
+    "is_ended": pa.bool_(),
+    "was_cut": pa.bool_(),
+}
+
+
+@dataclass
+class Block:
+    """A chunk of a source, or its first `limit` records; `name` orders blocks as their records stand in the data."""
+
+    name: str
+    chunk: Chunk
+    limit: int | None = None
+
+
+@dataclass
+class Preparation:
+    """What becomes of a block; called with one, it writes its rows and facts into `folder`."""
+
+    source: Source
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder
+    max_length: int
+    overflow: str
+    seed: int
+    near_duplicates: bool = False
+    folder: Path | None = None
+
+    def __call__(self, block: Block) -> None:
+        """Raises:
+        UserError: a character that the vocabulary lacks, or a record that the source cannot read.
+        UnequalIds: see `TextEncoder`.
+        """
+        task, counts, rejected = load_task(self.task), Counter(), Counter()
+        rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], None, self.tokenizer.eos_token_id)], []
+        numbered = enumerate(self.source.parse(block.chunk)[: block.limit])
+        while records := list(islice(numbered, RECORDS)):
+            examples = []
+            for number, record in records:
+                counts["read"] += 1
+                try:
+                    # Chance is the record's own, so that its examples do not depend on the records before it.
+                    made = task.examples(record, random.Random(f"{self.seed} {block.name} {number}"))
+                except RejectedRecord as reason:
+                    rejected[str(reason)] += 1
+                    continue
+                counts["used"] += 1
+                counts["examples"] += len(made)
+                examples += made
+            fitted = self._encoded(examples, rejected)
+            rows.append(rows_table(task, fitted))
+            facts.append(facts_table(task, fitted, block.chunk.split, self.tokenizer.eos_token_id))
+            texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
+        written = json.dumps({"counts": counts, "rejected": rejected})
+        write_table(self.folder / f"{block.name}.rows.arrow", pa.concat_tables(rows))
+        facts = pa.concat_tables(facts).replace_schema_metadata({"block": written})
+        write_table(self.folder / f"{block.name}.facts.arrow", facts)
+        if self.near_duplicates:
+            save_signatures(self.folder / f"{block.name}.minhash.npy", texts)
+
+    def _encoded(self, examples: list[dict[str, Any]], rejected: Counter) -> list[tuple[dict[str, Any], Encoded]]:
+        with encoding_of("A record"):
+            encoded = encode(self.tokenizer, [example["messages"] for example in examples], self.encoder)
+        rows = []
+        for example, whole in zip(examples, encoded, strict=True):
+            fitted = fit(self.tokenizer, example["messages"], whole, self.max_length, self.overflow)
+            if fitted is None:
+                rejected[f"longer than {self.max_length} tokens"] += 1
+            else:
+                example["messages"], ids = fitted
+                rows.append((example, ids))
+        return rows
+
+
+@dataclass
+class Facts:
+    """What is known of all rows, block by block in the order of the data."""
+
+    blocks: list[str]
+    rows: np.ndarray  # (blocks,), how many each block has
+    columns: dict[str, np.ndarray]  # (all rows,) each
+    counts: Counter  # records read and used, examples
+    rejected: Counter
+
+    @property
+    def total(self) -> int:
+        return int(self.rows.sum())
+
+    def of(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns of some rows: a mask or numbers of rows."""
+        return {name: values[chosen] for name, values in self.columns.items()}
+
+    @classmethod
+    def read(cls, folder: Path) -> "Facts":
+        """Raises:
+        UserError: there is no block.
+        """
+        files = sorted(folder.glob("*.facts.arrow"))
+        tables = [read_table(file) for file in files]
+        if not tables:
+            raise UserError("The data holds no record; give some.")
+        counts, rejected = Counter(), Counter()
+        for table in tables:
+            of_block = json.loads(table.schema.metadata[b"block"])
+            counts.update(of_block["counts"])
+            rejected.update(of_block["rejected"])
+        columns = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+        return cls(
+            [file.name.removesuffix(".facts.arrow") for file in files],
+            np.array([len(table) for table in tables], dtype=int),
+            {name: columns[name].to_numpy() for name in columns.column_names},
+            counts,
+            rejected,
+        )
+
+
+def blocks_of(
+    source: Source, files: list[str], limit: int | None = None, rank: int = 0, tasks: int = 1
+) -> Iterator[Block]:
+    """The chunks of all files, as far as their first `limit` records.
+
+    Of several tasks each has its own: whole files, or every n-th chunk if there are fewer files than tasks.
+    """
+    by_file = len(files) >= tasks
+    for place, file in enumerate(files):
+        if by_file and place % tasks != rank:
+            continue
+        for number, chunk in enumerate(source.chunks(file)):
+            if not by_file and number % tasks != rank:
+                continue
+            block = Block(f"{place:05d}-{number:07d}", chunk)
+            if limit is not None:
+                block.limit = min(limit, len(source.parse(chunk)))
+                limit -= block.limit
+            yield block
+            if limit == 0:
+                return
+
+
+def prepare_blocks(preparation: Preparation, blocks: Callable[[], Iterator[Block]], num_proc: int) -> None:
+    """Makes rows of all blocks.
+
+    Raises:
+        UserError: a source cannot be read, or a record not be encoded.
+    """
+    print(f"Encoding with {preparation.encoder.way}.", flush=True)
+    try:
+        for _ in spread(preparation, blocks(), num_proc):
+            pass
+    except UnequalIds:
+        preparation.encoder = TextEncoder(preparation.tokenizer, fast=False)
+        prepare_blocks(preparation, blocks, num_proc)
+
+
+def written_columns(task: ModuleType) -> Features:
+    """The columns of a row as people read it: `instruction` and `response` where a task always asks just once."""
+    columns = columns_of(task)
+    if not task.ASKS_ONCE:
+        return columns
+    del columns["messages"]
+    return Features({"instruction": Value("string"), "response": Value("string"), **columns})
+
+
+def columns_of(task: ModuleType) -> Features:
+    """The columns of a row in a block."""
+    kinds = {"string": Value("string"), "strings": List(Value("string"))}
+    columns = {
+        column: ClassLabel(names=list(kind)) if isinstance(kind, tuple) else kinds[kind]
+        for column, kind in task.COLUMNS.items()
+    }
+    return Features({"messages": List({"role": Value("string"), "content": Value("string")}), **columns})
+
+
+def classes_of(task: ModuleType) -> dict[str, tuple[str, ...]]:
+    """The class columns of a task with their labels."""
+    return {column: kind for column, kind in task.COLUMNS.items() if isinstance(kind, tuple)}
+
+
+def rows_table(task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]]) -> pa.Table:
+    """Examples and their ids as a table of the task's columns, then `input_ids` and `labels`."""
+    features = columns_of(task)
+    arrays = []
+    for name, field in zip(features, features.arrow_schema, strict=True):
+        values = [example[name] for example, _ in rows]
+        if isinstance(features[name], ClassLabel):
+            values = [features[name].str2int(value) for value in values]
+        arrays.append(pa.array(values, field.type))
+    lengths = [len(ids) for _, ids in rows]
+    offsets = pa.array(np.cumsum([0, *lengths], dtype=np.int32))
+    for part in ([ids.input_ids for _, ids in rows], [ids.labels for _, ids in rows]):
+        flat = np.fromiter(chain.from_iterable(part), np.int32, count=sum(lengths))
+        arrays.append(pa.ListArray.from_arrays(offsets, pa.array(flat)))
+    return pa.table(arrays, names=[*features, *TOKENS])
+
+
+def facts_table(
+    task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, eos_token_id: int
+) -> pa.Table:
+    """What curation and the budget report ask of each row; class columns as the number of their label, the source's
+    own split as its number in `SPLITS`, -1 for none."""
+    texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
+    facts = {
+        "source_split": [SPLITS.index(split) if split else -1] * len(rows),
+        "group": [hash_of(example["group"]) for example, _ in rows],
+        "fingerprint": list(map(hash_of, texts)),
+        "length": [len(ids) for _, ids in rows],
+        "completion_length": [ids.completion_length for _, ids in rows],
+        "supervised": [len(ids) - ids.labels.count(IGNORED) for _, ids in rows],
+        "is_ended": [ids.input_ids[-1] == eos_token_id for _, ids in rows],
+        "was_cut": [ids.was_cut for _, ids in rows],
+    }
+    table = pa.table({name: pa.array(values, FACTS[name]) for name, values in facts.items()})
+    for column, labels in classes_of(task).items():
+        table = table.append_column(column, pa.array([labels.index(e[column]) for e, _ in rows], pa.int16()))
+    return table
+
+
+def hash_of(text: str) -> int:
+    """64 bits of BLAKE2: two of three million texts agree by chance once in four million corpora."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_table(file: Path) -> pa.Table:
+    # Read, not mapped: mapped pages would count as memory until the system takes them back.
+    with pa.OSFile(str(file)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def spread(work: Callable[[Block], Any], blocks: Iterable[Block], num_proc: int) -> Iterator[Any]:
+    """`work(block)` of each block, in order. A single block is worked on here; more go to `num_proc` processes.
+
+    Raises:
+        UserError: a process died.
+    """
+    blocks = iter(blocks)
+    head = list(islice(blocks, 2))
+    blocks = chain(head, blocks)
+    if num_proc == 1 or len(head) < 2:
+        yield from map(work, blocks)
+        return
+    try:
+        with ProcessPoolExecutor(num_proc, initializer=_begin, initargs=(work,)) as pool:
+            # A few blocks wait, so that no process does; more would only fill the memory.
+            waiting = deque(pool.submit(_work, block) for block in islice(blocks, 2 * num_proc))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(_work, block) for block in islice(blocks, 1))
+    except BrokenProcessPool as error:
+        raise UserError("A process was killed, perhaps for want of memory; pass a smaller --num_proc.") from error
+
+
+def _begin(work: Callable[[Block], Any]) -> None:
+    global _work_of_this_process
+    _work_of_this_process = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def _work(block: Block) -> Any:
+    return _work_of_this_process(block)

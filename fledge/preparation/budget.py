@@ -1,0 +1,157 @@
+"""The budget report: what goes into a training, known before it starts."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fledge.cli import write_json
+from fledge.preparation.blocks import Facts
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+FEW_SUPERVISED, RARE_CLASS, MANY_DROPPED = 0.01, 0.1, 0.05  # below or above which a budget warns
+KEYS = (
+    ("longer than", "--max_length, --overflow cut_prompt or --overflow cut_completion"),
+    ("surplus of one", "--balance"),
+    ("its topic or story", "--split"),
+    ("an exact duplicate", "other --data"),
+    ("a near duplicate", "--near_duplicates"),
+)
+LENGTHS = (128, 256, 512, 1024, 2048)
+
+
+@dataclass
+class Budget:
+    """What is read, rejected and kept.
+
+    `rows_read` records give `examples`, of which `rows_kept` are kept; `rejected` counts by reason the records that
+    give none and the examples that are left out. So (rows_read - records_used) + (examples - rows_kept) is their sum.
+    """
+
+    source: str
+    task: str
+    template: str
+    seed: int
+    max_length: int
+    overflow: str
+    rows_read: int = 0
+    records_used: int = 0
+    examples: int = 0
+    rejected: Counter = field(default_factory=Counter)
+    splits: dict[str, dict] = field(default_factory=dict)
+    license: str | None = None
+    columns: dict[str, str | list[str]] = field(default_factory=dict)  # a kind, or the labels of a class
+
+    def count(self, facts: Facts) -> None:
+        """Takes over what was read and what was left out of it on the way to rows."""
+        self.rows_read, self.records_used = facts.counts["read"], facts.counts["used"]
+        self.examples = facts.counts["examples"]
+        self.rejected.update(facts.rejected)
+
+    def describe(self, split: str, facts: dict[str, np.ndarray], classes: dict[str, tuple[str, ...]]) -> None:
+        """Adds the figures of one finished split from the facts of its rows (see `fledge.preparation.blocks`)."""
+        total, completion = facts["length"], facts["completion_length"]
+        counts = {
+            column: {label: int(n) for label, n in zip(labels, np.bincount(facts[column]), strict=False) if n}
+            for column, labels in classes.items()
+        }
+        counts = {column: dict(sorted(of_column.items())) for column, of_column in counts.items()}
+        self.splits[split] = {
+            "rows": len(total),
+            "labels": next(iter(counts.values()), {}),
+            "classes": counts,
+            "tokens": int(total.sum()),
+            "supervised_share": float(facts["supervised"].sum() / total.sum()),
+            "eos_supervised": int(facts["is_ended"].sum()),
+            "cut": int(facts["was_cut"].sum()),
+            "lengths": {
+                name: {f"{quantile:g}": int(np.quantile(values, quantile)) for quantile in QUANTILES}
+                for name, values in (("prompt", total - completion), ("completion", completion), ("total", total))
+            },
+            "longer_than": {str(limit): int((total > limit).sum()) for limit in LENGTHS},
+        }
+
+    def as_dict(self) -> dict:
+        kept = sum(split["rows"] for split in self.splits.values())
+        content = dict(vars(self))
+        content["rejected"] = dict(self.rejected.most_common())
+        return {**content, "rows_kept": kept, "warnings": self.warnings()}
+
+    def warnings(self) -> list[str]:
+        """What a training on this would suffer from, one sentence each, with the key that changes it."""
+        train = self.splits["train"]
+        sentences = []
+        if train["supervised_share"] < FEW_SUPERVISED:
+            sentences.append(
+                f"Only {train['supervised_share']:.2%} of the training tokens are supervised; a smaller --max_length "
+                "with --overflow cut_prompt shortens the prompts."
+            )
+        for column, counts in train["classes"].items():
+            rarest, most = min(counts, key=counts.get), max(counts, key=counts.get)
+            if counts[rarest] < RARE_CLASS * counts[most]:
+                sentences.append(
+                    f"{column} {rarest} is rare: {counts[rarest]:,} of {train['rows']:,} training rows, {most} has "
+                    f"{counts[most]:,}; --balance {column} makes them equal."
+                )
+        for reason, count in self.rejected.most_common():
+            key = next((key for begin, key in KEYS if reason.startswith(begin)), None)
+            of_what, total = ("examples", self.examples) if key else ("records", self.rows_read)
+            if count > MANY_DROPPED * total:
+                key = key or "another --task"
+                sentences.append(f"{count / total:.1%} of the {of_what} are left out ({reason}); {key} changes that.")
+        return sentences
+
+    def markdown(self) -> str:
+        """The report for people: what was kept, what was not and why, and how long the rows are."""
+        content = self.as_dict()
+        lines = [
+            f"# Budget: {self.task} from {self.source}",
+            "",
+            f"Read {self.rows_read:,} records and kept {content['rows_kept']:,}.",
+            f"Template `{self.template}`, max_length {self.max_length}, overflow `{self.overflow}`, seed {self.seed}.",
+            "",
+        ]
+        if self.rejected:
+            lines += ["| left out | records |", "|---|---:|"]
+            lines += [f"| {reason} | {count:,} |" for reason, count in content["rejected"].items()]
+            lines.append("")
+        lines += [
+            "| split | rows | labels | tokens | supervised | ends supervised | median | p95 | longest |",
+            "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for name, split in self.splits.items():
+            labels = ", ".join(f"{count:,} {label}" for label, count in split["labels"].items())
+            median, p95, longest = (split["lengths"]["total"][quantile] for quantile in ("0.5", "0.95", "1"))
+            lines.append(
+                f"| {name} | {split['rows']:,} | {labels} | {split['tokens']:,} | {split['supervised_share']:.1%} "
+                f"| {split['eos_supervised']:,} of {split['rows']:,} | {median} | {p95} | {longest} |"
+            )
+        lines += ["", *(f"**{sentence}**  " for sentence in self.warnings())] if self.warnings() else []
+        over = self.splits["train"]["longer_than"]
+        lines += ["", "Training rows longer than " + ", ".join(f"{limit}: {n:,}" for limit, n in over.items())]
+        return "\n".join(lines) + "\n"
+
+    def save(self, folder: Path, train: dict[str, np.ndarray]) -> None:
+        """Writes `budget.json`, `budget.md` and `budget.png`, the lengths of the training rows."""
+        write_json(folder / "budget.json", self.as_dict())
+        (folder / "budget.md").write_text(self.markdown(), encoding="utf-8")
+
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+        axes.hist(
+            [train["length"] - train["completion_length"], train["completion_length"]],
+            bins=60,
+            histtype="stepfilled",
+            alpha=0.6,
+            label=["prompt", "completion"],
+        )
+        axes.axvline(self.max_length, color="black", linestyle="--", linewidth=1, label=f"max_length {self.max_length}")
+        axes.set(xlabel="tokens", ylabel="training rows")
+        axes.legend(frameon=False)
+        figure.savefig(folder / "budget.png", dpi=120)
+        pyplot.close(figure)

@@ -1,0 +1,129 @@
+"""Which examples go where: splits that share no group, and classes of one size."""
+
+from collections import Counter
+
+import numpy as np
+
+from fledge.cli import UserError
+from fledge.preparation.blocks import Facts
+from fledge.sources.reading import SPLITS
+
+
+def split_shares(text: str) -> dict[str, float]:
+    """`85/5/10` → the share of each split."""
+    try:
+        percents = [float(part) for part in text.split("/")]
+    except ValueError:
+        percents = []
+    if len(percents) != 3 or not min(percents) > 0 or not abs(sum(percents) - 100) <= 1e-6:
+        raise UserError(f"--split {text} is not three positive percentages that add up to 100, such as 85/5/10.")
+    return dict(zip(("train", "validation", "test"), (percent / 100 for percent in percents), strict=True))
+
+
+def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
+    """Deals whole groups to the splits until each has its share of the rows.
+
+    `groups` (rows,) are hashes of the groups' names; the result (rows,) is the number of each row's split. It depends
+    on which groups there are, not on their order.
+    """
+    _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    dealt = np.cumsum(sizes[order]) - sizes[order]
+    bounds = np.cumsum([*shares.values()][:-1]) * len(groups)
+    split_of_group = np.empty(len(sizes), np.int8)
+    split_of_group[order] = np.searchsorted(bounds - 1e-9, dealt, side="right")
+    return split_of_group[group_of]
+
+
+def balance(
+    split: str, rows: np.ndarray, codes: np.ndarray, column: str, labels: tuple[str, ...], seed: int
+) -> np.ndarray:
+    """Keeps as many of `rows` with each label as the rarest one has. `codes` (rows,) are numbers of `labels`.
+
+    Raises:
+        UserError: a label does not occur.
+    """
+    counts = np.bincount(codes, minlength=len(labels))
+    if not counts.min():
+        found = ", ".join(f"{label} {count:,}" for label, count in zip(labels, counts, strict=True))
+        raise UserError(
+            f"The {split} split has no example with {column} {labels[counts.argmin()]} (it has {found}), so it cannot "
+            "be balanced; give more data, another --split, or leave --balance out."
+        )
+    rng = np.random.default_rng(seed)
+    kept = [rng.permutation(rows[codes == code])[: counts.min()] for code in range(len(labels))]
+    return np.sort(np.concatenate(kept))
+
+
+def repeated(fingerprints: np.ndarray) -> np.ndarray:
+    """(rows,), true for a row that has the fingerprint of an earlier one."""
+    is_repeated = np.ones(len(fingerprints), bool)
+    is_repeated[np.unique(fingerprints, return_index=True)[1]] = False
+    return is_repeated
+
+
+def apart(splits: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(rows,), false for a row whose group also lies in a later split: training gives way to validation, and both to
+    test, so that what is held out stays whole.
+
+    Raises:
+        UserError: a row has no split.
+    """
+    if unnamed := int((splits < 0).sum()):
+        raise UserError(
+            "--split source needs data whose files or Hub splits are named train, validation or test, and "
+            f"{unnamed:,} rows come from others; give shares instead, such as --split 85/5/10."
+        )
+    is_apart = np.ones(len(splits), bool)
+    for number in range(len(SPLITS) - 1):
+        is_apart[splits == number] = ~np.isin(groups[splits == number], groups[splits > number])
+    return is_apart
+
+
+def assign_splits(
+    facts: Facts,
+    shares: dict[str, float] | None,
+    balanced: tuple[str, tuple[str, ...]] | None,
+    seed: int,
+    near_duplicates: np.ndarray | None = None,
+) -> tuple[tuple[str, ...], np.ndarray, Counter]:
+    """Where every row goes: the names of the splits; (rows,), the number of each row's split among them, -1 for a row
+    that is left out; and how many are left out by reason.
+
+    `shares` is None for the source's own splits. `balanced` is a class column with its labels, `near_duplicates`
+    (rows,) a mask.
+
+    Raises:
+        UserError: a split is empty or cannot be balanced.
+    """
+    columns, left_out = facts.columns, Counter()
+    rows = np.arange(facts.total)
+    if shares is None:
+        rows = rows[apart(columns["source_split"], columns["group"])]
+        left_out["its topic or story is held out in another split"] = facts.total - len(rows)
+    kept = rows[~repeated(columns["fingerprint"][rows])]
+    left_out["an exact duplicate"] = len(rows) - len(kept)
+    if near_duplicates is not None:
+        left_out["a near duplicate"] = int(near_duplicates[kept].sum())
+        kept = kept[~near_duplicates[kept]]
+    if shares is None:
+        own, numbers = np.unique(columns["source_split"][kept], return_inverse=True)
+        names = tuple(SPLITS[code] for code in own)
+    else:
+        numbers = split_by_group(columns["group"][kept], shares, seed)
+        names = tuple(shares)
+    split_of = np.full(facts.total, -1, np.int8)
+    split_of[kept] = numbers
+    for name in ("train", *names):
+        if name not in names or not (numbers == names.index(name)).any():
+            raise UserError(
+                f"The {name} split is empty with {len(kept):,} usable records; give more data or another --split."
+            )
+    if balanced:
+        column, labels = balanced
+        for number, name in enumerate(names):
+            rows = np.flatnonzero(split_of == number)
+            chosen = balance(name, rows, columns[column][rows], column, labels, seed)
+            left_out[f"surplus of one {column}"] += len(rows) - len(chosen)
+            split_of[np.setdiff1d(rows, chosen)] = -1
+    return names, split_of, +left_out

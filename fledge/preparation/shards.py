@@ -1,0 +1,156 @@
+"""Rows in blocks → the files of a dataset: parquet for people and the Hub, Arrow that training maps into memory."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+from datasets import DatasetInfo, Features
+from datasets.utils.py_utils import convert_file_size_to_int
+
+from fledge.cli import UserError
+from fledge.encoding import with_messages
+from fledge.preparation.blocks import TOKENS, Facts, read_table
+
+WINDOW = 32  # blocks whose rows are shuffled together: about 100 MB
+
+
+def bytes_of(size: str) -> int:
+    """`500MB` → bytes.
+
+    Raises:
+        UserError: not a size.
+    """
+    try:
+        return max(1, convert_file_size_to_int(size))
+    except ValueError as error:
+        raise UserError(f"--max_shard_size {size} is no size; write it as 500MB or 2GB.") from error
+
+
+def parquet_writer(file: Path, schema: pa.Schema) -> pa.parquet.ParquetWriter:
+    # As `datasets` writes it: the Hub then stores the parts of a file that a new version shares with the old one once.
+    return pa.parquet.ParquetWriter(file, schema, use_content_defined_chunking=True, write_page_index=True)
+
+
+def arrow_writer(file: Path, schema: pa.Schema) -> pa.RecordBatchStreamWriter:
+    return pa.ipc.new_stream(str(file), schema)
+
+
+class Shards:
+    """Appends tables to files `NAME-00000-of-00003.SUFFIX` that hold at most `max_bytes` each before compression."""
+
+    def __init__(self, stem: Path, suffix: str, features: Features, writer: Callable, max_bytes: int):
+        self.stem, self.suffix, self.schema = stem, suffix, features.arrow_schema
+        self.make_writer, self.max_bytes = writer, max_bytes
+        self.files, self.room, self.rows = [], 0, 0
+        self.open = contextlib.ExitStack()
+        self._next()
+
+    def _next(self) -> None:
+        self.open.close()
+        self.files.append(self.stem.with_name(f"{self.stem.name}-{len(self.files):05d}"))
+        self.writer = self.open.enter_context(self.make_writer(self.files[-1], self.schema))
+        self.room = self.max_bytes
+
+    def write(self, table: pa.Table) -> None:
+        table = table.select(self.schema.names).cast(self.schema)
+        self.rows += len(table)
+        while len(table):
+            row_bytes = max(1, table.nbytes // len(table))
+            if self.room < row_bytes and self.room < self.max_bytes:
+                self._next()
+            part = table[: max(1, self.room // row_bytes)]
+            self.writer.write_table(part)
+            self.room -= len(part) * row_bytes
+            table = table[len(part) :]
+
+    def close(self) -> list[Path]:
+        """Closes the files and gives them their names."""
+        self.open.close()
+        named = [Path(f"{file}-of-{len(self.files):05d}{self.suffix}") for file in self.files]
+        self.files = [file.rename(name) for file, name in zip(self.files, named, strict=True)]
+        return self.files
+
+
+def write_splits(
+    folder: Path,
+    blocks: Path,
+    facts: Facts,
+    split_of: np.ndarray,
+    splits: tuple[str, ...],
+    columns: Features,
+    max_bytes: int,
+    seed: int,
+) -> None:
+    """Writes `data/SPLIT-*.parquet` and the `DatasetDict` `tokenized/` into `folder`, from the rows in `blocks`.
+
+    `split_of` is what `assign_splits` says. Blocks are shuffled, then rows within a window of blocks.
+    """
+    files = [blocks / f"{name}.rows.arrow" for name in facts.blocks]
+    split_of_block = np.split(split_of, np.cumsum(facts.rows)[:-1])
+    text, tokens = [], []
+    (folder / "data").mkdir()
+    for name in splits:
+        (folder / "tokenized" / name).mkdir(parents=True)
+        text.append(Shards(folder / "data" / name, ".parquet", columns, parquet_writer, max_bytes))
+        tokens.append(Shards(folder / "tokenized" / name / "data", ".arrow", TOKENS, arrow_writer, max_bytes))
+
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(files))
+    for begin in range(0, len(order), WINDOW):
+        window = order[begin : begin + WINDOW]
+        rows = pa.concat_tables([read_table(files[number]) for number in window])
+        split_of_row = np.concatenate([split_of_block[number] for number in window])
+        for number in range(len(splits)):
+            chosen = rows.take(rng.permutation(np.flatnonzero(split_of_row == number)))
+            chosen = chosen if "messages" in columns else with_pairs(chosen)
+            text[number].write(chosen)
+            tokens[number].write(chosen)
+
+    for name, of_text, of_tokens in zip(splits, text, tokens, strict=True):
+        of_text.close()
+        _describe_arrow(folder / "tokenized" / name, of_tokens.close())
+    (folder / "tokenized" / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
+
+
+def with_pairs(rows: pa.Table) -> pa.Table:
+    """Adds `instruction` and `response`, the first and the second of two `messages`."""
+    for place, name in enumerate(("instruction", "response")):
+        message = pa.compute.list_element(rows["messages"], place)
+        rows = rows.append_column(name, pa.compute.struct_field(message, "content"))
+    return rows
+
+
+def _describe_arrow(folder: Path, files: list[Path]) -> None:
+    """Puts beside Arrow files what `Dataset.save_to_disk` would, without taking the rows through memory for it."""
+    digest = blake2b(digest_size=8)
+    for file in files:
+        with file.open("rb") as content:
+            while part := content.read(1 << 20):
+                digest.update(part)
+    state = {
+        "_data_files": [{"filename": file.name} for file in files],
+        "_fingerprint": digest.hexdigest(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    info = dict(sorted(asdict(DatasetInfo(features=TOKENS)).items()))
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
+
+
+def first_rows(folder: Path, split: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of a split that `write_splits` wrote, with `messages`, class labels as numbers."""
+    file = min((folder / "data").glob(f"{split}-*.parquet"))
+    rows = next(pa.parquet.ParquetFile(file).iter_batches(batch_size=count)).to_pylist()
+    return [with_messages(row) for row in rows]

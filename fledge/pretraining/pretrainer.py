@@ -1,0 +1,461 @@
+"""Pre-training: a corpus as memory-mapped blocks of token ids, a GPT-2 from its sizes, and what a run will cost."""
+
+import functools
+import hashlib
+import json
+import math
+import time
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from fledge.cli import UserError, read_json, staged, write_json
+from fledge.encoding import IGNORED
+from fledge.pretraining.corpus import names_and_sizes, pieces
+from fledge.tokenizers import encoding_of
+from fledge.tokenizers.fast import TextEncoder, UnequalIds
+from fledge.training.loss import ScoreTokens
+from fledge.training.muon import MuonWithAdamW
+from fledge.training.run_record import outcome
+from fledge.training.trainer import choose_bf16
+
+BATCH = 4_000_000  # characters that are encoded at once
+
+
+@dataclass
+class PretrainConfig(TrainingArguments):
+    """`TrainingArguments` with the defaults that a GPT of 1M to 200M parameters wants when it begins from nothing."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate (default 1e-3)"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule (default cosine)"})
+    warmup_steps: float = field(default=0.02, metadata={"help": "steps, or a share of all steps if below 1"})
+    weight_decay: float = field(default=0.1, metadata={"help": "not on norms and biases (default 0.1)"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta (default 0.95)"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the corpus (default 1)"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "blocks a step and device (default 16)"})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "blocks at once in evaluation"})
+    eval_strategy: str = field(default="steps", metadata={"help": "when to measure bits per byte"})
+    eval_steps: float | None = field(default=0.1, metadata={"help": "steps, or a share of all steps if below 1"})
+    save_strategy: str = field(default="steps", metadata={"help": "when to save a checkpoint for --resume"})
+    save_steps: float = field(default=0.1, metadata={"help": "steps, or a share of all steps if below 1"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+    logging_first_step: bool = field(default=True, metadata={"help": "log the first step: it should be ln V"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of progress"})
+    enable_jit_checkpoint: bool = field(default=True, metadata={"help": "save a checkpoint on SIGTERM"})
+    include_num_input_tokens_seen: str = field(default="all", metadata={"help": "count tokens in the log"})
+    bf16: bool | None = field(default=None, metadata={"help": "train in bf16 autocast (default: where it is fast)"})
+    muon: bool = field(
+        default=False, metadata={"help": "Muon for the layers' matrices, which wants --learning_rate 5e-3"}
+    )
+    # Blocks carry labels that are shifted already, under a name that no forward lists.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "leave as it is"})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin memory in the data loader"})
+    log_level_replica: str = field(default="error", metadata={"help": "what processes other than the first print"})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "only if a forward skips weights"})
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.precision_reason = "as asked for"
+        if self.bf16 is None and not self.fp16:
+            self.bf16, self.precision_reason = choose_bf16(self.use_cpu)
+        super().__post_init__()
+
+
+@dataclass
+class Corpus:
+    """Where documents come from."""
+
+    data: list[str]
+    text_column: str
+    document_start: str | None
+    validation_data: list[str]
+    validation_share: float
+
+
+class Blocks(Dataset):
+    """Token ids of one split, cut into blocks of the context length.
+
+    The split is one row of ids, `<|endoftext|>` before the first document and after every document. Block k reads
+    positions kC to kC + C − 1 and predicts kC + 1 to kC + C, so each token after the first is predicted exactly once.
+    The last block is filled up with ids whose labels are ignored.
+    """
+
+    def __init__(self, folder: Path, split: str, tokens: dict, context_length: int):
+        """Raises:
+        UserError: the split is shorter than two tokens.
+        """
+        record = tokens["splits"][split]
+        if record["tokens"] < 2:
+            raise UserError(f"The {split} split has {record['tokens']} tokens, and none to predict; give more text.")
+        self.ids = np.memmap(folder / f"{split}.bin", dtype=tokens["dtype"], mode="r")
+        self.context_length = context_length
+        self.bytes_per_token = record["bytes"] / (len(self.ids) - 1)
+
+    def __len__(self) -> int:
+        return math.ceil((len(self.ids) - 1) / self.context_length)
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels`, (context_length,); labels are shifted already, which `shift_labels` tells."""
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        begin = k * self.context_length
+        ids = torch.from_numpy(self.ids[begin : begin + self.context_length + 1].astype(np.int64))
+        missing = self.context_length + 1 - len(ids)
+        labels = F.pad(ids[1:], (0, missing), value=IGNORED)
+        return {"input_ids": F.pad(ids[:-1], (0, missing)), "labels": labels, "shift_labels": labels}
+
+
+def open_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The record of the token ids in `folder`, which are written now unless those of this very corpus are there.
+
+    Raises:
+        UserError: no text, text that the tokenizer cannot encode, or a folder that is not Fledge's.
+    """
+    told = [names_and_sizes(corpus.data), names_and_sizes(corpus.validation_data), corpus.text_column]
+    told += [corpus.document_start, corpus.validation_share, tokenizer.backend_tokenizer.to_str()]
+    fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    if (folder / "tokens.json").exists():
+        record = read_json(folder / "tokens.json", "pretrain.py")
+        if record["fingerprint"] == fingerprint:
+            return record
+    with staged(folder, True, "tokens.json") as building:
+        try:
+            writer = TokenWriter(building, tokenizer, TextEncoder(tokenizer))
+            writer.write(corpus)
+        except UnequalIds:
+            writer = TokenWriter(building, tokenizer, TextEncoder(tokenizer, fast=False))
+            writer.write(corpus)
+        record = {"fingerprint": fingerprint, "dtype": writer.dtype, "splits": writer.splits}
+        write_json(building / "tokens.json", record)
+    return record
+
+
+class TokenWriter:
+    """Writes `train.bin` and `validation.bin` into a folder, two or four bytes a token, a batch of text at a time."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, encode: TextEncoder):
+        self.folder, self.tokenizer, self.encode = folder, tokenizer, encode
+        self.dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
+        self.splits = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in ("train", "validation")}
+
+    def write(self, corpus: Corpus) -> None:
+        with (self.folder / "train.bin").open("wb") as train, (self.folder / "validation.bin").open("wb") as held_out:
+            files = {"train": train, "validation": held_out}
+            documents = pieces(corpus.data, corpus.text_column, corpus.document_start)
+            if corpus.validation_data:
+                self._write_batches((("train", *piece) for piece in documents), files)
+                documents = pieces(corpus.validation_data, corpus.text_column, corpus.document_start)
+                self._write_batches((("validation", *piece) for piece in documents), files)
+            else:
+                self._write_batches(_deal(documents, corpus.validation_share), files)
+        if self.splits["validation"]["documents"] == 0:
+            self._split_the_end_off(corpus.validation_share)
+
+    def _write_batches(self, dealt: Iterable[tuple[str, str, bool]], files: dict[str, BinaryIO]) -> None:
+        batch: list[tuple[str, str, bool]] = []
+        size, told = 0, 0
+        for piece in dealt:
+            batch.append(piece)
+            size += len(piece[1])
+            if size >= BATCH:
+                self._write_batch(batch, files)
+                batch, size = [], 0
+                if (tokens := self.splits["train"]["tokens"]) >= told + 100_000_000:
+                    print(f"  {tokens:,} tokens written", flush=True)
+                    told = tokens
+        self._write_batch(batch, files)
+
+    def _write_batch(self, batch: list[tuple[str, str, bool]], files: dict[str, BinaryIO]) -> None:
+        end = self.tokenizer.eos_token_id
+        with encoding_of("The corpus"):
+            encoded = self.encode([text for _, text, _ in batch])
+        for (split, text, is_end), ids in zip(batch, encoded, strict=True):
+            record = self.splits[split]
+            row = [*([] if record["tokens"] else [end]), *ids, *([end] if is_end else [])]
+            np.array(row, dtype=self.dtype).tofile(files[split])
+            record["tokens"] += len(row)
+            record["documents"] += is_end
+            record["bytes"] += len(text.encode())
+
+    def _split_the_end_off(self, share: float) -> None:
+        """There are too few documents to hold a whole one out, so the last tokens are."""
+        file = self.folder / "train.bin"
+        ids = np.memmap(file, dtype=self.dtype, mode="r")
+        kept = len(ids) - max(2, round(share * len(ids)))
+        held_out = np.array(ids[max(0, kept) :])
+        held_out.tofile(self.folder / "validation.bin")
+        size = len(self.tokenizer.decode(held_out.tolist(), skip_special_tokens=True).encode())
+        self.splits["validation"] |= {"tokens": len(held_out), "bytes": size}
+        self.splits["train"]["tokens"] -= len(held_out)
+        self.splits["train"]["bytes"] -= size
+        del ids
+        with file.open("r+b") as whole:
+            whole.truncate(max(0, kept) * held_out.itemsize)
+
+
+def _deal(documents: Iterable[tuple[str, bool]], share: float) -> Iterator[tuple[str, str, bool]]:
+    """Every n-th document is held out."""
+    every, number = round(1 / share), 1
+    for text, is_end in documents:
+        yield "train" if number % every else "validation", text, is_end
+        number += is_end
+
+
+def new_gpt2(
+    tokenizer: PreTrainedTokenizerBase, n_layer: int, n_head: int, n_embd: int, context_length: int
+) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights: tied head, no dropout, tanh GELU in its fast spelling.
+
+    Raises:
+        UserError: sizes that make no model.
+    """
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "context_length": context_length}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"--{name} {value} is out of range; a model needs at least one.")
+    if n_embd % n_head:
+        raise UserError(f"--n_embd {n_embd} is not divisible by --n_head {n_head}; every head has the same width.")
+    config = GPT2Config(
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        n_positions=context_length,
+        n_ctx=context_length,  # llama.cpp's converter reads this name
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def score_in_cache(model: PreTrainedModel) -> None:
+    """Replaces the loss of blocks in `model` by `fledge.training.loss`, which is faster where there is no Triton.
+
+    `model(input_ids=…, labels=…, shift_labels=…, num_items_in_batch=None)` then returns its `loss` alone: the mean over
+    the labels that count, or their sum over `num_items_in_batch`. Without `shift_labels` the forward is the model's.
+    """
+    own_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        if shift_labels is None:
+            return own_forward(input_ids=input_ids, **kwargs)
+        hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        mask, head = shift_labels != IGNORED, self.get_output_embeddings()
+        log_probs = ScoreTokens.apply(hidden[mask], head.weight, head.bias, shift_labels[mask])[0]
+        count = log_probs.numel() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=-log_probs.sum() / count)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def flops_per_token(model: PreTrainedModel) -> int:
+    """Floating-point operations of one token, forward and backward (PaLM, Chowdhery et al. 2022, appendix B).
+
+    Six for each weight that multiplies (the head does, tables do not), and 12·layers·width·context in attention.
+    """
+    config, head = model.config, model.get_output_embeddings().weight
+    blocks = sum(p.numel() for p in model.transformer.h.parameters())
+    return 6 * (blocks + head.numel()) + 12 * config.n_layer * config.n_embd * config.n_positions
+
+
+class PretrainTrainer(Trainer):
+    """Trainer that counts tokens under TRL's name and evaluates in bits per byte."""
+
+    def __init__(self, *arguments, bytes_per_token: float, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.bytes_per_token = bytes_per_token
+        if self.args.device.type in ("cpu", "mps"):
+            score_in_cache(self.model)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        args = self.args
+        if args.muon and self.optimizer is None:
+            if self.is_fsdp_enabled:
+                raise UserError(
+                    "--muon needs whole matrices, which FSDP spreads over the processes; leave one of them."
+                )
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = MuonWithAdamW(self.model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+        return super().create_optimizer(model)
+
+    def log(self, logs: dict, *arguments) -> None:
+        super().log(logs | {"num_tokens": self.state.num_input_tokens_seen}, *arguments)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss over every token of the validation split, once, in nats a token and in bits a byte of text.
+
+        Trainer's own takes the mean of the means of batches, and repeats rows when processes do not share them evenly.
+        Bits per byte charge the end-of-text tokens to the text, whose bytes they are not.
+        """
+        start, blocks, size = time.monotonic(), self.eval_dataset, self.args.eval_batch_size
+        self.model_wrapped.eval()
+        nats, tokens = 0.0, 0
+        for begin in range(0, len(blocks), size * self.args.world_size):
+            begin += size * self.args.process_index
+            rows = [blocks[k] for k in range(begin, min(begin + size, len(blocks)))]
+            if is_idle := not rows:  # every process runs as often as the others
+                rows = [blocks[0]]
+            batch = self._prepare_inputs(default_data_collator(rows))
+            with self.accelerator.autocast():
+                loss = self.model_wrapped(**batch, num_items_in_batch=1).loss
+            if not is_idle:
+                nats, tokens = nats + loss.item(), tokens + int((batch["labels"] != IGNORED).sum())
+        sums = torch.tensor([[nats, tokens]], device=self.args.device)
+        nats, tokens = self.accelerator.gather(sums).sum(0).tolist()
+        loss = nats / tokens
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            f"{metric_key_prefix}_runtime": round(time.monotonic() - start, 1),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def was_evaluated(self) -> bool:
+        """Whether the model as it is now was."""
+        return any("eval_loss" in e and e["step"] == self.state.global_step for e in self.state.log_history)
+
+    def seconds_a_step(self) -> float:
+        """Forward and backward of one step on this device, by a short trial that leaves no trace."""
+        model = self.model.to(self.args.device).train()
+        rows = [self.train_dataset[k % len(self.train_dataset)] for k in range(self.args.train_batch_size)]
+        batch = self._prepare_inputs(default_data_collator(rows))
+        times = []
+        with torch.random.fork_rng():
+            for _ in range(3):  # the first warms up
+                start = time.perf_counter()
+                with self.accelerator.autocast():
+                    loss = model(**batch).loss
+                loss.backward()
+                if self.args.device.type != "cpu":
+                    torch.accelerator.synchronize()
+                times.append(time.perf_counter() - start)
+        model.zero_grad()
+        return min(times[1:]) * self.args.gradient_accumulation_steps
+
+
+class Samples(TrainerCallback):
+    """After each evaluation: bits per byte, and how the model goes on from a beginning."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int):
+        self.tokenizer, self.prompts, self.tokens = tokenizer, prompts, tokens
+
+    @torch.no_grad()
+    def on_evaluate(self, args, state, control, metrics, model, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        print(f"             {metrics['eval_bits_per_byte']:.4f} bits per byte", flush=True)
+        if isinstance(next(model.parameters()), DTensor):  # FSDP2: its weights are spread over the processes
+            return
+        for prompt in self.prompts:
+            ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                written = model.generate(
+                    torch.tensor([ids], device=model.device),
+                    max_new_tokens=min(self.tokens, model.config.n_positions - len(ids)),
+                    do_sample=True,
+                    temperature=0.8,
+                    use_cache=True,
+                )
+            text = self.tokenizer.decode(written[0], skip_special_tokens=True)
+            print(f"             | {' '.join(text.split())}", flush=True)
+
+
+def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
+    """What the run will take, before it starts, as a record and as lines to print.
+
+    Raises:
+        UserError: a step without a block.
+    """
+    args, model, blocks = trainer.args, trainer.model, trainer.train_dataset
+    train, validation = tokens["splits"]["train"], tokens["splits"]["validation"]
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps_an_epoch = math.ceil(len(blocks) / rows_a_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
+    epochs, (whole, rest) = steps / steps_an_epoch, divmod(steps, steps_an_epoch)
+    seen = whole * (len(blocks.ids) - 1) + rest * rows_a_step * blocks.context_length
+    parameters = model.num_parameters()
+    seconds = None if trainer.is_fsdp_enabled else trainer.seconds_a_step()
+    estimate = {
+        "steps": steps,
+        "tokens": seen,
+        "epochs": round(epochs, 2),
+        "flops": flops_per_token(model) * seen,
+        "tokens_per_parameter": round(seen / parameters, 2),
+        "seconds": seconds and round(steps * seconds),
+    }
+    config = model.config
+    lines = [
+        f"Corpus: {train['tokens']:,} tokens in {train['documents']:,} documents, "
+        f"{train['bytes'] / train['tokens']:.2f} bytes a token; held out {validation['tokens']:,} tokens.",
+        f"Model: {parameters:,} parameters, {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
+        f"context {config.n_positions}, {config.vocab_size:,} tokens; processes: {args.world_size}.",
+        f"Plan: {steps:,} steps of {rows_a_step} x {config.n_positions} tokens, {seen:,} in all, {epochs:.1f} passes; "
+        f"{seen / parameters:.1f} tokens a parameter (20 is the best use of compute); {estimate['flops']:.1e} FLOPs.",
+    ]
+    if seconds:
+        minutes = steps * seconds / 60
+        lines.append(
+            f"Time: {seconds:.2f} s a step in a short trial here, about "
+            + (f"{minutes:.0f} minutes." if minutes < 180 else f"{minutes / 60:.0f} hours.")
+        )
+    if epochs > 4:
+        lines.append("More than four passes: repeated text teaches less and less; more text would teach more.")
+    return estimate, lines
+
+
+def finished_base(trainer: PretrainTrainer) -> PreTrainedModel:
+    """The trained model as later stages open it."""
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    model.config.use_cache = True
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad)
+    return model
+
+
+def pretraining_record(trainer: PretrainTrainer, seconds: float, tokens: dict, estimate: dict) -> dict:
+    """Everything that made the base: corpus, sizes, hyper-parameters, machine, and outcome."""
+    config, history = trainer.model.config, trainer.state.log_history
+    measured = [entry for entry in history if "eval_bits_per_byte" in entry]
+    return {
+        "model": {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")},
+        "parameters": trainer.model.num_parameters(),
+        "corpus": tokens["splits"],
+        "data_fingerprint": tokens["fingerprint"],
+        "estimate": estimate,
+        "uniform_loss": math.log(config.vocab_size),
+        "bits_per_byte": measured[-1]["eval_bits_per_byte"],
+        **outcome(trainer, seconds, TrainingArguments),
+    }

@@ -1,0 +1,206 @@
+"""Cards: what the records of a run say about themselves, rendered through `model_card/`. Nothing on them is typed."""
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors import safe_open
+
+from fledge.cli import UserError, read_json
+from fledge.evaluation.report import LOWER_IS_BETTER, NEUTRAL, NO_SHARES, asked, judged_by, table, table_by
+
+CARDS = Path(__file__).parents[2] / "model_card"
+STAGES = {
+    "conversion": "convert_checkpoint.py",
+    "pretraining": "pretrain.py",
+    "budget": "prepare_dataset.py",
+    "run": "train_sft.py",
+    "metrics": "evaluate_model.py",
+}
+SHOWN = 2  # answers on the card
+
+
+def render(template: str, **values) -> str:
+    """Renders a template of `model_card/`; a name that it asks for and nobody gives is an error, never a blank."""
+    environment = Environment(
+        loader=FileSystemLoader(CARDS),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"fenced": fenced, "cell": cell, "number": "{:,}".format, "words": words}
+    environment.filters |= {"shell": shlex.quote, "json": as_json}
+    return environment.get_template(template).render(**values)
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A Markdown code block that no text can end: its fence is longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def cell(value) -> str:
+    """A value as a table's cell holds it."""
+    return "not set" if value is None else re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
+
+
+def as_json(value) -> str:
+    """JSON that is a Python literal too: messages hold nothing but text."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def read_records(model_dir: Path, evaluation_dir: Path | None) -> dict[str, dict | None]:
+    """Each stage's record, None where it has left none. A model says at least what it was trained on and how.
+
+    Raises:
+        UserError: a record that has to be there is missing, or one is damaged.
+    """
+    files = {name: model_dir / f"{name}.json" for name in STAGES}
+    files["metrics"] = evaluation_dir / "metrics.json" if evaluation_dir else None
+    for name in ("conversion", "pretraining"):
+        if not files[name].exists():
+            files[name] = None
+    return {name: read_json(file, STAGES[name]) if file else None for name, file in files.items()}
+
+
+def read_samples(evaluation_dir: Path | None) -> list[dict]:
+    """Prompts with the answers of base and model, in the order of the evaluation; none without one.
+
+    Raises:
+        UserError: the evaluation has no samples.jsonl.
+    """
+    if not evaluation_dir:
+        return []
+    file = evaluation_dir / "samples.jsonl"
+    if not file.exists():
+        raise UserError(f"{file} is missing; {STAGES['metrics']} writes it.")
+    # Answers may hold Unicode's own line separators, at which splitlines() would cut a line of JSON.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def count_parameters(folder: Path) -> int:
+    """The numbers in a folder's safetensors; a tied head lies there once."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, the handle is no mapping
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                count += size
+    return count
+
+
+def failures(samples: list[dict], meaning: dict[str, str]) -> list[dict]:
+    """The yes-or-no metrics that answers miss, most missed first: of how many, what each means, and one such answer.
+
+    That answer is the first one that the card does not show anyway, if there is any.
+    """
+    found = []
+    for name, means in meaning.items():
+        if name in (*LOWER_IS_BETTER, *NEUTRAL, *NO_SHARES):  # where 0 is no miss
+            continue
+        scores = {i: s["model"]["scores"][name] for i, s in enumerate(samples) if name in s["model"]["scores"]}
+        missed = [i for i, score in scores.items() if score == 0]
+        if missed and set(scores.values()) <= {0, 1}:
+            example = samples[next((i for i in missed if i >= SHOWN), missed[0])]
+            found.append({"name": name, "missed": len(missed), "of": len(scores), "meaning": means, "example": example})
+    return sorted(found, key=lambda failure: -failure["missed"] / failure["of"])
+
+
+def emissions(model_dir: Path) -> dict | None:
+    """What codecarbon measured, from the last line of its emissions.csv (kilograms of CO2 equivalents, kWh)."""
+    if not (model_dir / "emissions.csv").exists():
+        return None
+    with (model_dir / "emissions.csv").open(encoding="utf-8", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    return {"grams": 1000 * float(last["emissions"]), "kwh": float(last["energy_consumed"])}
+
+
+def model_card(
+    folder: Path,
+    repo_id: str,
+    records: dict[str, dict | None],
+    samples: list[dict],
+    license_id: str | None,
+    language: str,
+    base_model: str | None,
+    dataset_repo_id: str | None,
+) -> str:
+    """The README of the model repository in `folder`, from what lies there and from the answers of the evaluation."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    from fledge.encoding import encode_prompt, prompt_text
+    from fledge.tasks import load_task
+    from fledge.tokenizers import open_tokenizer
+
+    budget, metrics = records["budget"], records["metrics"]
+    task, tokenizer = load_task(budget["task"]), open_tokenizer(folder)
+    firsts = [sample for sample in samples if sample["sample"] == 0][:SHOWN]
+    messages = samples[0]["messages"] if samples else task.EXAMPLE
+    measured = emissions(folder)
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset_repo_id or budget["task"],
+            dataset_name=f"{budget['task']} from {budget['source']}",
+            dataset_split=metrics["split"],
+            metric_type=name,
+            metric_name=words(name),
+            metric_value=round(metric["value"], 4),
+            metric_args={"interval_95": [round(metric["low"], 4), round(metric["high"], 4)], "n": metric["n"]},
+        )
+        for name, metric in (metrics["model"] if metrics else {}).items()
+    ]
+    origin = ["from-scratch"] if records["conversion"] or records["pretraining"] else []
+    metadata = ModelCardData(
+        language=language,
+        license=license_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        datasets=[dataset_repo_id] if dataset_repo_id else None,
+        tags=["fledge", "trl", "sft", "instruction-tuning", *origin, budget["task"].replace("_", "-")],
+        model_name=repo_id.split("/")[-1],
+        eval_results=results or None,
+        co2_eq_emissions=measured
+        and {"emissions": round(measured["grams"], 3), "source": "codecarbon", "training_type": "fine-tuning"},
+        widget=[{"messages": sample["messages"], "output": {"text": sample["model"]["text"]}} for sample in firsts]
+        or None,
+    )
+    return render(
+        "model.md.jinja",
+        metadata=metadata.to_yaml(),
+        repo_id=repo_id,
+        name=repo_id.split("/")[-1],
+        parameters=count_parameters(folder),
+        purpose=task.PURPOSE,
+        messages=messages,
+        prompt=prompt_text(tokenizer, messages),
+        # What is left of the context: a model of this kind fails on a position past its last.
+        max_new_tokens=min(300, tokenizer.model_max_length - len(encode_prompt(tokenizer, messages))),
+        eos_token=tokenizer.eos_token,
+        shown=[(sample["messages"][-1]["content"], sample["model"]["text"]) for sample in firsts],
+        failures=failures(samples, metrics["meaning"]) if metrics else [],
+        asked=asked(metrics) if metrics else "",
+        judged_by=judged_by(metrics) if metrics else [],
+        tables=[table(metrics), *([table_by(metrics["by"])] if metrics["by"] else [])] if metrics else [],
+        base_model=base_model,
+        dataset_repo_id=dataset_repo_id,
+        license_id=license_id,
+        emissions=measured,
+        has_curve=(folder / "loss_curve.png").exists(),
+        has_adapter=(folder / "adapter").is_dir(),
+        exports=sorted(
+            file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix in (".gguf", ".onnx")
+        ),
+        **records,
+    )

@@ -1,0 +1,183 @@
+"""Folders as the Hub gets them: the model, the dataset, and the Space, each with its card."""
+
+import shutil
+from pathlib import Path
+
+from fledge.cli import UserError, read_json, write_json
+from fledge.publishing.card import CARDS, model_card, read_records, read_samples, render
+
+# What training leaves besides the model, and nobody who loads the model needs.
+NOT_PUBLISHED = ("README.md", "training_args.bin")
+GRADIO = "6.31.0"  # what the Space runs on, as constraints.txt pins it
+EXAMPLES = 4  # on the Space's page
+NOTICE = "Answers are made up by a small model; nobody has checked them. What you type is kept nowhere."
+
+
+def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
+    """The README of a dataset folder, from its budget report, some of its rows, and the prompt of the first of them."""
+    from huggingface_hub import DatasetCardData
+
+    from fledge.tasks import load_task
+
+    metadata = DatasetCardData(
+        language=None if budget["source"] == "columns" else "en",
+        license=budget["license"],
+        task_categories=["text-generation"],
+        tags=["instruction-tuning", "fledge"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"data/{name}-*.parquet"} for name in budget["splits"]],
+            }
+        ],
+    )
+    asks_once = load_task(budget["task"]).ASKS_ONCE
+    return render(
+        "dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, rows=rows, prompt=prompt, asks_once=asks_once
+    )
+
+
+def build_model(
+    folder: Path,
+    model_dir: Path,
+    evaluation_dir: Path | None,
+    repo_id: str,
+    license_id: str | None,
+    language: str,
+    base_model: str | None,
+    dataset_repo_id: str | None,
+) -> None:
+    """Fills `folder` with the model's files, the records of its making, and its card.
+
+    Raises:
+        UserError: a file that the card needs is missing.
+    """
+    records = read_records(model_dir, evaluation_dir)
+    for file in sorted(model_dir.iterdir()):
+        if file.is_file() and file.name not in NOT_PUBLISHED and not file.name.startswith("."):
+            shutil.copy(file, folder)
+    for part in ("adapter", "onnx"):
+        if (model_dir / part).is_dir():
+            shutil.copytree(model_dir / part, folder / part, ignore=shutil.ignore_patterns("README.md", ".*"))
+    if evaluation_dir:
+        shutil.copy(evaluation_dir / "metrics.json", folder)
+    samples = read_samples(evaluation_dir)
+    card = model_card(folder, repo_id, records, samples, license_id, language, base_model, dataset_repo_id)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def build_dataset(folder: Path, data_dir: Path) -> None:
+    """Fills `folder` with the parquet files, the card that was made with them, and the budget report.
+
+    Raises:
+        UserError: `data_dir` is no prepared dataset.
+    """
+    read_json(data_dir / "budget.json", "prepare_dataset.py")
+    if not (data_dir / "README.md").exists() or not any((data_dir / "data").glob("*.parquet")):
+        raise UserError(f"{data_dir} holds no data/*.parquet with a README.md; prepare_dataset.py writes them.")
+    shutil.copytree(data_dir / "data", folder / "data", ignore=shutil.ignore_patterns(".*"))
+    for name in ("README.md", "budget.json", "budget.md", "budget.png"):
+        if (data_dir / name).exists():
+            shutil.copy(data_dir / name, folder)
+
+
+def build_space(
+    folder: Path,
+    model_dir: Path,
+    evaluation_dir: Path | None,
+    repo_id: str,
+    license_id: str | None,
+    base_model: str | None,
+) -> None:
+    """Fills `folder` with a Gradio app, its settings for this model, and its card. The app needs no Fledge."""
+    from huggingface_hub import SpaceCardData
+
+    settings = space_settings(model_dir, read_samples(evaluation_dir), repo_id, base_model)
+    for name in ("app.py", "requirements.txt"):
+        shutil.copy(CARDS / "space" / name, folder)
+    write_json(folder / "settings.json", settings)
+    metadata = SpaceCardData(
+        title=settings["title"],
+        sdk="gradio",
+        sdk_version=GRADIO,
+        app_file="app.py",
+        license=license_id,
+        models=[repo_id, *([base_model] if base_model else [])],
+        colorFrom="green",
+        colorTo="blue",
+        emoji="\N{OPEN BOOK}",
+        short_description="A small language model to try",
+    )
+    card = render("space/README.md.jinja", metadata=metadata.to_yaml(), repo_id=repo_id, **settings)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def space_settings(model_dir: Path, samples: list[dict], repo_id: str, base_model: str | None) -> dict:
+    """What the Space's app.py reads: the models, which pages it shows, and how a visitor's words become a prompt."""
+    from fledge.tasks import load_task
+
+    name = read_json(model_dir / "budget.json", "train_sft.py")["task"]
+    task = load_task(name)
+    config = read_json(model_dir / "generation_config.json", "train_sft.py")
+    asked = [sample["messages"] for sample in samples if sample["sample"] == 0][:EXAMPLES] or [task.EXAMPLE]
+    examples = [messages[-1]["content"] for messages in asked]
+    story = chat = None
+    if name == "topic_ending":
+        story = {
+            "tab": "Story",
+            "label": "Topic",
+            "placeholder": task.requested(task.EXAMPLE[-1]["content"])[0],
+            "empty": "Please type a topic first.",
+            "instruction": task.instruction("{topic}", "{ending}"),
+            "endings": list(task.LABELS),
+            "examples": [list(task.requested(example)) for example in examples],
+        }
+    elif name == "story_chat":
+        instruction = task.PHRASINGS["words"][0]
+        story = {
+            "tab": "Story",
+            "label": "Words",
+            "placeholder": "boat, brave, laugh",
+            "empty": "Please type some words first.",
+            "instruction": instruction.replace("{words}", "{topic}"),
+            "endings": [],
+            "examples": [["boat, brave, laugh"], ["cat, rain, window"]],
+        }
+    if name != "topic_ending":
+        chat = {
+            "tab": "Chat",
+            "placeholder": "Ask for something, then ask about it.",
+            "empty": "Please type something first.",
+            "examples": examples,
+        }
+    return {
+        "model": repo_id,
+        "base": base_model,
+        "title": repo_id.split("/")[-1],
+        "description": f"A language model trained to {task.PURPOSE}.",
+        "notice": NOTICE,
+        "system": [message for message in task.EXAMPLE if message["role"] == "system"],
+        "temperature": config.get("temperature", 0.8),
+        "length": 300,
+        "story": story,
+        "chat": chat,
+    }
+
+
+def download_records(repo_id: str) -> Path:
+    """What a Space needs to know of a published model.
+
+    Raises:
+        UserError: there is no such model, or Fledge did not publish it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=["budget.json", "generation_config.json"]))
+    except (HTTPError, LocalEntryNotFoundError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"There is no folder {repo_id}, and the Hub gave no such model: {reason}") from error
+    if not (folder / "budget.json").exists():
+        raise UserError(f"{repo_id} holds no budget.json, so Fledge did not publish it; name a model that it did.")
+    return folder

@@ -1,0 +1,1 @@
+"""What Fledge adds to TRL's `SFTTrainer`, and what it shares with pre-training."""

@@ -1,0 +1,152 @@
+"""What a run leaves behind: lines of progress, a loss curve, and the record of everything that made it."""
+
+import math
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig
+
+from fledge.training.trainer import InstructTrainer
+
+
+class Progress(TrainerCallback):
+    """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
+
+    def __init__(self):
+        self.last_tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = self.last_time = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        done = f"{state.epoch or 0:5.2f} epochs  step {state.global_step:>5}/{state.max_steps}"
+        if "eval_loss" in logs:
+            loss = logs["eval_loss"]
+            print(f"{done}  validation loss {loss:.3f}  perplexity {math.exp(min(loss, 100)):.2f}", flush=True)
+        elif "loss" in logs:
+            now, tokens = time.monotonic(), logs.get("num_tokens", 0)
+            speed = (tokens - self.last_tokens) / (now - self.last_time)
+            self.last_tokens, self.last_time = tokens, now
+            steps_left = state.max_steps - state.global_step
+            seconds_left = round((now - self.start) / (state.global_step - self.first_step) * steps_left)
+            time_left = f"{seconds_left // 60}:{seconds_left % 60:02d} left"
+            print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
+
+
+def save_loss_curve(log_history: list[dict], file: Path, what: str = "completion loss") -> None:
+    """Training and validation loss over steps, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel=f"{what} (nats per token)")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def run_record(trainer: InstructTrainer, seconds: float, rows: DatasetDict, trained: dict) -> dict:
+    """Everything that made the run: data, which parameters `trained`, and what `outcome` tells."""
+    return {
+        "rows": {name: len(split) for name, split in rows.items()},
+        "data_fingerprint": rows["train"]._fingerprint,
+        "trained": trained,
+        **outcome(trainer, seconds, SFTConfig, trainer.tokens_before),
+        "best_validation_loss": trainer.state.best_metric,
+        "resumed": trainer.tokens_before > 0,
+    }
+
+
+def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments], tokens_before: int = 0) -> dict:
+    """Hyper-parameters that differ from the library's `defaults`, machine, and what was reached.
+
+    `seconds` are those of this process; a resumed run had seen `tokens_before` when it began.
+    """
+    import accelerate
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    import fledge
+
+    args, history = trainer.args, trainer.state.log_history
+    with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
+        warnings.simplefilter("ignore", FutureWarning)
+        usual = defaults(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
+    left_out = ("run_name", "disable_tqdm", "dataloader_pin_memory", "use_cpu", "do_eval", "save_total_limit")
+    left_out += ("log_level_replica", "logging_first_step", "ddp_find_unused_parameters", "gradient_checkpointing")
+    chosen = args.to_dict().items()
+    hyperparameters = {k: v for k, v in sorted(chosen) if k in usual and v != usual[k] and k not in left_out}
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    training = [float(entry["loss"]) for entry in history if "loss" in entry]
+    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+    return {
+        "hyperparameters": hyperparameters,
+        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0, 3),
+        "first_loss": training[0],
+        "last_loss": training[-1],
+        "validation_loss": evaluations[-1] if evaluations else None,
+        "tokens": int(tokens),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round((tokens - tokens_before) / seconds),
+        "peak_memory_mib": peak_memory_mib(),
+        "processes": args.world_size,
+        "device": torch.cuda.get_device_name()
+        if args.device.type == "cuda"
+        else f"{args.device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "fledge": fledge.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+            "datasets": datasets.__version__,
+            "accelerate": accelerate.__version__,
+            "peft": peft.__version__,
+        },
+    }
+
+
+def peak_memory_mib() -> int:
+    """Peak memory of this process: the GPU's when there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)
+
+
+def commit() -> str | None:
+    """The commit of the code that ran, when it ran from a checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None

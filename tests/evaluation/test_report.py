@@ -1,0 +1,210 @@
+import json
+import re
+import shutil
+
+import pytest
+
+from fledge.evaluation.report import (
+    answers_id,
+    curves,
+    fold_ratings,
+    histogram,
+    page,
+    read_ratings,
+    report,
+    show,
+    table,
+)
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7*7 }} & <b>"
+)
+
+
+def metric(value: float, n: int = 3) -> dict:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": n}
+
+
+def scores(met: float) -> dict:
+    return {"instruction_following": met, "topic_words": 0.5, "eos_rate": 1.0}
+
+
+def made(text: str, met: float) -> dict:
+    return {"text": text, "tokens": 40 + len(text), "stopped": True, "scores": scores(met)}
+
+
+@pytest.fixture
+def samples() -> list[dict]:
+    asked = ["Write about a kite.", "Write about a boat.", HOSTILE]
+    return [
+        {
+            "prompt": i,
+            "sample": 0,
+            "instruction": ask,
+            "messages": [{"role": "user", "content": ask}],
+            "reference": f"held out {i}",
+            "ending": ("happy", "sad")[i % 2],
+            "base": made(f"base wrote {i} {HOSTILE}", float(i == 2)),
+            "model": made(f"model wrote {i}", float(i != 1)),
+        }
+        for i, ask in enumerate(asked)
+    ]
+
+
+@pytest.fixture
+def metrics() -> dict:
+    names = {"instruction_following": 0.4, "topic_words": 0.5, "completion_loss": 1.25}
+    return {
+        "task": "topic_ending",
+        "split": "test",
+        "num_prompts": 3,
+        "num_samples": 1,
+        "sampling": {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 300, "seed": 0},
+        "judge": {
+            "accuracy": 0.993,
+            "n": 434,
+            "calibration": [{"said_sad": 0.037, "was_sad": 0.05, "n": 434}],
+            "errors": [HOSTILE],
+        },
+        "meaning": {name: f"what {name} means" for name in names},
+        "base": {name: metric(value) for name, value in names.items()},
+        "model": {name: metric(value + 0.2) for name, value in names.items()},
+        "difference": {"instruction_following": metric(0.2), "completion_loss": metric(-0.3)},
+        "reference": {"topic_words": metric(0.7)},
+        "by": {"ending": {"happy": {"prompts": 2, "base": {"instruction_following": metric(0.5)}, "model": {}}}},
+        "loss_by_position": {
+            who: [{"first": 1, "last": 1, "nats": top, "n": 3}, {"first": 2, "last": 2, "nats": 1.0, "n": 3}]
+            for who, top in (("base", 4.0), ("model", 0.5))
+        },
+    }
+
+
+def test_shares_are_percentages_and_the_rest_is_not():
+    found = {"value": 0.8731, "low": 0.831, "high": 0.912, "n": 9}
+    assert show("ending_match", found) == "87.3% (83.1 to 91.2)"
+    assert show("perplexity", found) == "0.873 (0.831 to 0.912)"
+    assert show("judge_score", {"value": 61.25, "low": 50, "high": 70, "n": 9}) == "61.2 (50.0 to 70.0)"
+    assert show("ending_match", None) == ""
+
+
+def test_a_metric_that_one_model_has_alone_leaves_the_other_cell_empty(metrics):
+    del metrics["base"]["topic_words"]
+    cells = [cell.strip() for cell in table(metrics).split("\n")[3].split("|")[1:-1]]
+    assert cells == ["topic words", "", "70.0% (60.0 to 80.0)", ""]
+    assert len({len(line) for line in table(metrics).split("\n")}) == 1
+
+
+def test_the_report_says_what_everything_means_and_who_judged(metrics):
+    text = report(metrics)
+    assert table(metrics) in text
+    assert "right on 99.3% of 434 unseen stories" in text
+    assert "- topic words: what topic_words means" in text
+    assert re.search(r"ending = happy +\| 2 ", text)
+
+
+def test_answers_without_a_score_are_said(metrics):
+    metrics["llm_judge"] = {
+        "model": "a-judge",
+        "samples": 3,
+        "scores": {"asked": 18, "unanswered": 6, "unparseable": 2, "answers": 6, "answers_without_score": 2},
+        "pairs": {"pairs": 3, "pairs_without_verdict": 1, "pairs_decided_by_order": 1},
+        "preference": metric(0.75),
+        "last_failure": "TimeoutError: timed out",
+    }
+    text = report(metrics)
+    assert "2 of 6 answers have no score (2 of 18 replies held none, 6 requests failed; the last: Timeout" in text
+    assert "1 were decided by the order and count as undecided, 1 have no verdict: instruct preferred 75.0%" in text
+
+
+def test_nothing_an_answer_holds_becomes_part_of_the_page(metrics, samples):
+    text = page(metrics, samples, ["ending"], {"base": f"runs/{HOSTILE}", "model": "runs/model"})
+    assert text.count("<script") == text.count("</script>") == 2
+    assert "<img" not in text
+    assert "{{ 7*7 }}" in text
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert data == {"answers": answers_id(samples), "columns": ["ending"], "samples": samples}
+
+
+def test_the_page_shows_how_sure_the_judge_may_be(metrics, samples):
+    text = page(metrics, samples, ["ending"], {"base": "base", "model": "model"})
+    assert "<td>4%</td><td>5%</td><td>434</td>" in text
+
+
+def test_the_page_stands_alone(metrics, samples):
+    metrics["judge"] = {"accuracy": 0.9, "n": 3}
+    text = page(metrics, samples, ["ending"], {"base": "base", "model": "model"})
+    assert "default-src 'none'" in text
+    code = re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
+    assert not re.findall(r"""[\s"'](?:src|href)=|url\(|@import""", code)
+
+
+@pytest.mark.parametrize("longest", [1, 7, 24, 25, 300, 5000])
+def test_every_answer_is_in_the_histogram(longest):
+    lengths = {"base": [1, longest], "model": [longest] * 3}
+    bins = histogram(lengths)
+    assert {who: sum(counts) for who, counts in bins["counts"].items()} == {"base": 2, "model": 3}
+    assert bins["counts"]["model"][longest // bins["width"]] == bins["highest"]
+    assert bins["count"] <= 50
+
+
+@pytest.mark.parametrize("top", [0.0, 0.004, 1.0, 4.01, 11.7])
+def test_points_of_a_curve_lie_on_the_paper(top):
+    points = [{"first": 1, "last": 1, "nats": top, "n": 1}, {"first": 2, "last": 2, "nats": top / 2, "n": 1}]
+    drawn = curves({"base": points, "model": points})
+    assert all(0 <= point[axis] <= 1 for line in drawn["lines"].values() for point in line for axis in "xy")
+    assert [tick["y"] for tick in drawn["ticks"]][-1] == pytest.approx(1)
+
+
+@pytest.fixture
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if not executable:
+        pytest.skip("there is no chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_in_a_browser(browser, metrics, samples, tmp_path):
+    file = tmp_path / "report.html"
+    names = {"base": f"runs/{HOSTILE}", "model": "runs/model"}
+    file.write_text(page(metrics, samples, ["ending"], names), encoding="utf-8")
+    errors, fetched = [], []
+    for width, scheme in ((1200, "light"), (360, "dark")):
+        tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda request: fetched.append(request.url))
+        tab.goto(file.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert "owned" not in tab.title().removeprefix("Base against instruct: ")
+    assert tab.locator("article").count() == 3
+    assert tab.locator("article img, article b").count() == 0
+
+    tab.fill("#search", "BOAT")
+    assert tab.locator("article").count() == 1
+    tab.fill("#search", "")
+    tab.select_option("#which", "gained")
+    assert "kite" in tab.locator("article").inner_text()
+    tab.select_option("#which", "")
+    tab.select_option("#class", label="ending: sad")
+    assert "boat" in tab.locator("article").inner_text()
+
+    tab.click("#rate")
+    assert not tab.locator("#answers").is_visible()
+    said = []
+    for key in ("1", "2", "0"):
+        left, right = (tab.locator("#pair .answer").nth(side).inner_text() for side in (0, 1))
+        assert "instruct" not in left + right
+        said.append({"1": left, "2": right, "0": "tie"}[key])
+        tab.keyboard.press(key)
+    with tab.expect_download() as download:
+        tab.click("#save")
+    download.value.save_as(tmp_path / "ratings.json")
+    human = fold_ratings([read_ratings(str(tmp_path / "ratings.json"))], samples)
+    counts = {who: sum(f"{who} wrote" in text for text in said) for who in ("base", "model")}
+    assert {who: human[who] for who in ("base", "model", "tie")} == {**counts, "tie": 1}
+    assert not errors
+    assert all(url.startswith(("file:", "blob:")) for url in fetched)

@@ -1,0 +1,212 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    StableLmConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fledge.cli import UserError
+from fledge.encoding import encode_prompt
+from fledge.generation.answers import answer_all, answer_batch, answer_each, likely, load_model
+from fledge.generation.sampling import Sampling
+
+GREEDY = Sampling(temperature=0, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def opened(tiny):
+    return load_model(str(tiny.model))
+
+
+def prompts_of(tokenizer, count: int) -> list[list[int]]:
+    texts = [f"Write a story about: Lily took a {'very ' * (i % 4)}big kite.\nWith: sad ending" for i in range(count)]
+    return [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+
+
+def test_batched_equals_single_and_a_plain_loop(opened):
+    model, tokenizer = opened
+    prompts = prompts_of(tokenizer, 7)
+    together = answer_all(model, tokenizer, prompts, GREEDY, 4, lambda done: None)
+    alone = [answer_batch(model, tokenizer, [prompt], GREEDY, 0)[0] for prompt in prompts]
+    assert together == alone
+    ids = list(prompts[0])
+    with torch.no_grad():
+        while len(ids) < len(prompts[0]) + 24 and (len(ids) == len(prompts[0]) or ids[-1] != tokenizer.eos_token_id):
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert tokenizer.decode(ids[len(prompts[0]) :], skip_special_tokens=True).strip() == alone[0].text
+
+
+def test_the_seed_decides(opened):
+    model, tokenizer = opened
+    prompts, hot = prompts_of(tokenizer, 3), Sampling(temperature=1.5, max_new_tokens=24)
+    first, again = (answer_all(model, tokenizer, prompts, hot, 2, lambda done: None) for _ in range(2))
+    other = answer_all(
+        model, tokenizer, prompts, Sampling(temperature=1.5, max_new_tokens=24, seed=9), 2, lambda d: None
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_an_answer_does_not_depend_on_what_it_was_batched_with(opened, temperature):
+    model, tokenizer = opened
+    prompts, sampling = prompts_of(tokenizer, 9), Sampling(temperature=temperature, max_new_tokens=40)
+    alone = dict(answer_each(model, tokenizer, prompts, sampling, 1))
+    for batch_size in (3, 9):
+        assert dict(answer_each(model, tokenizer, prompts, sampling, batch_size)) == alone
+    later = dict(answer_each(model, tokenizer, prompts[5:], sampling, 4, numbers=[5, 6, 7, 8]))
+    assert later == {number: alone[number] for number in (5, 6, 7, 8)}
+
+
+class Spelled:
+    """A tokenizer whose text is the ids themselves; 7 ends."""
+
+    eos_token_id = 7
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+SIZES = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+MODELS = {
+    "gpt2": GPT2Config(vocab_size=60, n_positions=48, n_embd=16, n_layer=2, n_head=4),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=48),
+    "stablelm": StableLmConfig(**SIZES, num_key_value_heads=4, intermediate_size=24, max_position_embeddings=48),
+}
+
+
+def random_model(config):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.get_output_embeddings().weight.data.mul_(40)  # far from ties
+    return model
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_equals_generate(kind, penalty):
+    model = random_model(MODELS[kind])
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(8, 60, (2 + 5 * i % 11,), generator=generator).tolist() for i in range(12)]
+    sampling = Sampling(temperature=0, max_new_tokens=30, repetition_penalty=penalty)
+    answers = answer_all(model, Spelled(), prompts, sampling, 4, lambda done: None)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        settings = GenerationConfig(
+            max_new_tokens=30, do_sample=False, eos_token_id=7, pad_token_id=0, repetition_penalty=penalty
+        )
+        ids = torch.tensor([prompt])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, len(prompt) :]
+        assert answer.tokens == len(made)
+        assert answer.text.split() == [str(token) for token in made.tolist() if token != 7]
+        assert answer.stopped == (7 in made.tolist())
+
+
+def test_a_sliding_window_is_refused():
+    config = MistralConfig(**SIZES, num_key_value_heads=4, intermediate_size=24, sliding_window=8)
+    with pytest.raises(UserError, match="sliding"):
+        answer_all(random_model(config), Spelled(), [[1, 2]], GREEDY, 1, lambda done: None)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3, 1e-6])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 300, 10**6])
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_what_a_draw_may_give_is_what_transformers_allows(top_p, top_k, spread):
+    logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
+    warpers = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or 5000), TopPLogitsWarper(top_p)]
+    )
+    expected = warpers(None, logits.clone()).softmax(-1)
+    probabilities, ids = likely(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p))
+    shares = (probabilities / probabilities.sum(-1, keepdim=True)).float()
+    found = torch.zeros_like(logits).scatter(-1, ids, shares)
+    # One token at the edge of the nucleus may fall to either side by rounding.
+    assert ((found > 0) != (expected > 0)).sum(-1).max() <= 1
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0, -30.0, -30.0, -30.0])
+
+    class Fixed(torch.nn.Module):
+        """The same logits after every token."""
+
+        config, device = MODELS["gpt2"], torch.device("cpu")
+
+        def forward(self, input_ids, logits_to_keep=(0,), **_):
+            of_all = logits.expand(len(input_ids), len(logits_to_keep), -1)
+            return type("Output", (), {"logits": of_all})
+
+    sampling = Sampling(temperature=1, top_p=1, max_new_tokens=46)
+    answers = answer_all(Fixed(), Spelled(), [[1, 2]] * 200, sampling, 50, lambda done: None)
+    drawn = [int(token) for answer in answers for token in answer.text.split()]
+    shares = torch.bincount(torch.tensor(drawn), minlength=8) / len(drawn)
+    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.02, rtol=0)
+    assert len({answer.text for answer in answers}) == 200
+
+
+def test_never_past_the_context(opened):
+    model, tokenizer = opened
+    context = model.config.max_position_embeddings
+    answer = answer_batch(model, tokenizer, [[5] * (context - 3)], Sampling(max_new_tokens=50), 0)[0]
+    assert answer.tokens <= 3
+    with pytest.raises(UserError, match=f"leaves no room in the model's context of {context}"):
+        answer_batch(model, tokenizer, [[5] * context], GREEDY, 0)
+
+
+def test_stopped_means_end_of_text(opened):
+    model, tokenizer = opened
+    cut, whole = (
+        answer_batch(model, tokenizer, prompts_of(tokenizer, 1), Sampling(temperature=0, max_new_tokens=n), 0)[0]
+        for n in (2, 70)
+    )
+    assert (cut.stopped, cut.tokens) == (False, 2)
+    assert whole.stopped
+    assert whole.tokens == len(tokenizer(whole.text)["input_ids"]) + 1
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": 0}])
+def test_settings_out_of_range_are_refused(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        Sampling(**values).check()
+
+
+def test_generate_streams_one_answer_and_numbers_several(tiny):
+    topic = ["--topic", "Lily took a ball to the park number 3.", "--ending", "sad", "--temperature", 0]
+    one = run_script("generate.py", "--model", tiny.model, *topic)
+    two = run_script("generate.py", "--model", tiny.model, *topic, "--num_samples", 2)
+    assert "### Story" not in one.stdout
+    assert two.stdout.split("--- 2")[0].removeprefix("--- 1").strip() == one.stdout.strip()
+
+
+def test_a_base_model_continues_the_text_itself(tiny):
+    done = run_script("generate.py", "--model", tiny.base, "--prompt", "Lily had a", "--max_new_tokens", 5)
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "nowhere", "--prompt", "x"],
+        ["--model", "nowhere"],
+        ["--model", "nowhere", "--topic", "x", "--ending", "odd"],
+        ["--model", "nowhere", "--topic", "x", "--top_p", "2"],
+    ],
+)
+def test_bad_input_is_one_sentence(arguments):
+    done = subprocess.run(
+        [sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1

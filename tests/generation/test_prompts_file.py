@@ -1,0 +1,117 @@
+import json
+import sys
+
+import pytest
+
+import generate
+from fledge.cli import UserError
+from fledge.encoding import encode_prompt
+from fledge.generation.answers import answer_each, load_model
+from fledge.generation.prompts_file import read_prompts, resume
+from fledge.generation.sampling import Sampling
+
+PROMPTS = [f"Write a story about: Lily took a kite number {n}." for n in range(7)]
+
+
+@pytest.fixture
+def run_file(tiny, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n\n", encoding="utf-8")
+
+    def run(output, *arguments):
+        keys = ["--model", tiny.model, "--prompts_file", prompts, "--output_file", output, "--max_new_tokens", 20]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, [*keys, "--num_samples", 2, *arguments])])
+        generate.main()
+        return output.read_bytes()
+
+    return run
+
+
+def test_every_prompt_is_answered_in_order(run_file, tiny, tmp_path):
+    rows = [json.loads(line) for line in run_file(tmp_path / "out.jsonl").decode().splitlines()]
+    assert [(row["messages"][0]["content"], row["sample"]) for row in rows] == [(p, s) for p in PROMPTS for s in (0, 1)]
+    model, tokenizer = load_model(str(tiny.model))
+    ids = [encode_prompt(tokenizer, row["messages"]) for row in rows]
+    answers = dict(answer_each(model, tokenizer, ids, Sampling(max_new_tokens=20), 3))
+    assert [row["text"] for row in rows] == [answers[i].text for i in range(14)]
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_killed_run_is_completed_to_the_same_file(run_file, tmp_path, monkeypatch, batch_size):
+    whole = run_file(tmp_path / "whole.jsonl")
+    made = 0
+
+    def killed(*arguments, **keys):
+        nonlocal made
+        for made, answer in enumerate(answer_each(*arguments, **keys), 1):
+            if made == 5:
+                raise KeyboardInterrupt
+            yield answer
+
+    output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with monkeypatch.context() as patched:
+        patched.setattr("fledge.generation.prompts_file.answer_each", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_file(output, "--batch_size", batch_size)
+    assert not output.exists()
+    partial.write_bytes(partial.read_bytes() + b'{"i": 3, "mess')  # and half a line
+    assert len(partial.read_text(encoding="utf-8").splitlines()) == 1 + 4 + 1
+    assert run_file(output) == whole
+    assert not partial.exists()
+
+
+def test_other_settings_do_not_mix(run_file, tmp_path):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text('{"model": "another"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="other prompts or settings"):
+        run_file(tmp_path / "out.jsonl")
+    assert partial.read_text(encoding="utf-8") == '{"model": "another"}\n'
+
+
+def test_a_finished_file_is_kept(run_file, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="already there"):
+        run_file(output)
+    assert output.read_text(encoding="utf-8") == "mine"
+    assert run_file(output, "--overwrite") != b"mine"
+
+
+def test_a_header_that_was_half_written_starts_over(tmp_path):
+    partial = tmp_path / "p"
+    partial.write_text('{"mod', encoding="utf-8")
+    assert resume(partial, {"model": "m"}) == {}
+    assert resume(partial, {"model": "m"}) == {}
+
+
+def test_lines_of_json(tmp_path):
+    file = tmp_path / "p.jsonl"
+    talk = [
+        {"role": "user", "content": "a\u2028b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    file.write_text(json.dumps({"prompt": "x"}) + "\n\n" + json.dumps({"messages": talk}, ensure_ascii=False), "utf-8")
+    assert read_prompts(file) == [[{"role": "user", "content": "x"}], talk]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x", "[]", "3", "null", "{}", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}',
+     '{"messages": [{"role": "assistant", "content": "x"}]}', '{"messages": "hello"}'],
+)  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'{{"prompt": "x"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"p\.jsonl:2 is not"):
+        read_prompts(file)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff"])
+def test_no_prompts(tmp_path, content):
+    file = tmp_path / "p.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"--prompts_file .*p\.txt"):
+        read_prompts(file)

@@ -1,0 +1,300 @@
+import contextlib
+import copy
+import io
+import json
+import math
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_jit_checkpoint import CheckpointManager
+
+import pretrain as script
+from fledge.cli import UserError, run
+from fledge.encoding import IGNORED
+from fledge.pretraining.corpus import END, pieces
+from fledge.pretraining.pretrainer import (
+    Blocks,
+    Corpus,
+    TokenWriter,
+    flops_per_token,
+    new_gpt2,
+    open_tokens,
+    score_in_cache,
+)
+from fledge.training.run_record import Progress
+
+SIZES = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--context_length", 16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return AutoTokenizer.from_pretrained(corpus.tokenizer)
+
+
+def corpus_of(*data, held_out=(), share=0.1) -> Corpus:
+    return Corpus([str(file) for file in data], "text", None, [str(file) for file in held_out], share)
+
+
+EIGHT_STEPS = ("--max_steps", 8, "--learning_rate", 0.01)
+
+
+def command(corpus, output_dir, *arguments) -> list[str]:
+    given = [
+        "--data", corpus.file, "--tokenizer", corpus.tokenizer, "--output_dir", output_dir, *SIZES, "--bf16", "False",
+        "--per_device_train_batch_size", 4, "--eval_strategy", "no", "--save_strategy", "no", *arguments,
+    ]  # fmt: skip
+    return list(map(str, given))
+
+
+def pretrain(*arguments) -> None:
+    """In this process: a process of its own takes seconds to import."""
+    before = sys.argv
+    sys.argv = ["pretrain.py", *command(*arguments)]
+    try:
+        run(script.main)
+    finally:
+        sys.argv = before
+
+
+def test_blocks_hold_every_token_once(corpus, tokenizer, tmp_path):
+    tokens = open_tokens(tmp_path / "tokens", corpus_of(corpus.file), tokenizer)
+    documents = [text for text, _ in pieces([str(corpus.file)])]
+    for split, chosen in (
+        ("train", [text for n, text in enumerate(documents, 1) if n % 10]),
+        ("validation", documents[9::10]),
+    ):
+        row = [0] + [i for text in chosen for i in [*tokenizer.encode(text, split_special_tokens=True), 0]]
+        size = len("".join(chosen).encode())
+        assert tokens["splits"][split] == {"documents": len(chosen), "tokens": len(row), "bytes": size}
+        for context in (1, 7, 16, len(row) - 1, len(row), 3 * len(row)):
+            blocks = Blocks(tmp_path / "tokens", split, tokens, context)
+            read = [blocks[k] for k in range(len(blocks))]
+            assert all(block["input_ids"].shape == block["labels"].shape == (context,) for block in read[:2])
+            labels = torch.cat([block["labels"] for block in read])
+            inputs = torch.cat([block["input_ids"] for block in read])
+            assert labels[labels != IGNORED].tolist() == row[1:]
+            assert inputs[labels != IGNORED].tolist() == row[:-1]
+            assert blocks.bytes_per_token == size / (len(row) - 1)
+            with pytest.raises(IndexError):
+                blocks[len(blocks)]
+
+
+def test_a_corpus_without_marks_holds_its_end_out(tokenizer, tmp_path):
+    text = "Lily had a ball. " * 200 + "café"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    tokens = open_tokens(tmp_path / "tokens", corpus_of(tmp_path / "a.txt", share=0.01), tokenizer)
+    row = [0, *tokenizer.encode(text), 0]
+    ids = {split: np.fromfile(tmp_path / "tokens" / f"{split}.bin", "uint16") for split in ("train", "validation")}
+    assert [*ids["train"], *ids["validation"]] == row
+    held_out = round(0.01 * len(row))
+    assert len(ids["validation"]) == tokens["splits"]["validation"]["tokens"] == held_out
+    assert sum(split["bytes"] for split in tokens["splits"].values()) == len(text.encode())
+
+
+def test_validation_text_of_its_own(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(f"Lily{END}Tim", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Ben", encoding="utf-8")
+    tokens = open_tokens(tmp_path / "t", corpus_of(tmp_path / "a.txt", held_out=[tmp_path / "b.txt"]), tokenizer)
+    assert [split["documents"] for split in tokens["splits"].values()] == [2, 1]
+    assert np.fromfile(tmp_path / "t" / "validation.bin", "uint16").tolist() == [0, *tokenizer.encode("Ben"), 0]
+
+
+def test_tokens_are_written_once_and_again_when_the_corpus_changed(tokenizer, tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("Lily had a ball. " * 9, encoding="utf-8")
+    first = open_tokens(tmp_path / "tokens", corpus_of(file), tokenizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenWriter, "write", None)  # not called
+        assert open_tokens(tmp_path / "tokens", corpus_of(file), tokenizer) == first
+    file.write_text("Lily had a ball. " * 10, encoding="utf-8")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fledge.pretraining.pretrainer.write_json", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_tokens(tmp_path / "tokens", corpus_of(file), tokenizer)
+    assert json.loads((tmp_path / "tokens" / "tokens.json").read_text()) == first
+    again = open_tokens(tmp_path / "tokens", corpus_of(file), tokenizer)
+    assert again["fingerprint"] != first["fingerprint"]
+    assert sum(s["bytes"] for s in again["splits"].values()) == len(("Lily had a ball. " * 10).strip())
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "tokens"}
+
+
+def test_the_loss_begins_where_every_token_is_as_likely(tokenizer):
+    for seed in range(3):
+        set_seed(seed)
+        model = new_gpt2(tokenizer, 4, 4, 128, 32)
+        ids = torch.randint(400, (8, 33))
+        targets = ids[:, 1:].contiguous()
+        loss = model(input_ids=ids[:, :-1], labels=targets, shift_labels=targets).loss
+        assert loss.item() == pytest.approx(math.log(400), rel=0.02)
+
+
+def test_loss_and_gradients_of_blocks_equal_the_definition(tokenizer):
+    set_seed(1)
+    plain = new_gpt2(tokenizer, 2, 2, 32, 16)
+    fast = copy.deepcopy(plain)
+    score_in_cache(fast)
+    ids, labels = torch.randint(400, (3, 16)), torch.randint(400, (3, 16))
+    labels[2, 9:] = IGNORED
+    for count in (None, 100):
+        by_hand = F.cross_entropy(plain(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum") / (count or 41)
+        found = fast(input_ids=ids, labels=labels, shift_labels=labels, num_items_in_batch=count).loss
+        torch.testing.assert_close(found, by_hand)
+        wanted, got = (torch.autograd.grad(loss, list(m.parameters())) for m, loss in ((plain, by_hand), (fast, found)))
+        for expected, gradient in zip(wanted, got, strict=True):
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(fast(ids).logits, plain(ids).logits)
+
+
+def test_floating_point_operations_counted_by_hand(tokenizer):
+    model = new_gpt2(tokenizer, 3, 4, 64, 32)
+    layer = 3 * 64 * 64 + 64 * 64 + 2 * 4 * 64 * 64
+    small = 3 * (3 * 64 + 64 + 4 * 64 + 64 + 4 * 64)  # biases and norms
+    assert flops_per_token(model) == 6 * (3 * layer + small + 400 * 64) + 12 * 3 * 64 * 32
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    folder, said = tmp_path_factory.mktemp("straight") / "straight", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        pretrain(
+            corpus, folder, *EIGHT_STEPS, "--logging_steps", 1, "--sample_prompts", "Lily had",
+            "--eval_strategy", "steps", "--eval_steps", 4,
+        )  # fmt: skip
+    return folder, said.getvalue()
+
+
+def test_a_base_is_written_that_transformers_opens(straight, tokenizer):
+    folder, said = straight
+    model, opened = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (model.config.n_positions, model.config.n_ctx, opened.model_max_length) == (16, 16, 16)
+    assert model.config.use_cache is True
+    assert opened.get_vocab() == tokenizer.get_vocab()
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "loss_curve.png",
+        "model.safetensors",
+        "pretraining.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_log.jsonl",
+    }
+    for part in ("8 steps of 4 x 16 tokens, 512 in all", "tokens a parameter", "FLOPs", "s a step", "| Lily had"):
+        assert part in said
+
+
+def test_the_record_tells_the_run(straight):
+    folder, _ = straight
+    record = json.loads((folder / "pretraining.json").read_text())
+    logged = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert record["first_loss"] == pytest.approx(math.log(400), rel=0.02)
+    assert record["last_loss"] < record["first_loss"] - 0.2
+    assert record["uniform_loss"] == pytest.approx(math.log(400))
+    assert (record["steps"], record["tokens"], record["effective_batch_size"]) == (8, 512, 4)
+    assert record["estimate"]["tokens"] == 512
+    assert [entry["step"] for entry in logged if "eval_loss" in entry] == [4, 8]
+    assert str(folder.parent) not in json.dumps(record)
+
+
+@torch.no_grad()
+def test_bits_per_byte_by_hand(straight):
+    folder, _ = straight
+    model, record = AutoModelForCausalLM.from_pretrained(folder), json.loads((folder / "pretraining.json").read_text())
+    ids = np.fromfile(folder.with_name("straight-tokens") / "validation.bin", "uint16").astype(np.int64)
+    nats = 0.0
+    for begin in range(0, len(ids) - 1, 16):
+        block = torch.from_numpy(ids[begin : begin + 17])[None]
+        nats += F.cross_entropy(model(block[:, :-1]).logits[0], block[0, 1:], reduction="sum").item()
+    assert record["validation_loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
+    assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / record["corpus"]["validation"]["bytes"], 1e-5)
+
+
+def weights(folder) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("way", ["killed", "terminated"])
+def test_stopped_and_resumed_equals_straight(straight, corpus, tmp_path, monkeypatch, capsys, way):
+    steps = (*EIGHT_STEPS, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            if way == "killed":
+                sys.exit(9)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        # The handler waits for three seconds before it asks for a checkpoint.
+        patched.setattr(CheckpointManager, "_sigterm_handler", lambda self, *signal: self._enable_checkpoint())
+        patched.setattr(Progress, "on_step_end", stop)
+        with pytest.raises(SystemExit) as stopped:
+            pretrain(corpus, tmp_path / "m", *steps)
+    said = capsys.readouterr().err
+    if way == "terminated":
+        assert stopped.value.code == 2
+        assert "Stopped before the last of 8 steps; checkpoint-" in said
+    assert not (tmp_path / "m" / "pretraining.json").exists()
+    with pytest.raises(SystemExit):
+        pretrain(corpus, tmp_path / "m", *steps)
+    assert "go on with --resume auto or start anew with --overwrite" in capsys.readouterr().err
+    pretrain(corpus, tmp_path / "m", *steps, "--resume", "auto")
+    expected, found = weights(straight[0]), weights(tmp_path / "m")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not (tmp_path / "m" / "checkpoints").exists()
+
+
+def test_accumulated_and_two_processes_equal_one_big_batch(straight, corpus, tmp_path):
+    half = ("--per_device_train_batch_size", 2)
+    pretrain(corpus, tmp_path / "accumulated", *EIGHT_STEPS, *half, "--gradient_accumulation_steps", 2)
+    two = command(corpus, tmp_path / "two", *EIGHT_STEPS, *half)
+    run_script("-m", "torch.distributed.run", "--nproc_per_node", 2, "pretrain.py", *two)
+    expected = weights(straight[0])
+    of_straight = json.loads((straight[0] / "pretraining.json").read_text())
+    for name in ("accumulated", "two"):
+        found, record = weights(tmp_path / name), json.loads((tmp_path / name / "pretraining.json").read_text())
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], atol=2e-4, rtol=0)
+        assert record["validation_loss"] == pytest.approx(of_straight["validation_loss"], abs=1e-4)
+        assert (record["effective_batch_size"], record["tokens"]) == (4, 512)
+    assert record["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n_head", 5], "--n_embd 32 is not divisible by --n_head 5"),
+        (["--context_length", 0], "--context_length 0 is out of range"),
+        (["--data", "nowhere.txt"], "There is no data file"),
+        (["--tokenizer", "nowhere"], "There is no tokenizer at nowhere"),
+        (["--validation_share", 0.9], "--validation_share"),
+        (["--learning_raet", 1], "--learning_raet"),
+    ],
+)
+def test_a_mistake_is_one_sentence(corpus, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(corpus, tmp_path / "m", *arguments)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_corpus_too_short_is_refused(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    tokens = open_tokens(tmp_path / "t", corpus_of(tmp_path / "a.txt", share=0.5), tokenizer)
+    with pytest.raises(UserError, match="The train split has 1 tokens, and none to predict; give more text"):
+        Blocks(tmp_path / "t", "train", tokens, 8)

@@ -1,0 +1,169 @@
+"""Cards: valid metadata, the records' own figures, no blank and no broken section, whatever records there are."""
+
+import json
+import re
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from safetensors import safe_open
+
+from fledge.cli import UserError
+from fledge.publishing.card import cell, count_parameters, emissions, failures, fenced, model_card, read_records, render
+from fledge.publishing.preflight import check_card
+
+
+@pytest.fixture(scope="module")
+def card(tiny) -> ModelCard:
+    return ModelCard.load(tiny.repository / "model" / "README.md")
+
+
+def samples_of(tiny) -> list[dict]:
+    text = (tiny.evaluation / "samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def test_metadata_is_what_the_hub_accepts(card, tiny):
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["license"] == "apache-2.0"
+    assert data["datasets"] == ["someone/data"]
+    assert "base_model" not in data
+    results = {result.metric_type: result for result in card.data.eval_results}
+    for name, metric in tiny.metrics["model"].items():
+        assert results[name].metric_value == pytest.approx(metric["value"], abs=1e-4)
+        assert results[name].metric_args["interval_95"] == pytest.approx([metric["low"], metric["high"]], abs=1e-4)
+        assert results[name].dataset_type == "someone/data"
+
+
+def test_widget_examples_carry_real_outputs(card, tiny):
+    samples = samples_of(tiny)[:2]
+    assert [example["output"]["text"] for example in card.data.widget] == [s["model"]["text"] for s in samples]
+    assert [example["messages"][-1]["content"] for example in card.data.widget] == [
+        s["messages"][-1]["content"] for s in samples
+    ]
+
+
+def test_figures_and_hyperparameters_on_the_card_are_the_records(card, tiny):
+    run, budget = (json.loads((tiny.model / f"{name}.json").read_text(encoding="utf-8")) for name in ("run", "budget"))
+    assert f"{run['steps']:,} steps of {run['effective_batch_size']} rows" in card.text
+    assert f"| train | {budget['splits']['train']['rows']:,} |" in card.text
+    assert "| `learning_rate` | 0.01 |" in card.text
+    assert f"{tiny.metrics['model']['ending_match']['value']:.1%}" in card.text
+    assert str(tiny.model.parent) not in card.content
+    check_card(card.content)
+
+
+def test_limitations_agree_with_the_metrics(card, tiny):
+    found = re.findall(r"- (\d+) of (\d+) answers \(([\d.]+)%\) miss \*([\w ]+)\*", card.text)
+    assert found
+    for missed, of, share, name in found:
+        metric = tiny.metrics["model"][name.replace(" ", "_")]
+        assert int(of) == metric["n"]
+        assert int(missed) / int(of) == pytest.approx(1 - metric["value"])
+        assert float(share) == pytest.approx(100 * (1 - metric["value"]), abs=0.05)
+
+
+def sections(card: str) -> dict[str, str]:
+    parts = re.split(r"^#+ (.*)$", re.sub(r"^(`{3,}).*?^\1$", "code", card, flags=re.DOTALL | re.MULTILINE), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("left_out", [(), ("conversion",), ("metrics",), ("conversion", "metrics", "curve")])
+def test_a_missing_record_omits_its_section_and_leaves_no_blank_one(left_out, tiny, tmp_path):
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    for name in left_out:
+        {"conversion": folder / "conversion.json", "curve": folder / "loss_curve.png"}.get(
+            name, tmp_path / "nothing"
+        ).unlink(missing_ok=True)
+    evaluation = None if "metrics" in left_out else tiny.evaluation
+    samples = samples_of(tiny) if evaluation else []
+    card = model_card(folder, "a/b", read_records(folder, evaluation), samples, None, "en", None, None)
+    found = sections(ModelCard(card).text)
+    assert all(text.strip() or title == "Evaluation" for title, text in found.items())
+    assert ("Conversion" in found) == ("conversion" not in left_out)
+    for title in ("Evaluation", "Limitations", "Answers, unselected"):
+        assert (title in found) == ("metrics" not in left_out)
+    assert ("loss_curve.png" in card) == ("curve" not in left_out)
+    assert "license" not in ModelCard(card).data.to_dict()
+    assert "\n\n\n" not in card
+    check_card(card)
+
+
+def test_a_pretrained_base_and_a_published_one_are_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    (folder / "conversion.json").unlink()
+    card = model_card(folder, "a/b", read_records(folder, None), [], "mit", "de", "some/base", None)
+    assert "from [some/base](https://huggingface.co/some/base)" in card
+    assert ModelCard(card).data.to_dict()["base_model"] == "some/base"
+    assert ModelCard(card).data.language == "de"
+    record = {"parameters": 1000, "steps": 5, "tokens": 99, "seconds": 3.2, "bits_per_byte": 1.234}
+    (folder / "pretraining.json").write_text(json.dumps(record), encoding="utf-8")
+    card = model_card(folder, "a/b", read_records(folder, None), [], "mit", "en", None, None)
+    assert "1.234 bits per byte" in sections(card)["Pre-training"]
+
+
+def test_a_model_without_its_records_is_one_sentence(tiny):
+    with pytest.raises(UserError, match=r"budget.json is missing; prepare_dataset.py writes it"):
+        read_records(tiny.base, None)
+
+
+def test_carbon_is_on_the_card_when_it_was_measured(tiny, tmp_path):
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    assert emissions(folder) is None
+    (folder / "emissions.csv").write_text(
+        "timestamp,duration,emissions,energy_consumed\nx,1,0.0005,0.001\ny,2,0.00125,0.0031\n", encoding="utf-8"
+    )
+    card = model_card(folder, "a/b", read_records(folder, None), [], "mit", "en", None, None)
+    assert ModelCard(card).data.to_dict()["co2_eq_emissions"]["emissions"] == 1.25
+    assert "0.0031 kWh, 1.25 g of CO2" in card
+
+
+def test_exports_beside_the_model_are_explained(tiny, tmp_path):
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    (folder / "tales.gguf").write_bytes(b"GGUF")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"x")
+    runtimes = sections(model_card(folder, "a/b", read_records(folder, None), [], "mit", "en", None, None))
+    assert re.search(r"tales.gguf.*llama-cli -hf a/b", runtimes["Other runtimes"])
+    assert re.search(r"onnx/model.onnx.*@huggingface/transformers", runtimes["Other runtimes"])
+
+
+def test_parameters_are_counted_from_the_weights(tiny):
+    with safe_open(tiny.model / "model.safetensors", "pt") as tensors:
+        expected = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
+    assert count_parameters(tiny.model) == expected
+
+
+def test_failures_are_counted_of_the_answers_that_were_asked():
+    def answer(**scores):
+        return {"model": {"scores": scores}}
+
+    samples = [answer(yes=1), answer(yes=0, part=0.5), answer(part=0), answer(yes=0, part=1), answer(always=1)]
+    samples.append(answer(repetition=0, copied=0, answer_tokens=0))  # of which 0 is the best, or neither
+    meaning = {"yes": "said yes", "part": "a share", "always": "never missed", "absent": "not scored"}
+    found = failures(samples, meaning | dict.fromkeys(("repetition", "copied", "answer_tokens"), "no miss"))
+    assert [(f["name"], f["missed"], f["of"]) for f in found] == [("yes", 2, 3)]
+    assert found[0]["example"] is samples[3]  # the card shows the first two anyway
+
+
+@given(st.text(alphabet=st.sampled_from("`~ \nab<>&|#")))
+def test_no_text_ends_its_code_block(text):
+    tokens = MarkdownIt().parse(f"before\n\n{fenced(text)}\n\nafter\n")
+    assert [token.type for token in tokens].count("fence") == 1
+    assert next(token for token in tokens if token.type == "fence").content == text + "\n"
+
+
+@given(st.text())
+def test_no_value_breaks_a_table(value):
+    assert len(re.findall(r"(?<!\\)\|", f"| {cell(value)} |")) == 2
+    assert "\n" not in cell(value)
+
+
+def test_a_value_that_nobody_gives_is_an_error_not_a_blank():
+    with pytest.raises(Exception, match="'budget' is undefined"):
+        render("dataset.md.jinja", metadata="")

@@ -1,0 +1,225 @@
+"""Publishing from end to end: folders, a Hub on loopback that gets them, and strangers who load them from there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_script
+from hub import TOKEN, Hub
+from transformers import AutoTokenizer
+
+from fledge.encoding import encode_prompt
+from fledge.publishing.repositories import GRADIO, space_settings
+from fledge.tasks import TASKS
+
+INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"
+ALL = ("--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo")
+
+STRANGER = """
+import contextlib, io, json, sys
+from datasets import load_dataset
+from transformers import pipeline
+assert not any(name.startswith("fledge") for name in sys.modules)
+writer = pipeline("text-generation", "someone/tiny-tales")
+chat = [{"role": "user", "content": sys.argv[1]}]
+raw = sys.argv[1] + "\\n\\n### Story:\\n"
+greedy = {"do_sample": False, "max_new_tokens": 40}
+printed = []
+for snippet in sys.argv[2:]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(snippet, {})
+    printed.append(out.getvalue())
+data = load_dataset("someone/data")
+print(json.dumps({
+    "raw": writer(raw, return_full_text=False, **greedy)[0]["generated_text"],
+    "chat": writer(chat, **greedy)[0]["generated_text"][-1]["content"],
+    "raw_ids": writer.tokenizer(raw)["input_ids"],
+    "chat_ids": writer.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"],
+    "rows": {name: len(split) for name, split in data.items()},
+    "columns": data["test"].column_names,
+    "printed": printed,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def online(hub: Hub, cache: Path, **variables: str) -> dict[str, str]:
+    """The environment of a machine that has seen nothing yet and knows one Hub."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(cache),
+        **variables,
+    }
+
+
+def publish(hub: Hub, tiny, cache: Path, *arguments: object, check: bool = True, token: str = TOKEN):
+    return run_script(
+        "publish.py", "--model", tiny.model, "--evaluation", tiny.evaluation, "--dataset", tiny.data,
+        "--license", "apache-2.0", *arguments, check=check, **online(hub, cache, HF_TOKEN=token),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(hub, tiny, tmp_path_factory):
+    return publish(hub, tiny, tmp_path_factory.mktemp("publisher"), *ALL)
+
+
+def snippets(card: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
+
+
+def test_each_repository_holds_its_folder_after_one_commit_and_nobody_sees_the_token(published, hub, tiny):
+    for kind, repo_id in (("model", "tiny-tales"), ("dataset", "data"), ("space", "demo")):
+        repo = hub.repos[kind, f"someone/{repo_id}"]
+        folder = tiny.repository / kind
+        files = {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        assert {name: content for name, content in repo.files.items() if name != ".gitattributes"} == files
+        assert len(repo.messages) == 1
+        assert f"{repo_id}: {len(files)} files sent" in published.stdout
+    assert TOKEN not in published.stdout + published.stderr
+    assert not any(TOKEN.encode() in content for repo in hub.repos.values() for content in repo.files.values())
+
+
+def test_a_stranger_with_an_empty_cache_loads_the_model_the_data_and_runs_the_snippets(published, hub, tiny, tmp_path):
+    card = hub.repos["model", "someone/tiny-tales"].files["README.md"].decode()
+    python = snippets(card, "python")
+    assert len(python) == 2
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, INSTRUCTION, *python],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | online(hub, tmp_path, OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    tokenizer = AutoTokenizer.from_pretrained(tiny.data / "tokenizer")
+    trained_on = encode_prompt(tokenizer, [{"role": "user", "content": INSTRUCTION}])
+    assert found["raw_ids"] == found["chat_ids"] == trained_on
+    assert found["raw"] == found["chat"]
+    assert found["chat"].strip()
+    budget = json.loads((tiny.data / "budget.json").read_text(encoding="utf-8"))
+    assert found["rows"] == {name: split["rows"] for name, split in budget["splits"].items()}
+    assert found["columns"] == ["instruction", "response", "ending"]
+    assert all(text.strip() for text in found["printed"])
+
+
+def test_the_command_on_the_card_runs(published, hub, tmp_path):
+    card = hub.repos["model", "someone/tiny-tales"].files["README.md"].decode()
+    (command,) = snippets(card, "bash")
+    command = command.replace("python generate.py", f"python {ROOT}/generate.py")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path} | online(hub, tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1]
+
+
+def test_a_second_publication_sends_nothing_and_a_space_needs_only_a_published_model(published, hub, tiny, tmp_path):
+    before = {key: dict(repo.refs) for key, repo in hub.repos.items()}
+    hub.requests.clear()
+    done = publish(hub, tiny, tmp_path, *ALL)
+    assert done.stdout.count("nothing changed, nothing sent") == 3
+    assert hub.uploads == []
+    alone = run_script(
+        "publish.py", "--model", "someone/tiny-tales", "--evaluation", tiny.evaluation, "--license", "apache-2.0",
+        "--space_repo_id", "someone/demo", **online(hub, tmp_path, HF_TOKEN=TOKEN),
+    )  # fmt: skip
+    assert "nothing changed, nothing sent" in alone.stdout
+    assert {key: dict(repo.refs) for key, repo in hub.repos.items()} == before
+
+
+def test_a_refusal_of_the_hub_is_one_sentence_and_the_folders_stay(published, hub, tiny, tmp_path):
+    before = {key: dict(repo.refs) for key, repo in hub.repos.items()}
+    done = publish(
+        hub, tiny, tmp_path, *ALL, "--language", "de", "--output_dir", tmp_path / "out", check=False,
+        token="hf_" + "o" * 34,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len([line for line in done.stderr.splitlines() if line.startswith("publish.py:")]) == 1
+    assert "must be allowed to write to someone" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model" / "README.md").exists()
+    assert {key: dict(repo.refs) for key, repo in hub.repos.items()} == before
+
+
+def test_a_dry_run_lists_what_would_be_sent(tiny):
+    listed = json.loads((tiny.repository / "publication.json").read_text(encoding="utf-8"))
+    for kind, of in listed.items():
+        folder = tiny.repository / kind
+        on_disk = {f.relative_to(folder).as_posix(): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+        assert of["files"] == on_disk
+    assert {of["repo_id"] for of in listed.values()} == {"someone/tiny-tales", "someone/data", "someone/demo"}
+
+
+def test_what_is_missing_is_said(tiny, tmp_path):
+    done = run_script(
+        "publish.py", "--model", tiny.model, "--repo_id", "a/b", "--dry_run", "--output_dir", tmp_path / "out"
+    )
+    assert "--evaluation" in done.stdout
+    assert "--license" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "publication.json"}
+
+
+def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
+    space = tiny.repository / "space"
+    metadata = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
+    pinned = re.search(r"^gradio==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert metadata["sdk_version"] == GRADIO == pinned
+    assert metadata["models"] == ["someone/tiny-tales"]
+    assert not re.search(r"import fledge|from fledge|trust_remote_code", (space / "app.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_page_in_the_space(task, tmp_path):
+    (tmp_path / "budget.json").write_text(json.dumps({"task": task}), encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}', encoding="utf-8")
+    settings = space_settings(tmp_path, [], "a/b", None)
+    assert settings["story"] or settings["chat"]
+    assert settings["temperature"] == 0.7
+    if settings["story"]:
+        assert settings["story"]["instruction"].count("{topic}") == 1
+        columns = 2 if settings["story"]["endings"] else 1
+        assert all(len(example) == columns for example in settings["story"]["examples"])
+    assert settings["chat"] is None or all(settings["chat"]["examples"])
+
+
+def test_no_code_asks_to_run_a_models_own_code():
+    files = [*ROOT.glob("*.py"), *(ROOT / "fledge").rglob("*.py"), *(ROOT / "model_card").rglob("*")]
+    assert [f for f in files if f.is_file() and "trust_remote_code" in f.read_text(encoding="utf-8")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--repo_id", "no-slash"], "not of the form user/name"),
+        ([], "Nothing to publish"),
+        (["--repo_id", "a/b", "--model", "nowhere"], "There is no folder nowhere"),
+        (["--space_repo_id", "a/b"], "loads its model from the Hub"),
+        (["--dataset_repo_id", "a/b"], "go together"),
+        (["--repo_id", "a/b", "--create_pr", "--revision", "v2"], "leave out --revision"),
+        (["--repo_id", "a/b", "--evaluation", "nowhere"], "metrics.json is missing"),
+        (["--dataset_repo_id", "a/b", "--dataset", "nowhere"], "budget.json is missing"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(arguments, said, tiny, tmp_path):
+    model = [] if "--model" in arguments else ["--model", tiny.model]
+    done = run_script("publish.py", *model, "--dry_run", "--output_dir", tmp_path / "out", *arguments, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
