@@ -1,4 +1,4 @@
-"""Causal attention in bfloat16 on a CPU, one row of the batch at a time.
+"""Causal attention in bfloat16 on a CPU, a row of the batch at a time, or a few short ones.
 
 torch's fused kernel keeps its tiles in float32 there, away from the matrix unit. Plain products of one row's heads stay
 in a core's cache and take half the time up to a length of 512, backward included; no probabilities are kept for it.
@@ -9,6 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fledge.training.loss import CACHED, slices
+
 NAME = "causal_rows"
 LONGEST = 512
 
@@ -18,10 +20,13 @@ class CausalRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scale):
-        length = query.size(2)
+        batch, heads, length, _ = query.shape
         mask = torch.full((length, length), float("-inf"), dtype=query.dtype).triu_(1)
-        ctx.scale, mixed = scale, torch.empty_like(query)
-        for q, k, v, out in zip(query, key, value, mixed, strict=True):
+        # One row of long texts at a time, several of short ones.
+        ctx.scale, ctx.rows = scale, slices(batch, max(1, CACHED // (heads * length**2)))
+        mixed = torch.empty(query.shape, dtype=query.dtype)
+        for rows in ctx.rows:
+            q, k, v, out = (x[rows].flatten(0, 1) for x in (query, key, value, mixed))
             torch.bmm(CausalRows.probabilities(q, k, mask, scale), v, out=out)
         ctx.save_for_backward(query, key, value, mixed, mask)
         return mixed
@@ -29,16 +34,17 @@ class CausalRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_mixed):
         query, key, value, mixed, mask = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
         # Σ_j p_ij · ∂p_ij, as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).
         means = (of_mixed.float() * mixed.float()).sum(-1, keepdim=True).to(query.dtype)
-        for row in range(len(query)):
-            q, k, v, of_out = query[row], key[row], value[row], of_mixed[row]
+        for rows in ctx.rows:
+            q, k, v, of_out, mean = (x[rows].flatten(0, 1) for x in (query, key, value, of_mixed, means))
+            of_q, of_k, of_v = (x[rows].flatten(0, 1) for x in (of_query, of_key, of_value))
             probs = CausalRows.probabilities(q, k, mask, ctx.scale)
-            torch.bmm(probs.transpose(1, 2), of_out, out=of_value[row])
-            of_scores = torch.bmm(of_out, v.transpose(1, 2)).sub_(means[row]).mul_(probs)
-            torch.bmm(of_scores, k, out=of_query[row])
-            torch.bmm(of_scores.transpose(1, 2), q, out=of_key[row])
+            torch.bmm(probs.transpose(1, 2), of_out, out=of_v)
+            of_scores = torch.bmm(of_out, v.transpose(1, 2)).sub_(mean).mul_(probs)
+            torch.bmm(of_scores, k, out=of_q)
+            torch.bmm(of_scores.transpose(1, 2), q, out=of_k)
         return of_query.mul_(ctx.scale), of_key.mul_(ctx.scale), of_value, None
 
     @staticmethod

@@ -8,7 +8,9 @@ from fledge.training.attention import CausalRows, attend_by_rows
 
 
 @pytest.mark.parametrize("length", [2, 7, 33])
-def test_values_and_gradients_by_definition(length):
+@pytest.mark.parametrize("cached", [1 << 19, 4 * 33**2, 1])
+def test_values_and_gradients_by_definition(length, cached, monkeypatch):
+    monkeypatch.setattr(attention, "CACHED", cached)
     torch.manual_seed(0)
     exact = [torch.randn(3, 2, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weights = torch.randn(3, 2, length, 8)
