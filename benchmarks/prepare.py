@@ -1,8 +1,7 @@
 """prepare_dataset.py against what else would do its work, on the same records, and its peak memory.
 
-    python benchmarks/prepare.py                                    # rates, on 40 MB
-    python benchmarks/prepare.py --megabytes 300 --only_whole       # peak memory and time of the whole
-    python benchmarks/prepare.py --megabytes 3000 --only_whole
+    python benchmarks/prepare.py                                # 300 MB
+    python benchmarks/prepare.py --megabytes 3000 --only_whole  # time and peak memory of the whole
 
 The corpus is examples/tales.txt.gz over and over, with other names and another last sentence each time; ids are
 GPT-2's. Rates are megabytes of the corpus and examples a second, first by the clock and then of processor time, which
@@ -202,7 +201,7 @@ def against(whole: Cost, whole_count: int, other: Cost, count: int) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--megabytes", type=float, default=300)
     parser.add_argument("--only_whole", action="store_true", help="time and memory of prepare_dataset.py alone")
     parser.add_argument("--folder", type=Path, help="where there is room for five times the corpus")
     args = parser.parse_args()
