@@ -58,17 +58,15 @@ def main():
     from transformers.trainer_utils import get_last_checkpoint
 
     from fledge.pretraining.pretrainer import (
-        Blocks,
-        Corpus,
         PretrainConfig,
         PretrainTrainer,
         Samples,
         finished_base,
         new_gpt2,
-        open_tokens,
         plan,
         pretraining_record,
     )
+    from fledge.pretraining.tokens import Blocks, Corpus, open_tokens
     from fledge.tokenizers import load_tokenizer, open_tokenizer
     from fledge.training.resuming import find_checkpoint
     from fledge.training.run_record import Progress, save_loss_curve

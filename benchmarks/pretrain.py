@@ -98,7 +98,8 @@ def fledge(folder: Path) -> tuple[list[float], int, str]:
     """Seconds of each of `STEPS` steps of pretrain.py's trainer, operations of a token, and precision."""
     from tokenizers import Tokenizer, models
 
-    from fledge.pretraining.pretrainer import Blocks, PretrainConfig, PretrainTrainer, flops_per_token, new_gpt2
+    from fledge.pretraining.pretrainer import PretrainConfig, PretrainTrainer, flops_per_token, new_gpt2
+    from fledge.pretraining.tokens import Blocks
 
     vocabulary = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, VOCAB_SIZE)}
     roles = {f"{role}_token": "<|endoftext|>" for role in ("bos", "eos", "pad")}

@@ -20,15 +20,8 @@ import pretrain as script
 from fledge.cli import UserError, run
 from fledge.encoding import IGNORED
 from fledge.pretraining.corpus import END, pieces
-from fledge.pretraining.pretrainer import (
-    Blocks,
-    Corpus,
-    TokenWriter,
-    flops_per_token,
-    new_gpt2,
-    open_tokens,
-    score_in_cache,
-)
+from fledge.pretraining.pretrainer import flops_per_token, new_gpt2, score_in_cache
+from fledge.pretraining.tokens import Blocks, Corpus, TokenWriter, open_tokens
 from fledge.training.run_record import Progress
 
 SIZES = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--context_length", 16)
@@ -120,7 +113,7 @@ def test_tokens_are_written_once_and_again_when_the_corpus_changed(tokenizer, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fledge.pretraining.pretrainer.write_json", interrupted)
+        patched.setattr("fledge.pretraining.tokens.write_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             open_tokens(tmp_path / "tokens", corpus_of(file), tokenizer)
     assert json.loads((tmp_path / "tokens" / "tokens.json").read_text()) == first
