@@ -11,7 +11,7 @@ quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 python -m pytest -n 2 --dist loadgroup
+	HF_HUB_OFFLINE=1 python -m pytest -n 2
 
 lint: $(VENV)/ready
 	ruff check .

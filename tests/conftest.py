@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,21 +55,27 @@ def run_script(*arguments: object, check: bool = True, **variables: str) -> subp
     return done
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    # With several workers, one of them runs all that needs the tiny system, so that it is made once.
-    for item in items:
-        if "tiny" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("tiny"))
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """Folders `base`, `data`, `model`, `evaluation`, `repository`, each written by the script whose work it is.
 
     `repository` holds what the Hub would get: `model`, `dataset` and `space`.
     """
-    work = tmp_path_factory.mktemp("tiny")
+    work = tmp_path_factory.getbasetemp() / "tiny"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the first worker that needs the system makes it for all
+        work = work.parents[1] / "tiny"
+    with FileLock(f"{work}.lock"):
+        if not (work / "made.json").exists():
+            (work / "made.json").write_text(json.dumps(make_tiny(work)), encoding="utf-8")
+    made = json.loads((work / "made.json").read_text(encoding="utf-8"))
+    metrics = json.loads((work / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    paths = {name: Path(path) for name, path in made["paths"].items()}
+    return SimpleNamespace(**paths, trained=made["trained"], evaluated=made["evaluated"], metrics=metrics)
+
+
+def make_tiny(work: Path) -> dict:
+    """Runs the stages; the paths of what they wrote, and what training and evaluation printed."""
+    work.mkdir()
     paths = {name: work / name for name in ("base", "data", "model", "evaluation", "repository")}
     records, checkpoint, tokenizer_file = work / "records.txt", work / "model.pt", work / "tokenizer.json"
     write_records(records, 240)
@@ -107,16 +114,12 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         "--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo",
         "--license", "apache-2.0", "--dry_run", "--output_dir", paths["repository"],
     )  # fmt: skip
-    metrics = json.loads((paths["evaluation"] / "metrics.json").read_text(encoding="utf-8"))
-    return SimpleNamespace(
-        **paths,
-        checkpoint=checkpoint,
-        tokenizer_file=tokenizer_file,
-        records=records,
-        trained=trained.stdout,
-        evaluated=evaluated.stdout,
-        metrics=metrics,
-    )
+    paths |= {"checkpoint": checkpoint, "tokenizer_file": tokenizer_file, "records": records}
+    return {
+        "paths": {name: str(path) for name, path in paths.items()},
+        "trained": trained.stdout,
+        "evaluated": evaluated.stdout,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -144,13 +144,14 @@ def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch)
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "on_step_end", stop)
         with pytest.raises(SystemExit) as stopped:
             train(small, tmp_path / "cut", *steps)
     assert stopped.value.code == 143
     assert "Stopped by SIGTERM at step 2, saved" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert not (tmp_path / "cut" / "run.json").exists()
     train(small, tmp_path / "cut", *steps, "--resume", "auto")
     assert changed(tmp_path / "straight", tmp_path / "cut") == set()
