@@ -2,14 +2,28 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fledge.cli import UserError
+
+if TYPE_CHECKING:
+    from fledge.generation.answers import Answer
 
 TASKS = ("topic_ending", "story_chat", "instructions")
 
 
 class RejectedRecord(Exception):
     """A record that a task cannot use. The message is the reason, counted in the budget report."""
+
+
+class RuleScorer:
+    """Scores each answer by `score_one(row, answer)`: nothing is learned, so there is no judge to judge."""
+
+    def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
+        self.judge: dict = {}
+
+    def score(self, rows: list[dict], answers: "list[Answer]") -> list[dict[str, float]]:
+        return [self.score_one(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 def load_task(name: str) -> ModuleType:

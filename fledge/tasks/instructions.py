@@ -9,7 +9,7 @@ import random
 import re
 
 from fledge.generation.answers import Answer
-from fledge.tasks import RejectedRecord
+from fledge.tasks import RejectedRecord, RuleScorer
 from fledge.tasks.overlap import exact_match, f1, plain, rouge, translation
 from fledge.tasks.stories import sentences
 from fledge.templates import INPUT_MARK
@@ -106,16 +106,6 @@ def _one_turn(record: dict) -> list[dict[str, str]]:
     ]
 
 
-class Scorer:
-    """Scores answers by rule and by their references: nothing is learned, so there is no judge to judge."""
-
-    def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
-        self.judge: dict = {}
-
-    def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
-        return [_score(row, answer) for row, answer in zip(rows, answers, strict=True)]
-
-
 def _score(row: dict, answer: Answer) -> dict[str, float]:
     text, category = answer.text, row["category"]
     asked, reference = (message["content"] for message in row["messages"][-2:])
@@ -141,6 +131,10 @@ def _score(row: dict, answer: Answer) -> dict[str, float]:
             scores["limits_met"] = float(within)
             met.append(within)
     return {"instruction_following": float(all(met)), **scores}
+
+
+class Scorer(RuleScorer):
+    score_one = staticmethod(_score)
 
 
 def refused(text: str) -> bool:

@@ -9,7 +9,7 @@ import random
 import re
 
 from fledge.generation.answers import Answer
-from fledge.tasks import RejectedRecord
+from fledge.tasks import RejectedRecord, RuleScorer
 from fledge.tasks.overlap import exact_match, f1, rouge
 from fledge.tasks.stories import ends_happily, happenings, main_character, moral, sentences, speaks
 from fledge.tasks.topic_ending import COMPLETE, content_words
@@ -144,16 +144,6 @@ def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-class Scorer:
-    """Scores answers by rule: nothing is learned from the training split, so there is no judge to judge."""
-
-    def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
-        self.judge: dict = {}
-
-    def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
-        return [_score(row, answer) for row, answer in zip(rows, answers, strict=True)]
-
-
 def _score(row: dict, answer: Answer) -> dict[str, float]:
     kind, text, reference = row["kind"], answer.text, row["messages"][-1]["content"]
     scores = {"no_role_leak": float(not ROLE_TOKEN.search(text))}
@@ -177,6 +167,10 @@ def _score(row: dict, answer: Answer) -> dict[str, float]:
         met = scores["exact_match"]
     follows = met and answer.stopped and scores["no_role_leak"]
     return {"instruction_following": float(bool(follows)), **scores}
+
+
+class Scorer(RuleScorer):
+    score_one = staticmethod(_score)
 
 
 _STORY = (
