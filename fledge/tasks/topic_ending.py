@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fledge.cli import UserError
 from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord
 
@@ -95,9 +96,17 @@ class EndingJudge:
 
     It learns from the training split's labels, so it is as good as those; `accuracy` on stories it has not seen is
     printed beside every figure that it produces.
+
+    Raises:
+        UserError: the stories have one ending only.
     """
 
     def __init__(self, stories: list[str], endings: list[str]):
+        if len(set(endings)) < 2:
+            raise UserError(
+                f"The training split has {''.join(set(endings)) or 'no'} endings only, from which no judge can learn; "
+                "prepare the dataset from records with both."
+            )
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline

@@ -241,3 +241,8 @@ def test_a_scorer_learns_from_train_and_is_measured_on_the_rest():
     scores = scorer.score(asked, [Answer(HAPPY[1], 9, True)] * 2)
     assert [part["ending_match"] for part in scores] == [1, 0]
     assert [part["instruction_following"] for part in scores] == [1, 0]
+
+
+def test_a_judge_needs_both_endings():
+    with pytest.raises(UserError, match="has happy endings only"):
+        EndingJudge(["They were happy.", "They smiled."], ["happy", "happy"])
