@@ -74,8 +74,8 @@ def main():
 
     from fledge.encoding import open_prepared, open_rows, prompt_length
     from fledge.evaluation import intervals, measuring, report, wording
-    from fledge.evaluation.journal import Journal
     from fledge.generation.answers import load_model
+    from fledge.generation.journal import Journal
     from fledge.tasks import load_task
     from fledge.vocabulary import add_rows
 
@@ -203,8 +203,8 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
 def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) -> dict:
     """Adds a language model's scores and preferences to `samples`, and returns what `metrics.json` says about them."""
     from fledge.evaluation.intervals import preference
-    from fledge.evaluation.journal import Journal
     from fledge.evaluation.judge import PAIR, SCORE, Judge, judge_pairs, judge_scores
+    from fledge.generation.journal import Journal
 
     journal = Journal(unfinished / "judgements.jsonl", {"--judge_model": args.judge_model, "questions": [SCORE, PAIR]})
     judge = Judge(args.judge_url, args.judge_model, args.judge_timeout, journal)

@@ -6,7 +6,6 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged
+from fledge.cli import UserError, check_hub_id, check_output_dir, parse, run, staged
 
 if TYPE_CHECKING:
     from fledge.preparation.blocks import Facts, Preparation
@@ -56,7 +55,6 @@ class Plan:
     """The arguments, checked, and what they name, opened."""
 
     arguments: PrepareArguments
-    files: list[str]
     source: "Source"
     task: ModuleType
     template: str
@@ -75,7 +73,7 @@ def main():
     with staged(args.output_dir, args.overwrite, "budget.json") as folder:
         plan.preparation.folder = folder / "blocks"
         plan.preparation.folder.mkdir()
-        prepare_blocks(plan.preparation, lambda: blocks_of(plan.source, plan.files, args.limit), args.num_proc)
+        prepare_blocks(plan.preparation, lambda: blocks_of(plan.source, args.data, args.limit), args.num_proc)
         budget = write_dataset(plan, Facts.read(folder / "blocks"), folder)
         shutil.rmtree(folder / "blocks")
     print(budget.markdown())
@@ -90,8 +88,8 @@ def make_plan(args: PrepareArguments) -> Plan:
     """Raises:
     UserError: an argument is wrong.
     """
-    if args.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
-        raise UserError(f"--push_to_hub {args.push_to_hub} is not of the form user/name.")
+    if args.push_to_hub is not None:
+        check_hub_id("--push_to_hub", args.push_to_hub)
     if args.show < 0:
         raise UserError(f"--show {args.show} is out of range; print no row or some.")
     if args.limit is not None and args.limit < 1:
@@ -143,8 +141,7 @@ def make_plan(args: PrepareArguments) -> Plan:
         args.seed,
         args.near_duplicates is not None,
     )
-    files = [args.data] if isinstance(args.data, str) else args.data
-    return Plan(args, files, source, task, template, shares, max_shard_bytes, preparation)
+    return Plan(args, source, task, template, shares, max_shard_bytes, preparation)
 
 
 def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
@@ -176,7 +173,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     print(f"Read {budget.rows_read:,} records: {budget.examples:,} examples.", flush=True)
     if not facts.total:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())
-        raise UserError(f"No record of {', '.join(plan.files)} can be used ({reasons}).")
+        raise UserError(f"No record of {', '.join(args.data)} can be used ({reasons}).")
 
     balanced = (args.balance, classes[args.balance]) if args.balance else None
     near = None

@@ -8,7 +8,6 @@ Besides the keys below, every key of transformers' TrainingArguments works under
 --save_steps, --report_to; --help_all lists them.
 """
 
-import json
 import shutil
 import sys
 import time
@@ -55,22 +54,20 @@ def main():
 
     import transformers
     from transformers.trainer_callback import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     from fledge.pretraining.pretrainer import (
         PretrainConfig,
         PretrainTrainer,
         Samples,
-        finished_base,
         new_gpt2,
         plan,
         pretraining_record,
     )
     from fledge.pretraining.tokens import Blocks, Corpus, open_tokens
     from fledge.tokenizers import load_tokenizer, open_tokenizer
-    from fledge.training.resuming import find_checkpoint
-    from fledge.training.run_record import Progress, save_loss_curve
-    from fledge.training.trainer import use_all_threads
+    from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
+    from fledge.training.run_record import Progress, save_history
+    from fledge.training.trainer import finished, precision, use_all_threads
 
     args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
     transformers.logging.set_verbosity_error()
@@ -87,8 +84,8 @@ def main():
         raise UserError(f"The tokenizer in {args.tokenizer} has no end-of-text token; train one by train_tokenizer.py.")
     if not 0 < args.validation_share <= 0.5:
         raise UserError(f"--validation_share {args.validation_share} is out of range; hold out at most half, 0.5.")
-    data, held_out = ([part] if isinstance(part, str) else part or [] for part in (args.data, args.validation_data))
-    corpus = Corpus(data, args.text_column, args.document_start, held_out, args.validation_share)
+    held_out = args.validation_data or []
+    corpus = Corpus(args.data, args.text_column, args.document_start, held_out, args.validation_share)
     transformers.set_seed(config.seed)
     model = new_gpt2(tokenizer, args.n_layer, args.n_head, args.n_embd, args.context_length)
 
@@ -96,20 +93,20 @@ def main():
     with config.main_process_first(desc="tokens"):
         tokens = open_tokens(tokens_dir, corpus, tokenizer)
     train, validation = (Blocks(tokens_dir, name, tokens, args.context_length) for name in ("train", "validation"))
+    stop = StopOnSignal()
     trainer = PretrainTrainer(
         model=model,
         args=config,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[Progress(), Samples(tokenizer, args.sample_prompts, args.sample_tokens)],
+        callbacks=[Progress(), Samples(tokenizer, args.sample_prompts, args.sample_tokens), stop],
         bytes_per_token=validation.bytes_per_token,
     )
     trainer.remove_callback(PrinterCallback)
     estimate, lines = plan(trainer, tokens)
     if trainer.is_world_process_zero():
-        precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
-        print(*lines, f"Precision {precision}: {config.precision_reason}", sep="\n", flush=True)
+        print(*lines, f"Precision {precision(config)}: {config.precision_reason}", sep="\n", flush=True)
         if threads:
             print(threads, flush=True)
         if not checkpoint and Path(config.output_dir).exists():
@@ -118,27 +115,21 @@ def main():
         return
     trainer.accelerator.wait_for_everyone()
 
-    start = time.monotonic()
+    seen, start = tokens_seen(checkpoint), time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - start
-    if trainer.state.global_step < trainer.state.max_steps:
-        saved = Path(get_last_checkpoint(config.output_dir)).name
-        raise UserError(
-            f"Stopped before the last of {trainer.state.max_steps} steps; {saved} is kept for --resume auto."
-        )
+    stop.leave_if_told(trainer.state)
     if not trainer.was_evaluated:
         trainer.evaluate()
     # Asked of all processes, which may hold a part of the weights each.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    record = pretraining_record(trainer, seconds, tokens, estimate)
+    record = pretraining_record(trainer, seconds, tokens, estimate, seen)
     if trainer.is_world_process_zero():
         with staged(output_dir, True, "pretraining.json", "checkpoints") as folder:
-            finished_base(trainer).save_pretrained(folder, state_dict=weights)
+            finished(trainer).save_pretrained(folder, state_dict=weights)
             tokenizer.model_max_length = args.context_length
             tokenizer.save_pretrained(folder)
-            with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
-                log.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-            save_loss_curve(trainer.state.log_history, folder / "loss_curve.png", "loss")
+            save_history(trainer.state.log_history, folder, "loss")
             write_json(folder / "pretraining.json", record)
         print(f"Trained {record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:,} tokens/s.")
         print(

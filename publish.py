@@ -8,13 +8,12 @@ Each repository gets one commit, and only what changed there. The token is that 
 """
 
 import contextlib
-import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, check_hub_id, check_output_dir, parse, run, staged, write_json
 
 
 @dataclass
@@ -49,8 +48,8 @@ def check(args: PublishArguments) -> None:
     """
     for key in ("repo_id", "dataset_repo_id", "space_repo_id", "base_model"):
         value = vars(args)[key]
-        if value and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value):
-            raise UserError(f"--{key} {value} is not of the form user/name.")
+        if value:
+            check_hub_id(f"--{key}", value)
     if not (args.repo_id or args.dataset_repo_id or args.space_repo_id):
         raise UserError("Nothing to publish; give --repo_id, --dataset_repo_id, --space_repo_id, or several of them.")
     if (args.repo_id or args.space_repo_id) and not args.model:

@@ -9,14 +9,13 @@ Besides the keys below, every key of TRL's SFTConfig and ModelConfig works under
 --help_all lists them.
 """
 
-import json
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, check_output_dir, keep_origin, parse, run, staged, write_json
 
 
 @dataclass
@@ -51,18 +50,19 @@ def main():
     from trl import ModelConfig
 
     from fledge.tokenizers import open_tokenizer
-    from fledge.training.dataset import check_supervised, open_dataset
+    from fledge.training.dataset import check_supervised, longest_row, open_dataset
     from fledge.training.resuming import StopOnSignal, find_checkpoint
-    from fledge.training.run_record import Progress, run_record, save_loss_curve
+    from fledge.training.run_record import Progress, run_record, save_history
     from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
     from fledge.training.trainer import (
         InstructTrainer,
         SmallModelConfig,
         check_fit,
         check_processes,
-        finished_model,
+        finished,
         fit_max_length,
         open_base,
+        precision,
         prepare_model,
         smoke,
         use_all_threads,
@@ -90,7 +90,7 @@ def main():
     own = open_tokenizer(base)
     budget, tokenizer, rows, lines = open_dataset(args.dataset, own, args.template, context, config.seed)
     check_supervised(rows)
-    check_fit(model, own, tokenizer, max(len(ids) for split in rows.values() for ids in split["input_ids"]))
+    check_fit(model, own, tokenizer, longest_row(rows))
     lines += fit_max_length(config, context)
     new_tokens = add_rows(model, tokenizer)
     adapter = adapter_config(model_args, model, new_tokens)
@@ -122,21 +122,16 @@ def main():
         print(trained_share(trainer.model))
         if new_tokens:
             print(f"New tokens {new_tokens}: the dataset's template has them, and the model learns them")
-        precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
-        print(f"Processes {config.world_size}; precision {precision}: {config.precision_reason}")
+        print(f"Processes {config.world_size}; precision {precision(config)}: {config.precision_reason}")
         print(*[line for line in (threads, loss, *lines) if line], sep="\n")
         if args.resume:
             print(f"Going on from {checkpoint}" if checkpoint else "A fresh start: there is no complete checkpoint")
         sys.stdout.flush()
-    if checkpoint:
-        trainer.start_from(checkpoint)
+    trainer.start_from(checkpoint)
 
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.was_told and trainer.state.global_step < trainer.state.max_steps:
-        if trainer.is_world_process_zero():
-            print(f"Stopped by SIGTERM at step {trainer.state.global_step}, saved; go on with --resume auto.")
-        sys.exit(143)
+    stop.leave_if_told(trainer.state)
     # Asked of all processes, which may hold a part of the weights each.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     trained = {"freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules, "new_tokens": new_tokens}
@@ -147,20 +142,15 @@ def main():
         with staged(output_dir, True, "run.json", "checkpoints") as folder:
             if adapter:
                 trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-                finished_model(trainer).save_pretrained(folder)
-            else:
-                finished_model(trainer).save_pretrained(folder, state_dict=weights)
+            # Greedy decoding makes a small model repeat itself.
+            model = finished(trainer, do_sample=True, temperature=0.8, top_p=0.95)
+            model.save_pretrained(folder, state_dict=None if adapter else weights)
             tokenizer.save_pretrained(folder)
-            with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
-                log.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-            save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
+            save_history(trainer.state.log_history, folder, "completion loss")
             curves = Path(config.output_dir) / "runs"  # where tensorboard has been writing
             if curves.is_dir():
                 shutil.copytree(curves, folder / "runs")
-            # Where the base came from: one of these two, or neither for a model that another tool made.
-            for name in ("conversion.json", "pretraining.json"):
-                if (base / name).exists():
-                    shutil.copy(base / name, folder)
+            keep_origin(base, folder)
             if budget:
                 write_json(folder / "budget.json", budget)
             write_json(folder / "run.json", record)

@@ -30,8 +30,7 @@ class TokenizerArguments:
 def main():
     (args,) = parse(sys.argv[1:], TokenizerArguments, description=__doc__)
     check_output_dir(args.output_dir, args.overwrite, "tokenizer_report.json")
-    data = [args.data] if isinstance(args.data, str) else args.data
-    extra = [args.special_tokens] if isinstance(args.special_tokens, str) else args.special_tokens
+    data, extra = args.data, args.special_tokens
     if args.vocab_size <= 256 + 1 + len(extra):
         raise UserError(
             f"--vocab_size {args.vocab_size} leaves no merge beside 256 bytes and {1 + len(extra)} special tokens; "

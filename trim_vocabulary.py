@@ -6,13 +6,12 @@ For models with a byte-level BPE. Text of the kept tokens keeps its ids (renumbe
 the removed tokens had; any other text is written with smaller tokens, of which all 256 bytes stay.
 """
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, check_output_dir, keep_origin, parse, run, staged, write_json
 
 
 @dataclass
@@ -49,10 +48,9 @@ def main():
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(args.model)
     model = model.cpu()
-    data = [args.data] if isinstance(args.data, str) else args.data
 
     # Held-out text is not counted: it is what the result is measured on.
-    held_out = HeldOut(pieces(data, args.text_column))
+    held_out = HeldOut(pieces(args.data, args.text_column))
     counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
     for text in held_out:
         with encoding_of("The text"):
@@ -90,9 +88,7 @@ def main():
     with staged(args.output_dir, args.overwrite, "trimming.json") as folder:
         small.save_pretrained(folder)
         trimmed.save_pretrained(folder)
-        for name in ("conversion.json", "pretraining.json"):
-            if (Path(args.model) / name).exists():
-                shutil.copy(Path(args.model) / name, folder)
+        keep_origin(Path(args.model), folder)
         write_json(folder / "trimming.json", record)
     print(
         f"{record['parameters_before']:,} to {record['parameters_after']:,} parameters; "

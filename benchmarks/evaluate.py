@@ -16,9 +16,9 @@ import torch
 from transformers import GenerationConfig
 
 from fledge.encoding import open_prepared, prompt_length
-from fledge.evaluation.journal import Journal
 from fledge.evaluation.measuring import answer_prompts
 from fledge.generation.answers import load_model
+from fledge.generation.journal import Journal
 from fledge.generation.sampling import Sampling
 
 

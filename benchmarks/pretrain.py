@@ -113,7 +113,6 @@ def fledge(folder: Path) -> tuple[list[float], int, str]:
         per_device_train_batch_size=BATCH_SIZE,
         eval_strategy="no",
         save_strategy="no",
-        enable_jit_checkpoint=False,
         logging_steps=1000,
         report_to="none",
     )

@@ -201,11 +201,12 @@ def main():
         return
     found = {name: [] for name in args.contenders}
     share = [] if args.supervised is None else ["--supervised", str(args.supervised)]
-    for _ in range(args.rounds):
+    for number in range(1, args.rounds + 1):
         for name in args.contenders:
             command = [sys.executable, __file__, "--measure", name, *share]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number}  {name:<18} {found[name][-1]['tokens_per_second']:>7,.0f} tokens/s", flush=True)
     rate, needed = matrix_rate(), operations_a_token(rows(args.supervised))
     print(f"bfloat16 matrix rate {rate / 1e9:,.0f} GFLOP/s; {needed / 1e6:,.0f} MFLOP a token needed")
     for name, runs in found.items():

@@ -8,12 +8,18 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# A base has one of these, or neither when another tool made it.
+ORIGINS = ("conversion.json", "pretraining.json")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class UserError(Exception):
@@ -55,6 +61,7 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
         if left_over:
             raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
         for given in parsed[: len(dataclass_types)]:
+            _make_lists(given)
             _check_types(given)
         return tuple(parsed[: len(dataclass_types)])
     except yaml.YAMLError as error:
@@ -67,16 +74,28 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
         raise UserError(f"{' '.join(str(error).split())}") from error
 
 
+def _make_lists(arguments) -> None:
+    """One value in a recipe, where a list is wanted, is a list of one, as it is on the command line."""
+    for name, hint in typing.get_type_hints(type(arguments)).items():
+        value, kinds = getattr(arguments, name, None), _alternatives(hint)
+        if isinstance(value, str) and list[str] in kinds and str not in kinds:
+            setattr(arguments, name, [value])
+
+
 def _check_types(arguments) -> None:
     """argparse checks the command line; the values of a recipe reach a dataclass as YAML read them."""
     for name, hint in typing.get_type_hints(type(arguments)).items():
-        kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
-        value = getattr(arguments, name, None)
+        value, kinds = getattr(arguments, name, None), _alternatives(hint)
         if not set(kinds) <= {int, float, str, bool, type(None)}:
             continue
         fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
         if not fits and not (float in kinds and type(value) is int):
             raise UserError(f"{name} is {value!r}, not of the type {hint}; --help lists every key.")
+
+
+def _alternatives(hint) -> tuple:
+    """`X | Y` → X and Y; anything else → itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _split_config(argument: str) -> list[str]:
@@ -93,6 +112,14 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def check_hub_id(key: str, value: str) -> None:
+    """Raises:
+    UserError: `value`, given as `key`, names no repository of the Hub.
+    """
+    if not HUB_ID.fullmatch(value):
+        raise UserError(f"{key} {value} is not of the form user/name.")
 
 
 def check_output_dir(output_dir: str | Path, overwrite: bool, *markers: str) -> Path:
@@ -175,6 +202,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def keep_origin(base: Path, folder: Path) -> None:
+    """Copies what says where `base` came from, if one of our scripts made it."""
+    for name in ORIGINS:
+        if (base / name).exists():
+            shutil.copy(base / name, folder)
 
 
 def read_json(path: Path, what: str) -> dict:

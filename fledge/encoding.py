@@ -7,6 +7,7 @@ never on a cut one. A control token that stands in somebody's text stays text.
 
 import bisect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -160,21 +161,26 @@ def _cut_prompt(
             before, mark, given = message["content"].rpartition(INPUT_MARK)
             givens.append((bool(mark), len(given), place, before + mark, given))
     _, _, place, kept, given = max(givens)
-    ends = [word.end() for word in re.finditer(r"\S+", given)]
 
-    def with_words(count: int) -> Messages:
-        content = kept + given[: ends[count - 1]]
-        return [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
+    def with_text(text: str) -> Messages:
+        return [*messages[:place], {**messages[place], "content": kept + text}, *messages[place + 1 :]]
 
-    # How many of the words fit: the lengths grow with the number of words.
-    count = bisect.bisect_right(
-        range(1, len(ends) + 1), max_length, key=lambda words: len(encode(tokenizer, [with_words(words)])[0])
-    )
+    text, count, _ = fitting_words(given, max_length, lambda text: len(encode(tokenizer, [with_text(text)])[0]))
     if not count:
         return None
-    (encoded,) = encode(tokenizer, [with_words(count)])
+    (encoded,) = encode(tokenizer, [with_text(text)])
     encoded.was_cut = True
-    return with_words(count), encoded
+    return with_text(text), encoded
+
+
+def fitting_words(text: str, max_length: int, length: Callable[[str], int]) -> tuple[str, int, int]:
+    """The longest beginning of `text`, in whole words, of at most `max_length`; its number of words, and of all.
+
+    `length` grows with the number of words. The beginning is empty when not even the first word fits.
+    """
+    ends = [0, *(word.end() for word in re.finditer(r"\S+", text))]
+    count = bisect.bisect_right(range(1, len(ends)), max_length, key=lambda words: length(text[: ends[words]]))
+    return text[: ends[count]], count, len(ends) - 1
 
 
 def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetDict]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from fledge.cli import UserError
+from fledge.tokenizers.fast import merges_of
 
 # The marks of Python's templates for training; no other reader of a template knows them.
 GENERATION_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
@@ -167,14 +168,14 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict, li
     for i, added in tokenizer.added_tokens_decoder.items():
         types[i] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     model, split = parts["model"], parts["pre_tokenizer"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+    merges = merges_of(model) if model["type"] == "BPE" else []
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     keys, differences = {"ggml.tokens": tokens}, []
     if model["type"] == "BPE" and parts["normalizer"] is None and split and byte_level.items() <= split.items():
-        keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": merges}
+        keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": [" ".join(pair) for pair in merges]}
     elif model["type"] == "BPE" and model["byte_fallback"] and split is None:
         # SentencePiece joins what makes the piece of the highest score; the order of the merges stands for it.
-        ranks = {"".join(pair.split(" ", 1)): -float(i) for i, pair in reversed(list(enumerate(merges)))}
+        ranks = {left + right: -float(i) for i, (left, right) in reversed(list(enumerate(merges)))}
         for i, token in enumerate(tokens):
             if types[i] is TokenType.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
                 types[i] = TokenType.BYTE

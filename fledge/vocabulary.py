@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fledge.cli import UserError
-from fledge.tokenizers.fast import characters_of_bytes
+from fledge.tokenizers.fast import characters_of_bytes, merges_of
 
 
 def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -49,7 +49,7 @@ def trim_tokenizer(
     vocabulary = model["vocab"]
     if model["type"] != "BPE" or not characters_of_bytes().keys() <= vocabulary.keys():
         raise UserError("The tokenizer is no byte-level BPE with all 256 bytes, and no other kind can be trimmed.")
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    merges = merges_of(model)
     parts_of: dict[str, list[tuple[str, str]]] = {}
     for left, right in merges:
         parts_of.setdefault(left + right, []).append((left, right))

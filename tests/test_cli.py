@@ -20,6 +20,8 @@ class Oven:
     minutes: int = field(default=30, metadata={"help": "how long"})
     heat: float = field(default=180.0, metadata={"help": "how hot"})
     note: str | None = field(default=None, metadata={"help": "anything else"})
+    guests: list[str] | None = field(default=None, metadata={"help": "who comes"})
+    music: list[str] | str | None = field(default=None, metadata={"help": "what plays"})
     fan: bool = field(default=False, metadata={"help": "with the fan"})
 
 
@@ -46,6 +48,11 @@ def test_a_recipe_fills_the_keys_and_leaves_the_defaults(recipe):
         Oven(dishes=["bread", "pie"], cook="Ann", minutes=30, heat=220.5, note=None, fan=False),
         Table(seats=4),
     )
+
+
+def test_one_value_is_a_list_of_one_where_a_list_is_wanted(recipe):
+    (oven,) = parse(["--config", recipe("dishes: pie\ncook: Ann\nguests: Ben\nmusic: jazz\n")], Oven)
+    assert (oven.dishes, oven.guests, oven.music) == (["pie"], ["Ben"], "jazz")
 
 
 def test_the_recipe_may_be_joined_by_an_equals_sign(recipe):

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fledge.encoding import IGNORED, prompt_length
 from fledge.evaluation.intervals import Ratio, interval, means
-from fledge.evaluation.journal import Journal
 from fledge.evaluation.wording import Wording, distinct_2
 from fledge.generation.answers import Answer, answer_each
+from fledge.generation.journal import Journal
+from fledge.generation.onednn import by_onednn
 from fledge.generation.sampling import Sampling
 
 OF_REFERENCE = ("answer_tokens", "repetition", "copied", "distinct_2", "distinct_answers")
@@ -71,7 +72,8 @@ def completion_nats(
             torch.tensor([rows[i][key] + [fill] * (longest - len(rows[i][key])) for i in batch]).to(model.device)
             for key, fill in (("input_ids", pad), ("labels", IGNORED))
         )
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        with by_onednn(model):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         labels = labels[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         for i, row_losses, row_labels in zip(batch, losses, labels, strict=True):

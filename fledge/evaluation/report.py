@@ -18,6 +18,12 @@ WHO = {"base": "base", "model": "instruct"}
 NEUTRAL = ("answer_tokens", "distinct_2")
 
 
+def templates(**settings) -> Environment:
+    """Opens the templates of `model_card/`; a name that one asks for and nobody gives is an error, never a blank."""
+    loader = FileSystemLoader(TEMPLATES)
+    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings)
+
+
 def show(name: str, metric: dict[str, float] | None) -> str:
     """`87.3% (83.1 to 91.2)` for a share, three digits for anything else, nothing for nothing."""
     if metric is None:
@@ -174,16 +180,10 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
     in which no `<` can end the script, and the script only ever writes text nodes; and the page's policy lets no other
     script run and nothing be fetched.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     data = {"answers": answers_id(samples), "columns": columns, "samples": samples}
-    return environment.get_template("report.html.jinja").render(
+    template = templates(autoescape=True).get_template("report.html.jinja")
+    return template.render(
         metrics=metrics,
         names={who: "/".join(Path(folder).parts[-2:]) for who, folder in names.items()},
         asked=asked(metrics),

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from fledge.cli import UserError
+from fledge.generation.onednn import by_onednn
 from fledge.generation.sampling import Sampling
 from fledge.tokenizers import open_tokenizer
 
@@ -142,31 +143,32 @@ def answer_each(
     batch_size = min(batch_size, len(prompts))
     cache = _Slots(batch_size, max((row.limit for row in waiting), default=0))
     rows: list[_Row] = []
-    while waiting or rows:
-        read_in = []
-        # Reading in one prompt costs about as much as a few: wait for room for several, unless all are done.
-        if waiting and len(rows) <= batch_size - min(PREFILL, batch_size, len(waiting)):
-            read_in = [waiting.popleft() for _ in range(min(PREFILL, batch_size - len(rows), len(waiting)))]
-            logits = _read_in(model, cache, read_in, len(rows))
-        else:
-            logits = _step(model, cache, rows)
-        drawing = read_in or rows
-        for row, token in zip(drawing, choose(logits, drawing, sampling), strict=True):
-            row.ids.append(token)
-            told(row.number, token)
-        rows += read_in
-        for i in reversed(range(len(rows))):
-            row = rows[i]
-            stopped = row.ids[-1] == end and len(row.ids) > row.prompt_length
-            if stopped or len(row.ids) == row.limit:
-                made = row.ids[row.prompt_length : len(row.ids) - stopped]
-                if i < len(rows) - 1:
-                    cache.move(len(rows) - 1, i)
-                    rows[i] = rows[-1]
-                rows.pop()
-                # A role token in an answer is a fault that must be seen.
-                text = tokenizer.decode(made, skip_special_tokens=False).strip()
-                yield row.number, Answer(text, len(made) + stopped, stopped)
+    with by_onednn(model):
+        while waiting or rows:
+            read_in = []
+            # Reading in one prompt costs about as much as a few: wait for room for several, unless all are done.
+            if waiting and len(rows) <= batch_size - min(PREFILL, batch_size, len(waiting)):
+                read_in = [waiting.popleft() for _ in range(min(PREFILL, batch_size - len(rows), len(waiting)))]
+                logits = _read_in(model, cache, read_in, len(rows))
+            else:
+                logits = _step(model, cache, rows)
+            drawing = read_in or rows
+            for row, token in zip(drawing, choose(logits, drawing, sampling), strict=True):
+                row.ids.append(token)
+                told(row.number, token)
+            rows += read_in
+            for i in reversed(range(len(rows))):
+                row = rows[i]
+                stopped = row.ids[-1] == end and len(row.ids) > row.prompt_length
+                if stopped or len(row.ids) == row.limit:
+                    made = row.ids[row.prompt_length : len(row.ids) - stopped]
+                    if i < len(rows) - 1:
+                        cache.move(len(rows) - 1, i)
+                        rows[i] = rows[-1]
+                    rows.pop()
+                    # A role token in an answer is a fault that must be seen.
+                    text = tokenizer.decode(made, skip_special_tokens=False).strip()
+                    yield row.number, Answer(text, len(made) + stopped, stopped)
 
 
 def _read_in(model: PreTrainedModel, cache: _Slots, rows: list[_Row], first: int) -> Tensor:

@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import re
 import sys
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from fledge.cli import UserError
-from fledge.encoding import Messages, encode_prompt
+from fledge.encoding import Messages, encode_prompt, fitting_words
 from fledge.generation.answers import answer_batch
 from fledge.generation.sampling import Sampling
 from fledge.templates import INPUT_MARK
@@ -48,18 +47,13 @@ def fit_prompt(
             left_out = [f"the oldest {dropped} of {len(turns)} turns"]
         question, mark, text = kept[-1]["content"].rpartition(INPUT_MARK)
         if len(ids) > room and mark:
-            ends = [word.end() for word in re.finditer(r"\S+", text)]
 
-            def with_words(count: int) -> list[int]:
-                content = question + mark + text[: ends[count - 1]]
-                return encode_prompt(tokenizer, [*kept[:-1], {**kept[-1], "content": content}])
+            def with_text(text: str) -> list[int]:
+                return encode_prompt(tokenizer, [*kept[:-1], {**kept[-1], "content": question + mark + text}])
 
-            fitting, beyond = 1, len(ends)  # the first word stays, the last one goes
-            while beyond - fitting > 1:
-                middle = (fitting + beyond) // 2
-                fitting, beyond = (middle, beyond) if len(with_words(middle)) <= room else (fitting, middle)
-            ids = with_words(fitting)
-            left_out.append(f"the last {len(ends) - fitting:,} of the {len(ends):,} words of the text")
+            fitting, count, words = fitting_words(text, room, lambda text: len(with_text(text)))
+            ids = with_text(fitting)
+            left_out.append(f"the last {words - count:,} of the {words:,} words of the text")
     if len(ids) >= context:
         raise UserError(
             f"A prompt of {len(ids)} tokens leaves no room in the model's context of {context}; shorten it."

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fledge.cli import UserError
 from fledge.encoding import Messages
 from fledge.generation.answers import Answer, answer_each
+from fledge.generation.journal import Journal
 from fledge.generation.sampling import Sampling
 
 
@@ -35,34 +36,31 @@ def answer_file(
         raise UserError(f"{output} is already there; name another --output_file or pass --overwrite.")
     asked = read_prompts(Path(args.prompts_file))
     work = [(number, sample) for number in range(len(asked)) for sample in range(args.num_samples)]
-    header = {
-        "model": str(Path(args.model).resolve()),
-        "written": (Path(args.model) / "config.json").stat().st_mtime_ns,
-        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        "num_samples": args.num_samples,
-        "dtype": args.dtype,
-        "sampling": asdict(sampling),
+    made_with = {
+        "--model": str(Path(args.model).resolve()),
+        "date of the model": (Path(args.model) / "config.json").stat().st_mtime_ns,
+        "--prompts_file": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "--num_samples": args.num_samples,
+        "--dtype": args.dtype,
+        **{f"--{name}": value for name, value in asdict(sampling).items()},
     }
     partial = output.with_name(output.name + ".partial")
     try:
-        done = resume(partial, header)
-        left = [i for i in range(len(work)) if i not in done]
-        if done:
-            print(f"Going on from {len(done)} of {len(work)} answers in {partial}.", file=sys.stderr)
+        journal = Journal(partial, made_with, f"delete {partial}")
+        left = [i for i in range(len(work)) if (i,) not in journal.done]
+        if journal.done:
+            print(f"Going on from {len(journal.done)} of {len(work)} answers in {partial}.", file=sys.stderr)
         prompts = {number: encode(asked[number]) for number in {work[i][0] for i in left}}
         made = []
-        with partial.open("a", encoding="utf-8") as lines:
-            for i, answer in answer_each(
-                model, tokenizer, [prompts[work[i][0]] for i in left], sampling, args.batch_size, numbers=left
-            ):
-                number, sample = work[i]
-                done[i] = {"messages": asked[number], "sample": sample, **asdict(answer)}
-                lines.write(json.dumps({"i": i} | done[i], ensure_ascii=False) + "\n")
-                lines.flush()
-                made.append(answer)
-                print(f"\r{len(done)}/{len(work)} answered ", end="", file=sys.stderr, flush=True)
+        for i, answer in answer_each(
+            model, tokenizer, [prompts[work[i][0]] for i in left], sampling, args.batch_size, numbers=left
+        ):
+            number, sample = work[i]
+            journal.add({(i,): {"messages": asked[number], "sample": sample, **asdict(answer)}})
+            made.append(answer)
+            print(f"\r{len(journal.done)}/{len(work)} answered ", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
-        ordered = [json.dumps(done[i], ensure_ascii=False) + "\n" for i in range(len(work))]
+        ordered = [json.dumps(journal.done[i,], ensure_ascii=False) + "\n" for i in range(len(work))]
         whole = output.with_name(output.name + ".whole")
         whole.write_text("".join(ordered), encoding="utf-8")
         whole.replace(output)
@@ -105,23 +103,3 @@ def _messages(line: str, where: str) -> Messages:
             f'{where} is not {{"prompt": "…"}} nor {{"messages": […]}} whose last message is the user\'s.'
         ) from error
     return messages
-
-
-def resume(partial: Path, header: dict) -> dict[int, dict]:
-    """The answers that an interrupted run left; what it had half-written is cut off, and a new file gets its header.
-
-    Raises:
-        UserError: they were made by another model, other prompts, or other settings.
-    """
-    if partial.exists():
-        whole = partial.read_bytes()
-        lines = whole[: whole.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
-        if lines:
-            if json.loads(lines[0]) != header:
-                raise UserError(f"{partial} is of a run with other prompts or settings; repeat those or delete it.")
-            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            rows = map(json.loads, lines[1:])
-            return {row.pop("i"): row for row in rows}
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    return {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import (
-    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -24,9 +23,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from fledge.cli import UserError
 from fledge.encoding import IGNORED
 from fledge.training.loss import ScoreTokens
+from fledge.training.memory import keep_freed_memory
 from fledge.training.muon import MuonWithAdamW
 from fledge.training.run_record import outcome
-from fledge.training.trainer import choose_bf16
+from fledge.training.trainer import choose_device_and_precision
 
 
 @dataclass
@@ -48,7 +48,6 @@ class PretrainConfig(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step: it should be ln V"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of progress"})
-    enable_jit_checkpoint: bool = field(default=True, metadata={"help": "save a checkpoint on SIGTERM"})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "count tokens in the log"})
     bf16: bool | None = field(default=None, metadata={"help": "train in bf16 autocast (default: where it is fast)"})
     muon: bool = field(
@@ -62,10 +61,7 @@ class PretrainConfig(TrainingArguments):
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
 
     def __post_init__(self):
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.precision_reason = "as asked for"
-        if self.bf16 is None and not self.fp16:
-            self.bf16, self.precision_reason = choose_bf16(self.use_cpu)
+        choose_device_and_precision(self)
         super().__post_init__()
 
 
@@ -116,7 +112,7 @@ def score_in_cache(model: PreTrainedModel) -> None:
             return own_forward(input_ids=input_ids, **kwargs)
         hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         mask, head = shift_labels != IGNORED, self.get_output_embeddings()
-        log_probs = ScoreTokens.apply(hidden[mask], head.weight, head.bias, shift_labels[mask])[0]
+        log_probs = ScoreTokens.apply(hidden[mask], head.weight, head.bias, shift_labels[mask], 1)[0]
         count = log_probs.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=-log_probs.sum() / count)
 
@@ -141,6 +137,7 @@ class PretrainTrainer(Trainer):
         self.bytes_per_token = bytes_per_token
         if self.args.device.type in ("cpu", "mps"):
             score_in_cache(self.model)
+            keep_freed_memory()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         args = self.args
@@ -283,16 +280,9 @@ def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
     return estimate, lines
 
 
-def finished_base(trainer: PretrainTrainer) -> PreTrainedModel:
-    """The trained model as later stages open it."""
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    model.config.use_cache = True
-    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad)
-    return model
-
-
-def pretraining_record(trainer: PretrainTrainer, seconds: float, tokens: dict, estimate: dict) -> dict:
+def pretraining_record(
+    trainer: PretrainTrainer, seconds: float, tokens: dict, estimate: dict, tokens_before: int
+) -> dict:
     """Everything that made the base: corpus, sizes, hyper-parameters, machine, and outcome."""
     config, history = trainer.model.config, trainer.state.log_history
     measured = [entry for entry in history if "eval_bits_per_byte" in entry]
@@ -304,5 +294,5 @@ def pretraining_record(trainer: PretrainTrainer, seconds: float, tokens: dict, e
         "estimate": estimate,
         "uniform_loss": math.log(config.vocab_size),
         "bits_per_byte": measured[-1]["eval_bits_per_byte"],
-        **outcome(trainer, seconds, TrainingArguments),
+        **outcome(trainer, seconds, TrainingArguments, tokens_before),
     }

@@ -6,13 +6,21 @@ import re
 import shlex
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 
-from fledge.cli import UserError, read_json
-from fledge.evaluation.report import LOWER_IS_BETTER, NEUTRAL, NO_SHARES, asked, judged_by, table, table_by
+from fledge.cli import ORIGINS, UserError, read_json
+from fledge.evaluation.report import (
+    LOWER_IS_BETTER,
+    NEUTRAL,
+    NO_SHARES,
+    asked,
+    judged_by,
+    table,
+    table_by,
+    templates,
+    title,
+)
 
-CARDS = Path(__file__).parents[2] / "model_card"
 STAGES = {
     "conversion": "convert_checkpoint.py",
     "pretraining": "pretrain.py",
@@ -24,15 +32,9 @@ SHOWN = 2  # answers on the card
 
 
 def render(template: str, **values) -> str:
-    """Renders a template of `model_card/`; a name that it asks for and nobody gives is an error, never a blank."""
-    environment = Environment(
-        loader=FileSystemLoader(CARDS),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"fenced": fenced, "cell": cell, "number": "{:,}".format, "words": words}
+    """Renders a template of `model_card/` into Markdown, YAML or code."""
+    environment = templates(keep_trailing_newline=True)
+    environment.filters |= {"fenced": fenced, "cell": cell, "number": "{:,}".format, "words": title}
     environment.filters |= {"shell": shlex.quote, "json": as_json}
     return environment.get_template(template).render(**values)
 
@@ -53,10 +55,6 @@ def as_json(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def read_records(model_dir: Path, evaluation_dir: Path | None) -> dict[str, dict | None]:
     """Each stage's record, None where it has left none. A model says at least what it was trained on and how.
 
@@ -65,9 +63,9 @@ def read_records(model_dir: Path, evaluation_dir: Path | None) -> dict[str, dict
     """
     files = {name: model_dir / f"{name}.json" for name in STAGES}
     files["metrics"] = evaluation_dir / "metrics.json" if evaluation_dir else None
-    for name in ("conversion", "pretraining"):
-        if not files[name].exists():
-            files[name] = None
+    for file in ORIGINS:
+        if not (model_dir / file).exists():
+            files[Path(file).stem] = None
     return {name: read_json(file, STAGES[name]) if file else None for name, file in files.items()}
 
 
@@ -154,7 +152,7 @@ def model_card(
             dataset_name=f"{budget['task']} from {budget['source']}",
             dataset_split=metrics["split"],
             metric_type=name,
-            metric_name=words(name),
+            metric_name=title(name),
             metric_value=round(metric["value"], 4),
             metric_args={"interval_95": [round(metric["low"], 4), round(metric["high"], 4)], "n": metric["n"]},
         )

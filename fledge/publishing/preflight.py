@@ -3,14 +3,13 @@
 import re
 from pathlib import Path
 
-from fledge.cli import UserError, read_json
+from fledge.cli import HUB_ID, UserError, read_json
 from fledge.publishing.upload import files_of
 
 TEXT = (".json", ".jsonl", ".md", ".jinja", ".py", ".txt", ".yaml", ".csv")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 # A pickle of protocol 2 to 5, and the zip in which torch.save puts one.
 PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Tokens of Hugging Face, OpenAI-like services, GitHub, AWS; and private keys.
 SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{32,}|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{40,}"

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from fledge.cli import UserError, read_json, write_json
-from fledge.publishing.card import CARDS, model_card, read_records, read_samples, render
+from fledge.evaluation.report import TEMPLATES
+from fledge.publishing.card import model_card, read_records, read_samples, render
 
 # What training leaves besides the model, and nobody who loads the model needs.
 NOT_PUBLISHED = ("README.md", "training_args.bin")
@@ -94,7 +95,7 @@ def build_space(
 
     settings = space_settings(model_dir, read_samples(evaluation_dir), repo_id, base_model)
     for name in ("app.py", "requirements.txt"):
-        shutil.copy(CARDS / "space" / name, folder)
+        shutil.copy(TEMPLATES / "space" / name, folder)
     write_json(folder / "settings.json", settings)
     metadata = SpaceCardData(
         title=settings["title"],

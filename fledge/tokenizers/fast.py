@@ -90,8 +90,7 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Enco
     byte_of, vocabulary = characters_of_bytes(), model["vocab"]
     if not byte_of.keys() <= vocabulary.keys():
         return None, "it lacks some bytes"
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merged = ["".join(pair) for pair in pairs]
+    merged = [left + right for left, right in merges_of(model)]
     order = [vocabulary[token] for token in merged]
     if order != sorted(set(order)):
         return None, "its ids are not in the order of its merges"
@@ -101,6 +100,11 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Enco
         return None, "its merges do not reach every token"
     ranks = {bytes(byte_of[c] for c in token): vocabulary[token] for token in (*byte_of, *merged)}
     return tiktoken.Encoding("fledge", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}), ""
+
+
+def merges_of(model: dict) -> list[tuple[str, str]]:
+    """The merges of a BPE model as `tokenizer.json` describes it, which older files write with a space between."""
+    return [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
 
 
 def characters_of_bytes() -> dict[str, int]:

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -63,6 +64,11 @@ def open_dataset(
         longer = len(encoded) - len(kept)
         lines.append(f"Rows {len(kept):,} in {name}; {longer:,} longer than {context} tokens left out")
     return None, tokenizer, rows, lines
+
+
+def longest_row(rows: DatasetDict) -> int:
+    """In tokens. From Arrow's own lengths: no row is turned into Python's integers."""
+    return max(pc.max(pc.list_value_length(split.data.column("input_ids"))).as_py() for split in rows.values())
 
 
 def conversations_of(table: Dataset, source: str) -> list[Messages]:

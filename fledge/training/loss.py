@@ -17,6 +17,8 @@ from fledge.encoding import IGNORED
 
 # Entries of the logits in float32 at a time: 1.6 MB for a vocabulary of 50,257, which a core's level-2 cache holds.
 CACHED = 1 << 19
+# Rows, and columns, of the logits in one matrix product, so that what it reads and writes stays in the level-3 cache.
+ROWS, COLUMNS = 256, 8192
 # Entries of the logits in memory at a time: 256 MB of bfloat16. Beyond that the backward pass projects again.
 KEPT = 1 << 27
 
@@ -29,40 +31,65 @@ def slices(count: int, size: int) -> list[slice]:
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
     """Scores `logits` (N, V) against `targets` (N,): log-probability, entropy, and whether nothing is likelier.
 
-    The three go to the rows of `scores` (3, N). With `with_gradient` the logits become the gradient of the negative
-    log-probability by them, softmax − onehot, in place.
+    They go to the rows of `scores` (3, N), or the first alone to one row (1, N). With `with_gradient` the logits become
+    the gradient of the negative log-probability by them, softmax − onehot, in place.
     """
     for rows in slices(len(targets), max(1, CACHED // logits.size(1))):
         log_probs, target = F.log_softmax(logits[rows], -1, dtype=torch.float32), targets[rows, None]
-        probs, chosen = log_probs.exp(), log_probs.gather(1, target)
+        chosen = log_probs.gather(1, target)
         scores[0, rows] = chosen[:, 0]
-        scores[1, rows] = -torch.linalg.vecdot(probs, log_probs)
-        scores[2, rows] = chosen[:, 0] >= log_probs.amax(-1)
+        if len(scores) == 1 and not with_gradient:
+            continue
+        probs = log_probs.exp()
+        if len(scores) == 3:
+            scores[1, rows] = -torch.linalg.vecdot(probs, log_probs)
+            scores[2, rows] = chosen[:, 0] >= log_probs.amax(-1)
         if with_gradient:
             logits[rows] = probs.scatter_add_(1, target, probs.new_full(target.shape, -1))
+
+
+def project_and_score(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scores: torch.Tensor,
+    with_gradient: bool,
+) -> torch.Tensor | None:
+    """`score_logits` of `hidden` (N, D); returns the gradient of its logits (N, V), or `None` without."""
+    kept = hidden.new_empty(len(targets) if with_gradient else min(ROWS, len(targets)), len(weight))
+    for rows in slices(len(targets), ROWS):
+        logits = kept[rows] if with_gradient else kept[: rows.stop - rows.start]
+        if bias is None:
+            torch.mm(hidden[rows], weight.T, out=logits)
+        else:
+            torch.addmm(bias, hidden[rows], weight.T, out=logits)
+        score_logits(logits, targets[rows], scores[:, rows], with_gradient)
+    return kept if with_gradient else None
 
 
 class ScoreTokens(torch.autograd.Function):
     """`score_logits` of `hidden` (N, D) through a head of `weight` (V, D) and `bias` (V,), differentiable in its row 0.
 
+    `rows` of scores are asked for: 3, or 1 where the log-probability is enough.
+
     Under autocast the products run in its type, as any linear layer's do; softmax always runs in float32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
+    def forward(ctx, hidden, weight, bias, targets, rows):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        ctx.types = hidden.dtype, weight.dtype
+        ctx.types = hidden.dtype, weight.dtype, weight.dtype
         hidden, weight, bias = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
-        scores = torch.empty(3, len(targets), device=hidden.device)
+        scores = torch.empty(rows, len(targets), device=hidden.device)
         ctx.chunks = slices(len(targets), max(1, KEPT // len(weight)))
         with_gradient = any(ctx.needs_input_grad)
-        logits = None
-        for rows in ctx.chunks:
-            logits = F.linear(hidden[rows], weight, bias)
-            score_logits(logits, targets[rows], scores[:, rows], with_gradient)
+        of_logits = None
+        for chunk in ctx.chunks:
+            of_logits = project_and_score(hidden[chunk], weight, bias, targets[chunk], scores[:, chunk], with_gradient)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.kept = logits if with_gradient and len(ctx.chunks) == 1 else None
+        ctx.kept = of_logits if len(ctx.chunks) == 1 else None
         return scores
 
     @staticmethod
@@ -71,27 +98,30 @@ class ScoreTokens(torch.autograd.Function):
         # The products run on relative weights of the tokens, which are 1 when all weigh the same, so that rounding a
         # weight of 1/1783 to bfloat16 does not bend every gradient the same way.
         token_weights = -grad_scores[0]
-        largest = token_weights.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if len(targets) else 1.0
+        largest = max(token_weights.abs().max().item(), torch.finfo(torch.float32).tiny) if len(targets) else 1.0
         relative = (token_weights / largest).to(hidden.dtype)[:, None]
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = of_bias = None
-        for rows in ctx.chunks:
-            gradient = ctx.kept
-            if gradient is None:
-                gradient = F.linear(hidden[rows], weight, bias)
-                score_logits(gradient, targets[rows], torch.empty(3, len(gradient), device=gradient.device), True)
+        of_hidden, of_weight, of_bias = (
+            torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
+            for x, dtype, needed in zip((hidden, weight, bias), ctx.types, ctx.needs_input_grad[:3], strict=True)
+        )
+        for number, chunk in enumerate(ctx.chunks):
+            of_logits = ctx.kept
+            if of_logits is None:
+                scores = torch.empty(1, len(targets[chunk]), device=hidden.device)
+                of_logits = project_and_score(hidden[chunk], weight, bias, targets[chunk], scores, True)
+            weighted = hidden[chunk] * relative[chunk]
             if of_hidden is not None:
-                of_hidden[rows] = (gradient @ weight) * relative[rows]
-            if ctx.needs_input_grad[1]:
-                part = gradient.T @ (hidden[rows] * relative[rows])
-                of_weight = part.float() if of_weight is None else of_weight.add_(part)
-            if ctx.needs_input_grad[2]:
-                part = (gradient.T @ relative[rows])[:, 0]
-                of_bias = part.float() if of_bias is None else of_bias.add_(part)
+                for rows in slices(len(of_logits), ROWS):
+                    of_hidden[chunk][rows] = (of_logits[rows] @ weight * relative[chunk][rows]).float() * largest
+            for total, factor in ((of_weight, weighted), (of_bias, relative[chunk, 0])):
+                for columns in slices(len(weight), COLUMNS) if total is not None else ():
+                    part = (of_logits[:, columns].T @ factor).float()
+                    if number == 0:
+                        torch.mul(part, largest, out=total[columns])
+                    else:
+                        total[columns].add_(part, alpha=largest)
         ctx.kept = None
-        hidden_type, weight_type = ctx.types
-        found = zip((of_hidden, of_weight, of_bias), (hidden_type, weight_type, weight_type), strict=True)
-        return *(None if x is None else x.to(dtype).mul_(largest) for x, dtype in found), None
+        return of_hidden, of_weight, of_bias, None, None
 
 
 def has_plain_logits(config: PretrainedConfig) -> bool:
@@ -121,7 +151,7 @@ def score_supervised_only(model: PreTrainedModel) -> None:
             return own_forward(*args, labels=labels, attention_mask=attention_mask, **kwargs)
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
         mask, head = labels[:, 1:] != IGNORED, self.get_output_embeddings()
-        scores = ScoreTokens.apply(hidden[mask], head.weight, head.bias, labels[:, 1:][mask])
+        scores = ScoreTokens.apply(hidden[mask], head.weight, head.bias, labels[:, 1:][mask], 3)
         log_probs, entropy, is_top1 = (row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(

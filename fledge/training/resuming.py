@@ -2,10 +2,11 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fledge.cli import UserError
@@ -47,6 +48,14 @@ def find_checkpoint(config: TrainingArguments, resume: str | None, overwrite: bo
     return str(newest) if newest and resume else None
 
 
+def tokens_seen(checkpoint: str | None) -> int:
+    """How many tokens the run had read when it saved `checkpoint`."""
+    if not checkpoint:
+        return 0
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["num_input_tokens_seen"]
+
+
 class StopOnSignal(TrainerCallback):
     """SIGTERM, which a batch system sends before it takes a machine away, ends training after the step, saved.
 
@@ -72,3 +81,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self.earlier)
+
+    def leave_if_told(self, state: TrainerState) -> None:
+        """Ends the program with the status of SIGTERM, after training, if that is why it ended early."""
+        if self.was_told and state.global_step < state.max_steps:
+            if state.is_world_process_zero:
+                print(f"Stopped by SIGTERM at step {state.global_step}, saved; go on with --resume auto.")
+            sys.exit(143)

@@ -1,5 +1,6 @@
 """What a run leaves behind: lines of progress, a loss curve, and the record of everything that made it."""
 
+import json
 import math
 import platform
 import subprocess
@@ -13,18 +14,15 @@ from datasets import DatasetDict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from fledge.training.trainer import InstructTrainer
+from fledge.training.trainer import InstructTrainer, precision
 
 
 class Progress(TrainerCallback):
     """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
 
-    def __init__(self):
-        self.last_tokens = 0
-
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = self.last_time = time.monotonic()
-        self.first_step = state.global_step
+        self.first_step, self.last_tokens = state.global_step, state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -43,8 +41,11 @@ class Progress(TrainerCallback):
             print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
 
 
-def save_loss_curve(log_history: list[dict], file: Path, what: str = "completion loss") -> None:
-    """Training and validation loss over steps, as a picture."""
+def save_history(log_history: list[dict], folder: Path, what: str) -> None:
+    """Everything logged, a JSON object a line, and training and validation loss (`what`) over steps as a picture."""
+    with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
+        log.writelines(json.dumps(entry) + "\n" for entry in log_history)
+
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,7 +59,7 @@ def save_loss_curve(log_history: list[dict], file: Path, what: str = "completion
     axes.set(xlabel="step", ylabel=f"{what} (nats per token)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    figure.savefig(folder / "loss_curve.png", dpi=120)
     pyplot.close(figure)
 
 
@@ -115,7 +116,7 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
         if args.device.type == "cuda"
         else f"{args.device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "precision": precision(args),
         "commit": commit(),
         "versions": {
             "python": platform.python_version(),

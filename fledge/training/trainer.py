@@ -1,6 +1,5 @@
 """What Fledge adds to TRL's `SFTTrainer`: defaults for small models, automatic choices with reasons, safe stops."""
 
-import json
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
 )
 from trl import ModelConfig, SFTConfig, SFTTrainer
@@ -25,7 +25,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from fledge.cli import UserError
 from fledge.training.attention import LONGEST, NAME, attend_by_rows
 from fledge.training.loss import has_plain_logits, score_supervised_only
-from fledge.training.resuming import newest_checkpoint
+from fledge.training.memory import keep_freed_memory
+from fledge.training.resuming import newest_checkpoint, tokens_seen
 
 
 @dataclass
@@ -63,11 +64,20 @@ class SmallModelConfig(SFTConfig):
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
         if self.load_best_model_at_end and self.save_strategy == "no":
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.precision_reason = "as asked for"
-        if self.bf16 is None and not self.fp16:
-            self.bf16, self.precision_reason = choose_bf16(self.use_cpu)
+        choose_device_and_precision(self)
         super().__post_init__()
+
+
+def choose_device_and_precision(config: TrainingArguments) -> None:
+    """Sets `use_cpu`, `bf16` and `precision_reason` of a configuration that is not yet checked."""
+    config.use_cpu = config.use_cpu or not torch.accelerator.is_available()
+    config.precision_reason = "as asked for"
+    if config.bf16 is None and not config.fp16:
+        config.bf16, config.precision_reason = choose_bf16(config.use_cpu)
+
+
+def precision(config: TrainingArguments) -> str:
+    return "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
 
 
 def choose_bf16(use_cpu: bool) -> tuple[bool, str]:
@@ -192,10 +202,9 @@ class InstructTrainer(SFTTrainer):
     A checkpoint that was saved is therefore one to go on from: the weights in it are finite.
     """
 
-    def start_from(self, checkpoint: str) -> None:
+    def start_from(self, checkpoint: str | None) -> None:
         """Goes on counting tokens where the interrupted run stopped."""
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        self._total_train_tokens = state["num_input_tokens_seen"]
+        self._total_train_tokens = tokens_seen(checkpoint)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.first_ids = inputs["input_ids"][0, :24]
@@ -258,6 +267,7 @@ def prepare_model(trainer: SFTTrainer) -> str:
             head.bias = head.token_adapter.base_layer.bias
     if trainer.args.device.type not in ("cpu", "mps"):
         return "Loss: TRL's fused head, which projects supervised positions only on this device"
+    keep_freed_memory()
     if not has_plain_logits(model.config):
         return "Loss: TRL's head, because this architecture scales or caps its logits"
     score_supervised_only(model)
@@ -268,8 +278,8 @@ def prepare_model(trainer: SFTTrainer) -> str:
     return line
 
 
-def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
-    """The trained model as it is served: adapter merged, cache on, and a pipeline that is told nothing samples."""
+def finished(trainer: Trainer, **decoding) -> PreTrainedModel:
+    """The trained model as it is served: adapter merged, cache on; `decoding` is what a pipeline does untold."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model
     model.config.use_cache = True  # TRL switches it off for training
@@ -277,7 +287,5 @@ def finished_model(trainer: SFTTrainer) -> PreTrainedModel:
         model.set_attn_implementation("sdpa")
     tokenizer = trainer.processing_class
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    # Greedy decoding makes a small model repeat itself.
-    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad, **sampling)
+    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad, **decoding)
     return model

@@ -52,7 +52,8 @@ class MakeBlocks(Half):
         from fledge.preparation.blocks import blocks_of, prepare_blocks
 
         plan = self.plan()
-        prepare_blocks(plan.preparation, lambda: blocks_of(plan.source, plan.files, None, rank, world_size), num_proc=1)
+        files, preparation = plan.arguments.data, plan.preparation
+        prepare_blocks(preparation, lambda: blocks_of(plan.source, files, None, rank, world_size), num_proc=1)
         yield from data or ()
 
 

@@ -4,7 +4,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fledge.evaluation.journal import Journal
 from fledge.evaluation.judge import (
     FAILURES_IN_A_ROW,
     LARGEST_REPLY,
@@ -17,6 +16,7 @@ from fledge.evaluation.judge import (
     parse_score,
     score_question,
 )
+from fledge.generation.journal import Journal
 
 REQUESTS = [f"Write story {i}." for i in range(4)]
 ANSWERS = {"base": [f"base story {i}" for i in range(4)], "model": [f"model story {i}" for i in range(4)]}

@@ -7,7 +7,7 @@ import generate
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.generation.answers import answer_each, load_model
-from fledge.generation.prompts_file import read_prompts, resume
+from fledge.generation.prompts_file import read_prompts
 from fledge.generation.sampling import Sampling
 
 PROMPTS = [f"Write a story about: Lily took a kite number {n}." for n in range(7)]
@@ -63,10 +63,10 @@ def test_a_killed_run_is_completed_to_the_same_file(run_file, tmp_path, monkeypa
 
 def test_other_settings_do_not_mix(run_file, tmp_path):
     partial = tmp_path / "out.jsonl.partial"
-    partial.write_text('{"model": "another"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="other prompts or settings"):
+    partial.write_text('{"--model": "another"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="made with another --model"):
         run_file(tmp_path / "out.jsonl")
-    assert partial.read_text(encoding="utf-8") == '{"model": "another"}\n'
+    assert partial.read_text(encoding="utf-8") == '{"--model": "another"}\n'
 
 
 def test_a_finished_file_is_kept(run_file, tmp_path):
@@ -78,11 +78,16 @@ def test_a_finished_file_is_kept(run_file, tmp_path):
     assert run_file(output, "--overwrite") != b"mine"
 
 
-def test_a_header_that_was_half_written_starts_over(tmp_path):
-    partial = tmp_path / "p"
-    partial.write_text('{"mod', encoding="utf-8")
-    assert resume(partial, {"model": "m"}) == {}
-    assert resume(partial, {"model": "m"}) == {}
+@pytest.mark.parametrize("left", ['{"--mod', ""])
+def test_a_first_line_that_was_half_written_starts_over(run_file, tmp_path, left):
+    (tmp_path / "out.jsonl.partial").write_text(left, encoding="utf-8")
+    assert run_file(tmp_path / "out.jsonl") == run_file(tmp_path / "again.jsonl")
+
+
+def test_a_damaged_file_says_what_to_do(run_file, tmp_path):
+    (tmp_path / "out.jsonl.partial").write_text("no JSON\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"is damaged; delete .*out\.jsonl\.partial"):
+        run_file(tmp_path / "out.jsonl")
 
 
 def test_lines_of_json(tmp_path):

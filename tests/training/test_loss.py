@@ -34,9 +34,17 @@ def test_scores_and_gradients_by_definition_for_any_way_of_cutting(kept, cached,
     expected = scores_by_definition(*exact, targets)
     (expected[0] * weights).sum().backward()
     found_in = [None if x is None else x.clone().requires_grad_() for x in tensors]
-    found = ScoreTokens.apply(*found_in, targets)
+    found = ScoreTokens.apply(*found_in, targets, 3)
     (found[0] * weights).sum().backward()
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    again = [None if x is None else x.detach().requires_grad_() for x in found_in]
+    alone = ScoreTokens.apply(*again, targets, 1)
+    (alone[0] * weights).sum().backward()
+    assert torch.equal(alone[0], found[0])
+    for mine, theirs in zip(again, found_in, strict=True):
+        assert mine is None or torch.equal(mine.grad, theirs.grad)
+    with torch.no_grad():
+        assert torch.equal(ScoreTokens.apply(*again, targets, 1)[0], found[0])
     for mine, theirs in zip(found_in, exact, strict=True):
         if mine is not None:
             torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
@@ -49,7 +57,7 @@ def test_bfloat16_stays_near_float32_whatever_the_tokens_weigh():
     for enabled in (False, True):
         inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            scores = ScoreTokens.apply(*inputs, None, targets)
+            scores = ScoreTokens.apply(*inputs, None, targets, 3)
         (scores[0].sum() / 1783).backward()
         gradients.append([x.grad for x in inputs])
     for exact, rounded in zip(*gradients, strict=True):

@@ -12,12 +12,13 @@ class Journal:
     Args:
         file: JSON lines; made when missing.
         settings: what must be equal for finished work to be used again.
+        otherwise: what the user can do where it is not, for the message.
 
     Raises:
         UserError: the file was made with other settings, or is no journal.
     """
 
-    def __init__(self, file: Path, settings: dict):
+    def __init__(self, file: Path, settings: dict, otherwise: str = "pass --overwrite instead of --resume"):
         self.file, self.done = file, {}
         # A process that was killed may have left half a line.
         whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
@@ -27,11 +28,11 @@ class Journal:
                 self.done = {tuple(entry["key"]): entry["value"] for entry in entries}
                 differing = [name for name in found | settings if found.get(name) != settings.get(name)]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{file} is damaged; pass --overwrite instead of --resume.") from error
+                raise UserError(f"{file} is damaged; {otherwise}.") from error
             if differing:
                 raise UserError(
                     f"{file} was made with another {' and another '.join(differing)}; "
-                    "give what it was made with, or pass --overwrite instead of --resume."
+                    f"give what it was made with, or {otherwise}."
                 )
             with file.open("rb+") as kept:
                 kept.truncate(len(whole) + 1)

@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+from fledge.generation import onednn
+from fledge.generation.onednn import WORTH, by_onednn
+
+SMALL = {"vocab_size": 700, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = GPT2Config(n_embd=128, n_layer=2, n_head=2, n_positions=64, **SMALL)
+LLAMA = LlamaConfig(
+    hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, attention_bias=True, **SMALL
+)
+
+
+@pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(request.param).eval()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_logits_are_those_of_pytorch(model, rows, monkeypatch):
+    ids = torch.randint(700, (rows, 7))
+    calls = []
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    monkeypatch.setattr(onednn, "_forward", lambda *given, real=onednn._forward: calls.append(1) or real(*given))
+    with torch.no_grad():
+        expected = model(ids).logits
+        with by_onednn(model):
+            found = model(ids).logits
+    assert len(calls) == 9 if isinstance(model, GPT2LMHeadModel) else 15
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_of_it_stays_on_the_model(model):
+    before = copy.deepcopy(model)
+    with by_onednn(model), by_onednn(model):
+        assert any("forward" in vars(part) for part in model.modules())
+    assert not any("forward" in vars(part) for part in model.modules())
+    with pytest.raises(ZeroDivisionError), by_onednn(model):
+        _ = 1 / 0
+    assert not any("forward" in vars(part) for part in model.modules())
+    assert str(model) == str(before)
+
+
+def test_gradients_are_not_lost(model):
+    with by_onednn(model):
+        model(torch.zeros(1 + WORTH // (128 * 128), 4, dtype=torch.long)).logits.sum().backward()
+    assert all(part.grad is not None for part in model.parameters())
+
+
+def test_other_types_and_devices_are_left_alone():
+    for model in (GPT2LMHeadModel(GPT2).bfloat16(), GPT2LMHeadModel(GPT2).to("meta")):
+        with by_onednn(model):
+            assert not any("forward" in vars(part) for part in model.modules())
