@@ -54,11 +54,13 @@ def main():
     from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
     from fledge.checkpoints.structure import detect
     from fledge.checkpoints.targets import refuse_unconvertible, to_target
+    from fledge.memory import return_freed_memory
     from fledge.tokenizers import load_tokenizer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
+    return_freed_memory()
     checkpoint = load_checkpoint(args.checkpoint)
     print(f"Read {len(checkpoint.tensors)} tensors from {args.checkpoint}, left out {len(checkpoint.left_out)}.")
     roles, told = read_mapping(args.mapping) if args.mapping else ({}, {})

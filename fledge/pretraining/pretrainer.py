@@ -22,8 +22,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fledge.cli import UserError
 from fledge.encoding import IGNORED
+from fledge.memory import keep_freed_memory
 from fledge.training.loss import ScoreTokens
-from fledge.training.memory import keep_freed_memory
 from fledge.training.muon import MuonWithAdamW
 from fledge.training.run_record import outcome
 from fledge.training.trainer import choose_device_and_precision

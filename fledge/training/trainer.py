@@ -23,9 +23,9 @@ from transformers import (
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from fledge.cli import UserError
+from fledge.memory import keep_freed_memory
 from fledge.training.attention import LONGEST, NAME, attend_by_rows
 from fledge.training.loss import has_plain_logits, score_supervised_only
-from fledge.training.memory import keep_freed_memory
 from fledge.training.resuming import newest_checkpoint, tokens_seen
 
 

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+from textwrap import dedent
+
+import pytest
+
+from fledge.memory import return_freed_memory
+
+pytestmark = pytest.mark.skipif(not return_freed_memory(), reason="no glibc, whose allocator this is about")
+
+MEASURES = """
+    import resource, torch
+    from fledge import memory
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+"""
+
+
+def measured(code: str) -> int:
+    """What `code` prints, run in a process of its own: the settings are the process's."""
+    program = dedent(MEASURES) + dedent(code)
+    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+
+
+def test_kept_memory_is_not_asked_for_again():
+    steps = """
+        {}
+        before = faults()
+        for _ in range(60):
+            torch.ones(1 << 22)
+        print(faults() - before)
+    """
+    plain, kept = measured(steps.format("")), measured(steps.format("assert memory.keep_freed_memory()"))
+    assert plain > 60 * 8, "16 MB are pages to ask for, even huge ones"
+    assert kept < plain / 3
+
+
+def test_returned_memory_is_gone_between_live_blocks():
+    steps = """
+        {}
+        torch.ones(30 << 18)  # from here on glibc keeps blocks of up to 30 MB
+        blocks = [torch.ones(1 << 20) for _ in range(32)]
+        before = resident()
+        del blocks[::2]
+        print(before - resident())
+    """
+    plain, returned = measured(steps.format("")), measured(steps.format("assert memory.return_freed_memory()"))
+    assert plain < 32
+    assert 60 <= returned <= 68
