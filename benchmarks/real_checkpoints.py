@@ -4,7 +4,7 @@
 
 DIR holds `checkpoints/` (three GPTs with character vocabularies, each beside the text it was trained on: their authors'
 repositories are adityasasidhar/mini-gpt, farismismar/tiny-gpt and unable-splanck/minigpt) and `stories15M/` (llama2.c's
-model with its tokenizer). Prints the target, the errors measured, the loss on windows of a whole context (up to 128 over
+model with its tokenizer). Prints the target, the errors measured, the loss on windows of a whole context (up to 128 of
 the whole text, and the first 16), and a story that stories15M wrote.
 """
 
