@@ -120,8 +120,10 @@ def space_settings(model_dir: Path, samples: list[dict], repo_id: str, base_mode
     name = read_json(model_dir / "budget.json", "train_sft.py")["task"]
     task = load_task(name)
     config = read_json(model_dir / "generation_config.json", "train_sft.py")
-    asked = [sample["messages"] for sample in samples if sample["sample"] == 0][:EXAMPLES] or [task.EXAMPLE]
-    examples = [messages[-1]["content"] for messages in asked]
+    asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [task.EXAMPLE]
+    # An example stands alone: the later turn of a conversation does not.
+    alone = [messages for messages in asked if sum(message["role"] == "user" for message in messages) == 1]
+    examples = [messages[-1]["content"] for messages in alone[:EXAMPLES]]
     story = chat = None
     if name == "topic_ending":
         story = {

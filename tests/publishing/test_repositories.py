@@ -198,6 +198,15 @@ def test_every_task_has_a_page_in_the_space(task, tmp_path):
     assert settings["chat"] is None or all(settings["chat"]["examples"])
 
 
+def test_an_example_of_the_space_stands_alone(tmp_path):
+    (tmp_path / "budget.json").write_text('{"task": "story_chat"}', encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text("{}", encoding="utf-8")
+    turns = [("user", "Tell a story."), ("assistant", "Once."), ("user", "Who is it about?")]
+    talk, single = ([{"role": r, "content": c} for r, c in some] for some in (turns, turns[:1]))
+    samples = [{"sample": 0, "messages": messages} for messages in (talk, single, talk)]
+    assert space_settings(tmp_path, samples, "a/b", None)["chat"]["examples"] == ["Tell a story."]
+
+
 def test_no_code_asks_to_run_a_models_own_code():
     files = [*ROOT.glob("*.py"), *(ROOT / "fledge").rglob("*.py"), *(ROOT / "model_card").rglob("*")]
     assert [f for f in files if f.is_file() and "trust_remote_code" in f.read_text(encoding="utf-8")] == []
