@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from fledge.encoding import open_prepared, prompt_length
@@ -64,6 +65,8 @@ def main():
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(args.model)
     rows = open_prepared(Path(args.dataset))[2]["test"].to_list()[: args.num_prompts]
     prompts = sorted((row["input_ids"][: prompt_length(row["labels"])] for row in rows), key=len)
