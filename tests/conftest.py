@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,19 @@ def corpus(tmp_path_factory) -> SimpleNamespace:
         "--special_tokens", "<|user|>", "<|assistant|>",
     )  # fmt: skip
     return SimpleNamespace(file=file, tokenizer=folder)
+
+
+@pytest.fixture(scope="session")
+def run_node():
+    """Runs JavaScript that uses transformers.js and returns its last line, read as JSON; skips where it is missing."""
+    found = shutil.which("node") and subprocess.run(
+        ["node", "-e", 'require.resolve("@huggingface/transformers")'], capture_output=True, check=False
+    )
+    if not found or found.returncode:
+        pytest.skip("Node finds no @huggingface/transformers; npm install it and set NODE_PATH to its node_modules")
+
+    def run(script: str, *arguments: str):
+        done = subprocess.run(["node", "-e", script, *arguments], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -38,6 +38,30 @@ def test_any_text_comes_back_as_it_was(opened, text):
         assert own.encode(text).ids == ids
 
 
+ENCODE = """
+const { AutoTokenizer, env } = require("@huggingface/transformers");
+(async () => {
+  env.allowRemoteModels = false;
+  env.localModelPath = process.argv[1];
+  const tokenizer = await AutoTokenizer.from_pretrained(process.argv[2]);
+  const texts = JSON.parse(process.argv[3]);
+  console.log(JSON.stringify(texts.map((text) => tokenizer.encode(text, { add_special_tokens: false }))));
+})();
+"""
+TEXTS = ["Lily had a ball.", "", "  two  spaces\n\n\ttab", "it's we'll I'D", "naïve Ünicode ÅÄÖ", f"a{END}b<|user|>c"]
+TEXTS += [
+    "日本語 한국어 العربية हिन्दी",
+    "🙂👩\u200d👩\u200d👧 e\u0301",
+    "\0\x7f 1234567890 ½²",
+    "\u00a0\u2003\u200b\ufeff \U0001d518",
+]
+
+
+def test_transformers_js_gives_the_same_ids(corpus, opened, run_node):
+    given = run_node(ENCODE, str(corpus.tokenizer.parent), corpus.tokenizer.name, json.dumps(TEXTS))
+    assert given == [opened[0].encode(text, add_special_tokens=False) for text in TEXTS]
+
+
 def test_the_report_measures_unseen_text(corpus, opened):
     found = json.loads((corpus.tokenizer / "tokenizer_report.json").read_text())
     held_out = [text for number, (text, _) in enumerate(pieces([str(corpus.file)]), 1) if number % 20 == 0]
