@@ -61,8 +61,7 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
         if left_over:
             raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
         for given in parsed[: len(dataclass_types)]:
-            _make_lists(given)
-            _check_types(given)
+            _settle_types(given)
         return tuple(parsed[: len(dataclass_types)])
     except yaml.YAMLError as error:
         raise UserError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
@@ -74,18 +73,15 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
         raise UserError(f"{' '.join(str(error).split())}") from error
 
 
-def _make_lists(arguments) -> None:
-    """One value in a recipe, where a list is wanted, is a list of one, as it is on the command line."""
+def _settle_types(arguments) -> None:
+    """argparse checks the command line; the values of a recipe reach a dataclass as YAML read them.
+
+    One value where a list is wanted becomes a list of one, as it is on the command line.
+    """
     for name, hint in typing.get_type_hints(type(arguments)).items():
         value, kinds = getattr(arguments, name, None), _alternatives(hint)
         if isinstance(value, str) and list[str] in kinds and str not in kinds:
             setattr(arguments, name, [value])
-
-
-def _check_types(arguments) -> None:
-    """argparse checks the command line; the values of a recipe reach a dataclass as YAML read them."""
-    for name, hint in typing.get_type_hints(type(arguments)).items():
-        value, kinds = getattr(arguments, name, None), _alternatives(hint)
         if not set(kinds) <= {int, float, str, bool, type(None)}:
             continue
         fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)

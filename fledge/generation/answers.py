@@ -121,7 +121,7 @@ def answer_each(
         UserError: a prompt leaves no room for an answer in the model's context, or the model does not attend to all
             of its context.
     """
-    context, end = model.config.max_position_embeddings, tokenizer.eos_token_id
+    context = model.config.max_position_embeddings
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         raise UserError(
             f"{type(model).__name__} has sliding or recurrent attention, which Fledge cannot batch; use pipeline()."
@@ -158,17 +158,25 @@ def answer_each(
                 told(row.number, token)
             rows += read_in
             for i in reversed(range(len(rows))):
-                row = rows[i]
-                stopped = row.ids[-1] == end and len(row.ids) > row.prompt_length
-                if stopped or len(row.ids) == row.limit:
-                    made = row.ids[row.prompt_length : len(row.ids) - stopped]
-                    if i < len(rows) - 1:
-                        cache.move(len(rows) - 1, i)
-                        rows[i] = rows[-1]
-                    rows.pop()
-                    # A role token in an answer is a fault that must be seen.
-                    text = tokenizer.decode(made, skip_special_tokens=False).strip()
-                    yield row.number, Answer(text, len(made) + stopped, stopped)
+                row, answer = rows[i], _answer(rows[i], tokenizer)
+                if answer is None:
+                    continue
+                if i < len(rows) - 1:
+                    cache.move(len(rows) - 1, i)
+                    rows[i] = rows[-1]
+                rows.pop()
+                yield row.number, answer
+
+
+def _answer(row: _Row, tokenizer: PreTrainedTokenizerBase) -> Answer | None:
+    """What was answered, when the row has come to its end."""
+    stopped = row.ids[-1] == tokenizer.eos_token_id and len(row.ids) > row.prompt_length
+    if not stopped and len(row.ids) < row.limit:
+        return None
+    made = row.ids[row.prompt_length : len(row.ids) - stopped]
+    # A role token in an answer is a fault that must be seen.
+    text = tokenizer.decode(made, skip_special_tokens=False).strip()
+    return Answer(text, len(made) + stopped, stopped)
 
 
 def _read_in(model: PreTrainedModel, cache: _Slots, rows: list[_Row], first: int) -> Tensor:
