@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert_checkpoint
 import fledge
 from fledge.checkpoints import proof
+from fledge.checkpoints.layouts import QUESTIONS
 from fledge.cli import run
 
 STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was lazy, and it slept all day."]
@@ -89,6 +90,7 @@ def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_p
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     assert {fact["name"]: (fact["value"], fact["source"]) for fact in report["facts"]} == {
+        **{name: (value, "usual practice") for name, value in QUESTIONS.items()},
         "layout": ("scratch", "names of tensors"),
         "n_head": (2, "checkpoint config"),
         "activation": ("gelu_tanh", "layout default"),
@@ -97,7 +99,6 @@ def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_p
         "norm_eps": (1e-5, "usual practice"),
         "tied head": (True, "tensors"),
         "embedding_scale": (1.0, "usual practice"),
-        "post_norm": (False, "usual practice"),
     }
     assert report["folds"] == report["alternatives"] == []
     assert report["left_out"] == {"step": "beside model_state_dict"}

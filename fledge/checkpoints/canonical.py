@@ -1,4 +1,18 @@
-"""The canonical GPT: one form for every hand-written layout, and the reference forward that says what it means."""
+"""The canonical GPT: one form for every hand-written layout, and the reference forward that says what it means.
+
+Every field of `CanonicalGPT` except `tensors` may be a fact of the same name; `dataclasses.replace` sets it. In short:
+
+    heads       n_head n_kv_head attention_scale attention_cap window causal
+                qk_norm (None head width) qk_norm_type (layernorm rmsnorm) qk_norm_after_rope
+    norms       norm (layernorm rmsnorm) norm_eps norm_offset norm_placement (pre post sublayer both none)
+                parallel final_norm embedding_norm
+    positions   a table among the tensors; rope (None interleaved half) rope_theta rope_direction rope_width; alibi
+    MLP         activation (gelu gelu_tanh relu relu2 silu) experts_per_token renormalise_experts
+    ends        tied embedding_scale logit_cap context_length
+
+What has tensors is told by the tensors: a gate (`mlp_gate`), a single matrix (no `mlp_out`), experts (`router`), one
+norm used twice in a block (no `norm_2`), a table of positions, biases.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,26 +26,50 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
 }
 NORMS = ("layernorm", "rmsnorm")
+PLACEMENTS = ("pre", "post", "sublayer", "both", "none")
+"""Where a block normalises around a part f: x + f(norm(x)) (GPT-2), norm(x + f(x)) (Vaswani et al. 2017),
+x + norm(f(x)) (OLMo 2), x + norm'(f(norm(x))) (Gemma 2), or nowhere."""
 ROTATIONS = ("interleaved", "half")
 """Which coordinates of a head RoPE turns together: neighbours (Su et al. 2021), or i and i + half a head (GPT-NeoX)."""
+QK_NORMS = (None, "head", "width")
+"""Over which coordinates queries and keys are normalised: not at all, each head's, or all heads' together."""
 
 HEAD_ROWS = 8192
 
 
 @dataclass
 class CanonicalGPT:
-    """A decoder that somebody wrote by hand. V vocabulary, T context, D width, F MLP width, K = D · n_kv_head / n_head.
+    """A decoder that somebody wrote by hand.
+
+    V vocabulary, T context, D width, F MLP width, E experts, w width of a head (usually D / n_head), Q = w · n_head,
+    K = w · n_kv_head.
 
     `tensors`, every projection in (out, in) orientation, in the checkpoint's own precision:
-        token_embedding.weight (V, D), position_embedding.weight (T, D) unless `rope` is set, final_norm.{weight,bias}
-        (D,), head.weight (V, D), optional head.bias (V,), and for each block N, blocks.N. followed by
-        norm_1, norm_2 (D,), query, output (D, D), key, value (K, D), mlp_in (F, D), mlp_out (D, F), and for a gated
-        MLP mlp_gate (F, D). Any bias may be absent, and so may `output` (the heads then go straight into the residual).
+        token_embedding.weight (V, D), position_embedding.weight (T, D) if positions have a table, head.weight (V, D),
+        alibi.slopes (n_head,) if they are not the paper's, the norms embedding_norm and final_norm (D,),
+        and for each block N, blocks.N. followed by
+        query (Q, D), key, value (K, D), output (D, Q) (without it the heads go straight into the residual),
+        mlp_in (F, D), mlp_out (D, F), mlp_gate (F, D) of a gated MLP; an MLP without mlp_out is activation(mlp_in(x));
+        router (E, D), experts.0. to experts.E-1. and shared., each followed by the three of an MLP, shared_gate (1, D);
+        the norms norm_1, norm_2, norm_1_after, norm_2_after (D,), query_norm and key_norm ((w,), or (Q,) and (K,)).
+    Any bias may be absent. A norm that is there without a weight has the weight one; a block without `norm_2` uses
+    `norm_1` twice.
 
-    The last two fields are what no target holds: the reference runs such models only to say why they are refused.
+    Fields:
+        attention_cap, logit_cap: c · tanh(x / c) of scores before the mask, and of logits; None for no cap.
+        window: how many positions each one sees, itself included; None for all before it.
+        norm_offset: added to every norm's weight: 1 in Gemma.
+        parallel: x + attention(norm_1(x)) + mlp(norm_2(x)), instead of one after the other.
+        rope_direction: 1, or -1 where the rotation goes the other way (nanochat).
+        rope_width: how many of a head's first coordinates are turned; None for all.
+        alibi: the score of a key at distance d is lowered by d times the head's slope (Press et al. 2021).
+        experts_per_token: the tokens' share of the router's softmax goes to this many experts.
+        renormalise_experts: whether the chosen experts' shares are made to sum to one (Mixtral).
+        embedding_norm: normalises tokens and positions before the first block.
     """
 
     tensors: Mapping[str, Tensor]
@@ -44,11 +82,26 @@ class CanonicalGPT:
     norm_eps: float
     tied: bool
     norm: str = "layernorm"
+    norm_offset: float = 0.0
+    norm_placement: str = "pre"
+    parallel: bool = False
+    final_norm: bool = True
+    embedding_norm: bool = False
     rope: str | None = None
     rope_theta: float = 10_000.0
-    embedding_scale: float = 1.0
-    post_norm: bool = False
+    rope_direction: int = 1
+    rope_width: int | None = None
+    alibi: bool = False
+    qk_norm: str | None = None
+    qk_norm_type: str = "rmsnorm"
+    qk_norm_after_rope: bool = False
+    attention_cap: float | None = None
+    window: int | None = None
     causal: bool = True
+    experts_per_token: int = 0
+    renormalise_experts: bool = True
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -60,78 +113,166 @@ class CanonicalGPT:
 
     @property
     def head_width(self) -> int:
-        return self.width // self.n_head
+        return self.tensors["blocks.0.query.weight"].shape[0] // self.n_head
 
     @property
     def usual_scale(self) -> float:
         return self.head_width**-0.5
 
     @property
+    def turned_width(self) -> int:
+        return self.rope_width or self.head_width
+
+    @property
     def gated(self) -> bool:
-        return "blocks.0.mlp_gate.weight" in self.tensors
+        return any(name.startswith("blocks.0.") and name.endswith("mlp_gate.weight") for name in self.tensors)
+
+    @property
+    def n_expert(self) -> int:
+        return max((len(self.tensors[name]) for name in self.tensors if name.endswith(".router.weight")), default=0)
 
 
-@torch.no_grad()
 def reference_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The model as its author meant it, in plain PyTorch: ids (B, T) → logits (B, T, V) in `dtype`.
 
     Written out from the definitions (Vaswani et al. 2017, eq. 1; Radford et al. 2019, section 2.3; RMSNorm: Zhang and
-    Sennrich 2019, eq. 4; RoPE: Su et al. 2021, eq. 34; gated MLP: Shazeer 2020, eq. 6) and sharing nothing with
-    transformers, so that agreement with the converted model means something. Weights are widened one at a time.
+    Sennrich 2019, eq. 4; RoPE: Su et al. 2021, eq. 34; ALiBi: Press et al. 2021, section 3; gated MLP: Shazeer 2020,
+    eq. 6; experts: Jiang et al. 2024, section 2.1) and sharing nothing with transformers, so that agreement with the
+    converted model means something. Weights are widened one at a time.
     """
-    length = ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return Reference(gpt, dtype).logits(ids)
 
-    def get(name: str) -> Tensor | None:
-        return gpt.tensors[name].to(dtype) if name in gpt.tensors else None
 
-    def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
+def alibi_slopes(n_head: int) -> Tensor:
+    """The paper's slopes (n_head,): 2^(-8i/n) for i = 1 … n, and between them where n is no power of two."""
+    n = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    between = [2 ** (-4 * i / n) for i in range(1, 2 * n + 1, 2)]
+    return torch.tensor([*slopes, *between[: n_head - n]])
 
-    def norm(name: str, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True) if gpt.norm == "layernorm" else x
-        scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + gpt.norm_eps) * get(f"{name}.weight")
-        bias = get(f"{name}.bias")
+
+class Reference:
+    """The parts of the forward pass; x and h are (B, T, D), queries, keys and values (B, heads, T, w)."""
+
+    def __init__(self, gpt: CanonicalGPT, dtype: torch.dtype):
+        self.gpt, self.dtype = gpt, dtype
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        gpt = self.gpt
+        x = gpt.tensors["token_embedding.weight"][ids].to(self.dtype) * gpt.embedding_scale
+        if "position_embedding.weight" in gpt.tensors:
+            x = x + self.get("position_embedding.weight")[: ids.shape[1]]
+        if gpt.embedding_norm:
+            x = self.norm("embedding_norm", x)
+        for n in range(gpt.n_layer):
+            x = self.block(f"blocks.{n}", x)
+        if gpt.final_norm:
+            x = self.norm("final_norm", x)
+        # The widest matrix by far is widened in pieces.
+        pieces = gpt.tensors["head.weight"].split(HEAD_ROWS)
+        logits = torch.cat([F.linear(x, rows.to(self.dtype)) for rows in pieces], dim=-1)
+        bias = self.get("head.bias")
+        return _capped(logits if bias is None else logits + bias, gpt.logit_cap)
+
+    def block(self, block: str, x: Tensor) -> Tensor:
+        norm_1, placement = f"{block}.norm_1", self.gpt.norm_placement
+        norm_2 = f"{block}.norm_2" if f"{block}.norm_2.weight" in self.gpt.tensors else norm_1
+        if self.gpt.parallel:
+            return x + self.attention(block, self.norm(norm_1, x)) + self.mlp(block, self.norm(norm_2, x))
+        for part, name in ((self.attention, norm_1), (self.mlp, norm_2)):
+            if placement == "pre":
+                x = x + part(block, self.norm(name, x))
+            elif placement == "post":
+                x = self.norm(name, x + part(block, x))
+            elif placement == "sublayer":
+                x = x + self.norm(name, part(block, x))
+            elif placement == "both":
+                x = x + self.norm(f"{name}_after", part(block, self.norm(name, x)))
+            else:
+                x = x + part(block, x)
+        return x
+
+    def attention(self, block: str, h: Tensor) -> Tensor:
+        gpt = self.gpt
+        query, key, value = (self.linear(f"{block}.{part}", h) for part in ("query", "key", "value"))
+        if gpt.qk_norm == "width":
+            query, key = self.qk_norm(block, query, key)
+        query, key, value = (x.unflatten(-1, (-1, gpt.head_width)).transpose(1, 2) for x in (query, key, value))
+        if gpt.qk_norm == "head" and not gpt.qk_norm_after_rope:
+            query, key = self.qk_norm(block, query, key)
+        if gpt.rope:
+            query, key = self.rotate(query), self.rotate(key)
+        if gpt.qk_norm == "head" and gpt.qk_norm_after_rope:
+            query, key = self.qk_norm(block, query, key)
+        key, value = (x.repeat_interleave(gpt.n_head // gpt.n_kv_head, dim=1) for x in (key, value))
+        scores = _capped(query @ key.transpose(-1, -2) * gpt.attention_scale, gpt.attention_cap)
+        mixed = (self.masked(scores).softmax(-1) @ value).transpose(1, 2).flatten(2)
+        return self.linear(f"{block}.output", mixed) if f"{block}.output.weight" in gpt.tensors else mixed
+
+    def qk_norm(self, block: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        kind = self.gpt.qk_norm_type
+        return self.norm(f"{block}.query_norm", query, kind), self.norm(f"{block}.key_norm", key, kind)
+
+    def masked(self, scores: Tensor) -> Tensor:
+        positions = torch.arange(scores.shape[-1])
+        distance = positions[:, None] - positions
+        if self.gpt.alibi:
+            slopes = self.gpt.tensors.get("alibi.slopes", alibi_slopes(self.gpt.n_head)).to(self.dtype)
+            scores = scores - slopes[:, None, None] * distance.abs()
+        hidden = distance < 0 if self.gpt.causal else torch.zeros_like(distance, dtype=torch.bool)
+        if self.gpt.window:
+            hidden = hidden | (distance.abs() >= self.gpt.window)
+        return scores.masked_fill(hidden, -math.inf)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        gpt, width = self.gpt, self.gpt.turned_width
+        turned, kept = x[..., :width], x[..., width:]
+        # Authors and transformers alike make this table in float32, whatever the model runs in.
+        frequencies = 1 / gpt.rope_theta ** (torch.arange(0, width, 2).float() / width)
+        angles = torch.outer(torch.arange(x.shape[-2]).float(), frequencies)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype) * gpt.rope_direction
+        if gpt.rope == "interleaved":
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            return torch.cat([torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2), kept], dim=-1)
+        a, b = turned.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, kept], dim=-1)
+
+    def mlp(self, block: str, h: Tensor) -> Tensor:
+        if f"{block}.router.weight" not in self.gpt.tensors:
+            return self.one_mlp(block, h)
+        shares, chosen = self.linear(f"{block}.router", h).softmax(-1).topk(self.gpt.experts_per_token, dim=-1)
+        if self.gpt.renormalise_experts:
+            shares = shares / shares.sum(-1, keepdim=True)
+        mixed = torch.zeros_like(h)
+        for expert in chosen.unique().tolist():
+            share = (shares * (chosen == expert)).sum(-1, keepdim=True)
+            mixed = mixed + share * self.one_mlp(f"{block}.experts.{expert}", h)
+        if f"{block}.shared.mlp_in.weight" not in self.gpt.tensors:
+            return mixed
+        shared = self.one_mlp(f"{block}.shared", h)
+        gated = f"{block}.shared_gate.weight" in self.gpt.tensors
+        return mixed + (self.linear(f"{block}.shared_gate", h).sigmoid() * shared if gated else shared)
+
+    def one_mlp(self, place: str, h: Tensor) -> Tensor:
+        activation, opened = ACTIVATIONS[self.gpt.activation], self.linear(f"{place}.mlp_in", h)
+        gated = f"{place}.mlp_gate.weight" in self.gpt.tensors
+        h = activation(self.linear(f"{place}.mlp_gate", h)) * opened if gated else activation(opened)
+        return self.linear(f"{place}.mlp_out", h) if f"{place}.mlp_out.weight" in self.gpt.tensors else h
+
+    def norm(self, name: str, x: Tensor, kind: str | None = None) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True) if (kind or self.gpt.norm) == "layernorm" else x
+        scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + self.gpt.norm_eps)
+        weight, bias = self.get(f"{name}.weight"), self.get(f"{name}.bias")
+        scaled = scaled if weight is None else scaled * (weight + self.gpt.norm_offset)
         return scaled if bias is None else scaled + bias
 
-    def split_heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, gpt.head_width)).transpose(1, 2)
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.get(f"{name}.weight"), self.get(f"{name}.bias"))
 
-    def rotate(x: Tensor) -> Tensor:
-        # Authors and transformers alike make this table in float32, whatever the model runs in.
-        frequencies = 1 / gpt.rope_theta ** (torch.arange(0, gpt.head_width, 2).float() / gpt.head_width)
-        angles = torch.outer(torch.arange(length).float(), frequencies)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        if gpt.rope == "interleaved":
-            a, b = x[..., 0::2], x[..., 1::2]
-            return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    def get(self, name: str) -> Tensor | None:
+        return self.gpt.tensors[name].to(self.dtype) if name in self.gpt.tensors else None
 
-    def attention(block: str, h: Tensor) -> Tensor:
-        query, key, value = (split_heads(linear(f"{block}.{part}", h)) for part in ("query", "key", "value"))
-        if gpt.rope:
-            query, key = rotate(query), rotate(key)
-        key, value = (x.repeat_interleave(gpt.n_head // gpt.n_kv_head, dim=1) for x in (key, value))
-        scores = query @ key.transpose(-1, -2) * gpt.attention_scale
-        if gpt.causal:
-            scores = scores.masked_fill(~causal, -math.inf)
-        mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        return linear(f"{block}.output", mixed) if f"{block}.output.weight" in gpt.tensors else mixed
 
-    def mlp(block: str, h: Tensor) -> Tensor:
-        activation, opened = ACTIVATIONS[gpt.activation], linear(f"{block}.mlp_in", h)
-        h = activation(linear(f"{block}.mlp_gate", h)) * opened if gpt.gated else activation(opened)
-        return linear(f"{block}.mlp_out", h)
-
-    x = gpt.tensors["token_embedding.weight"][ids].to(dtype) * gpt.embedding_scale
-    if gpt.rope is None:
-        x = x + get("position_embedding.weight")[:length]
-    for n in range(gpt.n_layer):
-        for part, name in ((attention, "norm_1"), (mlp, "norm_2")):
-            block, norm_name = f"blocks.{n}", f"blocks.{n}.{name}"
-            x = norm(norm_name, x + part(block, x)) if gpt.post_norm else x + part(block, norm(norm_name, x))
-    x, head, bias = norm("final_norm", x), gpt.tensors["head.weight"], get("head.bias")
-    # The widest matrix by far is widened in pieces.
-    logits = torch.cat([F.linear(x, rows.to(dtype)) for rows in head.split(HEAD_ROWS)], dim=-1)
-    return logits if bias is None else logits + bias
+def _capped(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)

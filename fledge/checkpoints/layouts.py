@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, CanonicalGPT
 from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.structure import Structure, detect
 from fledge.cli import UserError
@@ -47,7 +47,7 @@ LAYOUTS = {
     "story_chat": Layout(("attn.wq", "mlp.w1", "ln_1"), {"activation": "silu", "rope": "interleaved"}),
     "llama2.c": Layout(("tok_embeddings", "attention.wq", "feed_forward.w1"), LLAMA | {"rope": "interleaved"}),
     "llama": Layout(("self_attn.q_proj", "mlp.gate_proj"), LLAMA | {"rope": "half"}),
-    "torch": Layout(("self_attn.in_proj_weight", "linear1"), {"activation": "relu", "post_norm": True}),
+    "torch": Layout(("self_attn.in_proj_weight", "linear1"), {"activation": "relu", "norm_placement": "post"}),
 }
 """In the order in which they are tried."""
 
@@ -78,21 +78,45 @@ REQUIRED = ("token_embedding", "final_norm")
 REQUIRED_IN_BLOCK = ("norm_1", "query", "key", "value", "norm_2", "mlp_in", "mlp_out")
 OUTSIDE = {"token_embedding", "position_embedding", "final_norm", "head"}
 INSIDE = {"norm_1", "qkv", "query", "key", "value", "output", "norm_2", "mlp_in", "mlp_gate", "mlp_out"}
+SWITCHES = ("qkv_by_head", "causal", "parallel", "final_norm", "embedding_norm", "alibi", "qk_norm_after_rope")
+SWITCHES += ("renormalise_experts",)
 ALLOWED = {
     "activation": tuple(ACTIVATIONS),
     "norm": NORMS,
     "rope": ROTATIONS,
-    "post_norm": (True, False),
-    "qkv_by_head": (True, False),
+    "norm_placement": PLACEMENTS,
+    "norm_offset": (0.0, 1.0),
+    "rope_direction": (1, -1),
+    "qk_norm": QK_NORMS,
+    "qk_norm_type": NORMS,
+    **dict.fromkeys(SWITCHES, (True, False)),
 }
+CAPS = ("attention_cap", "logit_cap", "window", "rope_width")
+"""Numbers that a model may lack."""
 TOLD = ("n_head", "activation", "attention_scale", "norm_eps", "norm", "rope", "rope_theta", "context_length")
-TOLD += ("embedding_scale", "post_norm", "qkv_by_head")
+TOLD += ("embedding_scale", "norm_placement", "norm_offset", "rope_direction", "qk_norm", "qk_norm_type")
+TOLD += ("experts_per_token", *CAPS, *SWITCHES)
 """The facts that flags and `--mapping` may state."""
 
 ASSUMED = ("layout default", "usual practice", "nobody")
 """Sources of facts that evidence may overrule. What nobody said must be settled before anything is written."""
 
+WHOLE = ("n_head", "context_length", "window", "rope_width", "experts_per_token")
 
+# What no tensor shows, and what most authors do. Each is a field of the canonical GPT.
+QUESTIONS = {
+    "norm_placement": "pre",
+    "parallel": False,
+    "embedding_norm": False,
+    "qk_norm": None,
+    "attention_cap": None,
+    "logit_cap": None,
+    "window": None,
+}
+ROTARY_QUESTIONS = {"rope_direction": 1, "rope_width": None}
+# Of these a mapping speaks where an author does what few do.
+RARE = {"norm_offset", "final_norm", "causal", "alibi", "qk_norm_type", "qk_norm_after_rope", "experts_per_token"}
+RARE |= {"renormalise_experts"}
 PER_TOKEN = {"token_embedding.weight", "head.weight", "head.bias"}
 LARGEST = 1e12
 """No number that a fact can be is as large."""
@@ -134,7 +158,7 @@ def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
     for key, value in content.items():
         # Only queries, keys and values are saved by head.
         inside = re.fullmatch(r"blocks\.(?:\{n\}|\d+)\.(\w+)", re.sub(BY_HEAD, r".\1", str(key)))
-        if key in TOLD:
+        if key in TOLD and not (key in OUTSIDE and isinstance(value, str)):
             # YAML 1.1 takes 1e-5 for a word: it wants 1.0e-5.
             exponent = isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value)
             facts[key] = Fact(key, float(value) if exponent else value, "--mapping")
@@ -237,6 +261,7 @@ def recognise(
     facts["tied head"] = Fact("tied head", tied, "tensors")
     if tied:
         tensors["head.weight"] = token_embedding
+    questions = QUESTIONS | ({} if has_positions else ROTARY_QUESTIONS) | dict.fromkeys(RARE & {*(told or {})})
     gpt = CanonicalGPT(
         tensors=tensors,
         n_layer=n_layer,
@@ -251,7 +276,7 @@ def recognise(
         rope=rope,
         rope_theta=10_000.0 if has_positions else theta,
         embedding_scale=settle("embedding_scale", 1.0),
-        post_norm=settle("post_norm", False),
+        **{name: settle(name, default) for name, default in questions.items()},
     )
     if any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values()) and (
         gpt.n_head == gpt.n_kv_head
@@ -333,7 +358,9 @@ def _check_fact(fact: Fact) -> object:
             choices = ", ".join(str(choice).lower() for choice in ALLOWED[fact.name])
             raise UserError(f"{fact.name} {fact.value} ({fact.source}) is unknown; choose one of {choices}.")
     else:
-        whole = fact.name in ("n_head", "context_length")
+        if fact.value is None and fact.name in CAPS:
+            return None
+        whole = fact.name in WHOLE
         number = isinstance(fact.value, int if whole else (int, float)) and not isinstance(fact.value, bool)
         if not number or not (0 < fact.value < LARGEST or fact.source == "nobody"):
             raise UserError(f"{fact.name} {fact.value} ({fact.source}) must be a positive {'whole ' * whole}number.")

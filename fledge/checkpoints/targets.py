@@ -10,7 +10,11 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, StableLmConf
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.cli import UserError
 
-ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
+ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2", "silu": "silu"}
+# What every target computes alike.
+COMMON = {"norm_offset": 0.0, "norm_placement": "pre", "parallel": False, "final_norm": True, "embedding_norm": False}
+COMMON |= {"rope_direction": 1, "rope_width": None, "alibi": False, "qk_norm": None, "attention_cap": None}
+COMMON |= {"window": None, "causal": True, "n_expert": 0, "logit_cap": None}
 
 
 def to_target(
@@ -32,6 +36,9 @@ def to_target(
     """
     if target not in ("auto", *TARGETS):
         raise UserError(f"--target {target} is unknown; choose auto, {', '.join(TARGETS)}.")
+    for name, value in COMMON.items():
+        if getattr(gpt, name) != value:
+            raise UserError(f"No target holds this model exactly: none computes {name} {getattr(gpt, name)}.")
     obstacles = {name: obstacle(gpt) for name, (obstacle, _) in TARGETS.items()}
     name = next((name for name in TARGETS if not obstacles[name]), None) if target == "auto" else target
     if name is None:
@@ -55,10 +62,10 @@ def refuse_unconvertible(gpt: CanonicalGPT) -> None:
             "It was trained without a causal mask (each position saw the ones after it), and such a model cannot "
             "write text: train it again with a mask."
         )
-    if gpt.post_norm:
+    if gpt.norm_placement == "post":
         raise UserError(
             "Its blocks are post-norm (norm(x + sublayer(x))), and every target normalises before a sublayer; if they "
-            "are pre-norm (norm_first=True), say post_norm: false in a --mapping."
+            "are pre-norm (norm_first=True), say norm_placement: pre in a --mapping."
         )
 
 

@@ -592,9 +592,9 @@ VARIANTS = tuple(AUTHORS)
 HIDDEN = {
     "build_nanogpt": {"activation": "gelu_tanh"},
     "lecture_old_scale": {"attention_scale": WIDTH**-0.5},
-    "torch_layers": {"activation": "gelu", "post_norm": False},
-    "sinusoidal": {"post_norm": False},
-    "sinusoidal_scaled": {"post_norm": False, "embedding_scale": WIDTH**0.5},
+    "torch_layers": {"activation": "gelu", "norm_placement": "pre"},
+    "sinusoidal": {"norm_placement": "pre"},
+    "sinusoidal_scaled": {"norm_placement": "pre", "embedding_scale": WIDTH**0.5},
 }
 
 

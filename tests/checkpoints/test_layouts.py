@@ -26,6 +26,8 @@ from fledge.checkpoints.canonical import ACTIVATIONS, reference_logits
 from fledge.checkpoints.layouts import (
     CONFIG_KEYS,
     LAYOUTS,
+    QUESTIONS,
+    ROTARY_QUESTIONS,
     TOLD,
     Fact,
     fit_vocabulary,
@@ -134,9 +136,14 @@ def sources(*args, **keys) -> dict[str, str]:
     return {fact.name: fact.source for fact in recognise(*args, **keys)[1]}
 
 
+# What is asked of every model, because no tensor shows it.
+ASKED = dict.fromkeys(QUESTIONS, "usual practice")
+TURNED = dict.fromkeys(ROTARY_QUESTIONS, "usual practice")
+
+
 def test_each_fact_names_where_it_comes_from():
     scratch = checkpoint_of(*build("scratch"))
-    assert sources(scratch) == {
+    assert sources(scratch) == ASKED | {
         "layout": "names of tensors",
         "n_head": "checkpoint config",
         "activation": "layout default",
@@ -145,10 +152,9 @@ def test_each_fact_names_where_it_comes_from():
         "norm_eps": "usual practice",
         "tied head": "tensors",
         "embedding_scale": "usual practice",
-        "post_norm": "usual practice",
     }
-    rotary = sources(checkpoint_of(*build("llama_half")), "llama", told=stated(n_head=3, post_norm=False))
-    assert rotary == {
+    rotary = sources(checkpoint_of(*build("llama_half")), "llama", told=stated(n_head=3, norm_placement="pre"))
+    assert rotary == ASKED | TURNED | {
         "layout": "--layout",
         "n_head": "--n_head",
         "activation": "layout default",
@@ -160,10 +166,10 @@ def test_each_fact_names_where_it_comes_from():
         "context_length": "checkpoint config",
         "tied head": "tensors",
         "embedding_scale": "usual practice",
-        "post_norm": "--post_norm",
+        "norm_placement": "--norm_placement",
     }
     unheard = checkpoint({name.replace("att.", "mix."): tensor for name, tensor in weights("book_fast").items()})
-    assert sources(unheard) == {
+    assert sources(unheard) == ASKED | {
         "layout": "no layout has these names",
         "n_head": "nobody",
         "activation": "usual practice",
@@ -172,7 +178,6 @@ def test_each_fact_names_where_it_comes_from():
         "norm_eps": "usual practice",
         "tied head": "tensors",
         "embedding_scale": "usual practice",
-        "post_norm": "usual practice",
         "qkv_by_head": "usual practice",
     }
 
@@ -307,11 +312,11 @@ def test_whole_number_may_stand_for_a_fraction():
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("activation", "swish", "choose one of gelu, gelu_tanh, relu, silu"),
-        ("activation", None, "choose one of gelu, gelu_tanh, relu, silu"),
+        ("activation", "swish", "choose one of gelu, gelu_tanh, relu, relu2, silu"),
+        ("activation", None, "choose one of gelu, gelu_tanh, relu, relu2, silu"),
         ("norm", "batchnorm", "choose one of layernorm, rmsnorm"),
         ("rope", "sideways", "choose one of interleaved, half"),
-        ("post_norm", "maybe", "choose one of true, false"),
+        ("norm_placement", "maybe", "choose one of pre, post, sublayer, both, none"),
         ("n_head", 0, "must be a positive whole number"),
         ("n_head", -3, "must be a positive whole number"),
         ("n_head", 3.0, "must be a positive whole number"),
@@ -470,7 +475,7 @@ def test_mapping_names_roles_and_facts(tmp_path):
         "n_head: 4\n"
         "attention_scale: 0.125\n"
         "norm_eps: 1e-6\n"
-        "post_norm: false\n"
+        "norm_placement: pre\n"
     )
     assert read_mapping(str(tmp_path / "layout.yaml")) == (
         {"wte": "token_embedding", "layers.{n}.heads.{h}.q": "blocks.{n}.query.{h}", "first_norm": "blocks.0.norm_1"},
@@ -478,7 +483,7 @@ def test_mapping_names_roles_and_facts(tmp_path):
             "n_head": Fact("n_head", 4, "--mapping"),
             "attention_scale": Fact("attention_scale", 0.125, "--mapping"),
             "norm_eps": Fact("norm_eps", 1e-6, "--mapping"),
-            "post_norm": Fact("post_norm", False, "--mapping"),
+            "norm_placement": Fact("norm_placement", "pre", "--mapping"),
         },
     )
 

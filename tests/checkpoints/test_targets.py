@@ -275,7 +275,10 @@ def test_unknown_target_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
-    [({"causal": False}, "trained without a causal mask"), ({"post_norm": True}, "post-norm .* post_norm: false")],
+    [
+        ({"causal": False}, "trained without a causal mask"),
+        ({"norm_placement": "post"}, "post-norm .* norm_placement: pre"),
+    ],
 )
 def test_what_no_target_computes_is_refused(changed, reason):
     refuse_unconvertible(LEARNED)
