@@ -564,7 +564,7 @@ def test_saved_object_holds_the_module_as_it_is(variant, how):
     if how in ("model_state_dict", "model", "state_dict"):
         moments = optimizers[0]["state"]
         assert len(moments) == len(list(module.parameters()))
-        assert all(moment["step"] == 1 and moment["exp_avg"].any() for moment in moments.values())
+        assert all(moment["step"] == 1 and moment["exp_avg"].abs().max() > 1e-4 for moment in moments.values())
 
 
 @FEW
