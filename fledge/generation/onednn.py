@@ -1,14 +1,18 @@
 """Matrix products in float32 by oneDNN instead of MKL, on a CPU and without gradients.
 
 PyTorch gives products in float32 to MKL, which is slow on CPUs that are not Intel's. The operator called here is the
-one that PyTorch's own compiler uses for the same purpose.
+one that PyTorch's own compiler uses for the same purpose. It is private: where it is missing, or fails a small trial,
+layers multiply as they always did. `FLEDGE_ONEDNN=0` in the environment turns it off.
 """
 
 import contextlib
+import functools
+import os
 import types
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +26,7 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
     """Inside, linear layers of `model` multiply by oneDNN; their results differ from MKL's in rounding alone."""
     linear = [part for part in model.modules() if type(part) in (nn.Linear, Conv1D) and "forward" not in vars(part)]
     changed = [part for part in linear if part.weight.device.type == "cpu" and part.weight.dtype == torch.float32]
-    changed = changed if torch.backends.mkldnn.is_available() else []
+    changed = changed if os.environ.get("FLEDGE_ONEDNN") != "0" and works() else []
     for part in changed:
         part.forward = types.MethodType(_forward, part)
     try:
@@ -32,8 +36,30 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
             vars(part).pop("forward", None)
 
 
+@functools.cache
+def works() -> bool:
+    """Whether this machine and this torch have the operator: tried once, with and without bias, for both layers."""
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    inputs, weight, bias = torch.ones(2, 3, 8, **kind), torch.full((8, 4), 0.5, **kind).T, torch.ones(4, **kind)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            return all(
+                torch.allclose(_multiply(inputs, of_layer, added), F.linear(inputs, of_layer, added))
+                for of_layer in (weight, weight.contiguous())
+                for added in (bias, None)
+            )
+    except (AttributeError, RuntimeError, TypeError):  # no such operator, not on this machine, other parameters
+        return False
+
+
+def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
 def _forward(self: nn.Module, inputs: Tensor) -> Tensor:
     weight = self.weight.T if isinstance(self, Conv1D) else self.weight
-    if torch.is_grad_enabled() or inputs.numel() * weight.shape[0] < WORTH:
+    # Autocast leaves this operator as it is, and layers before it give bfloat16, which it does not multiply by float32.
+    plain = inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not plain or torch.is_grad_enabled() or inputs.numel() * weight.shape[0] < WORTH:
         return type(self).forward(self, inputs)
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, self.bias, "none", [], "")
+    return _multiply(inputs, weight, self.bias)

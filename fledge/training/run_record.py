@@ -14,6 +14,7 @@ from datasets import DatasetDict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
+from fledge.cpu import describe
 from fledge.training.trainer import InstructTrainer, precision
 
 
@@ -112,9 +113,7 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
         "tokens_per_second": round((tokens - tokens_before) / seconds),
         "peak_memory_mib": peak_memory_mib(),
         "processes": args.world_size,
-        "device": torch.cuda.get_device_name()
-        if args.device.type == "cuda"
-        else f"{args.device.type} ({platform.machine()})",
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{args.device.type} ({describe()})",
         "threads": torch.get_num_threads(),
         "precision": precision(args),
         "commit": commit(),

@@ -23,6 +23,7 @@ from transformers import (
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from fledge.cli import UserError
+from fledge.cpu import cores, multiplies_bf16
 from fledge.memory import keep_freed_memory
 from fledge.training.attention import LONGEST, NAME, attend_by_rows
 from fledge.training.loss import has_plain_logits, score_supervised_only
@@ -83,7 +84,7 @@ def precision(config: TrainingArguments) -> str:
 def choose_bf16(use_cpu: bool) -> tuple[bool, str]:
     """Whether to train in bf16 autocast, and why."""
     if use_cpu:
-        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        if multiplies_bf16():
             return True, "this CPU multiplies bfloat16 matrices in hardware"
         return False, "this CPU has no bfloat16 matrix unit"
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -97,7 +98,7 @@ def use_all_threads(config: SmallModelConfig) -> str | None:
     It sets OMP_NUM_THREADS to 1 unless told otherwise, which leaves every core but one idle.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not (config.use_cpu and launched and os.environ.get("OMP_NUM_THREADS") == "1" and threads > 1):
         return None
     torch.set_num_threads(threads)

@@ -51,6 +51,50 @@ def test_gradients_are_not_lost(model):
     assert all(part.grad is not None for part in model.parameters())
 
 
+def unlike(*given):
+    return torch.zeros(2, 3, 4)
+
+
+def failing(error):
+    def multiply(*given):
+        raise error
+
+    return multiply
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        failing(AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")),
+        failing(RuntimeError("could not create a primitive descriptor")),
+        failing(TypeError("_linear_pointwise() missing 1 required positional argument")),
+        unlike,
+    ],
+)
+def test_without_a_working_operator_layers_multiply_as_they_did(operator, monkeypatch):
+    monkeypatch.setattr(onednn, "_multiply", operator)
+    monkeypatch.setattr(onednn, "works", onednn.works.__wrapped__)
+    model = GPT2LMHeadModel(GPT2).eval()
+    with torch.no_grad(), by_onednn(model):
+        assert not any("forward" in vars(part) for part in model.modules())
+
+
+def test_a_variable_turns_it_off(model, monkeypatch):
+    monkeypatch.setenv("FLEDGE_ONEDNN", "0")
+    with by_onednn(model):
+        assert not any("forward" in vars(part) for part in model.modules())
+
+
+@torch.no_grad()
+def test_under_autocast_the_logits_are_those_of_pytorch(model, monkeypatch):
+    monkeypatch.setattr(onednn, "WORTH", 1 << 16)  # some layers below, so that others read what autocast rounded
+    ids = torch.randint(700, (3, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids).logits
+        with by_onednn(model):
+            assert torch.equal(model(ids).logits, expected)
+
+
 def test_other_types_and_devices_are_left_alone():
     for model in (GPT2LMHeadModel(GPT2).bfloat16(), GPT2LMHeadModel(GPT2).to("meta")):
         with by_onednn(model):

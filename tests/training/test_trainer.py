@@ -90,7 +90,7 @@ def test_a_process_of_accelerate_launch_gets_its_share_of_the_cores(variables, e
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     chosen = []
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("fledge.training.trainer.cores", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     said = use_all_threads(config)
     assert chosen == ([expected] if expected else [])

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from conftest import run_script
+
+from fledge import cpu
+
+WITHOUT_BF16 = {"DNNL_MAX_CPU_ISA": "AVX2"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "onednn", "expected"),
+    [
+        ({"avx2", "avx512_f"}, True, False),
+        ({"avx2", "avx512_f", "avx512_bf16"}, True, True),
+        ({"avx2", "avx512_f", "avx512_bf16"}, False, False),
+        ({"amx_bf16"}, AttributeError("no attribute '_is_mkldnn_bf16_supported'"), True),
+    ],
+)
+def test_bf16_is_what_processor_and_onednn_both_do(flags, onednn, expected, monkeypatch):
+    class Operators:
+        def _is_mkldnn_bf16_supported(self):
+            if isinstance(onednn, Exception):
+                raise onednn
+            return onednn
+
+    monkeypatch.setattr(cpu, "_flags", lambda: flags)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", Operators())
+    assert cpu.multiplies_bf16() is expected
+
+
+def test_a_processor_is_described_with_what_it_acts_as(monkeypatch):
+    monkeypatch.setattr(cpu, "_name", lambda: "Some CPU")
+    monkeypatch.setattr(cpu, "cores", lambda: 4)
+    monkeypatch.setattr(cpu, "_flags", lambda: {"avx2", "sse2"})
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert cpu.describe() == "Some CPU, 4 cores, AVX2, ATEN_CPU_CAPABILITY=default"
+
+
+def test_torch_before_its_list_of_capabilities(monkeypatch):
+    of_file = {"flags": "fpu sse2 avx2 avx512f avx512_bf16", "model name": "Some CPU"}
+    monkeypatch.setattr(cpu, "_of_linux", of_file.get)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert {"avx2", "avx512_f", "avx512_bf16"} <= cpu._flags()
+
+
+def test_bfloat16_where_no_unit_multiplies_it(tiny, tmp_path):
+    asked = ("--prompt", "Lily had a ball.", "--max_new_tokens", 8)
+    told = run_script("generate.py", "--model", tiny.model, *asked, "--dtype", "bfloat16", **WITHOUT_BF16)
+    assert told.stdout.strip()
+    common = ("train_sft.py", "--model_name_or_path", tiny.base, "--dataset", tiny.data, "--max_steps", 2)
+    for output_dir, more, said in (
+        ("asked", ("--bf16", "true"), "precision bf16: as asked for"),
+        ("chosen", (), "precision float32: this CPU has no bfloat16 matrix unit"),
+    ):
+        trained = run_script(*common, "--use_cpu", "--output_dir", tmp_path / output_dir, *more, **WITHOUT_BF16)
+        assert said in trained.stdout
+
+
+ANSWER = """
+import sys, torch
+from fledge.generation.answers import answer_each, load_model
+from fledge.generation.onednn import works
+from fledge.generation.sampling import Sampling
+model, tokenizer = load_model(sys.argv[1])
+prompts = [tokenizer("Lily had a ball.")["input_ids"]] * 40
+with torch.autocast("cpu", torch.bfloat16):
+    print(len(list(answer_each(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=4), 40))), works())
+"""
+
+
+def test_answers_inside_bfloat16_autocast_where_no_unit_multiplies_it(tiny):
+    assert run_script("-c", ANSWER, tiny.model, **WITHOUT_BF16).stdout.split() == ["40", "True"]
