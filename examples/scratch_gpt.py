@@ -103,7 +103,7 @@ class ScratchGPT(nn.Module):
 def read_documents(files):
     documents = []
     for file in map(Path, files):
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
         documents += [document.strip() for document in content.decode("utf-8").split(END) if document.strip()]
     return documents
 

@@ -299,13 +299,13 @@ def test_a_table_of_conversations_trains_by_the_base_s_template(small, tmp_path,
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
     train(small, tmp_path / "m", "--max_steps", 2, dataset=tmp_path / "rows.jsonl")
     said = capsys.readouterr().out
-    assert "1 longer than 40 tokens left out" in said
-    assert "Rows 1 in validation" in said
+    assert "left out 1 (longer than 40 tokens)" in said
+    assert ", 1 in validation, " in said
     assert not (tmp_path / "m" / "budget.json").exists()
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": "t1", "answer": "t2"}\n', encoding="utf-8")
     said = refusal(capsys, small, tmp_path / "n", dataset=other)
-    assert "has the columns answer, question; give messages, instruction and response" in said
+    assert "has the columns question, answer; give messages, instruction and response" in said
 
 
 def spoil_data(small, folder: Path, rows: list[dict]) -> Path:
@@ -325,7 +325,7 @@ def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
     foreign = tmp_path / "foreign"
     write_prepared(foreign, rows, small_tokenizer(90))
     assert "encoded with 90 tokens and the model's tokenizer has 97" in refusal(capsys, small, out, dataset=foreign)
-    assert "neither a folder that prepare_dataset.py wrote" in refusal(capsys, small, out, dataset=tmp_path / "none")
+    assert "There is no data file at" in refusal(capsys, small, out, dataset=tmp_path / "none")
     assert "holds no causal model" in refusal(capsys, small, out, "--model_name_or_path", tmp_path)
     assert "is no checkpoint" in refusal(capsys, small, out, "--resume", tmp_path)
     assert "outside 0 to 1" in refusal(capsys, small, out, "--dropout", 1.5)

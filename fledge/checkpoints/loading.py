@@ -107,8 +107,8 @@ def _locate(path: Path) -> tuple[Path, dict[str, object]]:
 
 def _looks_like_checkpoint(file: Path) -> bool:
     # Tokenizers and token ids are called .bin as well.
-    return file.suffix in SUFFIXES and (
-        file.suffix != ".bin" or is_binary(file) or _start(file)[:2] in (b"PK", b"\x80\x02")
+    return file.suffix.lower() in SUFFIXES and (
+        file.suffix.lower() != ".bin" or is_binary(file) or _start(file)[:2] in (b"PK", b"\x80\x02")
     )
 
 
@@ -136,7 +136,7 @@ def _read(file: Path, records: tuple[str, ...] = ()) -> object:
             "its code opens it, so save model.state_dict() again with a later torch."
         )
     try:
-        if file.suffix == ".safetensors":
+        if file.suffix.lower() == ".safetensors":
             return load_file(file)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(Record, name) for name in records]):
             warnings.simplefilter("ignore")

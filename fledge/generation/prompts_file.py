@@ -14,6 +14,8 @@ from fledge.encoding import Messages
 from fledge.generation.answers import Answer, answer_each
 from fledge.generation.journal import Journal
 from fledge.generation.sampling import Sampling
+from fledge.sources.reading import blocks, suffix
+from fledge.sources.values import as_messages, as_text
 
 
 def answer_file(
@@ -74,32 +76,26 @@ def read_prompts(file: Path) -> list[Messages]:
     """Raises:
     UserError: the file cannot be read, is empty, or a line is not what it should be.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file {file} cannot be read as text in UTF-8: {error}.") from error
-    asked = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            asked.append(_messages(line, f"{file}:{number}") if file.suffix == ".jsonl" else _user(line.strip()))
+    lines = "".join(blocks(file, "\n")).split("\n")
+    read = _messages if suffix(file) in (".jsonl", ".ndjson") else _user
+    asked = [read(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not asked:
         raise UserError(f"--prompts_file {file} holds no prompt; write one a line.")
     return asked
 
 
-def _user(text: str) -> Messages:
-    return [{"role": "user", "content": text}]
+def _user(text: object, where: str) -> Messages:
+    return [{"role": "user", "content": as_text(text, where)}]
 
 
 def _messages(line: str, where: str) -> Messages:
     try:
         found = json.loads(line)
-        messages = _user(found["prompt"]) if "prompt" in found else found["messages"]
-        whole = all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in messages)
-        if not whole or messages[-1]["role"] != "user":
-            raise ValueError
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise UserError(
-            f'{where} is not {{"prompt": "…"}} nor {{"messages": […]}} whose last message is the user\'s.'
-        ) from error
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("prompt"), str):
+        return _user(found["prompt"], where)
+    messages = as_messages(found["messages"], where) if isinstance(found, dict) and "messages" in found else []
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
+        raise UserError(f'{where} is not {{"prompt": "…"}} nor {{"messages": […]}} whose last message is the user\'s.')
     return messages

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fledge.cli import UserError
 from fledge.sources.reading import blocks, parts
+from fledge.sources.values import checked
 
 END = "<|endoftext|>"
 PIECE = 1 << 20  # characters
@@ -59,11 +60,14 @@ def _texts(source: str, column: str, rows_are_lines: bool) -> Iterator[str | Non
             yield from blocks(Path(origin), " ")
             yield None
         elif Path(origin).exists() or split in (None, "train"):
-            for row in rows:
-                if not isinstance(row.get(column), str):
+            for number, row in enumerate(rows, 1):
+                where = f"{origin}, row {number}, column {column}"
+                if column not in row:
                     has = ", ".join(row)
-                    raise UserError(f"{origin} has no text in {column!r} (it has {has}); name it by --text_column.")
-                yield row[column]
+                    raise UserError(f"{origin} has no column {column} (it has {has}); name it by --text_column.")
+                if not isinstance(row[column], str):
+                    raise UserError(f"{where} holds no text; name the column that does by --text_column.")
+                yield checked(row[column], where)
                 if not rows_are_lines:
                     yield None
             yield None

@@ -32,15 +32,15 @@ def check_folder(kind: str, folder: Path) -> None:
                 f"{path} has {file.stat().st_size / GB:.0f} GB, more than the Hub takes in one file "
                 f"({LARGEST_FILE[kind] // GB} GB for a {kind}); split it."
             )
-        if file.suffix in PICKLES or is_pickle(file):
+        if file.suffix.lower() in PICKLES or is_pickle(file):
             raise UserError(f"{path} is a pickle, which runs code when it is opened; take it out or save safetensors.")
-        if file.suffix in TEXT:
+        if file.suffix.lower() in TEXT:
             check_text(path, file.read_text(encoding="utf-8"))
     check_card((folder / "README.md").read_text(encoding="utf-8"))
 
 
 def is_pickle(file: Path) -> bool:
-    if file.suffix == ".safetensors":  # its first bytes are a length, which may look like a pickle's protocol
+    if file.suffix.lower() == ".safetensors":  # its first bytes are a length, which may look like a pickle's protocol
         return False
     with file.open("rb") as content:
         start = content.read(1 << 10)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 from fledge.cli import UserError
 from fledge.sources.reading import Chunk
+from fledge.sources.values import as_messages, as_text
 
 LICENSE = None
 END = None
 NEEDED = {"instruction", "response"}
 OPTIONAL = ("input", "category", "group")
-ROLES = ("system", "user", "assistant")
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -37,16 +37,18 @@ def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:
     """Records of `instruction`, `input`, `output`, or of `messages`; `category` and `group` where they are named.
 
     Raises:
-        UserError: a row lacks a column that was named, or its messages are not messages.
+        UserError: a row lacks a column that was named, or holds what is neither text nor messages.
     """
-    for row in chunk.content:
+    for number, row in enumerate(chunk.content, chunk.first_row):
         for column in columns.values():
             if column not in row:
                 raise UserError(f"{chunk.origin} has no column {column}; it has {', '.join(map(str, row))}.")
-        record = {("output" if name == "response" else name): row[column] for name, column in columns.items()}
-        if "messages" in record:
-            record["messages"] = _messages(chunk.origin, record["messages"])
-        yield {name: value if name == "messages" else as_text(value) for name, value in record.items()}
+        record = {}
+        for name, column in columns.items():
+            read = as_messages if name == "messages" else as_text
+            value = read(row[column], f"{chunk.origin}, row {number}, column {column}")
+            record["output" if name == "response" else name] = value
+        yield record
 
 
 def parse_form(chunk: Chunk, forms: tuple[dict[str, str], ...]) -> Iterator[dict]:
@@ -63,16 +65,3 @@ def parse_form(chunk: Chunk, forms: tuple[dict[str, str], ...]) -> Iterator[dict
         f"{chunk.origin} has not the columns {', '.join(forms[0].values())}; it has {', '.join(map(str, row))}. "
         "Name them: --source columns --columns instruction=COLUMN,response=COLUMN."
     )
-
-
-def _messages(origin: str, messages: object) -> list[dict[str, str]]:
-    if not isinstance(messages, list):
-        raise UserError(f"{origin} holds {str(messages)[:60]}, no list of messages with role and content.")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f"{origin}: {str(message)[:60]!r} is no message with a role of {', '.join(ROLES)}.")
-    return [{"role": message["role"], "content": as_text(message.get("content"))} for message in messages]
-
-
-def as_text(value: object) -> str:
-    return "" if value is None else str(value).strip()

@@ -8,13 +8,17 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from fledge.cli import UserError
+from fledge.sources.values import as_text, checked
+
+csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere; Python's own limit is 131,072 characters
 
 BLOCK = 1_000_000  # bytes of text in a chunk, about
 ROWS = 1_000  # rows in a chunk, at most
@@ -29,11 +33,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole records in the order of their file; `split` is the one that the file's name or the Hub gives them."""
+    """Whole records in the order of their file; `split` is the one that the file's name or the Hub gives them.
+
+    `first_row` is the number of its first row in the table, from 1.
+    """
 
     origin: str
     split: str | None
     content: str | list[Row]
+    first_row: int = 1
 
 
 def text_chunks(data: str, end: str) -> Iterator[Chunk]:
@@ -59,31 +67,39 @@ def row_chunks(data: str) -> Iterator[Chunk]:
     for origin, split, rows in parts(data):
         if rows is None:
             raise UserError(f"{origin} is no table; this source reads {', '.join(TABLES)} (or .gz of it) and Hub ids.")
-        rows = _not_empty(origin, rows)
+        rows, first_row = _not_empty(origin, rows), 1
         while part := list(islice(rows, ROWS)):
-            yield Chunk(origin, split, part)
+            yield Chunk(origin, split, part, first_row)
+            first_row += len(part)
 
 
 def parts(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]:
     """What `data` names, part by part: its origin, its split, and its rows unless it is a text."""
     path = Path(data)
-    if not path.exists() and HUB_ID.fullmatch(data) and _suffix(path) not in (*TABLES, ".txt"):
+    if not path.exists() and HUB_ID.fullmatch(data) and suffix(path) not in (*TABLES, ".txt"):
         for name, rows in _hub_dataset(data).items():
             yield data, _split(name), rows
         return
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if _suffix(file) in (*TABLES, ".txt") and file.is_file())
+        files = _data_files(path) or _data_files(path / "data")  # a repository of the Hub has them in data/
         if not files:
             raise UserError(f"{path} holds no data file; expected .txt, {', '.join(TABLES)} or .gz of it.")
     for file in files:
         if not file.exists():
             raise UserError(f"There is no data file at {file}.")
-        yield str(file), _split(file.name), _rows(file) if _suffix(file) in TABLES else None
+        yield str(file), _split(file.name), _rows(file) if suffix(file) in TABLES else None
 
 
-def _suffix(file: Path) -> str:
-    return Path(file.stem if file.suffix == ".gz" else file.name).suffix
+def _data_files(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file for file in found if suffix(file) in (*TABLES, ".txt") and file.is_file())
+
+
+def suffix(file: Path) -> str:
+    """A file's suffix in lower case, without `.gz`: `.jsonl` for `A.JSONL.GZ`."""
+    name = file.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
 
 
 def _split(name: str) -> str | None:
@@ -115,7 +131,7 @@ def blocks(file: Path, end: str) -> Iterator[str]:
     """Decodes a file in blocks of about `BLOCK` bytes, each ending with `end`."""
     mark, left, offset = end.encode(), b"", 0
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             while read := stream.read(BLOCK):
                 block = left + read
                 cut = block.rfind(mark) + len(mark) if mark in block else 0
@@ -136,10 +152,11 @@ def _decoded(file: Path, block: bytes, offset: int) -> str:
 
 
 def _lines(origin: str, rows: Iterable[Row], end: str) -> Iterator[str]:
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         if "text" not in row:
             raise UserError(f"{origin} has no column text; it has {', '.join(row)}.")
-        line = row["text"] or ""
+        where = f"{origin}, row {number}, column text"
+        line = checked(row["text"], where) if isinstance(row["text"], str) else as_text(row["text"], where)
         yield f"{line}\n{end}" if "\n" in line and end not in line else line
 
 
@@ -155,15 +172,15 @@ def _joined(lines: Iterator[str], end: str) -> Iterator[str]:
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    suffix, number = _suffix(file), 0
-    if suffix == ".parquet":
+    kind, number = suffix(file), 0
+    if kind == ".parquet":
         rows = _parquet(file)
-    elif suffix == ".json":
+    elif kind == ".json":
         rows = _json(file)
     else:
         lines = (line for block in blocks(file, "\n") if block for line in block.removesuffix("\n").split("\n"))
-        if suffix in (".csv", ".tsv"):
-            rows = csv.DictReader((f"{line}\n" for line in lines), delimiter="\t" if suffix == ".tsv" else ",")
+        if kind in (".csv", ".tsv"):
+            rows = _csv(lines, "\t" if kind == ".tsv" else ",")
         else:
             rows = (json.loads(line) for line in lines if line.strip())
     try:
@@ -176,10 +193,30 @@ def _rows(file: Path) -> Iterator[Row]:
         raise UserError(f"{file} is damaged after row {number}: {error}.") from error
 
 
+def _csv(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
+    """Strict: a quote that is never closed would otherwise swallow the rest of the file."""
+    rows = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
+    header = next(rows, [])
+    _refuse_twice(header)
+    for row in rows:
+        if len(row) > len(header):
+            raise ValueError(f"the next row has {len(row)} fields, and the header names {len(header)}")
+        if row:
+            yield dict(zip_longest(header, row))
+
+
+def _refuse_twice(names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"its header names the column {twice[0]} twice")
+
+
 def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS):
+    table = pyarrow.parquet.ParquetFile(file)
+    _refuse_twice(table.schema_arrow.names)
+    for batch in table.iter_batches(ROWS):
         yield from batch.to_pylist()
 
 

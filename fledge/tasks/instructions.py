@@ -81,6 +81,8 @@ def examples(record: dict, rng: random.Random) -> list[dict]:
     """
     messages = record.get("messages") or _one_turn(record)
     roles = [message["role"] for message in messages if message["role"] != "system"]
+    if "tool" in roles:
+        raise RejectedRecord("a tool speaks in it, which no template writes")
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise RejectedRecord("its messages are not questions and answers in turn")
     if any(message["role"] != "system" and not message["content"].strip() for message in messages):

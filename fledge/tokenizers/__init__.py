@@ -63,7 +63,7 @@ def load_tokenizer(
     else:
         file = _find(Path(source))
         tokenizer = _read(file)
-        if file.suffix in (".model", ".bin"):
+        if file.suffix.lower() in (".model", ".bin"):
             ends, unknowns = SENTENCEPIECE_END_TOKENS, ()  # SentencePiece reads "<unk>" in a text as text
 
     end, begin, pad, unknown = (
@@ -132,7 +132,7 @@ def _read(file: Path) -> Tokenizer:
         ".pkl": (read_pickle, "a pickled vocabulary"),
         ".txt": (read_text, "a text in UTF-8"),
     }
-    read, kind = readers.get(file.suffix, (_read_json, "a tokenizers file or a vocabulary"))
+    read, kind = readers.get(file.suffix.lower(), (_read_json, "a tokenizers file or a vocabulary"))
     if file.name in MERGES and file.with_name(MERGES[file.name]).is_file():
         read, kind = _byte_level_bpe, f"a byte-level BPE with {MERGES[file.name]} beside it"
     try:

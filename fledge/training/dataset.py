@@ -1,19 +1,23 @@
 """What train_sft.py trains on: a folder of prepare_dataset.py, or a table of instructions and answers as it stands."""
 
 import copy
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
 from fledge.encoding import IGNORED, Messages, encode, open_prepared
-from fledge.templates import add_template
-from fledge.tokenizers import encoding_of
+from fledge.sources.reading import Chunk, row_chunks
+from fledge.sources.values import as_messages, as_text
+from fledge.templates import INPUT_MARK, add_template
+from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-PAIRS = (("instruction", "response"), ("prompt", "completion"))
+CONVERSATIONS = ("messages", "conversations")
+PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"))
 HELD_OUT = 0.05
 
 
@@ -22,48 +26,64 @@ def open_dataset(
 ) -> tuple[dict | None, PreTrainedTokenizerBase, DatasetDict, list[str]]:
     """The budget (of a prepared folder), the tokenizer with the template, encoded splits, and lines that say more.
 
-    A table is a file or folder of JSON lines, CSV or parquet, or a dataset of the Hub, with the columns `messages`, or
-    `instruction` and `response`, or `prompt` and `completion`. It is encoded by the base's `own` tokenizer with its
-    chat template, or with `template`; rows longer than `context` tokens are left out. Without a validation split a
-    twentieth of the rows becomes one.
+    A table is a file or folder of JSON lines, CSV or parquet, or a dataset of the Hub, with the columns `messages` (or
+    ShareGPT's `conversations`), or `instruction` and `response` or `output` (and `input`), or `prompt` and
+    `completion`. It is encoded by the base's `own` tokenizer with its chat template, or with `template`. Rows that
+    cannot be used are left out, and the lines say how many and why. Without a validation split a twentieth of the rows
+    becomes one.
 
     Raises:
-        UserError: it cannot be opened, has none of these columns, or no row can be used.
+        UserError: it cannot be opened, has none of these columns, a value is no text, or too few rows can be used.
     """
     path = Path(source)
     if (path / "budget.json").exists() or (path / "tokenized").exists():
         return *open_prepared(path), []
-    try:
-        found = load_dataset(FORMATS[path.suffix], data_files=source) if path.is_file() else load_dataset(source)
-    except Exception as error:  # datasets raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{source} is neither a folder that prepare_dataset.py wrote nor a dataset that opens ({reason})."
-        ) from error
-    splits = {"train": found["train"]} if "train" in found else {"train": next(iter(found.values()))}
-    held_out = next((found[name] for name in ("validation", "valid", "dev", "test") if name in found), None)
-    if held_out is None and len(splits["train"]) > 1:
-        parts = splits["train"].train_test_split(max(1, round(HELD_OUT * len(splits["train"]))), seed=seed)
-        splits["train"], held_out = parts["train"], parts["test"]
-    if held_out is not None:
-        splits["validation"] = held_out
     tokenizer = copy.deepcopy(own)
     if template or tokenizer.chat_template is None:
         add_template(tokenizer, template or "alpaca")
-    rows, lines = DatasetDict(), []
-    for name, table in splits.items():
-        conversations = conversations_of(table, source)
-        encoded = []
-        for begin in range(0, len(conversations), 1000):
-            with encoding_of(f"A row of {source}"):
-                encoded += encode(tokenizer, conversations[begin : begin + 1000])
-        kept = [example.row for example in encoded if len(example) <= context]
-        if not kept:
-            raise UserError(f"No row of the {name} split of {source} fits in the model's context of {context} tokens.")
-        rows[name] = Dataset.from_list(kept)
-        longer = len(encoded) - len(kept)
-        lines.append(f"Rows {len(kept):,} in {name}; {longer:,} longer than {context} tokens left out")
-    return None, tokenizer, rows, lines
+    conversations: dict[str | None, list[Messages]] = {}
+    left_out, lacking, spelling = Counter(), Counter(), Spelling(tokenizer)
+    for chunk in row_chunks(source):
+        for messages in conversations_of(chunk):
+            if reason := why_unusable(messages):
+                left_out[reason] += 1
+            elif missing := spelling.missing("\n".join(message["content"] for message in messages)):
+                left_out[UNWRITABLE] += 1
+                lacking.update(missing)
+            else:
+                conversations.setdefault(chunk.split, []).append(messages)
+    if lacking:
+        left_out[f"{UNWRITABLE}: {named(lacking)}"] = left_out.pop(UNWRITABLE)
+    encoded = {
+        split: [
+            example.row
+            for begin in range(0, len(of_split), 1000)
+            for example in encode(tokenizer, of_split[begin : begin + 1000])
+        ]
+        for split, of_split in conversations.items()
+    }
+    rows = DatasetDict()
+    for split, of_split in encoded.items():
+        kept = [row for row in of_split if len(row["input_ids"]) <= context]
+        left_out[f"longer than {context} tokens"] += len(of_split) - len(kept)
+        if kept:
+            rows[split or "train"] = Dataset.from_list(kept)
+    reasons = [f"left out {count:,} ({reason})" for reason, count in left_out.most_common() if count]
+    if (usable := sum(map(len, rows.values()))) < 2:
+        why = "".join(f", {reason}" for reason in reasons)
+        raise UserError(f"{source} has {usable} rows to train on{why}; give at least two, of which one is held out.")
+    rows = _with_validation(rows, seed)
+    counts = [f"{len(split):,} in {name}" for name, split in rows.items()]
+    return None, tokenizer, rows, [f"Rows: {', '.join([*counts, *reasons])}"]
+
+
+def _with_validation(rows: DatasetDict, seed: int) -> DatasetDict:
+    train = rows.get("train") or next(iter(rows.values()))
+    held_out = next((rows[name] for name in ("validation", "test") if name in rows and rows[name] is not train), None)
+    if held_out is None:
+        parts = train.train_test_split(max(1, round(HELD_OUT * len(train))), seed=seed)
+        train, held_out = parts["train"], parts["test"]
+    return DatasetDict({"train": train, "validation": held_out})
 
 
 def longest_row(rows: DatasetDict) -> int:
@@ -71,35 +91,50 @@ def longest_row(rows: DatasetDict) -> int:
     return max(pc.max(pc.list_value_length(split.data.column("input_ids"))).as_py() for split in rows.values())
 
 
-def conversations_of(table: Dataset, source: str) -> list[Messages]:
-    """The rows of a table as messages, the last of which is an answer.
+def conversations_of(chunk: Chunk) -> Iterator[Messages]:
+    """The rows of a table as messages.
 
     Raises:
-        UserError: the columns are others, or a conversation holds no answer.
+        UserError: the columns are others, or a value is neither text nor messages.
     """
-    columns = set(table.column_names)
-    if "messages" in columns:
-        conversations = table["messages"]
-    else:
-        pair = next((pair for pair in PAIRS if columns.issuperset(pair)), None)
-        if pair is None:
-            raise UserError(
-                f"{source} has the columns {', '.join(sorted(columns))}; give messages, instruction and response, or "
-                "prompt and completion, or name yours with prepare_dataset.py --source columns."
-            )
-        asked, answered = (table[column] for column in pair)
-        conversations = [
-            as_messages(question, "user") + as_messages(answer, "assistant")
-            for question, answer in zip(asked, answered, strict=True)
-        ]
-    for number, messages in enumerate(conversations):
-        if not messages or messages[-1]["role"] != "assistant":
-            raise UserError(f"Row {number} of {source} does not end with an answer of the assistant; mend it.")
-    return [[{"role": m["role"], "content": m["content"]} for m in messages] for messages in conversations]
+    columns = list(chunk.content[0])
+    whole = next((name for name in CONVERSATIONS if name in columns), None)
+    pair = next((pair for pair in PAIRS if set(pair) <= set(columns)), None)
+    if whole is None and pair is None:
+        raise UserError(
+            f"{chunk.origin} has the columns {', '.join(columns)}; give messages, instruction and response, or "
+            "prompt and completion, or name yours with prepare_dataset.py --source columns."
+        )
+    for number, row in enumerate(chunk.content, chunk.first_row):
+        where = f"{chunk.origin}, row {number}, column"
+        if whole:
+            yield as_messages(row.get(whole), f"{where} {whole}")
+            continue
+        asked, answered = (
+            _part(row.get(column), role, f"{where} {column}")
+            for column, role in zip(pair, ("user", "assistant"), strict=True)
+        )
+        if given := as_text(row.get("input"), f"{where} input") if pair[0] == "instruction" else "":
+            asked[-1]["content"] += INPUT_MARK + given
+        yield asked + answered
 
 
-def as_messages(part: str | Messages, role: str) -> Messages:
-    return [{"role": role, "content": part}] if isinstance(part, str) else part
+def _part(value: object, role: str, where: str) -> Messages:
+    """TRL's prompts and completions are texts or messages."""
+    is_messages = isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & set(value[0])
+    return as_messages(value, where) if is_messages else [{"role": role, "content": as_text(value, where)}]
+
+
+def why_unusable(messages: Messages) -> str | None:
+    """Why a conversation teaches no answer, if it does not."""
+    roles = [message["role"] for message in messages]
+    if "tool" in roles:
+        return "a tool speaks in it, which no template writes"
+    if "user" not in roles or roles[-1] != "assistant":
+        return "it does not end with an answer to a question"
+    if not all(message["content"] for message in messages if message["role"] != "system"):
+        return "a question or an answer is empty"
+    return None
 
 
 def check_supervised(rows: DatasetDict) -> None:

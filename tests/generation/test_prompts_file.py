@@ -109,7 +109,7 @@ def test_lines_of_json(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line):
     file = tmp_path / "p.jsonl"
     file.write_text(f'{{"prompt": "x"}}\n{line}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"p\.jsonl:2 is not"):
+    with pytest.raises(UserError, match=r"p\.jsonl:2(, message 1)? (is not|holds)"):
         read_prompts(file)
 
 
@@ -118,5 +118,5 @@ def test_no_prompts(tmp_path, content):
     file = tmp_path / "p.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match=r"--prompts_file .*p\.txt"):
+    with pytest.raises(UserError, match=r"p\.txt"):
         read_prompts(file)

@@ -1,13 +1,18 @@
 import csv
+import datetime
+import decimal
 import gzip
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fledge.cli import UserError
 from fledge.sources import SOURCES, load_source
+from fledge.sources.values import as_text
 
 ROWS = [
     {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
@@ -17,14 +22,17 @@ ROWS = [
 
 
 def write(file, rows):
-    if file.suffix == ".gz":
+    if file.suffix in (".gz", ".GZ"):
         inner = file.with_suffix("")
         write(inner, rows)
         file.write_bytes(gzip.compress(inner.read_bytes()))
+    elif file.suffix.isupper():
+        write(file.with_suffix(file.suffix.lower()), rows)
+        file.with_suffix(file.suffix.lower()).rename(file)
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows), encoding="utf-8")
     elif file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif file.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     else:
@@ -35,6 +43,7 @@ def write(file, rows):
 
 
 FORMS = ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.json.gz", "a.jsonl.gz", "a.csv.gz"]
+FORMS += ["A.JSON", "A.JSONL", "A.CSV", "A.PARQUET", "A.JSONL.GZ"]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -68,6 +77,14 @@ def test_a_folder_is_read_file_by_file_and_their_names_tell_the_split(tmp_path):
         ("contest.jsonl", None),
         ("test-00000-of-00001.jsonl", "test"),
     ]
+
+
+def test_a_copy_of_a_hub_repository_has_its_files_in_data(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS)
+    (tmp_path / "README.md").write_text("not data")
+
+    assert [chunk.split for chunk in load_source("alpaca").chunks(str(tmp_path))] == ["train"]
 
 
 def test_dolly_is_read_under_either_name_of_its_columns(tmp_path):
@@ -114,6 +131,76 @@ def test_messages_are_taken_as_they_are(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Ho."}],
+        '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]',
+        [{"role": "user", "content": [{"type": "text", "text": "Hi."}]}, {"role": "Assistant", "content": " Ho. "}],
+    ],
+    ids=["ShareGPT", "as text", "content parts"],
+)
+def test_messages_in_every_usual_form_are_the_same(tmp_path, messages):
+    write(tmp_path / "chats.jsonl", [{"m": messages}])
+
+    assert list(load_source("columns", "messages=m").records(str(tmp_path / "chats.jsonl"))) == [
+        {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (" a ", "a"),
+        (7, "7"),
+        (7.0, "7"),
+        (0.25, "0.25"),
+        (None, ""),
+        (float("nan"), ""),
+        ([{"type": "text", "text": "Look."}, {"type": "output_text", "text": "There."}], "Look.\nThere."),
+        (datetime.date(2024, 2, 29), "2024-02-29"),
+        (decimal.Decimal("1.50"), "1.50"),
+    ],
+)
+def test_a_value_is_read_as_the_text_that_it_means(value, text):
+    assert as_text(value, "here") == text
+
+
+PLAIN_JSON = st.recursive(
+    st.booleans() | st.just(float("inf")), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+)
+
+
+@given(value=PLAIN_JSON, row=st.integers(1, 3))
+def test_a_nested_value_is_refused_where_it_stands(tmp_path_factory, value, row):
+    file = tmp_path_factory.mktemp("rows") / "a.jsonl"
+    rows = [{"q": "Who?", "a": value if number == row else "Ann"} for number in (1, 2, 3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    with pytest.raises(UserError, match=f"row {row}, column a holds .*, which is no text"):
+        list(load_source("columns", "instruction=q,response=a").records(str(file)))
+
+
+def test_a_picture_in_content_parts_is_refused(tmp_path):
+    parts = [{"type": "text", "text": "Look."}, {"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(UserError, match=r"here holds .*image_url.*which is no text"):
+        as_text([*parts[1:], *parts], "here")
+
+
+def test_the_row_is_told_in_later_chunks_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("fledge.sources.reading.ROWS", 2)
+    write(tmp_path / "a.jsonl", [*ROWS, *ROWS, {**ROWS[0], "output": "half \ud800"}])
+    with pytest.raises(UserError, match=r"a.jsonl, row 7, column output holds '\\ud800' at character 6"):
+        list(load_source("alpaca").records(str(tmp_path / "a.jsonl")))
+
+
+def test_a_long_field_is_read(tmp_path):
+    write(tmp_path / "a.csv", [{**ROWS[0], "input": "word " * 40_000 + "end"}])
+    (record,) = load_source("alpaca").records(str(tmp_path / "a.csv"))
+
+    assert len(record["input"]) == 200_003
+
+
 def test_a_hub_dataset_is_streamed_split_by_split(monkeypatch):
     asked = []
 
@@ -150,10 +237,33 @@ def test_a_hub_dataset_is_streamed_split_by_split(monkeypatch):
             "columns",
             "messages=m",
             "a.jsonl",
-            b'{"m": [{"from": "human"}]}',
-            "is no message with a role of system",
+            b'{"m": [{"who": "me"}]}',
+            "row 1, column m, message 1 holds .*, or from and",
         ),
-        ("columns", "messages=m", "a.jsonl", b'{"m": "hello"}', "holds hello, no list of messages"),
+        ("columns", "messages=m", "a.jsonl", b'{"m": [{"role": "cat"}]}', "message 1: the role 'cat' is unknown"),
+        ("columns", "messages=m", "a.jsonl", b'{"m": "hello"}', 'row 1, column m holds "hello", no list of messages'),
+        ("alpaca", None, "a.csv", b"input,output,input\n1,2,3\n", "a.csv is damaged .*names the column input twice"),
+        (
+            "alpaca",
+            None,
+            "a.csv",
+            b"instruction,input,output\na,b,c\na,b,c,d\n",
+            "after row 1: .* has 4 fields, .* names 3",
+        ),
+        (
+            "alpaca",
+            None,
+            "a.csv",
+            b'instruction,input,output\na,"b,c\na,b,c\n',
+            "a.csv is damaged after row 0: unexpected",
+        ),
+        (
+            "tinystories_instruct",
+            None,
+            "a.jsonl",
+            b'{"text": "a \\ud83d"}',
+            r"row 1, column text holds '\\ud83d' at character 3",
+        ),
         ("columns", "messages=m", "a.jsonl", b'{"m": 7}', "holds 7, no list of messages"),
     ],
 )

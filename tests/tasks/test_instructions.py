@@ -130,6 +130,10 @@ def test_questions_of_one_story_are_of_one_group():
         ({"instruction": "Why?", "output": ""}, "a question or an answer is empty"),
         ({"messages": [{"role": "user", "content": "Hi"}]}, "not questions and answers in turn"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "not questions and answers in turn"),
+        (
+            {"messages": [{"role": role, "content": "Hi"} for role in ("user", "assistant", "tool", "assistant")]},
+            "a tool speaks in it",
+        ),
         ({"messages": [{"role": "system", "content": "Hi"}]}, "not questions and answers in turn"),
     ],
 )

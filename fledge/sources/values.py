@@ -1,0 +1,89 @@
+"""A value of a table → text or messages, in the forms that people write; anything else is refused where it stands."""
+
+import datetime
+import decimal
+import json
+import math
+
+from fledge.cli import UserError
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
+# ShareGPT's names for who speaks, as its many copies write them.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+ALL_ROLES = {**ROLES, **SHAREGPT_ROLES, "model": "assistant", "developer": "system"}
+TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's content parts, in its two interfaces
+
+
+def as_text(value: object, where: str) -> str:
+    """Text of a text, a number, a date, nothing (None, NaN), or OpenAI's content parts, without space around it.
+
+    `where` names the file, the row and the column. A whole number stays one if pandas made a float of it, which it
+    does as soon as a value of its column is missing. Content parts are joined by line breaks, as vLLM joins them.
+
+    Raises:
+        UserError: any other value, or a text with half of a surrogate pair, which no UTF-8 can hold.
+    """
+    if isinstance(value, str):
+        return checked(value, where).strip()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, (int, decimal.Decimal, datetime.date, datetime.time)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and value and all(map(_is_text_part, value)):
+        return checked("\n".join(part["text"] for part in value), where).strip()
+    raise UserError(f"{where} holds {_shown(value)}, which is no text; write the words that are meant.")
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
+
+
+def checked(text: str, where: str) -> str:
+    """Raises:
+    UserError: the text holds half of a surrogate pair, as JSON's `"\\ud83d"` without its other half.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds {text[error.start]!a} at character {error.start + 1}, half of a pair of surrogates, which "
+            "is no text; mend or remove it."
+        ) from error
+    return text
+
+
+def as_messages(value: object, where: str) -> list[dict[str, str]]:
+    """Messages of `role` and `content`, of ShareGPT's `from` and `value`, or a text of JSON that holds either.
+
+    Roles become system, user, assistant and tool.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    messages = value
+    if isinstance(value, str):
+        try:
+            messages = json.loads(value)
+        except (ValueError, RecursionError):
+            messages = None
+    if not isinstance(messages, list):
+        raise UserError(f"{where} holds {_shown(value)}, no list of messages with role and content.")
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
+
+
+def _message(message: object, where: str) -> dict[str, str]:
+    for role, content in (("role", "content"), ("from", "value")):
+        if isinstance(message, dict) and isinstance(message.get(role), str):
+            name = message[role].strip().lower()
+            if name not in ALL_ROLES:
+                raise UserError(f"{where}: the role {message[role]!r} is unknown; known are {', '.join(ALL_ROLES)}.")
+            return {"role": ALL_ROLES[name], "content": as_text(message.get(content), where)}
+    raise UserError(f"{where} holds {_shown(message)}, no message with role and content, or from and value.")
+
+
+def _shown(value: object) -> str:
+    """A value as JSON writes it, shortened."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,49 @@
+"""What of a text a closed vocabulary cannot write: one of characters or of words that has no token for the unknown."""
+
+from collections import Counter
+
+from tokenizers import models
+from transformers import PreTrainedTokenizerBase
+
+PROBE = "\U0010fffd\u0378"  # characters that nobody's text has
+SHOWN = 20
+UNWRITABLE = "the vocabulary lacks something in it"  # the reason for which a record is left out
+
+
+class Spelling:
+    """`missing(text)` names the characters (or words) of a text that a tokenizer does not know.
+
+    Byte-level vocabularies and those with an unknown token write any text; a closed one raises, or drops what it does
+    not know without a word.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.is_closed = not self._writes(PROBE)
+        self.known: dict[str, bool] = {}
+
+    def missing(self, text: str) -> list[str]:
+        """In order, each once."""
+        if not self.is_closed:
+            return []
+        parts = sorted(set(text))
+        backend = self.tokenizer.backend_tokenizer
+        if isinstance(backend.model, models.WordLevel) and backend.pre_tokenizer:
+            parts = sorted({part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)})
+        for part in parts:
+            if part not in self.known:
+                self.known[part] = self._writes(part)
+        return [part for part in parts if not self.known[part]]
+
+    def _writes(self, part: str) -> bool:
+        try:
+            ids = self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        except Exception:  # the Rust side raises bare Exception
+            return False
+        return bool(ids) or part.isspace()
+
+
+def named(missing: Counter) -> str:
+    """`'#', '['` and so on, the most frequent first."""
+    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    return ", ".join(repr(part) for part, _ in missing.most_common(SHOWN)) + more

@@ -1,0 +1,141 @@
+import gzip
+import json
+
+import pytest
+from small import small_tokenizer
+
+from fledge.cli import UserError
+from fledge.templates import add_template
+from fledge.tokenizers import load_tokenizer
+from fledge.training.dataset import open_dataset
+
+PAIR = [{"instruction": f"t{n} t3", "response": f"t{n}"} for n in range(4, 24)]
+
+
+def opened(file, tokenizer=None):
+    return open_dataset(str(file), tokenizer or small_tokenizer(), "story_chat", 20, seed=1)
+
+
+def texts(rows, tokenizer) -> list[str]:
+    return sorted(tokenizer.decode(ids) for split in rows.values() for ids in split["input_ids"])
+
+
+def write(file, rows):
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file.write_bytes(gzip.compress(content) if file.suffix.lower() == ".gz" else content)
+    return file
+
+
+def turns(row, one="role", two="content", roles=("user", "assistant")):
+    return [{one: roles[0], two: row["instruction"]}, {one: roles[1], two: row["response"]}]
+
+
+FORMS = {
+    "pair.jsonl": PAIR,
+    "Pair.JSONL": PAIR,
+    "pair.jsonl.gz": PAIR,
+    "alpaca.jsonl": [{"instruction": row["instruction"], "input": "", "output": row["response"]} for row in PAIR],
+    "trl.jsonl": [{"prompt": turns(row)[:1], "completion": turns(row)[1:]} for row in PAIR],
+    "chat.jsonl": [{"messages": turns(row)} for row in PAIR],
+    "text.jsonl": [{"messages": json.dumps(turns(row))} for row in PAIR],
+    "parts.jsonl": [
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in turns(row)]} for row in PAIR
+    ],
+    "sharegpt.jsonl": [{"conversations": turns(row, "from", "value", ("human", "gpt"))} for row in PAIR],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_table_gives_the_same_rows(tmp_path, name):
+    _, tokenizer, rows, lines = opened(write(tmp_path / name, FORMS[name]))
+
+    expected = [f"<|user|>{row['instruction']}<|assistant|>{row['response']}t0" for row in PAIR]
+    assert [text.replace(" ", "") for text in texts(rows, tokenizer)] == sorted(t.replace(" ", "") for t in expected)
+    assert lines == ["Rows: 19 in train, 1 in validation"]
+
+
+def test_an_input_is_not_left_behind(tmp_path):
+    rows = [{"instruction": "t5", "input": f"t{n}", "response": "t6"} for n in (7, 8)]
+    _, tokenizer, rows, _ = opened(write(tmp_path / "a.jsonl", rows))
+
+    assert ["t7" in text or "t8" in text for text in texts(rows, tokenizer)] == [True, True]
+
+
+def test_files_named_after_splits_are_those_splits(tmp_path):
+    write(tmp_path / "train.jsonl", PAIR[:12])
+    write(tmp_path / "valid.jsonl", PAIR[12:])
+
+    assert opened(tmp_path)[3] == ["Rows: 12 in train, 8 in validation"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "t5", "response": None}, "a question or an answer is empty"),
+        ({"instruction": "t5"}, "a question or an answer is empty"),
+        ({"instruction": " ", "response": "t5"}, "a question or an answer is empty"),
+        ({"instruction": "t5 " * 30, "response": "t5"}, "longer than 20 tokens"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_counted(tmp_path, row, reason):
+    *_, lines = opened(write(tmp_path / "a.jsonl", [*PAIR, row]))
+
+    assert lines == [f"Rows: 19 in train, 1 in validation, left out 1 ({reason})"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (
+            [
+                {"role": "user", "content": "t5"},
+                {"role": "tool", "content": "t6"},
+                {"role": "assistant", "content": "t7"},
+            ],
+            "a tool speaks in it, which no template writes",
+        ),
+        ([{"role": "user", "content": "t5"}], "it does not end with an answer to a question"),
+        ([{"from": "gpt", "value": "t5"}], "it does not end with an answer to a question"),
+        ([], "it does not end with an answer to a question"),
+    ],
+)
+def test_a_conversation_that_cannot_be_used_is_counted(tmp_path, messages, reason):
+    rows = [*FORMS["chat.jsonl"], {"messages": messages}]
+
+    assert f"left out 1 ({reason})" in opened(write(tmp_path / "a.jsonl", rows))[3][0]
+
+
+def test_an_empty_cell_of_a_csv_is_counted_and_numbers_are_read(tmp_path):
+    file = tmp_path / "A.CSV"
+    file.write_text("instruction,response\n" + "".join(f"t{n},{n}\n" for n in range(3, 9)) + "t9,\n")
+
+    assert opened(file)[3] == ["Rows: 5 in train, 1 in validation, left out 1 (a question or an answer is empty)"]
+
+
+def test_a_vocabulary_of_characters_leaves_out_what_it_cannot_write(tmp_path):
+    tokenizer = load_tokenizer(None, 64, {character: i for i, character in enumerate("\n abc")})
+    rows = [{"instruction": "a", "response": answer} for answer in ("a", "b", "c", "d", "é", "dé")]
+    add_template(tokenizer, "story_chat")
+
+    lines = opened(write(tmp_path / "a.jsonl", rows), tokenizer)[3]
+    assert lines == ["Rows: 2 in train, 1 in validation, left out 3 (the vocabulary lacks something in it: 'd', 'é')"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"instruction": "t5", "response": "t6"}\n', "has 1 rows to train on; give at least two"),
+        ('{"instruction": "t5", "response": null}\n', r"has 0 rows to train on, left out 1 \(a question or"),
+        ('{"instruction": "t5", "response": true}\n', "row 1, column response holds true, which is no text"),
+        ('{"messages": "t5"}\n', 'row 1, column messages holds "t5", no list of messages'),
+        ('{"messages": [{"role": "cat", "content": "t5"}]}\n', "the role 'cat' is unknown"),
+        ('{"instruction": "t5", "response": "\\ud83d"}\n', r"row 1, column response holds '\\ud83d' at character 1"),
+        ('{"a": 1}\n', "has the columns a; give messages, instruction and response"),
+        ("", "is empty"),
+    ],
+)
+def test_a_bad_table_is_one_sentence(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message) as raised:
+        opened(tmp_path / "a.jsonl")
+    assert "\n" not in str(raised.value)
