@@ -1,0 +1,54 @@
+"""Models that no architecture of transformers holds: one class for all of them, and its file beside their weights.
+
+The class is registered with transformers, so Fledge opens such a folder with its own copy and never runs a folder's
+file. Outside of Fledge the file itself runs, for those who pass `trust_remote_code=True`.
+"""
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from fledge.cli import UserError
+from fledge.custom import modeling_fledge_gpt
+from fledge.custom.modeling_fledge_gpt import FledgeGPTConfig, FledgeGPTForCausalLM
+
+FILE = Path(modeling_fledge_gpt.__file__)
+
+AutoConfig.register(FledgeGPTConfig.model_type, FledgeGPTConfig)
+AutoModelForCausalLM.register(FledgeGPTConfig, FledgeGPTForCausalLM)
+# Saving such a model then brings the file along, and names it in config.json.
+FledgeGPTConfig.register_for_auto_class()
+FledgeGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+def check_custom_code(folder: Path, name: str | Path | None = None) -> bool:
+    """Whether a model's folder needs code of its own, which is then Fledge's, letter for letter.
+
+    Raises:
+        UserError: it is other code.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        files = sorted({entry.split(".")[0] + ".py" for entry in config["auto_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # nothing to run; whoever opens the folder tells what is wrong with it
+    name = name or folder
+    if config.get("model_type") != FledgeGPTConfig.model_type or files != [FILE.name]:
+        raise UserError(
+            f"{name} needs code of its own ({', '.join(files)}), and Fledge runs none that it did not write; give it a "
+            "checkpoint and convert_checkpoint.py --allow_custom_code, or a model of an architecture of transformers."
+        )
+    if not (folder / FILE.name).is_file() or (folder / FILE.name).read_bytes() != FILE.read_bytes():
+        raise UserError(
+            f"{name}/{FILE.name} is not the file that this version of Fledge writes, and no other is run; convert the "
+            "checkpoint again, or use the version that wrote it."
+        )
+    return True
+
+
+def open_as_strangers_do(folder: Path) -> PreTrainedModel:
+    """The model of a folder by the file beside it, as `trust_remote_code=True` runs it, in float32."""
+    cls = get_class_from_dynamic_module(f"{FILE.stem}.{FledgeGPTForCausalLM.__name__}", str(folder))
+    return cls.from_pretrained(folder, dtype="float32", local_files_only=True)
