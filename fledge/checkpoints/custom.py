@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT, alibi_slopes
 from fledge.cli import UserError
-from fledge.custom.modeling_fledge_gpt import FledgeGPTConfig
+from fledge.custom.configuration_fledge_gpt import FledgeGPTConfig
 
 BLOCK = ("query", "key", "value", "output", "query_norm", "key_norm")
 SAME = (

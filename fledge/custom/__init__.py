@@ -1,7 +1,7 @@
-"""Models that no architecture of transformers holds: one class for all of them, and its file beside their weights.
+"""Models that no architecture of transformers holds: one class for all of them, and its files beside their weights.
 
 The class is registered with transformers, so Fledge opens such a folder with its own copy and never runs a folder's
-file. Outside of Fledge the file itself runs, for those who pass `trust_remote_code=True`.
+files. Outside of Fledge they do run, for those who pass `trust_remote_code=True`.
 """
 
 import json
@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from fledge.cli import UserError
-from fledge.custom import modeling_fledge_gpt
-from fledge.custom.modeling_fledge_gpt import FledgeGPTConfig, FledgeGPTForCausalLM
+from fledge.custom.configuration_fledge_gpt import FledgeGPTConfig
+from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
 
-FILE = Path(modeling_fledge_gpt.__file__)
+FILES = tuple(Path(__file__).with_name(f"{part}_fledge_gpt.py") for part in ("configuration", "modeling"))
 
 AutoConfig.register(FledgeGPTConfig.model_type, FledgeGPTConfig)
 AutoModelForCausalLM.register(FledgeGPTConfig, FledgeGPTForCausalLM)
-# Saving such a model then brings the file along, and names it in config.json.
+# Saving such a model then brings the files along, and names them in config.json.
 FledgeGPTConfig.register_for_auto_class()
 FledgeGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
@@ -35,20 +35,21 @@ def check_custom_code(folder: Path, name: str | Path | None = None) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # nothing to run; whoever opens the folder tells what is wrong with it
     name = name or folder
-    if config.get("model_type") != FledgeGPTConfig.model_type or files != [FILE.name]:
+    if config.get("model_type") != FledgeGPTConfig.model_type or files != [file.name for file in FILES]:
         raise UserError(
             f"{name} needs code of its own ({', '.join(files)}), and Fledge runs none that it did not write; give it a "
             "checkpoint and convert_checkpoint.py --allow_custom_code, or a model of an architecture of transformers."
         )
-    if not (folder / FILE.name).is_file() or (folder / FILE.name).read_bytes() != FILE.read_bytes():
-        raise UserError(
-            f"{name}/{FILE.name} is not the file that this version of Fledge writes, and no other is run; convert the "
-            "checkpoint again, or use the version that wrote it."
-        )
+    for file in FILES:
+        if not (folder / file.name).is_file() or (folder / file.name).read_bytes() != file.read_bytes():
+            raise UserError(
+                f"{name}/{file.name} is not the file that this version of Fledge writes, and no other is run; convert "
+                "the checkpoint again, or use the version that wrote it."
+            )
     return True
 
 
 def open_as_strangers_do(folder: Path) -> PreTrainedModel:
-    """The model of a folder by the file beside it, as `trust_remote_code=True` runs it, in float32."""
-    cls = get_class_from_dynamic_module(f"{FILE.stem}.{FledgeGPTForCausalLM.__name__}", str(folder))
+    """The model of a folder by the files beside it, as `trust_remote_code=True` runs it, in float32."""
+    cls = get_class_from_dynamic_module(f"{FILES[1].stem}.{FledgeGPTForCausalLM.__name__}", str(folder))
     return cls.from_pretrained(folder, dtype="float32", local_files_only=True)

@@ -1,21 +1,24 @@
 """A GPT that somebody wrote by hand, and whose parts no architecture of transformers has together.
 
-Fledge (`convert_checkpoint.py --allow_custom_code`) puts this file beside the weights, and transformers runs it for
-`from_pretrained(folder, trust_remote_code=True)`. It is the same for every model: config.json says which parts one has.
-It needs torch and transformers 5, reads nothing but its config, and opens no file and no connection.
+Fledge (`convert_checkpoint.py --allow_custom_code`) puts this file and `configuration_fledge_gpt.py` beside the
+weights, and transformers runs them for `from_pretrained(folder, trust_remote_code=True)`. They are the same for every
+model: config.json says which parts one has. They need torch and transformers 5, and open no file and no connection.
 
 Shapes: B rows, T tokens given, K tokens seen (T and those in the cache), D width, H heads, w width of a head.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_fledge_gpt import FledgeGPTConfig
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -26,75 +29,9 @@ ACTIVATIONS = {
 }
 
 
-class FledgeGPTConfig(PreTrainedConfig):
-    """What there is to say about one model.
-
-    parameters: names of the weights and biases that it has, those of a block as `block.query.weight`, and those of an
-        expert as `block.experts.mlp_in.weight`. A linear layer that is not named here is not there.
-    norm, qk_norm_type: layernorm or rmsnorm; `norm_offset` is added to the weight of each norm.
-    norm_placement: pre, x + f(norm(x)); post, norm(x + f(x)); sublayer, x + norm(f(x)); both, x + norm'(f(norm(x)));
-        none. `norm_2` that is not named is `norm_1` once more.
-    parallel: x + attention(norm_1(x)) + mlp(norm_2(x)), instead of one after the other.
-    rope: interleaved (neighbours turn together), half (i and i + half a head), or None; the first `rope_width`
-        coordinates of a head are turned, and the other way round if `rope_direction` is −1.
-    qk_norm: queries and keys are normalised over each head ("head"), over all heads together ("width"), or not at all.
-    alibi_slopes: a key at distance d is scored d times its head's slope lower.
-    attention_cap, final_logit_softcapping: c · tanh(x / c) of scores and of logits.
-    visible_window: how many tokens each one sees, itself included. (Its name keeps transformers' cache whole.)
-    experts_per_token, renormalise_experts: how many experts share a token, and whether their shares sum to one.
-    """
-
-    model_type = "fledge_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
-
-    vocab_size: int = 256
-    hidden_size: int = 64
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 4
-    head_dim: int = 16
-    intermediate_size: int = 256
-    shared_intermediate_size: int = 0
-    num_experts: int = 0
-    max_position_embeddings: int = 128
-    parameters: list[str] | None = None
-    activation: str = "gelu"
-    attention_scale: float = 0.25
-    attention_cap: float | None = None
-    visible_window: int | None = None
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    norm_offset: float = 0.0
-    norm_placement: str = "pre"
-    parallel: bool = False
-    final_norm: bool = True
-    embedding_norm: bool = False
-    rope: str | None = None
-    rope_theta: float = 10_000.0
-    rope_direction: int = 1
-    rope_width: int | None = None
-    alibi_slopes: list[float] | None = None
-    qk_norm: str | None = None
-    qk_norm_type: str = "rmsnorm"
-    qk_norm_after_rope: bool = False
-    experts_per_token: int = 0
-    renormalise_experts: bool = True
-    embedding_scale: float = 1.0
-    final_logit_softcapping: float | None = None
-    dropout: float = 0.0
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def has(self, name: str) -> bool:
-        return name in (self.parameters or ())
-
-    def linear(self, name: str, inputs: int, outputs: int) -> nn.Linear | None:
-        """The linear layer of that name, if the model has one."""
-        return nn.Linear(inputs, outputs, bias=self.has(f"{name}.bias")) if self.has(f"{name}.weight") else None
+def linear(config: FledgeGPTConfig, name: str, inputs: int, outputs: int) -> nn.Linear | None:
+    """The linear layer of that name, if the model has one."""
+    return nn.Linear(inputs, outputs, bias=config.has(f"{name}.bias")) if config.has(f"{name}.weight") else None
 
 
 class FledgeGPTNorm(nn.Module):
@@ -147,10 +84,10 @@ class FledgeGPTAttention(nn.Module):
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.config, self.layer_idx, self.is_causal = config, layer, True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.query = config.linear("block.query", config.hidden_size, queries)
-        self.key = config.linear("block.key", config.hidden_size, keys)
-        self.value = config.linear("block.value", config.hidden_size, keys)
-        self.output = config.linear("block.output", queries, config.hidden_size)
+        self.query = linear(config, "block.query", config.hidden_size, queries)
+        self.key = linear(config, "block.key", config.hidden_size, keys)
+        self.value = linear(config, "block.value", config.hidden_size, keys)
+        self.output = linear(config, "block.output", queries, config.hidden_size)
         if config.qk_norm:
             widths = (config.head_dim,) * 2 if config.qk_norm == "head" else (queries, keys)
             self.query_norm, self.key_norm = (
@@ -186,9 +123,9 @@ class FledgeGPTMLP(nn.Module):
     def __init__(self, config: FledgeGPTConfig, place: str, width: int):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.mlp_gate = config.linear(f"{place}.mlp_gate", config.hidden_size, width)
-        self.mlp_in = config.linear(f"{place}.mlp_in", config.hidden_size, width)
-        self.mlp_out = config.linear(f"{place}.mlp_out", width, config.hidden_size)
+        self.mlp_gate = linear(config, f"{place}.mlp_gate", config.hidden_size, width)
+        self.mlp_in = linear(config, f"{place}.mlp_in", config.hidden_size, width)
+        self.mlp_out = linear(config, f"{place}.mlp_out", width, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         opened = self.mlp_in(x)
@@ -202,12 +139,12 @@ class FledgeGPTExperts(nn.Module):
     def __init__(self, config: FledgeGPTConfig):
         super().__init__()
         self.count, self.renormalise = config.experts_per_token, config.renormalise_experts
-        self.router = config.linear("block.router", config.hidden_size, config.num_experts)
+        self.router = linear(config, "block.router", config.hidden_size, config.num_experts)
         experts = range(config.num_experts)
         self.experts = nn.ModuleList(FledgeGPTMLP(config, "block.experts", config.intermediate_size) for _ in experts)
         shared = config.has("block.shared.mlp_in.weight")
         self.shared = FledgeGPTMLP(config, "block.shared", config.shared_intermediate_size) if shared else None
-        self.shared_gate = config.linear("block.shared_gate", config.hidden_size, 1)
+        self.shared_gate = linear(config, "block.shared_gate", config.hidden_size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         shares, chosen = self.router(x).softmax(-1).topk(self.count, dim=-1)
@@ -268,8 +205,8 @@ class FledgeGPTPreTrainedModel(PreTrainedModel):
     config_class = FledgeGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["FledgeGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["FledgeGPTBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -380,7 +317,7 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
 
 
 class FledgeGPTForCausalLM(FledgeGPTPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.token_embedding.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.token_embedding.weight"}
 
     def __init__(self, config: FledgeGPTConfig):
         super().__init__(config)

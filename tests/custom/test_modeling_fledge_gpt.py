@@ -8,7 +8,7 @@ from random_gpts import CONTEXT, VOCAB, random_gpts
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
 from fledge.checkpoints.custom import to_custom
-from fledge.custom import FILE, check_custom_code, open_as_strangers_do
+from fledge.custom import FILES, check_custom_code, open_as_strangers_do
 from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
 from fledge.generation.answers import answer_each
 from fledge.generation.sampling import Sampling
@@ -139,7 +139,7 @@ def test_a_saved_folder_reads_back_by_the_file_beside_it(tmp_path_factory, gpt):
     folder = tmp_path_factory.mktemp("model")
     model = filled(gpt, torch.float32)
     model.save_pretrained(folder)
-    assert (folder / FILE.name).read_bytes() == FILE.read_bytes()
+    assert all((folder / file.name).read_bytes() == file.read_bytes() for file in FILES)
     assert check_custom_code(folder)
     strangers = open_as_strangers_do(folder)
     assert type(strangers).__module__ != FledgeGPTForCausalLM.__module__
