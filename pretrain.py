@@ -67,6 +67,7 @@ def main():
     from fledge.tokenizers import load_tokenizer, open_tokenizer
     from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
     from fledge.training.run_record import Progress, save_history
+    from fledge.training.sharding import CheckSharded, shard_on_cpus
     from fledge.training.trainer import finished, precision, use_all_threads
 
     args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
@@ -94,13 +95,14 @@ def main():
         tokens = open_tokens(tokens_dir, corpus, tokenizer)
     train, validation = (Blocks(tokens_dir, name, tokens, args.context_length) for name in ("train", "validation"))
     stop = StopOnSignal()
+    shard_on_cpus(config)
     trainer = PretrainTrainer(
         model=model,
         args=config,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[Progress(), Samples(tokenizer, args.sample_prompts, args.sample_tokens), stop],
+        callbacks=[CheckSharded(), Progress(), Samples(tokenizer, args.sample_prompts, args.sample_tokens), stop],
         bytes_per_token=validation.bytes_per_token,
     )
     trainer.remove_callback(PrinterCallback)

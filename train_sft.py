@@ -53,6 +53,7 @@ def main():
     from fledge.training.dataset import check_supervised, longest_row, open_dataset
     from fledge.training.resuming import StopOnSignal, find_checkpoint
     from fledge.training.run_record import Progress, run_record, save_history
+    from fledge.training.sharding import CheckSharded, shard_on_cpus
     from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
     from fledge.training.trainer import (
         InstructTrainer,
@@ -101,9 +102,10 @@ def main():
         shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
 
     stop = StopOnSignal()
-    callbacks = [Progress(), stop]
+    callbacks = [CheckSharded(), Progress(), stop]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    shard_on_cpus(config)
     try:
         trainer = InstructTrainer(
             model=model,

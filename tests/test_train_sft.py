@@ -376,3 +376,66 @@ def test_two_nodes_of_one_process_equal_one_process_with_twice_the_batch(small, 
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+
+
+# train_sft.py, which says what this process holds when training begins, and is killed after a step if told to.
+HOLDING = """
+import os, runpy, sys
+from torch.distributed.tensor import DTensor
+from fledge.training import sharding
+
+class Holding(sharding.CheckSharded):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        parameters = list(model.parameters())
+        held = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
+        print("HELD", held, sum(p.numel() for p in parameters), flush=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if str(state.global_step) == os.environ.get("KILL_AT"):
+            os._exit(9)
+
+sharding.CheckSharded = Holding
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SHARDING = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml", "--num_processes", 2)
+
+
+def test_fsdp2_spreads_the_weights_over_two_processes_and_trains_the_same(small, tmp_path):
+    steps = ("--max_steps", 4, "--logging_steps", 1)
+    (tmp_path / "holding.py").write_text(HOLDING, encoding="utf-8")
+    script = (tmp_path / "holding.py", "train_sft.py", "--model_name_or_path", small.base, "--dataset", small.data)
+    script += (*QUIET, *steps, "--per_device_train_batch_size", 4, "--save_strategy", "steps", "--save_steps", 2)
+    port = ("--main_process_port", 20000 + os.getpid() % 20000)
+    command = (*SHARDING, *port, *script, "--output_dir", tmp_path / "two")
+    killed = run_script(*command, check=False, KILL_AT="2")
+    assert killed.returncode != 0
+    assert not (tmp_path / "two" / "run.json").exists()
+    said = run_script(*command, "--resume", "auto").stdout
+    assert "checkpoint-2" in said
+
+    for output in (killed.stdout, said):
+        held = [list(map(int, line.split()[1:])) for line in output.splitlines() if line.startswith("HELD")]
+        assert len(held) == 2
+        assert sum(mine for mine, _ in held) == held[0][1] == held[1][1]
+        assert all(abs(mine / every - 0.5) < 0.05 for mine, every in held)
+    train(small, tmp_path / "one", *steps)
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "training_log.jsonl").open() if '"loss"' in line]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_that_is_told_to_shard_and_does_not_is_refused(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    said = refusal(capsys, small, tmp_path / "m")
+    assert "told to shard by FSDP and holds the whole model in each of its 1 processes" in said
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("fledge.training.sharding.find_spec", lambda package: None)
+    assert "DeepSpeed, which is not installed: pip install deepspeed." in refusal(capsys, small, tmp_path / "m")

@@ -28,6 +28,7 @@ from fledge.memory import keep_freed_memory
 from fledge.training.attention import LONGEST, NAME, attend_by_rows
 from fledge.training.loss import has_plain_logits, score_supervised_only
 from fledge.training.resuming import newest_checkpoint, tokens_seen
+from fledge.training.sharding import check_deepspeed
 
 
 @dataclass
@@ -71,6 +72,7 @@ class SmallModelConfig(SFTConfig):
 
 def choose_device_and_precision(config: TrainingArguments) -> None:
     """Sets `use_cpu`, `bf16` and `precision_reason` of a configuration that is not yet checked."""
+    check_deepspeed(config)
     config.use_cpu = config.use_cpu or not torch.accelerator.is_available()
     config.precision_reason = "as asked for"
     if config.bf16 is None and not config.fp16:

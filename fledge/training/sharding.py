@@ -1,0 +1,62 @@
+"""Weights, gradients and optimizer states spread over processes: on CPUs too, and checked to be."""
+
+import os
+from importlib.util import find_spec
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainingArguments
+
+from fledge.cli import UserError
+
+
+def told_to_shard(config: TrainingArguments) -> str | None:
+    """What the launcher or a key asks for: "FSDP", "DeepSpeed", or nothing."""
+    for name, key in (("FSDP", config.fsdp), ("DeepSpeed", config.deepspeed)):
+        if key or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            return name
+    return None
+
+
+def check_deepspeed(config: TrainingArguments) -> None:
+    """Raises:
+    UserError: DeepSpeed is asked for and not installed.
+    """
+    if told_to_shard(config) == "DeepSpeed" and find_spec("deepspeed") is None:
+        raise UserError("This run was told to shard by DeepSpeed, which is not installed: pip install deepspeed.")
+
+
+def shard_on_cpus(config: TrainingArguments) -> None:
+    """Lets accelerate shard over CPU processes, before a trainer is made.
+
+    It takes FSDP for accelerators alone, and on CPUs trains with whole copies (DDP) without a word, although FSDP2
+    works over gloo. What `AcceleratorState` does for GPUs is done for CPUs here.
+    """
+    if not (config.use_cpu and config.world_size > 1 and told_to_shard(config) == "FSDP"):
+        return
+    plugin = FullyShardedDataParallelPlugin(**(config.fsdp_plugin_args or {}))
+    precision = config.mixed_precision
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    state = AcceleratorState(precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+    state.fsdp_plugin = plugin
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+class CheckSharded(TrainerCallback):
+    """Stops, before the first step, a run that was told to shard and holds everything in every process."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        told = told_to_shard(args)
+        by_deepspeed = AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+        shards = {
+            "FSDP": any(isinstance(p, DTensor) for p in model.parameters()),
+            "DeepSpeed": by_deepspeed,
+            None: True,
+        }
+        if not shards[told]:
+            raise UserError(
+                f"This run was told to shard by {told} and holds the whole model in each of its {args.world_size} "
+                "processes; FSDP needs fsdp_version 2 and two processes, DeepSpeed GPUs: see docs/training.md."
+            )
