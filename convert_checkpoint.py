@@ -30,6 +30,13 @@ class ConvertArguments:
     reference: str | None = field(default=None, metadata={"help": "your own module, FILE.py:Class; this runs its code"})
     reference_kwargs: str | None = field(default=None, metadata={"help": "JSON for its constructor"})
     probe_text: str | None = field(default=None, metadata={"help": "a text file like the training text"})
+    allow_custom_code: bool = field(
+        default=False,
+        metadata={
+            "help": "if no class of transformers holds the model exactly, write a modeling file beside the weights; "
+            "opening it elsewhere then needs trust_remote_code=True"
+        },
+    )
     inspect: bool = field(default=False, metadata={"help": "print each tensor and the role it was taken for, and stop"})
     dry_run: bool = field(default=False, metadata={"help": "prove and report everything, write nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier conversion in output_dir"})
@@ -49,11 +56,13 @@ def main():
 
     import fledge
     from fledge.checkpoints import evidence
+    from fledge.checkpoints.custom import represent
     from fledge.checkpoints.layouts import Fact, fit_vocabulary, read_mapping, recognise, require_settled
     from fledge.checkpoints.loading import load_checkpoint
     from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
     from fledge.checkpoints.structure import detect
-    from fledge.checkpoints.targets import refuse_unconvertible, to_target
+    from fledge.checkpoints.targets import refuse_unconvertible
+    from fledge.custom import FledgeGPTConfig, hashes, open_as_strangers_do
     from fledge.memory import return_freed_memory
     from fledge.tokenizers import load_tokenizer
 
@@ -96,7 +105,8 @@ def main():
     require_settled(facts)
 
     token_ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    config, weights, folds = to_target(gpt, token_ids, args.target)
+    config, weights, folds = represent(gpt, token_ids, args.target, args.allow_custom_code)
+    own_code = isinstance(config, FledgeGPTConfig)
     folds = [*cut, *folds]
     for fold in folds:
         print(f"  {fold}")
@@ -113,6 +123,7 @@ def main():
         "folds": folds,
         "left_out": checkpoint.left_out,
         "target": type(model).__name__,
+        "custom_code": hashes() if own_code else None,
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "context_length": gpt.context_length,
         "vocab_size": gpt.vocab_size,
@@ -140,7 +151,8 @@ def main():
         prove_written(folder / "model.safetensors", weights)
         del gpt, checkpoint, weights, model  # what is loaded now takes their place in memory
         gc.collect()
-        proof |= prove_saved(probes, AutoModelForCausalLM.from_pretrained(folder))
+        reloaded = open_as_strangers_do(folder) if own_code else AutoModelForCausalLM.from_pretrained(folder)
+        proof |= prove_saved(probes, reloaded)
         write_json(folder / "conversion.json", report)
     print(
         f"Proven: {proof['float64_max_error']:.1e} in float64; {proof['max_relative_error']:.1e} of the largest logit "
@@ -149,6 +161,8 @@ def main():
     )
     if "probe_text_loss" in proof:
         print(f"Loss on {args.probe_text}: {proof['probe_text_loss']:.3f} nats per token.")
+    if own_code:
+        print("It has code of its own: Fledge opens it as any model, and elsewhere it needs trust_remote_code=True.")
     print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters. Next: prepare_dataset.py")
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from fledge.checkpoints.canonical import CanonicalGPT, alibi_slopes
+from fledge.checkpoints.targets import to_target
 from fledge.cli import UserError
 from fledge.custom.configuration_fledge_gpt import FledgeGPTConfig
 
@@ -24,6 +26,26 @@ SAME = (
     *("qk_norm_after_rope", "experts_per_token", "renormalise_experts", "embedding_scale"),
 )
 """Fields that are called alike on both sides."""
+
+
+def represent(
+    gpt: CanonicalGPT, token_ids: dict[str, int | None], target: str, allow_custom_code: bool
+) -> tuple[PreTrainedConfig, dict[str, Tensor], list[str]]:
+    """`to_target`, or a model with code of its own where no class of transformers holds `gpt` and that is allowed.
+
+    Raises:
+        UserError: no target holds it and code of its own is not allowed; or the target asked for does not hold it.
+    """
+    try:
+        return to_target(gpt, token_ids, target)
+    except UserError as reason:
+        if target != "auto":
+            raise
+        if not allow_custom_code:
+            raise UserError(
+                f"{reason} --allow_custom_code writes it exactly, with a small modeling file beside the weights."
+            ) from reason
+        return *to_custom(gpt, token_ids), [f"{reason} So it gets code of its own."]
 
 
 def to_custom(gpt: CanonicalGPT, token_ids: dict[str, int | None]) -> tuple[FledgeGPTConfig, dict[str, Tensor]]:

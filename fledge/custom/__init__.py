@@ -4,6 +4,7 @@ The class is registered with transformers, so Fledge opens such a folder with it
 files. Outside of Fledge they do run, for those who pass `trust_remote_code=True`.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from fledge.cli import UserError
 from fledge.custom.configuration_fledge_gpt import FledgeGPTConfig
 from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
+
+__all__ = ["FILES", "FledgeGPTConfig", "check_custom_code", "hashes", "open_as_strangers_do"]
 
 FILES = tuple(Path(__file__).with_name(f"{part}_fledge_gpt.py") for part in ("configuration", "modeling"))
 
@@ -47,6 +50,11 @@ def check_custom_code(folder: Path, name: str | Path | None = None) -> bool:
                 "the checkpoint again, or use the version that wrote it."
             )
     return True
+
+
+def hashes() -> dict[str, str]:
+    """The SHA-256 of each file, for the record of a conversion."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in FILES}
 
 
 def open_as_strangers_do(folder: Path) -> PreTrainedModel:
