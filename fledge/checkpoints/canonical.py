@@ -180,7 +180,7 @@ class Reference:
         norm_2 = f"{block}.norm_2" if f"{block}.norm_2.weight" in self.gpt.tensors else norm_1
         if self.gpt.parallel:
             return x + self.attention(block, self.norm(norm_1, x)) + self.mlp(block, self.norm(norm_2, x))
-        for part, name in ((self.attention, norm_1), (self.mlp, norm_2)):
+        for n, part, name in ((1, self.attention, norm_1), (2, self.mlp, norm_2)):
             if placement == "pre":
                 x = x + part(block, self.norm(name, x))
             elif placement == "post":
@@ -188,7 +188,7 @@ class Reference:
             elif placement == "sublayer":
                 x = x + self.norm(name, part(block, x))
             elif placement == "both":
-                x = x + self.norm(f"{name}_after", part(block, self.norm(name, x)))
+                x = x + self.norm(f"{block}.norm_{n}_after", part(block, self.norm(name, x)))
             else:
                 x = x + part(block, x)
         return x

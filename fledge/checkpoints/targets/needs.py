@@ -1,0 +1,87 @@
+"""What a canonical GPT needs a class of transformers to have, in words that end the sentence "the class has no …"."""
+
+from torch import Tensor
+
+from fledge.checkpoints.canonical import CanonicalGPT
+
+NORM_NAMES = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
+PLACEMENTS = {
+    "pre": "pre-norm blocks",
+    "post": "post-norm blocks",
+    "sublayer": "norm behind each sublayer alone",
+    "both": "norms before and behind each sublayer",
+    "none": "blocks without norms",
+}
+QK_NORMS = {
+    (None, "layernorm"): "attention without a norm of queries and keys",
+    (None, "rmsnorm"): "attention without a norm of queries and keys",
+    ("head", "layernorm"): "LayerNorm of each head's queries and keys",
+    ("head", "rmsnorm"): "RMSNorm of each head's queries and keys",
+    ("width", "layernorm"): "LayerNorm over all queries and over all keys",
+    ("width", "rmsnorm"): "RMSNorm over all queries and over all keys",
+}
+
+
+def needs(gpt: CanonicalGPT) -> list[str]:
+    """Everything that some class lacks, for a model whose norms all have weights."""
+    found = [_positions(gpt), NORM_NAMES[gpt.norm], PLACEMENTS[gpt.norm_placement], _mlp(gpt)]
+    if gpt.rope and "position_embedding.weight" in gpt.tensors:
+        found.append("learned positions beside rotary ones")
+    if gpt.rope and gpt.turned_width != gpt.head_width:
+        found.append("rotation of a part of each head")
+    if _any_weight(gpt, "norm_1", "norm_2", "norm_1_after", "norm_2_after", "final_norm", "embedding_norm"):
+        found.append("weights in norms")
+    found.append("final norm" if gpt.final_norm else "model without a final norm")
+    if gpt.final_norm and gpt.norm_placement == "post":
+        found.append("final norm behind post-norm blocks")
+    found.append("norm of the embeddings" if gpt.embedding_norm else "embeddings without a norm")
+    if gpt.parallel:
+        found.append("parallel blocks")
+    if len(gpt.tensors["blocks.0.query.weight"]) != gpt.width:
+        found.append("heads of another width than the model's share")
+    found.append(QK_NORMS[gpt.qk_norm, gpt.qk_norm_type])
+    if gpt.qk_norm == "head" and gpt.qk_norm_type == "layernorm" and gpt.qk_norm_after_rope and gpt.rope:
+        found.append("LayerNorm behind the rotation")
+    scaled = gpt.attention_scale != gpt.usual_scale
+    if gpt.qk_norm and (scaled or _any_weight(gpt, "query_norm", "key_norm")):
+        found.append("weights in a norm of queries and keys")
+        if gpt.qk_norm_after_rope and gpt.rope and _any_weight(gpt, "query_norm", "key_norm"):
+            found.append("weights in a norm behind the rotation")
+    for value, words in (
+        (gpt.attention_cap, "soft cap on attention scores"),
+        (gpt.logit_cap, "soft cap on logits"),
+        (gpt.window, "sliding window"),
+    ):
+        if value is not None:
+            found.append(words)
+    return found
+
+
+def biased(gpt: CanonicalGPT) -> set[str]:
+    """The roles that have a bias: query, mlp_in, final_norm …"""
+    return {name.split(".")[-2] for name in gpt.tensors if name.endswith(".bias")}
+
+
+def _positions(gpt: CanonicalGPT) -> str:
+    if gpt.rope:
+        return "rotary positions"
+    return "ALiBi" if gpt.alibi else "learned positions"
+
+
+def _mlp(gpt: CanonicalGPT) -> str:
+    if gpt.n_expert:
+        if not gpt.gated:
+            return "experts without a gate"
+        shared = "blocks.0.shared.mlp_in.weight" in gpt.tensors
+        return "experts beside a shared one" if shared else "experts"
+    return "gated MLP" if gpt.gated else "MLP without a gate"
+
+
+def _any_weight(gpt: CanonicalGPT, *roles: str) -> bool:
+    """Whether one of these norms has a weight that is not one."""
+
+    def weighs(tensor: Tensor) -> bool:
+        return not bool((tensor == 1).all())
+
+    named = {f".{role}.weight" for role in roles}
+    return any(weighs(tensor) for name, tensor in gpt.tensors.items() if any(f".{name}".endswith(n) for n in named))
