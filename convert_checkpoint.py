@@ -22,9 +22,9 @@ class ConvertArguments:
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     layout: str | None = field(default=None, metadata={"help": "force a known layout's defaults"})
     mapping: str | None = field(default=None, metadata={"help": "a YAML file that names roles and facts by hand"})
-    target: str = field(default="auto", metadata={"help": "auto, gpt2, stablelm or llama (default auto)"})
+    target: str = field(default="auto", metadata={"help": "gpt2, llama, opt, …: a class of transformers (or auto)"})
     n_head: int | None = field(default=None, metadata={"help": "attention heads, when the checkpoint does not say"})
-    activation: str | None = field(default=None, metadata={"help": "gelu, gelu_tanh, relu or silu"})
+    activation: str | None = field(default=None, metadata={"help": "gelu, gelu_tanh, relu, relu2 or silu"})
     attention_scale: float | None = field(default=None, metadata={"help": "default: 1/sqrt(width of a head)"})
     norm_eps: float | None = field(default=None, metadata={"help": "the norms' epsilon (default 1e-5)"})
     reference: str | None = field(default=None, metadata={"help": "your own module, FILE.py:Class; this runs its code"})
@@ -53,6 +53,7 @@ def main():
     import transformers
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.core_model_loading import revert_weight_conversion
 
     import fledge
     from fledge.checkpoints import evidence
@@ -114,7 +115,7 @@ def main():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     print("Proving: the same logits in float64 ...", flush=True)
     probes = reference(gpt)
-    proof["float64_max_error"] = prove_exact(probes, model, weights)
+    proof["float64_max_error"] = prove_exact(probes, model, weights, folds)
     proof["positions"] = sum(ids.numel() for ids, _ in probes)
     report = {
         "source": checkpoint.source,
@@ -148,7 +149,7 @@ def main():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         print("Proving: the same from the saved folder ...", flush=True)
-        prove_written(folder / "model.safetensors", weights)
+        prove_written(folder / "model.safetensors", revert_weight_conversion(model, weights))
         del gpt, checkpoint, weights, model  # what is loaded now takes their place in memory
         gc.collect()
         reloaded = open_as_strangers_do(folder) if own_code else AutoModelForCausalLM.from_pretrained(folder)

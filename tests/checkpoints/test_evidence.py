@@ -41,7 +41,7 @@ from fledge.checkpoints.evidence import (
     text_windows,
 )
 from fledge.checkpoints.layouts import Fact, recognise, require_settled
-from fledge.checkpoints.targets import refuse_unconvertible
+from fledge.checkpoints.targets import refuse_unconvertible, to_target
 from fledge.cli import UserError
 
 # A language of eight letters, of which the next follows from the last and the third last, but for one in thirty.
@@ -184,14 +184,15 @@ def test_rotation_and_norm_are_found_in_text(page):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("non_causal", "trained without a causal mask"), ("post_norm", "blocks are post-norm")]
+    ("name", "reason"),
+    [("non_causal", "trained without a causal mask"), ("post_norm", "no final norm behind post-norm")],
 )
 def test_model_that_no_target_holds_is_refused_for_what_text_shows(name, reason, page):
     model, _, facts = read(trained(name), {})
     refuse_unconvertible(model)
     model, _, _ = settle_by_text(model, facts, tokenizer, page)
     with pytest.raises(UserError, match=reason):
-        refuse_unconvertible(model)
+        to_target(model, {})
 
 
 def test_what_was_stated_is_not_tried(page):
@@ -448,13 +449,14 @@ def test_heads_and_rotation_that_nobody_stated_are_settled_by_the_authors_module
 
 @pytest.mark.parametrize("config", [{}, {"n_head": HEADS}], ids=["no config", "config"])
 @pytest.mark.parametrize(
-    ("name", "reason"), [("non_causal", "trained without a causal mask"), ("post_norm", "blocks are post-norm")]
+    ("name", "reason"),
+    [("non_causal", "trained without a causal mask"), ("post_norm", "no final norm behind post-norm")],
 )
 def test_model_that_no_target_holds_is_refused_for_what_its_module_shows(name, reason, config):
     module, _ = REFUSED[name]()
     model, _ = settled(module, config, lambda ids: own_logits(module, ids))
     with pytest.raises(UserError, match=reason):
-        refuse_unconvertible(model)
+        to_target(model, {})
 
 
 def test_module_that_computes_something_else_is_refused():

@@ -44,6 +44,7 @@ def to_target(
     """
     if target not in ("auto", *TARGETS):
         raise UserError(f"--target {target} is unknown; choose auto, {', '.join(TARGETS)}.")
+    refuse_unconvertible(gpt)
     plain, folds = _plain(gpt)
     found = obstacles(gpt)
     missing = {*needs(plain)}
