@@ -51,7 +51,7 @@ def main():
 
     from fledge.tokenizers import open_tokenizer
     from fledge.training.dataset import check_supervised, longest_row, open_dataset
-    from fledge.training.resuming import StopOnSignal, find_checkpoint
+    from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
     from fledge.training.run_record import Progress, run_record, save_history
     from fledge.training.sharding import CheckSharded, shard_on_cpus
     from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
@@ -68,6 +68,7 @@ def main():
         smoke,
         use_all_threads,
     )
+    from fledge.training.trial import time_needed
     from fledge.vocabulary import add_rows
 
     args, config, model_args = parse(arguments, RunArguments, SmallModelConfig, ModelConfig, description=__doc__)
@@ -120,12 +121,13 @@ def main():
         raise UserError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
     loss = prepare_model(trainer)
+    trial = time_needed(trainer, tokens_seen(checkpoint))
     if trainer.is_world_process_zero():
         print(trained_share(trainer.model))
         if new_tokens:
             print(f"New tokens {new_tokens}: the dataset's template has them, and the model learns them")
         print(f"Processes {config.world_size}; precision {precision(config)}: {config.precision_reason}")
-        print(*[line for line in (threads, loss, *lines) if line], sep="\n")
+        print(*[line for line in (threads, loss, *lines, trial) if line], sep="\n")
         if args.resume:
             print(f"Going on from {checkpoint}" if checkpoint else "A fresh start: there is no complete checkpoint")
         sys.stdout.flush()

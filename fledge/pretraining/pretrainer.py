@@ -27,6 +27,7 @@ from fledge.training.loss import ScoreTokens
 from fledge.training.muon import MuonWithAdamW
 from fledge.training.run_record import outcome
 from fledge.training.trainer import choose_device_and_precision
+from fledge.training.trial import in_words, seconds_of
 
 
 @dataclass
@@ -192,21 +193,9 @@ class PretrainTrainer(Trainer):
 
     def seconds_a_step(self) -> float:
         """Forward and backward of one step on this device, by a short trial that leaves no trace."""
-        model = self.model.to(self.args.device).train()
         rows = [self.train_dataset[k % len(self.train_dataset)] for k in range(self.args.train_batch_size)]
         batch = self._prepare_inputs(default_data_collator(rows))
-        times = []
-        with torch.random.fork_rng():
-            for _ in range(3):  # the first warms up
-                start = time.perf_counter()
-                with self.accelerator.autocast():
-                    loss = model(**batch).loss
-                loss.backward()
-                if self.args.device.type != "cpu":
-                    torch.accelerator.synchronize()
-                times.append(time.perf_counter() - start)
-        model.zero_grad()
-        return min(times[1:]) * self.args.gradient_accumulation_steps
+        return seconds_of(self, lambda: self.model(**batch).loss, 2) * self.args.gradient_accumulation_steps
 
 
 class Samples(TrainerCallback):
@@ -270,11 +259,7 @@ def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
         f"{seen / parameters:.1f} tokens a parameter (20 is the best use of compute); {estimate['flops']:.1e} FLOPs.",
     ]
     if seconds:
-        minutes = steps * seconds / 60
-        lines.append(
-            f"Time: {seconds:.2f} s a step in a short trial here, about "
-            + (f"{minutes:.0f} minutes." if minutes < 180 else f"{minutes / 60:.0f} hours.")
-        )
+        lines.append(f"Time: {seconds:.2f} s a step in a short trial here, about {in_words(steps * seconds)}.")
     if epochs > 4:
         lines.append("More than four passes: repeated text teaches less and less; more text would teach more.")
     return estimate, lines
