@@ -170,7 +170,7 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
         self.mlp = FledgeGPTExperts(config) if moe else FledgeGPTMLP(config, "block", config.intermediate_size)
         norms = ["norm_1"] if self.parallel or self.placement != "none" else []
         norms += ["norm_2"] if config.has("block.norm_2.weight") else []
-        norms += [f"{name}_after" for name in norms] if self.placement == "both" and not self.parallel else []
+        norms += ["norm_1_after", "norm_2_after"] if self.placement == "both" and not self.parallel else []
         for name in norms:
             setattr(self, name, FledgeGPTNorm(config, f"block.{name}", config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
@@ -186,7 +186,7 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
         second = "norm_2" if "norm_2" in norms else "norm_1"
         if self.parallel:
             return x + attention(norms["norm_1"](x)) + mlp(norms[second](x))
-        for part, name in ((attention, "norm_1"), (mlp, second)):
+        for part, name, after in ((attention, "norm_1", "norm_1_after"), (mlp, second, "norm_2_after")):
             if self.placement == "pre":
                 x = x + part(norms[name](x))
             elif self.placement == "post":
@@ -194,7 +194,7 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
             elif self.placement == "sublayer":
                 x = x + norms[name](part(x))
             elif self.placement == "both":
-                x = x + norms[f"{name}_after"](part(norms[name](x)))
+                x = x + norms[after](part(norms[name](x)))
             else:
                 x = x + part(x)
         return x

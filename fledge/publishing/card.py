@@ -145,6 +145,7 @@ def model_card(
     firsts = [sample for sample in samples if sample["sample"] == 0][:SHOWN]
     messages = samples[0]["messages"] if samples else task.EXAMPLE
     measured = emissions(folder)
+    custom_code = sorted(file.name for file in folder.glob("*_fledge_gpt.py"))
     results = [
         EvalResult(
             task_type="text-generation",
@@ -166,7 +167,8 @@ def model_card(
         pipeline_tag="text-generation",
         base_model=base_model,
         datasets=[dataset_repo_id] if dataset_repo_id else None,
-        tags=["fledge", "trl", "sft", "instruction-tuning", *origin, budget["task"].replace("_", "-")],
+        tags=["fledge", "trl", "sft", "instruction-tuning", *origin, budget["task"].replace("_", "-")]
+        + ["custom_code"] * bool(custom_code),
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
         co2_eq_emissions=measured
@@ -195,6 +197,7 @@ def model_card(
         dataset_repo_id=dataset_repo_id,
         license_id=license_id,
         emissions=measured,
+        custom_code=custom_code,
         has_curve=(folder / "loss_curve.png").exists(),
         has_adapter=(folder / "adapter").is_dir(),
         exports=sorted(

@@ -156,6 +156,7 @@ def space_settings(model_dir: Path, samples: list[dict], repo_id: str, base_mode
     return {
         "model": repo_id,
         "base": base_model,
+        "trust_remote_code": any(model_dir.glob("modeling_*.py")),
         "title": repo_id.split("/")[-1],
         "description": f"A language model trained to {task.PURPOSE}.",
         "notice": NOTICE,
@@ -177,7 +178,9 @@ def download_records(repo_id: str) -> Path:
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=["budget.json", "generation_config.json"]))
+        folder = Path(
+            snapshot_download(repo_id, allow_patterns=["budget.json", "generation_config.json", "*_fledge_gpt.py"])
+        )
     except (HTTPError, LocalEntryNotFoundError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"There is no folder {repo_id}, and the Hub gave no such model: {reason}") from error

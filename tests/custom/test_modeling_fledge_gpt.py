@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from any_gpts import CONTEXT, VOCAB, any_gpts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_gpts import CONTEXT, VOCAB, random_gpts
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
 from fledge.checkpoints.custom import to_custom
@@ -34,7 +34,7 @@ def error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @many
-@given(random_gpts())
+@given(any_gpts())
 def test_each_architecture_computes_what_the_reference_does(gpt):
     expected = reference_logits(gpt, IDS)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_each_architecture_computes_what_the_reference_does(gpt):
 
 
 @some
-@given(random_gpts(), st.integers(1, CONTEXT - 2), st.integers(1, 5))
+@given(any_gpts(), st.integers(1, CONTEXT - 2), st.integers(1, 5))
 def test_the_cache_changes_nothing_whatever_the_pieces_are(gpt, first, piece):
     model, cache, logits = filled(gpt), None, []
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_cache_changes_nothing_whatever_the_pieces_are(gpt, first, piece):
 
 
 @some
-@given(random_gpts(), st.integers(1, CONTEXT - 1), st.sampled_from(("left", "right")))
+@given(any_gpts(), st.integers(1, CONTEXT - 1), st.sampled_from(("left", "right")))
 def test_padding_on_either_side_changes_no_text(gpt, length, side):
     model = filled(gpt)
     ids, mask = IDS[:2].clone(), torch.ones(2, CONTEXT, dtype=torch.long)
@@ -71,7 +71,7 @@ def test_padding_on_either_side_changes_no_text(gpt, length, side):
 
 
 @some
-@given(random_gpts(), st.integers(1, CONTEXT - 1))
+@given(any_gpts(), st.integers(1, CONTEXT - 1))
 def test_texts_packed_into_a_row_do_not_see_each_other(gpt, cut):
     model = filled(gpt)
     positions = torch.cat([torch.arange(cut), torch.arange(CONTEXT - cut)])[None]
@@ -82,7 +82,7 @@ def test_texts_packed_into_a_row_do_not_see_each_other(gpt, cut):
 
 
 @some
-@given(random_gpts())
+@given(any_gpts())
 def test_generate_in_a_batch_padded_on_the_left_equals_one_by_one(gpt):
     model, settings = filled(gpt), {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
     prompts = [IDS[0, :3], IDS[1, :7]]
@@ -102,7 +102,7 @@ class NoText:
 
 
 @some
-@given(random_gpts())
+@given(any_gpts())
 def test_fledges_own_answer_loop_agrees_with_generate(gpt):
     model = filled(gpt)
     prompts = [IDS[i, : 2 + 3 * i].tolist() for i in range(3)]
@@ -117,7 +117,7 @@ def test_fledges_own_answer_loop_agrees_with_generate(gpt):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @some
-@given(random_gpts())
+@given(any_gpts())
 def test_gradients_reach_every_parameter_and_agree_when_checkpointed(gpt):
     gradients = []
     for checkpointing in (False, True):
@@ -134,7 +134,7 @@ def test_gradients_reach_every_parameter_and_agree_when_checkpointed(gpt):
 
 
 @settings(some, max_examples=5)
-@given(random_gpts())
+@given(any_gpts())
 def test_a_saved_folder_reads_back_by_the_file_beside_it(tmp_path_factory, gpt):
     folder = tmp_path_factory.mktemp("model")
     model = filled(gpt, torch.float32)
@@ -148,7 +148,7 @@ def test_a_saved_folder_reads_back_by_the_file_beside_it(tmp_path_factory, gpt):
 
 
 @settings(some, max_examples=5)
-@given(random_gpts())
+@given(any_gpts())
 def test_new_tokens_get_rows_and_change_no_other_logit(gpt):
     model = filled(gpt, torch.float32)
     with torch.no_grad():

@@ -10,7 +10,7 @@ HIDDEN = 20
 
 
 @st.composite
-def random_gpts(draw) -> CanonicalGPT:
+def any_gpts(draw) -> CanonicalGPT:
     width = draw(st.sampled_from((12, HEADS * HEAD)))  # not every model is as wide as its heads together
 
     def maybe(value):
@@ -66,8 +66,8 @@ def random_gpts(draw) -> CanonicalGPT:
             mlp(block)
         for name in ("norm_1", "norm_2")[: (parallel or placement != "none") * (1 + second)]:
             norms[f"{block}.{name}"] = width
-            if placement == "both" and not parallel:
-                norms[f"{block}.{name}_after"] = width
+        if placement == "both" and not parallel:
+            norms |= {f"{block}.norm_1_after": width, f"{block}.norm_2_after": width}
         if qk_norm:
             of_keys = HEAD if qk_norm == "head" else kv_heads * HEAD
             norms |= {f"{block}.query_norm": HEAD if qk_norm == "head" else HEADS * HEAD, f"{block}.key_norm": of_keys}
