@@ -181,7 +181,9 @@ def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
     pinned = re.search(r"^gradio==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert metadata["sdk_version"] == GRADIO == pinned
     assert metadata["models"] == ["someone/tiny-tales"]
-    assert not re.search(r"import fledge|from fledge|trust_remote_code", (space / "app.py").read_text(encoding="utf-8"))
+    app = (space / "app.py").read_text(encoding="utf-8")
+    assert not re.search(r"import fledge|from fledge|trust_remote_code=True", app)
+    assert json.loads((space / "settings.json").read_text(encoding="utf-8"))["trust_remote_code"] is False
 
 
 @pytest.mark.parametrize("task", TASKS)
