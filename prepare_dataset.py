@@ -170,9 +170,10 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
         columns={column: list(kind) if column in classes else kind for column, kind in plan.task.COLUMNS.items()},
     )
     budget.count(facts)
-    print(f"Read {budget.rows_read:,} records: {budget.examples:,} examples.", flush=True)
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())
+    left_out = f" Left out: {reasons}." if reasons else ""
+    print(f"Read {budget.rows_read:,} records: {budget.examples:,} examples.{left_out}", flush=True)
     if not facts.total:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())
         raise UserError(f"No record of {', '.join(args.data)} can be used ({reasons}).")
 
     balanced = (args.balance, classes[args.balance]) if args.balance else None
@@ -180,8 +181,8 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     if args.near_duplicates:
         signatures = [preparation.folder / f"{block}.minhash.npy" for block in facts.blocks]
         near = near_duplicates(signatures, facts.columns["group"], args.near_duplicates)
-    names, split_of, left_out = assign_splits(facts, plan.shares, balanced, args.seed, near)
-    budget.rejected.update(left_out)
+    names, split_of, repeated = assign_splits(facts, plan.shares, balanced, args.seed, near)
+    budget.rejected.update(repeated)
     for number, name in enumerate(names):
         budget.describe(name, facts.of(split_of == number), classes)
     columns = written_columns(plan.task)

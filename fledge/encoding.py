@@ -7,7 +7,7 @@ never on a cut one. A control token that stands in somebody's text stays text.
 
 import bisect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -126,24 +126,30 @@ def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: lis
 
 
 def fit(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, whole: Encoded, max_length: int, overflow: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    whole: Encoded,
+    max_length: int,
+    overflow: str,
+    may_cut: bool = True,
 ) -> tuple[Messages, Encoded] | None:
     """Applies an overflow policy; `None` when the example has to go.
 
     drop            an example longer than `max_length` goes.
-    cut_prompt      the text that its prompt gives (what follows `INPUT_MARK`, else the longest message of the user)
-                    loses its end, so that the answer stays whole; it goes if that is not enough. The shortened
-                    messages are returned, and the ids are theirs.
-    cut_completion  the input is cut as above where there is one and that suffices; else the answer loses its end, and
+    cut_prompt      the text that its prompt gives (what follows `INPUT_MARK`) loses its end, by whole words; where no
+                    message gives one, the oldest turns of the conversation go, whole. The question never loses a word.
+                    The example goes if that is not enough. The shortened messages are returned, and the ids are theirs.
+    cut_completion  the text is cut as above where there is one and that suffices; else the answer loses its end, and
                     with it its end-of-text.
+
+    Without `may_cut`, which is the task's to say, no prompt is cut.
     """
     excess = len(whole) - max_length
     if excess <= 0:
         return messages, whole
-    has_input = any(INPUT_MARK in message["content"] for message in messages if message["role"] == "user")
-    if overflow == "cut_prompt" or (overflow == "cut_completion" and has_input):
-        shortened = _cut_prompt(tokenizer, messages, max_length)
-        if shortened or overflow == "cut_prompt":
+    if may_cut and (overflow == "cut_prompt" or (overflow == "cut_completion" and _text_at(messages) is not None)):
+        shortened = _cut_text(tokenizer, messages, max_length) or _cut_turns(tokenizer, messages, max_length)
+        if shortened:
             return shortened
     if overflow == "cut_completion" and excess < whole.completion_length:
         cut = Encoded(whole.input_ids[:-excess], whole.labels[:-excess], whole.completion_length - excess, was_cut=True)
@@ -151,26 +157,68 @@ def fit(
     return None
 
 
-def _cut_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int
-) -> tuple[Messages, Encoded] | None:
-    """Keeps as many words of the prompt's input as fit, at least one."""
-    givens = []
+def shortest(messages: Messages) -> Messages:
+    """What a cut leaves at least: one word of the longest text; the last turn, where no message gives a text."""
+    place = _text_at(messages)
+    if place is None:
+        return list(_turns(messages))[-1]
+    before, mark, text = messages[place]["content"].rpartition(INPUT_MARK)
+    return _with_content(messages, place, before + mark + text.split(maxsplit=1)[0])
+
+
+def _text_at(messages: Messages) -> int | None:
+    """The place of the message that gives the longest text to work on, if one does."""
+    lengths = {}
     for place, message in enumerate(messages):
         if message["role"] == "user":
-            before, mark, given = message["content"].rpartition(INPUT_MARK)
-            givens.append((bool(mark), len(given), place, before + mark, given))
-    _, _, place, kept, given = max(givens)
+            text = message["content"].rpartition(INPUT_MARK)[2] if INPUT_MARK in message["content"] else ""
+            if text.strip():
+                lengths[place] = len(text)
+    return max(lengths, key=lengths.get, default=None)
 
-    def with_text(text: str) -> Messages:
-        return [*messages[:place], {**messages[place], "content": kept + text}, *messages[place + 1 :]]
 
-    text, count, _ = fitting_words(given, max_length, lambda text: len(encode(tokenizer, [with_text(text)])[0]))
-    if not count:
+def _turns(messages: Messages) -> Iterator[Messages]:
+    """The conversation whole, then without its oldest turn, and so on; what the system says stays."""
+    begins = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    for begin in begins:
+        yield [*messages[: begins[0]], *messages[begin:]]
+
+
+def _with_content(messages: Messages, place: int, content: str) -> Messages:
+    return [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
+
+
+def _cut_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int
+) -> tuple[Messages, Encoded] | None:
+    """Keeps as many words of the longest text as fit, at least one."""
+    place = _text_at(messages)
+    if place is None:
         return None
-    (encoded,) = encode(tokenizer, [with_text(text)])
-    encoded.was_cut = True
-    return with_text(text), encoded
+    before, mark, given = messages[place]["content"].rpartition(INPUT_MARK)
+
+    def encoded_with(text: str) -> tuple[Messages, Encoded]:
+        shortened = _with_content(messages, place, before + mark + text)
+        (encoded,) = encode(tokenizer, [shortened])
+        encoded.was_cut = True
+        return shortened, encoded
+
+    text, count, _ = fitting_words(given, max_length, lambda text: len(encoded_with(text)[1]))
+    return encoded_with(text) if count else None
+
+
+def _cut_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int
+) -> tuple[Messages, Encoded] | None:
+    """Leaves out as few of the oldest turns as it takes; none where a message gives a text, which later turns need."""
+    if _text_at(messages) is not None:
+        return None
+    for shortened in list(_turns(messages))[1:]:
+        (encoded,) = encode(tokenizer, [shortened])
+        if len(encoded) <= max_length:
+            encoded.was_cut = True
+            return shortened, encoded
+    return None
 
 
 def fitting_words(text: str, max_length: int, length: Callable[[str], int]) -> tuple[str, int, int]:

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fledge.encoding import IGNORED, OVERFLOW_POLICIES, Encoded, encode, encode_prompt, fit, prompt_text
+from fledge.encoding import IGNORED, OVERFLOW_POLICIES, Encoded, encode, encode_prompt, fit, prompt_text, shortest
 from fledge.templates import INPUT_MARK, load_template
 from fledge.tokenizers import load_tokenizer
 
@@ -228,13 +228,55 @@ def test_an_answer_that_is_cut_has_no_end(gpt2, overflow, max_length, fitted):
         assert cut[1].was_cut == (len(whole) > max_length)
 
 
-def test_without_an_input_the_longest_message_is_cut(gpt2):
-    messages = chat("Say it once and then again please", "yes", "Again.", "yes")
+def test_without_a_text_the_oldest_turns_go_whole(gpt2):
+    system = [{"role": "system", "content": "Be brief."}]
+    messages = system + chat("Say it once and then again please", "yes", "Again.", "no", "And again.", "yes")
     (whole,) = encode(gpt2, [messages])
     shortened, encoded = fit(gpt2, messages, whole, len(whole) - 2, "cut_prompt")
 
-    assert shortened == chat("Say it once and then", "yes", "Again.", "yes")
-    assert len(encoded) == len(whole) - 2
+    assert shortened == [*system, *messages[3:]]
+    assert encoded.was_cut
+    assert encoded.row == encode(gpt2, [shortened])[0].row
+    last = len(encode(gpt2, [[*system, *messages[5:]]])[0])
+    assert fit(gpt2, messages, whole, last, "cut_prompt")[0] == [*system, *messages[5:]]
+    assert fit(gpt2, messages, whole, last - 1, "cut_prompt") is None
+
+
+def test_turns_about_a_text_stay_and_the_text_is_cut(gpt2):
+    messages = chat(counting(6), "yes", "Again?", "yes")
+    (whole,) = encode(gpt2, [messages])
+
+    assert fit(gpt2, messages, whole, len(whole) - 2, "cut_prompt")[0] == chat(counting(4), "yes", "Again?", "yes")
+
+
+CONTENT = st.lists(st.sampled_from(["a", "dog", "ran,", "With: sad ending"]), min_size=1, max_size=12).map(" ".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    contents=st.lists(CONTENT, min_size=1, max_size=4).map(
+        lambda turns: [part for turn in turns for part in (turn, "yes")]
+    ),
+    given_text=st.none() | CONTENT,
+    max_length=st.integers(1, 120),
+    may_cut=st.booleans(),
+)
+def test_a_question_never_loses_a_word(tokenizer, contents, given_text, max_length, may_cut):
+    messages = chat(*contents)
+    if given_text:
+        messages[0]["content"] += INPUT_MARK + given_text
+    (whole,) = encode(tokenizer, [messages])
+    fitted = fit(tokenizer, messages, whole, max_length, "cut_prompt", may_cut)
+
+    if fitted is None:
+        assert len(whole) > max_length
+        assert not may_cut or len(encode(tokenizer, [shortest(messages)])[0]) > max_length
+    else:
+        assert len(fitted[1]) <= max_length
+        questions = [m["content"].split(INPUT_MARK)[0] for m in messages]
+        kept = [m["content"].split(INPUT_MARK)[0] for m in fitted[0]]
+        assert kept == questions[len(questions) - len(kept) :]
+        assert may_cut or fitted[0] == messages
 
 
 @settings(deadline=None, max_examples=60)

@@ -18,6 +18,7 @@ from fledge.cli import UserError
 from fledge.encoding import IGNORED, encode_prompt, open_prepared, open_rows, prompt_length, prompt_text
 from fledge.tasks.topic_ending import requested
 from fledge.templates import load_template
+from fledge.tokenizers import load_tokenizer
 
 END = "<|endoftext|>"
 TOPICS = 120
@@ -325,6 +326,69 @@ def test_an_answer_that_is_cut_is_counted_and_does_not_end(usual, tmp_path):
     assert sum(split["cut"] for split in budget["splits"].values()) == 1
     assert sum(split["eos_supervised"] for split in budget["splits"].values()) == 180
     assert [len(row["labels"]) for row in rows if row["labels"][-1] != end] == [128]
+
+
+@pytest.mark.parametrize("overflow", ["cut_prompt", "cut_completion"])
+def test_a_cut_leaves_what_the_prompt_must_ask(usual, plain, tmp_path, overflow):
+    limit = read_budget(plain)["splits"]["train"]["lengths"]["total"]["0.5"]
+    prepare(*usual, "--max_length", limit, "--overflow", overflow, "--output_dir", tmp_path / "out")
+
+    budget, rows = read_budget(tmp_path / "out"), open_rows(tmp_path / "out")
+    assert all(requested(row["messages"][0]["content"]) for split in rows.values() for row in split)
+    longer = {"cut_prompt": budget["rejected"].get(f"longer than {limit} tokens"), "cut_completion": None}[overflow]
+    if longer:
+        assert budget["remedies"] == {"--max_length 128": longer - 1, "--overflow cut_completion": longer}
+        assert f"--max_length 128 would keep {longer - 1} of them" in " ".join(budget["warnings"])
+        assert "--overflow cut_prompt" not in " ".join(budget["warnings"])
+
+
+def test_a_question_whose_answer_was_cut_away_is_dropped_and_counted(work, tmp_path):
+    passage = " ".join(f"In house {n} lived a fox with {n} hats." for n in range(12))
+    asked = [("Where first?", "house 0"), ("How many last?", "11 hats")]
+    rows = [
+        {"story": f"s{n}", "context": f"{n}. {passage}", "question": question, "answer": answer, "attribute": "x"}
+        for n in range(10)
+        for question, answer in asked
+    ]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = (
+        "--data",
+        tmp_path / "qa.jsonl",
+        "--source",
+        "story_qa",
+        "--task",
+        "instructions",
+        "--template",
+        "inst",
+    )
+    cut = ("--overflow", "cut_prompt", "--max_length", 100, "--split", "60/20/20", "--output_dir", tmp_path / "out")
+    prepare("--tokenizer", work / "base", *arguments, *cut)
+
+    budget, kept = (
+        read_budget(tmp_path / "out"),
+        [row for split in open_rows(tmp_path / "out").values() for row in split],
+    )
+    assert budget["rejected"]["its answer was cut away with the text"] == len(kept) == 10
+    assert sum(split["prompts_cut"] for split in budget["splits"].values()) == len(kept)
+    assert all(row["messages"][1]["content"] in row["messages"][0]["content"] for row in kept)
+    assert "10 of 10 rows have a prompt that was cut to fit 100 tokens" in budget["warnings"][0]
+
+
+def test_a_vocabulary_of_characters_loses_records_not_the_run(work, tmp_path):
+    text = (work / "corpus.txt").read_text(encoding="utf-8")
+    characters = sorted(set("\nMODELUSER:WSwrite a story about: With ending" + text) - set("|<>"))
+    load_tokenizer(None, 400, {c: i for i, c in enumerate(characters)}).save_pretrained(tmp_path / "base")
+    (tmp_path / "more.txt").write_text(
+        text + record("A café.", "It was [closed].") + record("A é.", "It was."), "utf-8"
+    )
+    out = ("--output_dir", tmp_path / "out", "--split", "60/20/20")
+    prepare("--data", tmp_path / "more.txt", "--tokenizer", tmp_path / "base", "--template", "play", *out)
+
+    budget = read_budget(tmp_path / "out")
+    assert budget["rejected"]["the vocabulary lacks something in it: 'é', '[', ']'"] == 2
+    assert budget["rows_kept"] == 180
+    with pytest.raises(UserError, match=r"The template story writes '#', .* it can write: play, story_chat\."):
+        prepare("--data", tmp_path / "more.txt", "--tokenizer", tmp_path / "base", *out, "--overwrite")
 
 
 def test_max_length_drops_what_is_longer(usual, plain, tmp_path):

@@ -174,6 +174,8 @@ TEXTS = {
     ("phi3", "input"): "<|user|>\nSum up.\nTom ran.\n<|assistant|>\n",
     ("inst", "plain"): "[INST] Who? [/INST]\n",
     ("inst", "input"): "[INST] Sum up.\nTom ran. [/INST]\n",
+    ("play", "plain"): "USER:\nWho?\n\nMODEL:\n",
+    ("play", "input"): "USER:\nSum up.\nTom ran.\n\nMODEL:\n",
     ("story_chat", "plain"): "<|user|>Who?<|assistant|>",
     ("story_chat", "input"): "<|user|>Sum up.\nTom ran.<|assistant|>",
 }
@@ -220,5 +222,31 @@ def test_a_template_brings_its_tokens_once(name):
 
 
 def test_an_unknown_template_is_refused_with_those_there_are():
-    with pytest.raises(UserError, match="'haiku' is unknown; choose one of alpaca, inst, phi3, story, story_chat"):
+    with pytest.raises(
+        UserError, match="'haiku' is unknown; choose one of alpaca, inst, phi3, play, story, story_chat"
+    ):
         load_template("haiku")
+
+
+LECTURE = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # the lecture's 65 characters
+WRITABLE = {"play": LECTURE, "story_chat": LECTURE.replace(":", "").replace("\n", "")}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_vocabulary_of_characters_takes_the_templates_that_it_can_write(name):
+    tokenizer = load_tokenizer(None, 64, {character: i for i, character in enumerate(WRITABLE.get(name, LECTURE))})
+    if name not in WRITABLE:
+        with pytest.raises(UserError, match=r"writes .*, which the vocabulary lacks; .* can write: play, story_chat\."):
+            add_template(tokenizer, name)
+        return
+    add_template(tokenizer, name)
+    (encoded,) = encode(tokenizer, [chat("Who", "Tom ran.")])
+    assert tokenizer.decode(encoded.completion_ids) == f"Tom ran.{END}"
+    assert tokenizer.decode(encoded.prompt_ids) == prompt_text(tokenizer, chat("Who"))
+
+
+def test_what_a_template_writes_and_a_vocabulary_lacks_is_named():
+    with pytest.raises(UserError, match=r"The template story writes '#', which the vocabulary lacks"):
+        add_template(load_tokenizer(None, 64, {c: i for i, c in enumerate(LECTURE)}), "story")
+    with pytest.raises(UserError, match=r"The template play writes ':', which .* what it can write: story_chat\."):
+        add_template(load_tokenizer(None, 64, {c: i for i, c in enumerate(LECTURE.replace(":", ""))}), "play")

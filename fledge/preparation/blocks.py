@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, islice
 from multiprocessing import connection, parent_process
@@ -27,15 +27,18 @@ from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
-from fledge.encoding import IGNORED, Encoded, encode, fit
+from fledge.encoding import IGNORED, Encoded, Messages, encode, fit, shortest
 from fledge.preparation.duplicates import save_signatures
 from fledge.sources import Chunk, Source
 from fledge.sources.reading import SPLITS
 from fledge.tasks import RejectedRecord, load_task
+from fledge.templates import contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
+from fledge.tokenizers.spelling import UNWRITABLE, Spelling
 
 RECORDS = 500  # at a time: what a process holds
+ANSWER_LOST = "its answer was cut away with the text"
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 FACTS = {
     "source_split": pa.int8(),
@@ -72,50 +75,95 @@ class Preparation:
     near_duplicates: bool = False
     folder: Path | None = None
 
+    def __post_init__(self) -> None:
+        self.spelling = Spelling(self.tokenizer)
+
     def __call__(self, block: Block) -> None:
         """Raises:
-        UserError: a character that the vocabulary lacks, or a record that the source cannot read.
+        UserError: a record that the source cannot read.
         UnequalIds: see `TextEncoder`.
         """
-        task, counts, rejected = load_task(self.task), Counter(), Counter()
+        task, found = load_task(self.task), Found()
         rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], None, self.tokenizer.eos_token_id)], []
         numbered = enumerate(self.source.parse(block.chunk)[: block.limit])
         while records := list(islice(numbered, RECORDS)):
             examples = []
             for number, record in records:
-                counts["read"] += 1
+                found.counts["read"] += 1
                 try:
                     # Chance is the record's own, so that its examples do not depend on the records before it.
                     made = task.examples(record, random.Random(f"{self.seed} {block.name} {number}"))
                 except RejectedRecord as reason:
-                    rejected[str(reason)] += 1
+                    found.rejected[str(reason)] += 1
                     continue
-                counts["used"] += 1
-                counts["examples"] += len(made)
+                found.counts["used"] += 1
+                found.counts["examples"] += len(made)
                 examples += made
-            fitted = self._encoded(examples, rejected)
+            fitted = self._encoded(examples, found)
             rows.append(rows_table(task, fitted))
             facts.append(facts_table(task, fitted, block.chunk.split, self.tokenizer.eos_token_id))
             texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
-        written = json.dumps({"counts": counts, "rejected": rejected})
+        written = json.dumps(vars(found))
         write_table(self.folder / f"{block.name}.rows.arrow", pa.concat_tables(rows))
         facts = pa.concat_tables(facts).replace_schema_metadata({"block": written})
         write_table(self.folder / f"{block.name}.facts.arrow", facts)
         if self.near_duplicates:
             save_signatures(self.folder / f"{block.name}.minhash.npy", texts)
 
-    def _encoded(self, examples: list[dict[str, Any]], rejected: Counter) -> list[tuple[dict[str, Any], Encoded]]:
+    def _encoded(self, examples: list[dict[str, Any]], found: "Found") -> list[tuple[dict[str, Any], Encoded]]:
+        """The examples that can be written and fit, with their ids; the others are counted in `found`."""
+        writable = []
+        for example in examples:
+            if missing := self.spelling.missing(contents(example["messages"])):
+                found.rejected[UNWRITABLE] += 1
+                found.lacking.update(missing)
+            else:
+                writable.append(example)
         with encoding_of("A record"):
-            encoded = encode(self.tokenizer, [example["messages"] for example in examples], self.encoder)
-        rows = []
-        for example, whole in zip(examples, encoded, strict=True):
-            fitted = fit(self.tokenizer, example["messages"], whole, self.max_length, self.overflow)
+            encoded = encode(self.tokenizer, [example["messages"] for example in writable], self.encoder)
+        task, rows = load_task(self.task), []
+        for example, whole in zip(writable, encoded, strict=True):
+            messages = example["messages"]
+            found.counts["cuttable"] += task.MAY_CUT and shortest(messages) != messages
+            fitted = fit(self.tokenizer, messages, whole, self.max_length, self.overflow, task.MAY_CUT)
             if fitted is None:
-                rejected[f"longer than {self.max_length} tokens"] += 1
+                found.rejected[f"longer than {self.max_length} tokens"] += 1
+                found.remedies.update(self._remedies(messages, whole, task.MAY_CUT))
+            elif fitted[0] != messages and task.answer_is_lost(messages, fitted[0]):
+                found.rejected[ANSWER_LOST] += 1
             else:
                 example["messages"], ids = fitted
                 rows.append((example, ids))
         return rows
+
+    def _remedies(self, messages: Messages, whole: Encoded, may_cut: bool) -> Iterator[str]:
+        """The keys that would keep an example which is too long."""
+        if len(whole) <= self.tokenizer.model_max_length:
+            yield f"--max_length {self.tokenizer.model_max_length}"
+        if self.overflow != "cut_completion" and len(whole) - self.max_length < whole.completion_length:
+            yield "--overflow cut_completion"
+        cut = shortest(messages) if may_cut and self.overflow != "cut_prompt" else messages
+        if cut != messages and len(encode(self.tokenizer, [cut])[0]) <= self.max_length:
+            yield "--overflow cut_prompt"
+
+
+@dataclass
+class Found:
+    """What is counted while rows are made.
+
+    `counts` has the records read and used, the examples, and those whose prompt may be cut; `rejected` the reasons for
+    which the others were left out; `lacking` what the vocabulary cannot write, with the number of examples that hold
+    it; and `remedies` the keys that would have kept an example which is too long.
+    """
+
+    counts: Counter = field(default_factory=Counter)
+    rejected: Counter = field(default_factory=Counter)
+    lacking: Counter = field(default_factory=Counter)
+    remedies: Counter = field(default_factory=Counter)
+
+    def update(self, other: dict[str, dict[str, int]]) -> None:
+        for name, numbers in other.items():
+            getattr(self, name).update(numbers)
 
 
 @dataclass
@@ -125,8 +173,7 @@ class Facts:
     blocks: list[str]
     rows: np.ndarray  # (blocks,), how many each block has
     columns: dict[str, np.ndarray]  # (all rows,) each
-    counts: Counter  # records read and used, examples
-    rejected: Counter
+    found: Found
 
     @property
     def total(self) -> int:
@@ -145,18 +192,15 @@ class Facts:
         tables = [read_table(file) for file in files]
         if not tables:
             raise UserError("The data holds no record; give some.")
-        counts, rejected = Counter(), Counter()
+        found = Found()
         for table in tables:
-            of_block = json.loads(table.schema.metadata[b"block"])
-            counts.update(of_block["counts"])
-            rejected.update(of_block["rejected"])
+            found.update(json.loads(table.schema.metadata[b"block"]))
         columns = pa.concat_tables([table.replace_schema_metadata() for table in tables])
         return cls(
             [file.name.removesuffix(".facts.arrow") for file in files],
             np.array([len(table) for table in tables], dtype=int),
             {name: columns[name].to_numpy() for name in columns.column_names},
-            counts,
-            rejected,
+            found,
         )
 
 
@@ -226,11 +270,11 @@ def rows_table(task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]]) -> 
     """Examples and their ids as a table of the task's columns, then `input_ids` and `labels`."""
     features = columns_of(task)
     arrays = []
-    for name, field in zip(features, features.arrow_schema, strict=True):
+    for name, column in zip(features, features.arrow_schema, strict=True):
         values = [example[name] for example, _ in rows]
         if isinstance(features[name], ClassLabel):
             values = [features[name].str2int(value) for value in values]
-        arrays.append(pa.array(values, field.type))
+        arrays.append(pa.array(values, column.type))
     lengths = [len(ids) for _, ids in rows]
     offsets = pa.array(np.cumsum([0, *lengths], dtype=np.int32))
     for part in ([ids.input_ids for _, ids in rows], [ids.labels for _, ids in rows]):

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from fledge.cli import write_json
-from fledge.preparation.blocks import Facts
+from fledge.preparation.blocks import ANSWER_LOST, Facts
+from fledge.tokenizers.spelling import UNWRITABLE, named
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 FEW_SUPERVISED, RARE_CLASS, MANY_DROPPED = 0.01, 0.1, 0.05  # below or above which a budget warns
 KEYS = (
-    ("longer than", "--max_length, --overflow cut_prompt or --overflow cut_completion"),
+    (ANSWER_LOST, "a longer --max_length, or a base with a longer context,"),
+    (UNWRITABLE, "a base with a larger vocabulary"),
     ("surplus of one", "--balance"),
     ("its topic or story", "--split"),
     ("an exact duplicate", "other --data"),
@@ -27,6 +29,8 @@ class Budget:
 
     `rows_read` records give `examples`, of which `rows_kept` are kept; `rejected` counts by reason the records that
     give none and the examples that are left out. So (rows_read - records_used) + (examples - rows_kept) is their sum.
+    `cuttable` examples have a prompt from which --overflow cut_prompt may take something, and `remedies` says of each
+    key how many of the examples that are too long it would keep.
     """
 
     source: str
@@ -38,16 +42,22 @@ class Budget:
     rows_read: int = 0
     records_used: int = 0
     examples: int = 0
+    cuttable: int = 0
     rejected: Counter = field(default_factory=Counter)
+    remedies: dict[str, int] = field(default_factory=dict)
     splits: dict[str, dict] = field(default_factory=dict)
     license: str | None = None
     columns: dict[str, str | list[str]] = field(default_factory=dict)  # a kind, or the labels of a class
 
     def count(self, facts: Facts) -> None:
         """Takes over what was read and what was left out of it on the way to rows."""
-        self.rows_read, self.records_used = facts.counts["read"], facts.counts["used"]
-        self.examples = facts.counts["examples"]
-        self.rejected.update(facts.rejected)
+        found = facts.found
+        self.rows_read, self.records_used, self.examples = (found.counts[key] for key in ("read", "used", "examples"))
+        self.cuttable = found.counts["cuttable"]
+        self.rejected.update(found.rejected)
+        if found.lacking:
+            self.rejected[f"{UNWRITABLE}: {named(found.lacking)}"] = self.rejected.pop(UNWRITABLE)
+        self.remedies = dict(found.remedies.most_common())
 
     def describe(self, split: str, facts: dict[str, np.ndarray], classes: dict[str, tuple[str, ...]]) -> None:
         """Adds the figures of one finished split from the facts of its rows (see `fledge.preparation.blocks`)."""
@@ -65,6 +75,7 @@ class Budget:
             "supervised_share": float(facts["supervised"].sum() / total.sum()),
             "eos_supervised": int(facts["is_ended"].sum()),
             "cut": int(facts["was_cut"].sum()),
+            "prompts_cut": int((facts["was_cut"] & facts["is_ended"]).sum()),
             "lengths": {
                 name: {f"{quantile:g}": int(np.quantile(values, quantile)) for quantile in QUANTILES}
                 for name, values in (("prompt", total - completion), ("completion", completion), ("total", total))
@@ -83,9 +94,13 @@ class Budget:
         train = self.splits["train"]
         sentences = []
         if train["supervised_share"] < FEW_SUPERVISED:
+            helps = "; a smaller --max_length with --overflow cut_prompt shortens the texts" if self.cuttable else ""
+            sentences.append(f"Only {train['supervised_share']:.2%} of the training tokens are supervised{helps}.")
+        if cut := sum(split["prompts_cut"] for split in self.splits.values()):
+            rows = sum(split["rows"] for split in self.splits.values())
             sentences.append(
-                f"Only {train['supervised_share']:.2%} of the training tokens are supervised; a smaller --max_length "
-                "with --overflow cut_prompt shortens the prompts."
+                f"{cut:,} of {rows:,} rows have a prompt that was cut to fit {self.max_length} tokens, and an answer "
+                "may rest on what is gone; --overflow drop leaves them out."
             )
         for column, counts in train["classes"].items():
             rarest, most = min(counts, key=counts.get), max(counts, key=counts.get)
@@ -95,11 +110,16 @@ class Budget:
                     f"{counts[most]:,}; --balance {column} makes them equal."
                 )
         for reason, count in self.rejected.most_common():
+            is_too_long = reason.startswith("longer than")
             key = next((key for begin, key in KEYS if reason.startswith(begin)), None)
-            of_what, total = ("examples", self.examples) if key else ("records", self.rows_read)
-            if count > MANY_DROPPED * total:
-                key = key or "another --task"
-                sentences.append(f"{count / total:.1%} of the {of_what} are left out ({reason}); {key} changes that.")
+            of_what, total = ("examples", self.examples) if key or is_too_long else ("records", self.rows_read)
+            if count <= MANY_DROPPED * total:
+                continue
+            changes = f"{key or 'another --task'} changes that"
+            if is_too_long:
+                keeps = [f"{way} would keep {n:,} of them" for way, n in self.remedies.items()]
+                changes = ", ".join(keeps) or "only a base with a longer context changes that"
+            sentences.append(f"{count / total:.1%} of the {of_what} are left out ({reason}); {changes}.")
         return sentences
 
     def markdown(self) -> str:

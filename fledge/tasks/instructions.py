@@ -16,6 +16,7 @@ from fledge.templates import INPUT_MARK
 
 TEMPLATE = "alpaca"
 ASKS_ONCE = False  # a source may hold conversations
+MAY_CUT = True  # see answer_is_lost
 PURPOSE = "follow instructions"
 # Dolly's eight, ours, and what has none of these names.
 CATEGORIES = (
@@ -106,6 +107,16 @@ def _one_turn(record: dict) -> list[dict[str, str]]:
         {"role": "user", "content": asked},
         {"role": "assistant", "content": record.get("output", "").strip()},
     ]
+
+
+def answer_is_lost(messages: list[dict[str, str]], shortened: list[dict[str, str]]) -> bool:
+    """Whether an answer stood word for word in what was asked and given, and does not in what a cut has left of it."""
+    before, after = (
+        " ".join(f" {plain(message['content'])} " for message in of_all if message["role"] != "assistant")
+        for of_all in (messages, shortened)
+    )
+    answers = [f" {plain(message['content'])} " for message in shortened if message["role"] == "assistant"]
+    return any(answer.strip() and answer in before and answer not in after for answer in answers)
 
 
 def _score(row: dict, answer: Answer) -> dict[str, float]:

@@ -18,6 +18,7 @@ from fledge.templates import INPUT_MARK
 
 TEMPLATE = "story_chat"
 ASKS_ONCE = False
+MAY_CUT = False  # a story that is cut makes the answers about it untrue
 PURPOSE = "write short stories, sum them up, and answer questions about them"
 SYSTEM = {
     "role": "system",

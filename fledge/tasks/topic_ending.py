@@ -20,6 +20,7 @@ TEMPLATE = "story"
 ASKS_ONCE = True
 LABELS = ("happy", "sad")
 COLUMNS = {"ending": LABELS}
+MAY_CUT = False  # a prompt without its ending asks for nothing
 PURPOSE = "write a short story about a given topic with a happy or a sad ending"
 MEANING = {
     "ending_match": "the story ends as its prompt asks, by a classifier of endings",
@@ -67,8 +68,14 @@ def examples(record: dict[str, str], rng: random.Random) -> list[dict[str, Any]]
 
 
 def requested(text: str) -> tuple[str, str]:
-    """The topic and the ending that an instruction asks for."""
+    """The topic and the ending that an instruction asks for.
+
+    Raises:
+        UserError: it does not ask for them, as a prompt does not that was cut.
+    """
     found = re.fullmatch(r"Write a story about: (.*)\nWith: (\w+) ending", text)
+    if not found:
+        raise UserError(f"The prompt {text[-60:]!r} asks for no ending; prepare the dataset again.")
     return found[1], found[2]
 
 

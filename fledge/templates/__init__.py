@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
+from fledge.tokenizers.spelling import Spelling
 
 FOLDER = Path(__file__).parent
 
@@ -16,15 +17,22 @@ INPUT_MARK = "\n\n### Input:\n"
 SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {"story_chat": ("<|system|>", "<|user|>", "<|assistant|>")}
 
 
+# What a template writes of its own shows in a conversation that says nothing.
+SILENCE = [{"role": role, "content": ""} for role in ("user", "assistant")]
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.jinja"))
+
+
 def load_template(name: str) -> str:
     """The Jinja source of a template by name.
 
     Raises:
         UserError: there is none of that name.
     """
-    names = sorted(file.stem for file in FOLDER.glob("*.jinja"))
-    if name not in names:
-        raise UserError(f"The template {name!r} is unknown; choose one of {', '.join(names)}.")
+    if name not in names():
+        raise UserError(f"The template {name!r} is unknown; choose one of {', '.join(names())}.")
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -32,13 +40,37 @@ def add_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Gives the tokenizer a template and the tokens that it writes, end-of-text among them, if they are missing.
 
     A tokenizer that grows is longer than the model's vocabulary; training then adds the rows.
+
+    Raises:
+        UserError: there is no template of that name, or the vocabulary lacks characters that it writes.
     """
     template = load_template(name)
     if tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if missing := _unwritable(tokenizer, name):
+        writable = [other for other in names() if not _unwritable(tokenizer, other)]
+        raise UserError(
+            f"The template {name} writes {', '.join(map(repr, missing))}, which the vocabulary lacks; --template takes "
+            f"what it can write: {', '.join(writable) or 'none of them, so use a base with a larger vocabulary'}."
+        )
     tokenizer.add_special_tokens(
         {"extra_special_tokens": list(SPECIAL_TOKENS.get(name, ()))}, replace_extra_special_tokens=False
     )
     tokenizer.chat_template = template
+
+
+def _unwritable(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """The characters that a template writes of its own and a closed vocabulary lacks."""
+    text = tokenizer.apply_chat_template(
+        SILENCE, chat_template=load_template(name), tokenize=False, add_generation_prompt=True
+    )
+    for token in (*SPECIAL_TOKENS.get(name, ()), *tokenizer.added_tokens_encoder):
+        text = text.replace(token, "")
+    return Spelling(tokenizer).missing(text)
+
+
+def contents(messages: list[dict[str, str]]) -> str:
+    """What a conversation itself says, for `Spelling`; the mark of an input is a line break in most templates."""
+    return "".join(message["content"].replace(INPUT_MARK, "\n") for message in messages)

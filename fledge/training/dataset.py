@@ -13,7 +13,7 @@ from fledge.cli import UserError
 from fledge.encoding import IGNORED, Messages, encode, open_prepared
 from fledge.sources.reading import Chunk, row_chunks
 from fledge.sources.values import as_messages, as_text
-from fledge.templates import INPUT_MARK, add_template
+from fledge.templates import INPUT_MARK, add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
 CONVERSATIONS = ("messages", "conversations")
@@ -47,7 +47,7 @@ def open_dataset(
         for messages in conversations_of(chunk):
             if reason := why_unusable(messages):
                 left_out[reason] += 1
-            elif missing := spelling.missing("\n".join(message["content"] for message in messages)):
+            elif missing := spelling.missing(contents(messages)):
                 left_out[UNWRITABLE] += 1
                 lacking.update(missing)
             else:

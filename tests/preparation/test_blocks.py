@@ -139,7 +139,7 @@ def test_a_chunk_without_a_record_is_a_block_without_a_row(preparation):
     preparation(Block("empty", Chunk("", None, "\n<|endoftext|>\n")))
 
     facts = Facts.read(preparation.folder)
-    assert (facts.total, facts.rows.tolist(), +facts.counts, +facts.rejected) == (0, [0], {}, {})
+    assert (facts.total, facts.rows.tolist(), +facts.found.counts, +facts.found.rejected) == (0, [0], {}, {})
 
 
 def test_any_number_of_processes_writes_the_same_bytes(preparation, records, tmp_path):
@@ -184,8 +184,8 @@ def test_facts_are_those_of_the_rows(preparation, records):
     facts = Facts.read(preparation.folder)
     rows = [r for name in facts.blocks for r in read_table(preparation.folder / f"{name}.rows.arrow").to_pylist()]
 
-    assert facts.counts == {"read": 60, "used": 60, "examples": 60}
-    assert not facts.rejected
+    assert +facts.found.counts == {"read": 60, "used": 60, "examples": 60}
+    assert not facts.found.rejected
     assert len(facts.rows) == len(facts.blocks) > 5
     assert facts.total == len(rows) == 60
     for number, row in enumerate(rows):

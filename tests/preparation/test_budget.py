@@ -56,6 +56,7 @@ def test_figures_of_a_split_match_a_hand_count(budget):
         "supervised_share": pytest.approx(144 / 159),
         "eos_supervised": 4,
         "cut": 1,
+        "prompts_cut": 0,
         "lengths": {
             "prompt": {"0": 1, "0.05": 1, "0.25": 2, "0.5": 3, "0.75": 4, "0.95": 4, "0.99": 4, "1": 5},
             "completion": {"0": 2, "0.05": 2, "0.25": 4, "0.5": 5, "0.75": 8, "0.95": 101, "0.99": 120, "1": 125},
@@ -106,8 +107,9 @@ def test_the_same_figures_are_saved_as_json_text_and_picture(budget, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"budget.json", "budget.md", "budget.png"}
 
 
-def warnings_of(rows, endings=None, rejected=None, examples=1000) -> list[str]:
-    budget = Budget("records", "poems", "story", 0, 130, "drop", rows_read=2000, records_used=500, examples=examples)
+def warnings_of(rows, endings=None, rejected=None, examples=1000, **found) -> list[str]:
+    counts = {"rows_read": 2000, "records_used": 500, "examples": examples, **found}
+    budget = Budget("records", "poems", "story", 0, 130, "drop", **counts)
     budget.describe("train", facts(rows, endings or ["happy", "sad"] * (len(rows) // 2)), CLASSES)
     budget.rejected = Counter(rejected or {})
     return budget.as_dict()["warnings"]
@@ -118,7 +120,11 @@ def warnings_of(rows, endings=None, rejected=None, examples=1000) -> list[str]:
     [
         ({"rows": [(5, 5, True)] * 2}, []),
         ({"rows": [(98, 0, True)] * 2}, []),
-        ({"rows": [(100, 0, True)] * 2}, [r"Only 0\.99% of the training tokens .* --overflow cut_prompt"]),
+        ({"rows": [(100, 0, True)] * 2}, [r"Only 0\.99% of the training tokens are supervised\.$"]),
+        (
+            {"rows": [(100, 0, True)] * 2, "cuttable": 1},
+            [r"Only 0\.99% of the training tokens .* --overflow cut_prompt"],
+        ),
         ({"rows": [(5, 5, True)] * 11, "endings": ["happy"] * 10 + ["sad"]}, []),
         (
             {"rows": [(5, 5, True)] * 12, "endings": ["happy"] * 11 + ["sad"]},
@@ -127,7 +133,19 @@ def warnings_of(rows, endings=None, rejected=None, examples=1000) -> list[str]:
         ({"rows": [(5, 5, True)] * 2, "rejected": {"longer than 130 tokens": 50}}, []),
         (
             {"rows": [(5, 5, True)] * 2, "rejected": {"longer than 130 tokens": 51}},
-            [r"5\.1% of the examples are left out \(longer than 130 tokens\); --max_length, --overflow cut_prompt or"],
+            [r"5\.1% .* left out \(longer than 130 tokens\); only a base with a longer context changes that\.$"],
+        ),
+        (
+            {
+                "rows": [(5, 5, True)] * 2,
+                "rejected": {"longer than 130 tokens": 51},
+                "remedies": {"--max_length 512": 51, "--overflow cut_prompt": 7},
+            },
+            [r".*; --max_length 512 would keep 51 of them, --overflow cut_prompt would keep 7 of them\.$"],
+        ),
+        (
+            {"rows": [(5, 5, True)] * 2, "rejected": {"the vocabulary lacks something in it: '#'": 60}},
+            [r"6\.0% of the examples are left out \(.*: '#'\); a base with a larger vocabulary changes that\.$"],
         ),
         (
             {"rows": [(5, 5, True)] * 2, "rejected": {"no summary": 120, "surplus of one ending": 80}},
