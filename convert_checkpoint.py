@@ -8,7 +8,8 @@ import gc
 import sys
 from dataclasses import asdict, dataclass, field
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, parse, run, write_json
+from fledge.folders import Output, claimed
 
 
 @dataclass
@@ -44,11 +45,17 @@ class ConvertArguments:
 
 def main():
     (args,) = parse(sys.argv[1:], ConvertArguments, description=__doc__)
-    if args.output_dir:
-        check_output_dir(args.output_dir, args.overwrite, "conversion.json")
-    elif not (args.inspect or args.dry_run):
+    if args.inspect or args.dry_run:
+        return convert(args, None)
+    if not args.output_dir:
         raise UserError("--output_dir is missing; name the folder to write, or pass --dry_run or --inspect.")
+    inputs = {f"--{name}": vars(args)[name] for name in ("checkpoint", "tokenizer", "mapping", "probe_text")}
+    with claimed(args.output_dir, "convert_checkpoint.py", args.overwrite, inputs) as output:
+        convert(args, output)
 
+
+def convert(args: ConvertArguments, output: Output | None) -> None:
+    """Reads, proves and writes; without an `output` it only reads, or proves."""
     import torch
     import transformers
     from accelerate import init_empty_weights
@@ -139,7 +146,7 @@ def main():
         print(f"Proven: {proof['float64_max_error']:.1e} in float64. Nothing was written: --dry_run.")
         return
 
-    with staged(args.output_dir, args.overwrite, "conversion.json") as folder:
+    with output.staged() as folder:
         for name in weights:  # one after the other, so that what was folded in float64 goes at once
             weights[name] = weights[name].float().contiguous()
         model.load_state_dict(weights, assign=True, strict=False)

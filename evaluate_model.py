@@ -5,17 +5,17 @@ python evaluate_model.py --config recipes/quickstart/evaluate.yaml --resume --ra
 python evaluate_model.py --model model --capabilities
 """
 
-import contextlib
 import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, parse, run, write_json, writing
+from fledge.folders import MARK, Output, claimed
 from fledge.generation.sampling import Sampling
+from fledge.terminal import has_colours, progress
 
 
 @dataclass
@@ -64,12 +64,15 @@ def main():
     args.check()
     if args.capabilities:
         return show_capabilities(args, sampling)
-    output_dir, data = Path(args.output_dir), Path(args.dataset)
-    unfinished = output_dir / "unfinished"
-    if unfinished.exists() and not (args.overwrite or args.resume):
-        raise UserError(f"{output_dir} holds an unfinished evaluation; --resume goes on, --overwrite begins anew.")
-    check_output_dir(output_dir, args.overwrite or args.resume, "metrics.json", "unfinished")
+    inputs = {f"--{name}": vars(args)[name] for name in ("model", "base", "dataset", "ratings")}
+    with claimed(args.output_dir, "evaluate_model.py", None, inputs) as output:
+        if output.owns_work and not (args.overwrite or args.resume):
+            raise UserError(f"{output.path} holds an unfinished evaluation; --resume goes on, --overwrite begins anew.")
+        output.check(args.overwrite or args.resume)
+        evaluate(args, sampling, output)
 
+
+def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
     import transformers
 
     from fledge.encoding import open_prepared, open_rows, prompt_length
@@ -81,6 +84,7 @@ def main():
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    data, unfinished = Path(args.dataset), output.work
     rated = [report.read_ratings(file) for file in args.ratings or []]
     budget, tokenizer, encoded = open_prepared(data)
     if args.split not in encoded:
@@ -110,16 +114,16 @@ def main():
         "--num_samples": args.num_samples,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
     }
-    begin_or_resume(output_dir, args.resume)
+    begin_or_resume(output, args.resume)
     journal = Journal(unfinished / "answers.jsonl", made_with)
 
     answers, scores, ratios, positions = {}, {}, {}, {}
     for name, (model, _) in models.items():
-        with progress_bar(f"{name}: loss", count) as progress:
-            nats = measuring.completion_nats(model, tokenizer, ids, progress)
-        with progress_bar(f"{name}: answers", len(each)) as progress:
+        with progress(f"{name}: loss", count) as tell:
+            nats = measuring.completion_nats(model, tokenizer, ids, tell)
+        with progress(f"{name}: answers", len(each)) as tell:
             made = measuring.answer_prompts(
-                model, tokenizer, prompts, sampling, args.num_samples, args.batch_size, journal, name, progress
+                model, tokenizer, prompts, sampling, args.num_samples, args.batch_size, journal, name, tell
             )
         of_words = wordings.score(made)
         answers[name], positions[name] = made, measuring.loss_by_position(ids, nats)
@@ -165,39 +169,31 @@ def main():
         "by": intervals.by_class(columns, rows, scores, args.num_samples),
         "loss_by_position": positions,
     }
-    with staged(output_dir, True, "metrics.json", "unfinished") as folder:  # it holds at least what is unfinished
+    with output.staged() as folder:
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         for kept in unfinished.iterdir():
-            shutil.copy(kept, folder)
-        (folder / "report.md").write_text(report.report(metrics), encoding="utf-8")
-        (folder / "report.html").write_text(report.page(metrics, samples, list(columns), folders), encoding="utf-8")
+            if kept.name != MARK:
+                shutil.copy(kept, folder)
         write_json(folder / "metrics.json", metrics)
+    pages = {"report.md": lambda: report.report(metrics)}
+    pages["report.html"] = lambda: report.page(metrics, samples, list(columns), folders)
+    for name, make in pages.items():
+        output.add(name, lambda folder, name=name, make=make: (folder / name).write_text(make(), encoding="utf-8"))
     print("\n".join(["", report.table(metrics), *report.judged_by(metrics)]))
-    print(f"\n{report.asked(metrics)}, 95% intervals. {output_dir}/report.html shows every answer.")
+    print(f"\n{report.asked(metrics)}, 95% intervals. {output.path}/report.html shows every answer.")
     print("Next: generate.py")
 
 
-def begin_or_resume(output_dir: Path, resume: bool) -> None:
+def begin_or_resume(output: Output, resume: bool) -> None:
     """Empties `unfinished/`, or fills it with what a complete evaluation has already made."""
-    unfinished = output_dir / "unfinished"
-    if not resume:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    elif not unfinished.exists():
-        unfinished.mkdir(parents=True)
+    is_begun = output.owns_work
+    output.begin_work(output.work / "answers.jsonl" if resume else None)
+    if resume and not is_begun:
         for name in ("answers.jsonl", "judgements.jsonl"):
-            if (output_dir / name).exists():
-                shutil.copy(output_dir / name, unfinished)
-
-
-@contextlib.contextmanager
-def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A line with the time left; what it yields is told how many are done."""
-    from tqdm import tqdm
-
-    form = "{desc:<22}{bar} {n_fmt}/{total_fmt}  {remaining} left"
-    with tqdm(total=total, desc=f"  {doing}", ncols=88, bar_format=form, mininterval=0.5) as bar:
-        yield lambda done: bar.update(done - bar.n)
+            if (output.path / name).exists():
+                with writing(output.work):
+                    shutil.copy(output.path / name, output.work)
 
 
 def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) -> dict:
@@ -211,14 +207,14 @@ def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) ->
     requests = ["\n\n".join(message["content"] for message in sample["messages"]) for sample in samples]
     texts = {name: [sample[name]["text"] for sample in samples] for name in ("base", "model")}
     record = {"model": args.judge_model, "samples": args.judge_samples}
-    with progress_bar("judge: scores", 2 * len(samples) * args.judge_samples) as progress:
-        scores, record["scores"] = judge_scores(judge, requests, texts, args.judge_samples, progress)
+    with progress("judge: scores", 2 * len(samples) * args.judge_samples) as tell:
+        scores, record["scores"] = judge_scores(judge, requests, texts, args.judge_samples, tell)
     for name, of_model in scores.items():
         for sample, score in zip(samples, of_model, strict=True):
             sample[name]["scores"] |= {} if score is None else {"judge_score": score}
     if args.judge_pairs:
-        with progress_bar("judge: pairs", 2 * len(samples)) as progress:
-            verdicts, record["pairs"] = judge_pairs(judge, requests, texts["base"], texts["model"], progress)
+        with progress("judge: pairs", 2 * len(samples)) as tell:
+            verdicts, record["pairs"] = judge_pairs(judge, requests, texts["base"], texts["model"], tell)
         for sample, verdict in zip(samples, verdicts, strict=True):
             sample["judge_preference"] = verdict
         record["preference"] = preference([[] if verdict is None else [verdict] for verdict in verdicts])
@@ -248,8 +244,9 @@ def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
         who: answer_all(model, tokenizer, prompts, sampling, len(prompts), lambda done: None)
         for who, model in models.items()
     }
+    bold, plain = ("\033[1m", "\033[0m") if has_colours(sys.stdout) else ("", "")
     for i, (name, messages) in enumerate(CAPABILITIES.items()):
-        print(f"\n\033[1m{name}\033[0m\n{textwrap.indent(messages[-1]['content'], '  > ')}")
+        print(f"\n{bold}{name}{plain}\n{textwrap.indent(messages[-1]['content'], '  > ')}")
         for who, made in answers.items():
             ended = "" if made[i].stopped else " (did not stop)"
             print(f"  {who}: {textwrap.indent(made[i].text, '  ').strip()}{ended}")

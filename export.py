@@ -6,11 +6,14 @@ python export.py --model model --to onnx --output model-onnx
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from fledge.cli import UserError, parse, run, staged
+from fledge.cli import UserError, parse, run, writing
+from fledge.folders import Output, check_inputs, claimed
+from fledge.locks import locked
 
 NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
@@ -30,9 +33,25 @@ def main():
     if missing := [package for package in NEEDED[args.to] if find_spec(package) is None]:
         raise UserError(f"Export to {args.to} needs {', '.join(missing)}; `pip install 'fledge[export]'` brings it.")
     output = Path(args.output)
-    if args.to == "gguf" and output.exists() and not (args.overwrite and output.is_file()):
+    if args.to == "onnx":
+        with claimed(output, "export.py", args.overwrite, {"--model": args.model}, "--output") as folder:
+            return export(args, lambda *model: to_onnx(folder, *model))
+    check_inputs(output, "--output", {"--model": args.model})
+    if output.exists() and not (args.overwrite and output.is_file()):
         raise UserError(f"{output} is already there; name another --output or pass --overwrite.")
+    if output.exists() and not is_ours(output):
+        raise UserError(f"{output} was not written by export.py and will not be replaced; name another --output.")
+    with locked(output.resolve(), "--output"):
+        export(args, lambda *model: to_gguf(args, *model))
 
+
+def is_ours(file: Path) -> bool:
+    """Whether a GGUF file says in its first entries that Fledge wrote it."""
+    with writing(file), file.open("rb") as content:
+        return b"fledge.version" in content.read(4096)
+
+
+def export(args: ExportArguments, to_target: Callable) -> None:
     import torch
     import transformers
 
@@ -48,16 +67,14 @@ def main():
     prompts = [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]
     messages = [{"role": "user", "content": "What did Zoë's 2 cats do?\n\nThey ran."}]
     texts = [prompt_text(tokenizer, messages) if tokenizer.chat_template else messages[0]["content"]]
-    export = to_gguf if args.to == "gguf" else to_onnx
-    export(args, model, tokenizer, prompts, texts)
+    to_target(model, tokenizer, prompts, texts)
 
 
 def to_gguf(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
     from fledge.exporting import GGUF_TOLERANCE, gguf_ids, gguf_logits, largest_error, write_gguf
 
     output = Path(args.output).resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as building:
+    with writing(output), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as building:
         file = Path(building) / output.name
         differences = write_gguf(model, tokenizer, file, Path(args.model).resolve().name)
         if find_spec("llama_cpp"):
@@ -78,16 +95,16 @@ def to_gguf(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) 
     print(f"{args.output} holds weights, tokenizer and template. Run it: llama-cli -m {args.output}")
 
 
-def to_onnx(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
+def to_onnx(output: Output, model, tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
     from fledge.exporting import ONNX_TOLERANCE, largest_error, onnx_logits, write_onnx
 
-    with staged(args.output, args.overwrite, "onnx") as folder:
+    with output.staged() as folder:
         write_onnx(model, tokenizer, folder)
         error = largest_error(model, prompts, onnx_logits(folder / "onnx" / "model.onnx", model.config, prompts))
         if error > ONNX_TOLERANCE:
             raise UserError(f"onnxruntime computes other logits: {error:.1e} of the largest one; nothing was written.")
         print(f"Proven by onnxruntime: logits within {error:.1e} of the largest one, with the cache and without.")
-    print(f"{args.output} runs in transformers.js and onnxruntime.")
+    print(f"{output.path} runs in transformers.js and onnxruntime.")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python generate.py --model base --prompt "Once upon a time"
 """
 
 import contextlib
+import json
 import shutil
 import sys
 import textwrap
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from fledge.cli import UserError, parse, run
+from fledge.cli import UserError, parse, run, writing
+from fledge.folders import check_inputs
 from fledge.generation.sampling import Sampling
+from fledge.locks import locked
 
 WAYS = ("prompt", "topic", "words", "ask", "interactive", "prompts_file")
 
@@ -50,7 +53,34 @@ def main():
     args, sampling = parse(sys.argv[1:], GenerateArguments, Sampling, description=__doc__)
     sampling.check()
     check(args)
+    with contextlib.ExitStack() as stack:
+        if args.output_file:
+            inputs = {"--prompts_file": args.prompts_file, "--model": args.model}
+            check_inputs(args.output_file, "--output_file", inputs)
+            stack.enter_context(locked(Path(args.output_file).resolve(), "--output_file"))
+            check_output_file(Path(args.output_file), args.overwrite)
+        answer(args, sampling)
 
+
+def check_output_file(file: Path, overwrite: bool) -> None:
+    """Raises:
+    UserError: it is there and not to be replaced, or holds something else than answers of an earlier run.
+    """
+    if not file.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{file} is already there; name another --output_file or pass --overwrite.")
+    with writing(file), file.open("rb") as answers:
+        first = answers.readline()
+    try:
+        is_ours = {"messages", "sample", "text", "tokens", "stopped"} <= set(json.loads(first))
+    except (ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{file} was not written by generate.py and will not be replaced; name another --output_file.")
+
+
+def answer(args: GenerateArguments, sampling: Sampling) -> None:
     import transformers
     from transformers import TextStreamer
 

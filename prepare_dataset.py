@@ -14,7 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fledge.cli import UserError, check_hub_id, check_output_dir, parse, run, staged
+from fledge.cli import UserError, check_hub_id, parse, run
+from fledge.folders import Output, claimed
+from fledge.terminal import has_colours
 
 if TYPE_CHECKING:
     from fledge.preparation.blocks import Facts, Preparation
@@ -65,12 +67,19 @@ class Plan:
 
 def main():
     (args,) = parse(sys.argv[1:], PrepareArguments, description=__doc__)
-    check_output_dir(args.output_dir, args.overwrite, "budget.json")
+    inputs = {"--data": args.data, "--tokenizer": args.tokenizer}
+    with claimed(args.output_dir, "prepare_dataset.py", args.overwrite, inputs) as output:
+        prepare(args, output)
+    if args.push_to_hub:
+        push(Path(args.output_dir), args.push_to_hub, args.private)
+
+
+def prepare(args: PrepareArguments, output: Output) -> None:
     plan = make_plan(args)
 
     from fledge.preparation.blocks import Facts, blocks_of, prepare_blocks
 
-    with staged(args.output_dir, args.overwrite, "budget.json") as folder:
+    with output.staged() as folder:
         plan.preparation.folder = folder / "blocks"
         plan.preparation.folder.mkdir()
         prepare_blocks(plan.preparation, lambda: blocks_of(plan.source, args.data, args.limit), args.num_proc)
@@ -80,8 +89,6 @@ def main():
     if args.show:
         show(Path(args.output_dir), args.show)
     print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: train_sft.py")
-    if args.push_to_hub:
-        push(Path(args.output_dir), args.push_to_hub, args.private)
 
 
 def make_plan(args: PrepareArguments) -> Plan:
@@ -216,7 +223,7 @@ def show(data: Path, count: int) -> None:
     from fledge.encoding import marked, open_prepared
 
     _, tokenizer, rows = open_prepared(data)
-    marks = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    marks = ("\033[32m", "\033[0m") if has_colours(sys.stdout) else ("[[", "]]")
     for number in range(min(count, len(rows["train"]))):
         row = rows["train"][number]
         print(f"--- row {number}: {len(row['input_ids'])} tokens, supervised {marks[0]}so{marks[1]}")

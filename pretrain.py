@@ -8,13 +8,13 @@ Besides the keys below, every key of transformers' TrainingArguments works under
 --save_steps, --report_to; --help_all lists them.
 """
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, attempt, parse, run, write_json
+from fledge.folders import Output, check_inputs, claimed
 
 
 @dataclass
@@ -53,31 +53,35 @@ def main():
     arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
 
     import transformers
-    from transformers.trainer_callback import PrinterCallback
 
-    from fledge.pretraining.pretrainer import (
-        PretrainConfig,
-        PretrainTrainer,
-        Samples,
-        new_gpt2,
-        plan,
-        pretraining_record,
-    )
-    from fledge.pretraining.tokens import Blocks, Corpus, open_tokens
-    from fledge.tokenizers import load_tokenizer, open_tokenizer
-    from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
-    from fledge.training.run_record import Progress, save_history
-    from fledge.training.sharding import CheckSharded, shard_on_cpus
-    from fledge.training.trainer import finished, precision, use_all_threads
+    from fledge.pretraining.pretrainer import PretrainConfig
 
     args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     output_dir = Path(config.output_dir)
-    config.output_dir = str(output_dir / "checkpoints")
-    checkpoint = find_checkpoint(config, args.resume, args.overwrite)
-    if not checkpoint and config.process_index == 0:
-        check_output_dir(output_dir, args.overwrite, "pretraining.json", "checkpoints")
+    args.tokens_dir = args.tokens_dir or str(output_dir.with_name(f"{output_dir.name}-tokens"))
+    inputs = {"--data": args.data, "--validation_data": args.validation_data, "--tokenizer": args.tokenizer}
+    check_inputs(args.tokens_dir, "--tokens_dir", inputs)
+    inputs["--tokens_dir"] = args.tokens_dir
+    with claimed(output_dir, "pretrain.py", None, inputs, is_main=config.process_index == 0) as output:
+        pretrain(args, config, output)
+
+
+def pretrain(args: PretrainArguments, config, output: Output) -> None:
+    import transformers
+    from transformers.trainer_callback import PrinterCallback
+
+    from fledge.pretraining.pretrainer import PretrainTrainer, Samples, new_gpt2, plan
+    from fledge.pretraining.tokens import Blocks, Corpus, open_tokens
+    from fledge.tokenizers import load_tokenizer, open_tokenizer
+    from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
+    from fledge.training.run_record import Progress, shield_trackers
+    from fledge.training.sharding import CheckSharded, shard_on_cpus
+    from fledge.training.trainer import precision, use_all_threads
+
+    config.output_dir = str(output.work)
+    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     threads = use_all_threads(config)
     is_folder = (Path(args.tokenizer) / "tokenizer.json").exists()
     tokenizer = open_tokenizer(args.tokenizer) if is_folder else load_tokenizer(args.tokenizer, args.context_length)
@@ -90,7 +94,7 @@ def main():
     transformers.set_seed(config.seed)
     model = new_gpt2(tokenizer, args.n_layer, args.n_head, args.n_embd, args.context_length)
 
-    tokens_dir = Path(args.tokens_dir) if args.tokens_dir else output_dir.with_name(f"{output_dir.name}-tokens")
+    tokens_dir = Path(args.tokens_dir)
     with config.main_process_first(desc="tokens"):
         tokens = open_tokens(tokens_dir, corpus, tokenizer)
     train, validation = (Blocks(tokens_dir, name, tokens, args.context_length) for name in ("train", "validation"))
@@ -106,40 +110,59 @@ def main():
         bytes_per_token=validation.bytes_per_token,
     )
     trainer.remove_callback(PrinterCallback)
+    shield_trackers(trainer)
     estimate, lines = plan(trainer, tokens)
     if trainer.is_world_process_zero():
         print(*lines, f"Precision {precision(config)}: {config.precision_reason}", sep="\n", flush=True)
         if threads:
             print(threads, flush=True)
-        if not checkpoint and Path(config.output_dir).exists():
-            shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
     if args.dry_run:
         return
+    output.begin_work(checkpoint)  # only now, when all of the input is known to be good
     trainer.accelerator.wait_for_everyone()
 
     seen, start = tokens_seen(checkpoint), time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - start
     stop.leave_if_told(trainer.state)
+    tokenizer.model_max_length = args.context_length
+    save(trainer, output)
     if not trainer.was_evaluated:
-        trainer.evaluate()
+        attempt("The last evaluation", trainer.evaluate)
+    if trainer.is_world_process_zero():
+        record(trainer, output, seconds, (tokens, estimate, seen))
+    attempt("The end of tracking", trainer.accelerator.end_training)
+
+
+def save(trainer, output: Output) -> None:
+    """Puts model and tokenizer into place, before anything else may fail."""
+    from fledge.training.trainer import finished
+
     # Asked of all processes, which may hold a part of the weights each.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    record = pretraining_record(trainer, seconds, tokens, estimate, seen)
     if trainer.is_world_process_zero():
-        with staged(output_dir, True, "pretraining.json", "checkpoints") as folder:
+        with output.staged() as folder:
             finished(trainer).save_pretrained(folder, state_dict=weights)
-            tokenizer.model_max_length = args.context_length
-            tokenizer.save_pretrained(folder)
-            save_history(trainer.state.log_history, folder, "loss")
-            write_json(folder / "pretraining.json", record)
-        print(f"Trained {record['steps']} steps in {seconds:.0f} s, {record['tokens_per_second']:,} tokens/s.")
+            trainer.processing_class.save_pretrained(folder)
+
+
+def record(trainer, output: Output, seconds: float, told: tuple[dict, dict, int]) -> None:
+    """Adds to the finished base what tells how it was made; `told` is corpus, estimate and tokens seen before."""
+    from fledge.pretraining.pretrainer import pretraining_record
+    from fledge.training.run_record import save_curve, save_log
+
+    history = trainer.state.log_history
+    output.add("training_log.jsonl", lambda folder: save_log(history, folder))
+    made = attempt("The record of the run", lambda: pretraining_record(trainer, seconds, *told))
+    if made:
+        output.add("pretraining.json", lambda folder: write_json(folder / "pretraining.json", made))
+        print(f"Trained {made['steps']} steps in {seconds:.0f} s, {made['tokens_per_second']:,} tokens/s.")
         print(
-            f"Loss {record['first_loss']:.3f} (ln V is {record['uniform_loss']:.3f}) to {record['last_loss']:.3f}; "
-            f"{record['bits_per_byte']:.4f} bits per byte on held-out text."
+            f"Loss {made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}) to {made['last_loss']:.3f}; "
+            f"{made['bits_per_byte']:.4f} bits per byte on held-out text."
         )
-        print(f"Next: prepare_dataset.py --tokenizer {output_dir}")
-    trainer.accelerator.end_training()
+    output.add("loss_curve.png", lambda folder: save_curve(history, folder, "loss"))
+    print(f"Next: prepare_dataset.py --tokenizer {output.path}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_hub_id, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, check_hub_id, parse, run, write_json
+from fledge.folders import Output, claimed
 
 
 @dataclass
@@ -70,9 +71,14 @@ def main():
     output_dir = args.output_dir
     if args.dry_run and not output_dir:
         output_dir = f"{(args.model or args.dataset).rstrip('/')}-repository"
-    if output_dir:
-        check_output_dir(output_dir, args.overwrite, "publication.json")
+    inputs = {"--model": args.model, "--evaluation": args.evaluation, "--dataset": args.dataset}
+    with contextlib.ExitStack() as stack:
+        if not output_dir:
+            output_dir = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='fledge-'))}/publication"
+        publish(args, stack.enter_context(claimed(output_dir, "publish.py", args.overwrite, inputs)))
 
+
+def publish(args: PublishArguments, output: Output) -> None:
     import transformers
 
     from fledge.publishing.upload import files_of, send
@@ -82,28 +88,25 @@ def main():
     # The Space names the model and the model the dataset, so each is there before it is named.
     repositories = {"dataset": args.dataset_repo_id, "model": args.repo_id, "space": args.space_repo_id}
     repositories = {kind: repo_id for kind, repo_id in repositories.items() if repo_id}
-    with contextlib.ExitStack() as stack:
-        if not output_dir:
-            output_dir = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='fledge-'))}/publication"
-        with staged(output_dir, args.overwrite, "publication.json") as folder:
-            for kind in repositories:
-                (folder / kind).mkdir()
-            build(args, folder)
-            sizes = {}
-            for kind, repo_id in repositories.items():
-                sizes[kind] = {path: file.stat().st_size for path, file in files_of(folder / kind).items()}
-                print(f"\n{kind} {repo_id}: {len(sizes[kind])} files, {readable(sum(sizes[kind].values()))}")
-                for path, size in sizes[kind].items():
-                    print(f"  {path:<44} {readable(size):>10}")
-            content = {kind: {"repo_id": repo_id, "files": sizes[kind]} for kind, repo_id in repositories.items()}
-            write_json(folder / "publication.json", content)
-        print()
-        if args.dry_run:
-            print(f"{output_dir} holds what the Hub would get. Nothing was sent.")
-            return
+    with output.staged() as folder:
+        for kind in repositories:
+            (folder / kind).mkdir()
+        build(args, folder)
+        sizes = {}
         for kind, repo_id in repositories.items():
-            sent = send(kind, Path(output_dir, kind), repo_id, args.private, args.revision, args.create_pr)
-            print(f"{sent.url}: {describe(sent.changed, sent.deleted)}", flush=True)
+            sizes[kind] = {path: file.stat().st_size for path, file in files_of(folder / kind).items()}
+            print(f"\n{kind} {repo_id}: {len(sizes[kind])} files, {readable(sum(sizes[kind].values()))}")
+            for path, size in sizes[kind].items():
+                print(f"  {path:<44} {readable(size):>10}")
+        content = {kind: {"repo_id": repo_id, "files": sizes[kind]} for kind, repo_id in repositories.items()}
+        write_json(folder / "publication.json", content)
+    print()
+    if args.dry_run:
+        print(f"{output.path} holds what the Hub would get. Nothing was sent.")
+        return
+    for kind, repo_id in repositories.items():
+        sent = send(kind, output.path / kind, repo_id, args.private, args.revision, args.create_pr)
+        print(f"{sent.url}: {describe(sent.changed, sent.deleted)}", flush=True)
 
 
 def build(args: PublishArguments, folder: Path) -> None:

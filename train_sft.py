@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, keep_origin, parse, run, staged, write_json
+from fledge.cli import UserError, attempt, keep_origin, parse, run, write_json
+from fledge.folders import Output, claimed
 
 
 @dataclass
@@ -45,31 +46,9 @@ def main():
 
     import transformers
     from datasets.utils.logging import disable_progress_bar
-    from transformers import EarlyStoppingCallback
-    from transformers.trainer_callback import PrinterCallback
     from trl import ModelConfig
 
-    from fledge.tokenizers import open_tokenizer
-    from fledge.training.dataset import check_supervised, longest_row, open_dataset
-    from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
-    from fledge.training.run_record import Progress, run_record, save_history
-    from fledge.training.sharding import CheckSharded, shard_on_cpus
-    from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
-    from fledge.training.trainer import (
-        InstructTrainer,
-        SmallModelConfig,
-        check_fit,
-        check_processes,
-        finished,
-        fit_max_length,
-        open_base,
-        precision,
-        prepare_model,
-        smoke,
-        use_all_threads,
-    )
-    from fledge.training.trial import time_needed
-    from fledge.vocabulary import add_rows
+    from fledge.training.trainer import SmallModelConfig, check_processes, smoke
 
     args, config, model_args = parse(arguments, RunArguments, SmallModelConfig, ModelConfig, description=__doc__)
     transformers.logging.set_verbosity_error()
@@ -78,13 +57,37 @@ def main():
     if args.smoke:
         smoke(config)
         args.overwrite = True
-    output_dir = Path(config.output_dir)
-    # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
-    config.output_dir = str(output_dir / "checkpoints")
     check_processes(config)
-    checkpoint = find_checkpoint(config, args.resume, args.overwrite)
-    if not checkpoint and config.process_index == 0:
-        check_output_dir(output_dir, args.overwrite, "run.json", "checkpoints")
+    inputs = {"--dataset": args.dataset, "--model_name_or_path": model_args.model_name_or_path}
+    with claimed(config.output_dir, "train_sft.py", None, inputs, is_main=config.process_index == 0) as output:
+        train(args, config, model_args, output)
+
+
+def train(args: RunArguments, config, model_args, output: Output) -> None:
+    from transformers import EarlyStoppingCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    from fledge.tokenizers import open_tokenizer
+    from fledge.training.dataset import check_supervised, longest_row, open_dataset
+    from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
+    from fledge.training.run_record import Progress, shield_trackers
+    from fledge.training.sharding import CheckSharded, shard_on_cpus
+    from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
+    from fledge.training.trainer import (
+        InstructTrainer,
+        check_fit,
+        fit_max_length,
+        open_base,
+        precision,
+        prepare_model,
+        use_all_threads,
+    )
+    from fledge.training.trial import time_needed
+    from fledge.vocabulary import add_rows
+
+    # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
+    config.output_dir = str(output.work)
+    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     threads = use_all_threads(config)
 
     base, model = open_base(model_args, args.dropout)
@@ -99,8 +102,7 @@ def main():
     if adapter and (args.freeze_layers or args.freeze_modules):
         raise UserError("An adapter freezes all that it does not add; leave out --freeze_layers and --freeze_modules.")
     freeze(model, args.freeze_layers, args.freeze_modules, new_tokens)
-    if config.process_index == 0 and not checkpoint and Path(config.output_dir).exists():
-        shutil.rmtree(config.output_dir)  # only now, when all of the input is known to be good
+    output.begin_work(checkpoint)  # only now, when all of the input is known to be good
 
     stop = StopOnSignal()
     callbacks = [CheckSharded(), Progress(), stop]
@@ -120,7 +122,10 @@ def main():
     except (ImportError, ValueError) as error:  # what TRL, peft and trackers refuse, they say in words
         raise UserError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
+    shield_trackers(trainer)
     loss = prepare_model(trainer)
+    trained = {"freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules, "new_tokens": new_tokens}
+    trained |= {"dropout": args.dropout, "adapter": adapter_record(trainer.model)}
     trial = time_needed(trainer, tokens_seen(checkpoint))
     if trainer.is_world_process_zero():
         print(trained_share(trainer.model))
@@ -136,36 +141,52 @@ def main():
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     stop.leave_if_told(trainer.state)
+    seconds = time.monotonic() - start
+    save(trainer, output, base, budget)
+    if trainer.is_world_process_zero():
+        record(trainer, output, seconds, rows, trained)
+    attempt("The end of tracking", trainer.end)
+
+
+def save(trainer, output: Output, base: Path, budget: dict | None) -> None:
+    """Puts the model into place: the weights first, and nothing that may fail for another reason than the disk."""
+    from peft import PeftModel
+
+    from fledge.training.trainer import finished
+
     # Asked of all processes, which may hold a part of the weights each.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    trained = {"freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules, "new_tokens": new_tokens}
-    trained |= {"dropout": args.dropout, "adapter": adapter_record(trainer.model)}
-    record = run_record(trainer, time.monotonic() - start, rows, trained)
+    if not trainer.is_world_process_zero():
+        return
+    with output.staged() as folder:
+        adapter = isinstance(trainer.model, PeftModel)
+        if adapter:
+            trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        # Greedy decoding makes a small model repeat itself.
+        model = finished(trainer, do_sample=True, temperature=0.8, top_p=0.95)
+        model.save_pretrained(folder, state_dict=None if adapter else weights)
+        trainer.processing_class.save_pretrained(folder)
+        keep_origin(base, folder)
+        if budget:
+            write_json(folder / "budget.json", budget)
+        curves = output.work / "runs"  # where tensorboard has been writing
+        if curves.is_dir():
+            attempt(f"{output.path / 'runs'}", lambda: shutil.copytree(curves, folder / "runs"))
 
-    if trainer.is_world_process_zero():
-        with staged(output_dir, True, "run.json", "checkpoints") as folder:
-            if adapter:
-                trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-            # Greedy decoding makes a small model repeat itself.
-            model = finished(trainer, do_sample=True, temperature=0.8, top_p=0.95)
-            model.save_pretrained(folder, state_dict=None if adapter else weights)
-            tokenizer.save_pretrained(folder)
-            save_history(trainer.state.log_history, folder, "completion loss")
-            curves = Path(config.output_dir) / "runs"  # where tensorboard has been writing
-            if curves.is_dir():
-                shutil.copytree(curves, folder / "runs")
-            keep_origin(base, folder)
-            if budget:
-                write_json(folder / "budget.json", budget)
-            write_json(folder / "run.json", record)
-        print(
-            f"Trained {record['steps']} steps in {record['seconds']:.0f} s, {record['tokens_per_second']:,} tokens/s."
-        )
-        print(
-            f"Loss {record['first_loss']:.3f} to {record['last_loss']:.3f}: {output_dir}/loss_curve.png shows the way."
-        )
-        print("Next: evaluate_model.py")
-    trainer.end()
+
+def record(trainer, output: Output, seconds: float, rows, trained: dict) -> None:
+    """Adds to the finished model what tells how it was made."""
+    from fledge.training.run_record import run_record, save_curve, save_log
+
+    history = trainer.state.log_history
+    output.add("training_log.jsonl", lambda folder: save_log(history, folder))
+    made = attempt("The record of the run", lambda: run_record(trainer, seconds, rows, trained))
+    if made:
+        output.add("run.json", lambda folder: write_json(folder / "run.json", made))
+        print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")
+        print(f"Loss {made['first_loss']:.3f} to {made['last_loss']:.3f}.")
+    output.add("loss_curve.png", lambda folder: save_curve(history, folder, "completion loss"))
+    print(f"{output.path} holds the model; its loss_curve.png shows the way. Next: evaluate_model.py")
 
 
 if __name__ == "__main__":

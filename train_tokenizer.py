@@ -6,7 +6,8 @@ python train_tokenizer.py --data corpus.txt --vocab_size 8000 --output_dir token
 import sys
 from dataclasses import dataclass, field
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged, write_json
+from fledge.cli import UserError, parse, run, write_json
+from fledge.folders import Output, claimed
 
 
 @dataclass
@@ -29,24 +30,28 @@ class TokenizerArguments:
 
 def main():
     (args,) = parse(sys.argv[1:], TokenizerArguments, description=__doc__)
-    check_output_dir(args.output_dir, args.overwrite, "tokenizer_report.json")
-    data, extra = args.data, args.special_tokens
+    extra = args.special_tokens
     if args.vocab_size <= 256 + 1 + len(extra):
         raise UserError(
             f"--vocab_size {args.vocab_size} leaves no merge beside 256 bytes and {1 + len(extra)} special tokens; "
             "ask for more."
         )
+    with claimed(args.output_dir, "train_tokenizer.py", args.overwrite, {"--data": args.data}) as output:
+        make_tokenizer(args, output)
 
+
+def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
     from fledge.pretraining.corpus import END, pieces
     from fledge.tokenizers.training import HeldOut, report, save, train
 
-    print(f"Reading {', '.join(data)} ...", flush=True)
-    held_out = HeldOut(pieces(data, args.text_column, args.document_start))
-    tokenizer = train(held_out, args.vocab_size, [END, *extra], args.min_frequency)
-    record = {"data": data, "documents": held_out.documents, "bytes": held_out.bytes, **report(tokenizer, held_out)}
-    with staged(args.output_dir, args.overwrite, "tokenizer_report.json") as folder:
+    print(f"Reading {', '.join(args.data)} ...", flush=True)
+    held_out = HeldOut(pieces(args.data, args.text_column, args.document_start))
+    tokenizer = train(held_out, args.vocab_size, [END, *args.special_tokens], args.min_frequency)
+    with output.staged() as folder:
         save(tokenizer, folder)
-        write_json(folder / "tokenizer_report.json", record)
+    record = {"data": args.data, "documents": held_out.documents, "bytes": held_out.bytes}
+    record |= report(tokenizer, held_out)
+    output.add("tokenizer_report.json", lambda folder: write_json(folder / "tokenizer_report.json", record))
     print(f"{record['vocab_size']:,} tokens from {record['documents']:,} documents, {record['bytes']:,} bytes.")
     gpt2 = record["gpt2_bytes_per_token"]
     print(

@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_output_dir, keep_origin, parse, run, staged, write_json
+from fledge.cli import UserError, keep_origin, parse, run, write_json
+from fledge.folders import Output, claimed
 
 
 @dataclass
@@ -28,10 +29,14 @@ class TrimArguments:
 
 def main():
     (args,) = parse(sys.argv[1:], TrimArguments, description=__doc__)
-    check_output_dir(args.output_dir, args.overwrite, "trimming.json")
     if args.min_count < 1:
         raise UserError(f"--min_count {args.min_count} is out of range; a token that never occurs is not kept.")
+    inputs = {"--model": args.model, "--data": args.data}
+    with claimed(args.output_dir, "trim_vocabulary.py", args.overwrite, inputs) as output:
+        trim(args, output)
 
+
+def trim(args: TrimArguments, output: Output) -> None:
     import copy
 
     import numpy as np
@@ -85,7 +90,7 @@ def main():
                 net.get_output_embeddings()(hidden)
                 times.append(time.perf_counter() - start)
         record[f"head_milliseconds_{name}"] = round(1000 * min(times), 3)
-    with staged(args.output_dir, args.overwrite, "trimming.json") as folder:
+    with output.staged() as folder:
         small.save_pretrained(folder)
         trimmed.save_pretrained(folder)
         keep_origin(Path(args.model), folder)

@@ -1,11 +1,10 @@
-"""What every script shares: its arguments, its one-sentence errors, and outputs that appear whole or not at all.
+"""What every script shares: its arguments and its one-sentence errors.
 
 Only the standard library and TRL's light parser are imported here, so that `--help` answers at once.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -40,7 +39,7 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
             raise UserError(f"{message}; --help lists every key.")
 
         def set_defaults_with_config(self, **recipe):
-            recipe = {key: value for key, value in recipe.items() if value is not None}
+            recipe = {key: texts.get(key, value) for key, value in recipe.items() if value is not None}
             # argparse converts and checks a default that is text, and no other.
             recipe = {key: str(value) if type(value) in (int, float) else value for key, value in recipe.items()}
             return super().set_defaults_with_config(**recipe)
@@ -57,6 +56,7 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
     if arguments.count("--config") > 1:
         raise UserError("--config is given twice; name one recipe.")
     try:
+        texts = _texts(arguments, dataclass_types)
         *parsed, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
         if left_over:
             raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
@@ -71,6 +71,52 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
         raise UserError("--config needs the path of a recipe.") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{' '.join(str(error).split())}") from error
+
+
+def _texts(arguments: list[str], dataclass_types: tuple[type, ...]) -> dict[str, str | list[str]]:
+    """What a recipe gives for keys that hold text, as it is written there.
+
+    YAML would read `prompt: no` as false, `007` as 7 and `12:30` as 750.
+
+    Raises:
+        UserError: a key is given twice.
+    """
+    import yaml
+
+    if "--config" not in arguments[:-1]:
+        return {}
+    file = Path(arguments[arguments.index("--config") + 1])
+    recipe = yaml.compose(file.read_text(encoding="utf-8"))
+    if not isinstance(recipe, yaml.MappingNode):
+        return {}
+    _refuse_duplicates(recipe, file)
+    hints = {name: hint for kind in dataclass_types for name, hint in typing.get_type_hints(kind).items()}
+    texts = {}
+    for key, node in recipe.value:
+        kinds = set(_alternatives(hints.get(key.value)))
+        if kinds & {bool, int, float, dict}:
+            continue
+        if str in kinds and _is_text(node):
+            texts[key.value] = node.value
+        elif list[str] in kinds and _is_text(node):
+            texts[key.value] = [node.value]
+        elif list[str] in kinds and isinstance(node, yaml.SequenceNode) and all(map(_is_text, node.value)):
+            texts[key.value] = [item.value for item in node.value]
+    return texts
+
+
+def _is_text(node) -> bool:
+    return isinstance(node.value, str) and not node.tag.endswith(":null")
+
+
+def _refuse_duplicates(node, file: Path) -> None:
+    keys = [key.value for key, _ in node.value]
+    for number, (key, value) in enumerate(node.value):
+        if key.value in keys[:number]:
+            line = key.start_mark.line + 1
+            raise UserError(f"{file} gives {key.value} a second time, in line {line}; leave one of them.")
+        if value.tag.endswith(":map"):
+            _refuse_duplicates(value, file)
 
 
 def _settle_types(arguments) -> None:
@@ -99,15 +145,28 @@ def _split_config(argument: str) -> list[str]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a `UserError` becomes one sentence on stderr and exit status 2."""
+    """Runs a script's `main`; a `UserError` becomes one sentence on stderr and exit status 2.
+
+    A reader of the output that goes away ends it quietly.
+    """
     try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted.", file=sys.stderr)
-        sys.exit(130)
+        try:
+            main()
+        except UserError as error:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"{Path(sys.argv[0]).name}: interrupted.", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as `script.py | head`: the reader has had enough
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it ends
+            sys.exit(141)  # what a shell says of a program that SIGPIPE ended
+        raise  # another pipe than the output
 
 
 def check_hub_id(key: str, value: str) -> None:
@@ -118,82 +177,34 @@ def check_hub_id(key: str, value: str) -> None:
         raise UserError(f"{key} {value} is not of the form user/name.")
 
 
-def check_output_dir(output_dir: str | Path, overwrite: bool, *markers: str) -> Path:
-    """Says early, before any work, that `output_dir` cannot be written.
-
-    A folder with content is replaced only with `overwrite`, and only if it holds one of `markers`, by which Fledge
-    knows a folder of its own: `--output_dir ~ --overwrite` must never empty a home.
-
-    Raises:
-        UserError: the folder has content, or is a file.
-    """
-    folder = Path(output_dir)
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder} is a file; name a folder.")
-    if any(path.is_file() for path in folder.rglob("*")):
-        if not overwrite:
-            raise UserError(f"{folder} already has content; name another --output_dir or pass --overwrite.")
-        if not any((folder / marker).exists() for marker in markers):
-            raise UserError(f"{folder} holds no {markers[0]}, so Fledge did not write it and will not replace it.")
-    return folder
-
-
-@contextlib.contextmanager
-def staged(output_dir: str | Path, overwrite: bool, *markers: str) -> Iterator[Path]:
-    """Yields a folder beside `output_dir` that takes its place when the block succeeds and vanishes when it fails.
-
-    A run that is killed leaves the output as it was, and the next one clears what it had begun. A lock keeps a second
-    run out as long as this one lives.
-
-    Raises:
-        UserError: see `check_output_dir`; another run is writing the same folder; or the disk is full.
-    """
-    folder = check_output_dir(output_dir, overwrite, *markers).resolve()
-    building, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "replaced"))
+def attempt(what: str, do: Callable[[], Any]) -> Any:
+    """The result of `do`, which is not worth losing another for: a failure is one sentence on stderr, and `None`."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            if replaced.exists() and not folder.exists():  # killed between the two steps of taking its place
-                replaced.replace(folder)
-                check_output_dir(output_dir, overwrite, *markers)
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-            try:
-                yield building
-                if folder.exists():
-                    shutil.rmtree(replaced, ignore_errors=True)
-                    folder.replace(replaced)
-                building.replace(folder)
-            finally:
-                if replaced.exists() and not folder.exists():
-                    replaced.replace(folder)
-                shutil.rmtree(building, ignore_errors=True)
-                shutil.rmtree(replaced, ignore_errors=True)
-    except Exception as error:
-        from safetensors import SafetensorError  # its way of reporting a full disk
-
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise
-        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+        return do()
+    except Exception as error:  # whatever a plotting library or a tracker may raise
+        reason = " ".join(str(error).split()) or "no reason given"
+        said = f"{what} failed and is left out ({type(error).__name__}: {reason}); the rest is in place."
+        print(said, file=sys.stderr, flush=True)
+        return None
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on a file beside `folder`; the system releases it when the process dies, however that happens."""
-    file = folder.with_name(f".{folder.name}.lock")
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_ino != file.stat().st_ino:
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise UserError(
-                f"Another run is writing {folder} at this moment; wait for it or name another --output_dir."
-            ) from error
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+def writing(place: Path, advice: str = "") -> Iterator[None]:
+    """Turns a full disk and its like into one sentence.
+
+    Raises:
+        UserError: `place` cannot be written.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # the terminal's, not the disk's
+        raise
+    except Exception as error:
+        # safetensors has an error of its own for a full disk, and is not imported for its name alone.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise UserError(f"{place} cannot be written: {reason}{advice}.") from error
 
 
 def write_json(path: Path, content: dict) -> None:

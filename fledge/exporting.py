@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+import fledge
 from fledge.cli import UserError
 from fledge.tokenizers.fast import merges_of
 
@@ -55,6 +56,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     # Tensors are written as the file is closed, so that what is refused leaves nothing.
     vocabulary, differences = _vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
     writer = gguf.GGUFWriter(file, config.model_type)
+    writer.add_string("fledge.version", fledge.__version__)  # by which a later export knows a file of its own
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_block_count(config.num_hidden_layers)

@@ -1,6 +1,5 @@
 """The last screen of `recipes/run.sh`: what was reached, what was generated, where it lies, what to type next."""
 
-import json
 import shlex
 import sys
 import textwrap
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from fledge.cli import read_json, run
 from fledge.evaluation.report import judged_by, table
 
 HEADINGS = {"happy.txt": "A happy ending", "sad.txt": "A sad ending", "answer.txt": "An answer"}
@@ -16,7 +16,7 @@ HEADINGS = {"happy.txt": "A happy ending", "sad.txt": "A sad ending", "answer.tx
 def main():
     name = sys.argv[1]
     runs = Path("runs", name)
-    metrics = json.loads((runs / "evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(runs / "evaluation/metrics.json", "evaluate_model.py")
     print("\n" + "=" * 100)
     print(f"Base against instruct, {metrics['num_prompts']} held-out prompts, 95% intervals\n")
     print("\n".join([table(metrics), *judged_by(metrics)]))
@@ -33,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

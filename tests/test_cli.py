@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge.cli import UserError, check_output_dir, parse, read_json, run, staged, write_json
+from fledge.cli import UserError, parse, read_json, run, write_json
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("convert_checkpoint", "export", "prepare_dataset", "train_sft", "evaluate_model", "generate", "publish")
@@ -55,6 +55,18 @@ def test_one_value_is_a_list_of_one_where_a_list_is_wanted(recipe):
     assert (oven.dishes, oven.guests, oven.music) == (["pie"], ["Ben"], "jazz")
 
 
+@pytest.mark.parametrize("text", ["no", "on", "False", "007", "0x1F", "12:30", "1_000", "2024-01-01", "1e3", "'no'"])
+def test_text_in_a_recipe_is_what_is_written_there(recipe, text):
+    (oven,) = parse(["--config", recipe(f"dishes: [{text}, pie]\ncook: {text}\nguests: {text}\n")], Oven)
+    written = text.strip("'")
+    assert (oven.dishes, oven.cook, oven.guests) == ([written, "pie"], written, [written])
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_nothing_in_a_recipe_is_the_default(recipe, text):
+    assert parse(["--config", recipe(f"{RECIPE}note: {text}\n")], Oven) == parse(["--config", recipe()], Oven)
+
+
 def test_the_recipe_may_be_joined_by_an_equals_sign(recipe):
     assert parse([f"--config={recipe()}"], Oven) == parse(["--config", recipe()], Oven)
 
@@ -86,9 +98,16 @@ def test_a_switch_in_a_recipe(recipe, value, is_on):
         pytest.param(RECIPE + "minutes: soon\n", [], "--minutes: invalid int value: 'soon'", id="word in the recipe"),
         pytest.param(RECIPE + "minutes: 1.5\n", [], "minutes", id="fraction for a whole number in the recipe"),
         pytest.param(RECIPE + "minutes: [1, 2]\n", [], "minutes", id="list for a number in the recipe"),
-        pytest.param(RECIPE + "heat: high\n", [], "--heat: invalid float value: 'high'", id="word for a fraction"),
+        pytest.param(
+            "dishes: [pie]\ncook: Ann\nheat: high\n",
+            [],
+            "--heat: invalid float value: 'high'",
+            id="word for a fraction",
+        ),
         pytest.param(RECIPE + "fan: perhaps\n", [], "--fan: .* got perhaps", id="no switch"),
         pytest.param(RECIPE, ["--cook"], "--cook: expected one argument", id="value missing"),
+        pytest.param(RECIPE + "cook: Ben\n", [], "recipe.yaml gives cook a second time, in line 4", id="key twice"),
+        pytest.param(RECIPE + "env: {A: 1, A: 2}\n", [], "gives A a second time", id="key twice, deeper"),
         pytest.param("dishes: [pie\n", [], "not valid YAML: .* line 1", id="bad YAML"),
         pytest.param("- pie\n", [], "must contain a YAML mapping", id="a list"),
         pytest.param("", [], "must contain a YAML mapping", id="empty"),
@@ -115,191 +134,6 @@ def test_config_without_a_path_says_so():
 def test_a_second_recipe_is_refused(recipe):
     with pytest.raises(UserError, match="--config"):
         parse(["--config", recipe(), "--config", recipe()], Oven)
-
-
-MARK = "mark.json"
-
-
-def write_folder(folder: Path, **files: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, text in files.items():
-        (folder / f"{stem}.json").write_text(text, encoding="utf-8")
-    return folder
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_new_or_empty_folder_may_be_written(tmp_path, overwrite):
-    (tmp_path / "empty" / "inside").mkdir(parents=True)
-
-    for name in ("new", "deep/new", "empty"):
-        assert check_output_dir(tmp_path / name, overwrite, MARK) == tmp_path / name
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_folder_with_content_needs_overwrite(tmp_path):
-    folder = write_folder(tmp_path / "out", mark="{}")
-
-    with pytest.raises(UserError, match=r"already has content; .*--overwrite"):
-        check_output_dir(folder, False, MARK)
-    assert check_output_dir(folder, True, MARK) == folder
-
-
-def test_content_deep_inside_counts(tmp_path):
-    write_folder(tmp_path / "out" / "a" / "b", notes="mine")
-
-    with pytest.raises(UserError, match="already has content"):
-        check_output_dir(tmp_path / "out", False, MARK)
-
-
-def test_a_folder_that_fledge_did_not_write_is_never_replaced(tmp_path):
-    folder = write_folder(tmp_path / "home", thesis="mine")
-
-    with pytest.raises(UserError, match=r"holds no mark\.json"):
-        check_output_dir(folder, True, MARK)
-    with pytest.raises(UserError, match=r"holds no mark\.json"), staged(folder, True, MARK):
-        pytest.fail("the block ran")
-    assert contents(tmp_path) == {"home/thesis.json": "mine"}
-
-
-def test_any_one_of_several_marks_is_enough(tmp_path):
-    folder = write_folder(tmp_path / "out", mark="{}")
-
-    assert check_output_dir(folder, True, "other.json", MARK) == folder
-    with pytest.raises(UserError, match=r"holds no other\.json"):
-        check_output_dir(folder, True, "other.json", "third.json")
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_is_no_output_folder(tmp_path, overwrite):
-    file = tmp_path / "out"
-    file.write_text("mine")
-
-    with pytest.raises(UserError, match="is a file; name a folder"):
-        check_output_dir(file, overwrite, MARK)
-    with pytest.raises(UserError, match="is a file"), staged(file, overwrite, MARK):
-        pytest.fail("the block ran")
-    with pytest.raises(UserError, match="cannot be written"), staged(file / "inside", overwrite, MARK):
-        pytest.fail("the block ran")
-    assert file.read_text() == "mine"
-
-
-def test_an_output_appears_whole_at_the_end(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with staged(target, False, MARK) as folder:
-        write_folder(folder, mark="{}")
-        write_folder(folder / "inner", more="1")
-        assert not target.exists()
-
-    assert contents(tmp_path) == {"deep/out/mark.json": "{}", "deep/out/inner/more.json": "1"}
-
-
-def test_overwriting_replaces_everything(tmp_path):
-    target = write_folder(tmp_path / "out", mark="old", left="over")
-    with staged(target, True, MARK) as folder:
-        write_folder(folder, mark="new")
-        assert contents(target) == {"mark.json": "old", "left.json": "over"}
-
-    assert contents(tmp_path) == {"out/mark.json": "new"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize(
-    ("failure", "seen"),
-    [
-        (UserError("the data ran out"), UserError),
-        (RuntimeError("a bug"), RuntimeError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (OSError(28, "No space left on device"), UserError),
-    ],
-)
-@pytest.mark.parametrize("was_there", [False, True])
-def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path, failure, seen, was_there):
-    if was_there:
-        write_folder(tmp_path / "out", mark="old")
-    before = contents(tmp_path)
-
-    def write_half():
-        with staged(tmp_path / "out", True, MARK) as folder:
-            write_folder(folder, mark="half")
-            raise failure
-
-    with pytest.raises(seen):
-        write_half()
-
-    assert contents(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == (["out"] if was_there else [])
-
-
-def test_a_full_disk_is_named_in_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="out cannot be written: No space left"), staged(tmp_path / "out", False, MARK):
-        raise OSError(28, "No space left on device")
-
-
-def test_an_output_named_by_a_link_is_replaced_without_leftovers(tmp_path):
-    write_folder(tmp_path / "real", mark="old")
-    (tmp_path / "link").symlink_to("real")
-    with staged(tmp_path / "link", True, MARK) as folder:
-        write_folder(folder, mark="new")
-
-    assert contents(tmp_path / "link") == {"mark.json": "new"}
-    assert {path.name for path in tmp_path.iterdir()} <= {"real", "link"}
-
-
-def test_a_second_run_into_the_same_folder_is_refused_and_the_first_one_finishes(tmp_path):
-    with staged(tmp_path / "out", False, MARK) as folder:
-        write_folder(folder, mark="first")
-        with (
-            pytest.raises(UserError, match=r"Another run is writing .*out at this moment"),
-            staged(tmp_path / "out", False, MARK),
-        ):
-            pytest.fail("the block ran")
-        with staged(tmp_path / "other", False, MARK) as other:
-            write_folder(other, mark="other")
-
-    assert contents(tmp_path) == {"out/mark.json": "first", "other/mark.json": "other"}
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fledge.cli import staged
-
-real = Path.replace
-def replace(self, target):
-    if sys.argv[2] == self.name:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, target)
-Path.replace = replace
-with staged(sys.argv[1], True, "mark.json") as folder:
-    (folder / "mark.json").write_text("half")
-    if sys.argv[2] == "block":
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize("was_there", [False, True])
-@pytest.mark.parametrize("moment", ["block", "out", ".out.building"])
-def test_after_a_kill_there_is_the_old_output_or_none_and_a_rerun_completes(tmp_path, moment, was_there):
-    if was_there:
-        write_folder(tmp_path / "out", mark="old")
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), moment]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-
-    is_killed = moment != "out" or was_there  # without an old output there is none to move away
-    assert done.returncode == (-9 if is_killed else 0)
-    if is_killed:
-        assert {file.read_text() for file in (tmp_path / "out").glob("*")} <= {"old"}
-        with staged(tmp_path / "out", True, MARK) as folder:
-            assert list(folder.iterdir()) == []
-            assert contents(tmp_path / "out") == ({"mark.json": "old"} if was_there else {})
-            write_folder(folder, mark="new")
-        assert contents(tmp_path) == {"out/mark.json": "new"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_json_is_read_as_it_was_written(tmp_path):
@@ -355,6 +189,35 @@ def test_a_success_is_silent_and_a_bug_stays_a_bug(capsys):
 
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)
+
+
+def test_a_reader_that_goes_away_ends_a_script_quietly(tmp_path):
+    program = "from fledge.cli import run\nrun(lambda: [print('line', n) for n in range(100_000)])\n"
+    script = tmp_path / "talk.py"
+    script.write_text(program)
+    talk = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    talk.stdout.readline()
+    talk.stdout.close()
+    assert (talk.stderr.read(), talk.wait()) == (b"", 141)
+
+
+def test_help_may_be_cut_off():
+    command = f"{sys.executable} prepare_dataset.py --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout.splitlines()[-1], done.stderr) in (("0", ""), ("141", ""))
+
+
+def test_a_broken_pipe_that_is_not_the_output_stays_a_bug():
+    def main():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run(main)
 
 
 SHOW_HELP = """

@@ -13,11 +13,12 @@ from conftest import ROOT, run_script
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from small import random_rows, small_gpt2, small_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import train_sft
 from fledge.cli import run
 from fledge.encoding import IGNORED
+from fledge.folders import write_mark
 from fledge.training.run_record import Progress
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -77,6 +78,7 @@ def changed(before: Path, after: Path) -> set[str]:
 def test_accelerate_launch_wrote_a_finished_model(tiny):
     names = {file.name for file in tiny.model.iterdir()}
     assert names == {
+        ".fledge.json",
         "budget.json",
         "chat_template.jinja",
         "config.json",
@@ -285,6 +287,68 @@ def test_curves_of_tensorboard_outlive_the_checkpoints(small, tmp_path):
     assert watched <= {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
 
 
+def test_files_of_others_stop_a_run_before_it_changes_anything(small, tmp_path, capsys):
+    steps = ("--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1)
+    stopping = pytest.MonkeyPatch()
+    stopping.setattr(train_sft, "save", lambda *arguments: sys.exit(1))
+    with pytest.raises(SystemExit):
+        train(small, tmp_path / "other", *steps)
+    stopping.undo()
+    checkpoint, proj = tmp_path / "other" / "checkpoints" / "checkpoint-1", tmp_path / "proj"
+    (proj / "checkpoints").mkdir(parents=True)
+    for file in (proj / "thesis.tex", proj / "checkpoints" / "notes.txt"):
+        file.write_text("mine")
+    assert "already has content" in refusal(capsys, small, proj, *steps, "--resume", checkpoint)
+    for how in (("--overwrite",), ("--overwrite", "--resume", checkpoint), ("--resume", "auto")):
+        assert "thesis.tex and no mark of train_sft.py" in refusal(capsys, small, proj, *steps, *how)
+    assert "--output_dir" in refusal(capsys, small, small.base, "--overwrite")
+    assert "holds --dataset" in refusal(capsys, small, small.data.parent, "--overwrite")
+    assert {file.read_text() for file in proj.rglob("*") if file.is_file()} == {"mine"}
+    assert len(list(proj.rglob("*"))) == 3
+
+
+def test_nothing_beside_the_weights_stops_their_saving(small, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **keywords):
+        assert (tmp_path / "m" / "model.safetensors").exists()
+        raise RuntimeError("of no use")
+
+    class Tracker(TrainerCallback):
+        def on_log(self, *arguments, **keywords):
+            raise ConnectionError("the tracker is gone")
+
+        on_train_end = on_log
+
+    Tracker.__module__ = "transformers.integrations.of_a_test"
+    monkeypatch.setattr("fledge.training.run_record.save_curve", fail)
+    monkeypatch.setattr("fledge.training.run_record.save_log", fail)
+    monkeypatch.setattr("trl.SFTTrainer.end", fail, raising=False)
+    monkeypatch.setattr("fledge.training.trainer.InstructTrainer.end", fail, raising=False)
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [Tracker])
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    train(small, tmp_path / "m", "--max_steps", 2, "--logging_steps", 1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert "Tracker failed and is left out: the tracker is gone" in said[0]
+    assert [line.split(" failed")[0].rpartition("/")[2] for line in said[1:]] == [
+        "training_log.jsonl", "loss_curve.png", "The end of tracking",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "m" / "run.json").read_text())["commit"] is None
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_a_second_training_into_a_folder_stops_at_once(small, tmp_path, capsys, monkeypatch):
+    said = []
+
+    def second(self, args, state, control, **kwargs):
+        monkeypatch.undo()
+        said.append(refusal(capsys, small, tmp_path / "m", "--overwrite"))
+
+    monkeypatch.setattr(Progress, "on_step_end", second)
+    train(small, tmp_path / "m", "--max_steps", 1)
+    assert f"Another run is writing {tmp_path / 'm'} at this moment (train_sft.py, process {os.getpid()}" in said[0]
+    assert not list(tmp_path.glob(".m.*"))
+
+
 def test_smoke_runs_three_steps_elsewhere(small, tmp_path):
     train(small, tmp_path / "m", "--num_train_epochs", 50, "--smoke")
     train(small, tmp_path / "m", "--num_train_epochs", 50, "--smoke")
@@ -339,6 +403,9 @@ def test_overwrite_deletes_an_unfinished_run_only_once_the_input_is_known_to_be_
     checkpoint = tmp_path / "m" / "checkpoints" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3}', encoding="utf-8")
+    assert "already has content" in refusal(capsys, small, tmp_path / "m")
+    assert "so Fledge did not write it" in refusal(capsys, small, tmp_path / "m", "--overwrite")
+    write_mark(checkpoint.parent, "train_sft.py", {})
     assert "unfinished run" in refusal(capsys, small, tmp_path / "m")
     refusal(capsys, small, tmp_path / "m", "--overwrite", dataset=tmp_path / "none")
     assert (checkpoint / "trainer_state.json").exists()

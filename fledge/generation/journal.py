@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fledge.cli import UserError
+from fledge.cli import UserError, writing
 
 
 class Journal:
@@ -13,13 +13,20 @@ class Journal:
         file: JSON lines; made when missing.
         settings: what must be equal for finished work to be used again.
         otherwise: what the user can do where it is not, for the message.
+        go_on: what the user can do after a full disk.
 
     Raises:
-        UserError: the file was made with other settings, or is no journal.
+        UserError: the file was made with other settings, is no journal, or cannot be written.
     """
 
-    def __init__(self, file: Path, settings: dict, otherwise: str = "pass --overwrite instead of --resume"):
-        self.file, self.done = file, {}
+    def __init__(
+        self,
+        file: Path,
+        settings: dict,
+        otherwise: str = "pass --overwrite instead of --resume",
+        go_on: str = "go on with --resume",
+    ):
+        self.file, self.done, self.advice = file, {}, f"; make room and {go_on}"
         # A process that was killed may have left half a line.
         whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
         if whole:
@@ -34,15 +41,20 @@ class Journal:
                     f"{file} was made with another {' and another '.join(differing)}; "
                     f"give what it was made with, or {otherwise}."
                 )
-            with file.open("rb+") as kept:
+            with writing(file, self.advice), file.open("rb+") as kept:
                 kept.truncate(len(whole) + 1)
         else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+            with writing(file, self.advice):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def add(self, entries: dict[tuple, object]) -> None:
-        """Writes finished work at once."""
+        """Writes finished work at once.
+
+        Raises:
+            UserError: the disk is full; half a line that it took is left out when the file is read again.
+        """
         self.done |= entries
-        with self.file.open("a", encoding="utf-8") as file:
+        with writing(self.file, self.advice), self.file.open("a", encoding="utf-8") as file:
             for key, value in entries.items():
                 file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")

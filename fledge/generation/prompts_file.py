@@ -9,13 +9,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.cli import UserError
+from fledge.cli import UserError, writing
 from fledge.encoding import Messages
 from fledge.generation.answers import Answer, answer_each
 from fledge.generation.journal import Journal
 from fledge.generation.sampling import Sampling
 from fledge.sources.reading import blocks, suffix
 from fledge.sources.values import as_messages, as_text
+from fledge.terminal import progress
 
 
 def answer_file(
@@ -31,11 +32,9 @@ def answer_file(
     place in the file and the seed alone, so an interrupted run ends with the same file as an uninterrupted one.
 
     Raises:
-        UserError: the prompts cannot be read, the output is there, or its partial file is of another run.
+        UserError: the prompts cannot be read, the partial file is of another run, or the disk is full.
     """
     output = Path(args.output_file)
-    if output.exists() and not args.overwrite:
-        raise UserError(f"{output} is already there; name another --output_file or pass --overwrite.")
     asked = read_prompts(Path(args.prompts_file))
     work = [(number, sample) for number in range(len(asked)) for sample in range(args.num_samples)]
     made_with = {
@@ -47,8 +46,8 @@ def answer_file(
         **{f"--{name}": value for name, value in asdict(sampling).items()},
     }
     partial = output.with_name(output.name + ".partial")
-    try:
-        journal = Journal(partial, made_with, f"delete {partial}")
+    journal = Journal(partial, made_with, f"move {partial} away", "run the same command again")
+    with progress("answers", len(work)) as tell, writing(output, journal.advice):
         left = [i for i in range(len(work)) if (i,) not in journal.done]
         if journal.done:
             print(f"Going on from {len(journal.done)} of {len(work)} answers in {partial}.", file=sys.stderr)
@@ -60,15 +59,12 @@ def answer_file(
             number, sample = work[i]
             journal.add({(i,): {"messages": asked[number], "sample": sample, **asdict(answer)}})
             made.append(answer)
-            print(f"\r{len(journal.done)}/{len(work)} answered ", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+            tell(len(journal.done))
         ordered = [json.dumps(journal.done[i,], ensure_ascii=False) + "\n" for i in range(len(work))]
-        whole = output.with_name(output.name + ".whole")
+        whole = output.with_name(f".{output.name}.fledge-building")
         whole.write_text("".join(ordered), encoding="utf-8")
         whole.replace(output)
         partial.unlink()
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
     return made
 
 

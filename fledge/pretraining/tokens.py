@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError, read_json, staged, write_json
+from fledge.cli import UserError, read_json, write_json
 from fledge.encoding import IGNORED
+from fledge.folders import claimed
 from fledge.pretraining.corpus import names_and_sizes, pieces
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
@@ -80,7 +81,9 @@ def open_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
         record = read_json(folder / "tokens.json", "pretrain.py")
         if record["fingerprint"] == fingerprint:
             return record
-    with staged(folder, True, "tokens.json") as building:
+    inputs = {"--data": corpus.data, "--validation_data": corpus.validation_data}
+    stage = "pretrain.py (tokens)"
+    with claimed(folder, stage, True, inputs, "--tokens_dir") as output, output.staged() as building:
         try:
             writer = TokenWriter(building, tokenizer, TextEncoder(tokenizer))
             writer.write(corpus)

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fledge.cli import UserError
+from fledge.folders import Output
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -26,26 +27,29 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(filter(is_complete, found), key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
-def find_checkpoint(config: TrainingArguments, resume: str | None, overwrite: bool) -> str | None:
+def find_checkpoint(output: Output, resume: str | None, overwrite: bool) -> str | None:
     """The checkpoint of an unfinished run to go on from, or `None` for a fresh start.
 
     `resume` is "auto" for the newest complete one in the run's own folder, if there is any, or the path of one.
 
     Raises:
-        UserError: there is one and the user said neither to resume nor to overwrite; or `resume` names none.
+        UserError: there is one and the user said neither to resume nor to overwrite; `resume` names none; or the
+            output folder holds what is not to be replaced.
     """
-    folder = Path(config.output_dir)
-    if resume not in (None, "auto"):
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise UserError(f"--resume {resume} is no checkpoint; name a folder checkpoint-N, or say --resume auto.")
-        return resume
-    newest = newest_checkpoint(folder)
-    if newest and not resume and not overwrite:
+    newest = newest_checkpoint(output.work)
+    if newest and not resume and not overwrite and output.owns_work:
         raise UserError(
-            f"{folder.parent} holds an unfinished run, saved at {newest.name}; "
+            f"{output.path} holds an unfinished run, saved at {newest.name}; "
             "go on with --resume auto or start anew with --overwrite."
         )
-    return str(newest) if newest and resume else None
+    if resume == "auto":
+        # What was cut off before its first checkpoint begins anew, and a finished model stays.
+        output.check(overwrite or newest is not None or not output.is_finished)
+        return str(newest) if newest else None
+    output.check(overwrite or output.is_own_work(resume))
+    if resume and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"--resume {resume} is no checkpoint; name a folder checkpoint-N, or say --resume auto.")
+    return resume
 
 
 def tokens_seen(checkpoint: str | None) -> int:

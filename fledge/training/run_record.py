@@ -1,5 +1,6 @@
 """What a run leaves behind: lines of progress, a loss curve, and the record of everything that made it."""
 
+import importlib.util
 import json
 import math
 import platform
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,11 +44,39 @@ class Progress(TrainerCallback):
             print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
 
 
-def save_history(log_history: list[dict], folder: Path, what: str) -> None:
-    """Everything logged, a JSON object a line, and training and validation loss (`what`) over steps as a picture."""
+def shield_trackers(trainer: Trainer) -> None:
+    """Lets a tracker that fails once training has begun fail alone, with one sentence; later it is not asked again."""
+
+    def shielded(tracker: TrainerCallback, event: str) -> Callable:
+        do = getattr(tracker, event)
+
+        def ask(*arguments, **keywords):
+            if not tracker.has_failed:
+                try:
+                    return do(*arguments, **keywords)
+                except Exception as error:  # a dropped connection, a full disk, a service that changed
+                    tracker.has_failed = True
+                    print(f"{type(tracker).__name__} failed and is left out: {error}", file=sys.stderr, flush=True)
+            return None
+
+        return ask
+
+    events = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__module__.startswith(("transformers.integrations", "trackio")):
+            callback.has_failed = False
+            for event in set(events) - {"on_init_end", "on_train_begin"}:  # there a failure stops before any work
+                setattr(callback, event, shielded(callback, event))
+
+
+def save_log(log_history: list[dict], folder: Path) -> None:
+    """Everything logged, a JSON object a line."""
     with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
         log.writelines(json.dumps(entry) + "\n" for entry in log_history)
 
+
+def save_curve(log_history: list[dict], folder: Path, what: str) -> None:
+    """Training and validation loss (`what`) over steps as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,10 +160,12 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
     }
 
 
-def peak_memory_mib() -> int:
+def peak_memory_mib() -> int | None:
     """Peak memory of this process: the GPU's when there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() >> 20
+    if not importlib.util.find_spec("resource"):  # Windows
+        return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -142,11 +174,9 @@ def peak_memory_mib() -> int:
 
 def commit() -> str | None:
     """The commit of the code that ran, when it ran from a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

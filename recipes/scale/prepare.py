@@ -15,8 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from fledge.cli import UserError, check_output_dir, parse, run, staged
+from fledge.cli import UserError, parse, run, writing
+from fledge.folders import MARK, check_inputs, claimed, files_in, read_mark, write_mark
+from fledge.locks import locked
 from prepare_dataset import Plan, PrepareArguments, make_plan, write_dataset
+
+STAGE = "recipes/scale/prepare.py"
 
 
 @dataclass
@@ -66,20 +70,35 @@ class WriteDataset(Half):
         from fledge.preparation.blocks import Facts
 
         plan = self.plan()
-        with staged(self.arguments.output_dir, self.arguments.overwrite, "budget.json") as folder:
+        arguments = self.arguments
+        with (
+            claimed(arguments.output_dir, "prepare_dataset.py", arguments.overwrite) as output,
+            output.staged() as folder,
+        ):
             print(write_dataset(plan, Facts.read(self.blocks), folder).markdown())
         yield from data or ()
 
 
 def main():
     scale, arguments = parse(sys.argv[1:], ScaleArguments, PrepareArguments, description=__doc__)
-    check_output_dir(arguments.output_dir, arguments.overwrite, "budget.json")
     if arguments.limit:
         raise UserError("--limit counts records from the beginning, which tasks cannot; leave it out.")
-    make_plan(arguments)  # what is wrong with it is said here, not in a task's log
     blocks = Path(scale.blocks or f"{arguments.output_dir}-blocks").absolute()
-    blocks.mkdir(parents=True, exist_ok=True)
+    inputs = {"--data": arguments.data, "--tokenizer": arguments.tokenizer}
+    check_inputs(blocks, "--blocks", inputs)
+    with claimed(arguments.output_dir, "prepare_dataset.py", arguments.overwrite, inputs | {"--blocks": str(blocks)}):
+        make_plan(arguments)  # what is wrong with it is said here, not in a task's log
+    with locked(blocks, "--blocks"):
+        prepare(scale, arguments, blocks)
 
+
+def prepare(scale: ScaleArguments, arguments: PrepareArguments, blocks: Path) -> None:
+    """Both halves, on this machine; `blocks` goes on from what an interrupted run has made there."""
+    with writing(blocks):
+        blocks.mkdir(exist_ok=True)
+        if (read_mark(blocks) or {}).get("stage") != STAGE and any(files_in(blocks)):
+            raise UserError(f"{blocks} holds no {MARK} of {STAGE}, so its files are of others; name another --blocks.")
+        write_mark(blocks, STAGE, {})
     make = LocalPipelineExecutor(
         [MakeBlocks(arguments, blocks)], tasks=scale.tasks, workers=scale.workers, logging_dir=f"{blocks}/logs/make"
     )

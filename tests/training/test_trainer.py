@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fledge.cli import UserError
 from fledge.training.resuming import newest_checkpoint
-from fledge.training.run_record import save_history
+from fledge.training.run_record import save_curve, save_log
 from fledge.training.trainer import (
     SmallModelConfig,
     check_fit,
@@ -47,7 +47,8 @@ def test_data_of_another_model_is_refused():
 
 def test_the_log_and_its_picture(tmp_path):
     history = [{"step": 1, "loss": "2.0"}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.6}]
-    save_history(history, tmp_path, "loss")
+    save_log(history, tmp_path)
+    save_curve(history, tmp_path, "loss")
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     log = (tmp_path / "training_log.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line) for line in log.splitlines()] == history

@@ -1,0 +1,352 @@
+"""Output folders: a mark says what Fledge wrote, nothing else is ever replaced, and a lock keeps other runs out.
+
+A folder that a stage finished holds `.fledge.json`, which names the script and each file with its size. A folder of
+unfinished work inside it (`checkpoints/`, `unfinished/`) has a mark of its own, and the files in it are known by name.
+Only the standard library and filelock are imported here, so that a script says at once what is wrong.
+"""
+
+import contextlib
+import fnmatch
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from fledge.cli import UserError, attempt, write_json, writing
+from fledge.locks import locked
+
+MARK = ".fledge.json"
+# What trainers and trackers write into a folder of checkpoints, at any time and from any process.
+TRAINER_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.distcp", "*.jinja",
+    ".metadata", "README.md", "adapter_config.json", "added_tokens.json", "config.json", "emissions.csv",
+    "events.out.tfevents.*", "generation_config.json", "latest", "merges.txt", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "trainer_state.json", "vocab.json", "vocab.txt",
+    "zero_to_fp32.py",
+)  # fmt: skip
+TRAINER_FOLDERS = re.compile(r"checkpoint-\d+|runs")
+# Stage → the folder of its unfinished work, and the names of the files that are Fledge's there.
+WORK = {
+    "train_sft.py": ("checkpoints", TRAINER_FILES),
+    "pretrain.py": ("checkpoints", TRAINER_FILES),
+    "evaluate_model.py": ("unfinished", ("answers.jsonl", "judgements.jsonl")),
+}
+
+
+def read_mark(folder: Path) -> dict | None:
+    """What the mark in `folder` says: `stage` and `files`, path → size in bytes (`None` for any). `None` if none."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        return mark if isinstance(mark["stage"], str) and isinstance(mark["files"], dict) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_mark(folder: Path, stage: str, files: dict[str, int | None]) -> None:
+    building = folder / f"{MARK}.new"
+    write_json(building, {"stage": stage, "files": files})
+    building.replace(folder / MARK)
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Everything below `folder` that is no folder, relative to it. A link to a folder is not followed."""
+
+    def refuse(error: OSError):
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        yield from ((Path(place) / name).relative_to(folder) for name in sorted(files + links))
+
+
+def sort_out(folder: Path, stage: str) -> tuple[list[Path], list[Path]]:
+    """What in `folder` was written by `stage`, and what was not; paths relative to it, marks among the first.
+
+    A file that was changed since counts as not written: its size differs from the mark's.
+    """
+    mark = read_mark(folder)
+    listed = mark["files"] if mark and mark["stage"] == stage else None
+    work, names = WORK.get(stage, (None, ()))
+    is_working = work is not None and (read_mark(folder / work) or {}).get("stage") == stage
+
+    def is_ours(path: Path) -> bool:
+        if is_working and path.parts[0] == work and not (folder / work).is_symlink():
+            return _is_of_work(PurePath(*path.parts[1:]), names)
+        if listed is None:
+            return False
+        size = listed.get(path.as_posix(), -1)
+        return path in (Path(MARK), Path(f"{MARK}.new")) or size in (None, (folder / path).lstat().st_size)
+
+    ours, foreign = [], []
+    for path in files_in(folder):
+        (ours if is_ours(path) else foreign).append(path)
+    return ours, foreign
+
+
+def _is_of_work(path: PurePath, names: tuple[str, ...]) -> bool:
+    if path.name in (MARK, f"{MARK}.new"):
+        return len(path.parts) == 1
+    is_placed = len(path.parts) == 1 or TRAINER_FOLDERS.fullmatch(path.parts[0])
+    return bool(is_placed) and any(fnmatch.fnmatchcase(path.name, like) for like in names)
+
+
+def remove(folder: Path, files: list[Path]) -> None:
+    """Deletes these files, marks last, and then folders that hold nothing."""
+    for path in sorted(files, key=lambda path: (path.name == MARK, -len(path.parts))):
+        (folder / path).unlink(missing_ok=True)
+    for place, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # it holds something
+            Path(place).rmdir()
+
+
+def check_inputs(output: str | Path, key: str, inputs: dict[str, str | Path | list | None]) -> None:
+    """Refuses an output that is an input, lies in one, or holds one. Links are followed; other spellings are known.
+
+    `inputs` maps keys to paths; what is no path here, such as a model of the Hub, does not count.
+
+    Raises:
+        UserError: it is so.
+    """
+    for name, given in inputs.items():
+        for path in given if isinstance(given, list) else [given]:
+            if path is None or not Path(path).exists():
+                continue
+            there, here = _chain(path), _chain(output)
+            how = None
+            if there[0] in here:
+                how = "is" if there[0] == here[0] and Path(output).exists() else "lies in"
+            elif Path(output).exists() and here[0] in there:
+                how = "holds"
+            if how:
+                raise UserError(f"{key} {output} {how} {name} {path}, which is read; name another {key}.")
+
+
+def _chain(path: str | Path) -> list[tuple[int, int]]:
+    """The identity of `path` and of each folder above it, as far as they exist."""
+    whole = Path(path).resolve()
+    found = [place.stat() for place in (whole, *whole.parents) if place.exists()]
+    return [(status.st_dev, status.st_ino) for status in found]
+
+
+@contextlib.contextmanager
+def claimed(
+    output_dir: str | Path,
+    stage: str,
+    overwrite: bool | None = None,
+    inputs: dict[str, str | Path | list | None] | None = None,
+    key: str = "--output_dir",
+    is_main: bool = True,
+) -> Iterator["Output"]:
+    """Locks `output_dir` for `stage` and finishes what a killed run left half-done. To be entered before any work.
+
+    Args:
+        overwrite: whether its content may be replaced; `None` if `Output.check` is to be asked later.
+        inputs: see `check_inputs`.
+        is_main: false for all processes of a run but one, which alone locks and writes.
+
+    Raises:
+        UserError: it is a file, cannot be written, is or holds an input, is being written by another run, or holds
+            what `stage` did not write.
+    """
+    folder = Path(output_dir)
+    if not is_main:
+        yield Output(folder, stage, key, is_main=False)
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{key} {folder} is a file; name a folder.")
+    check_inputs(folder, key, inputs or {})
+    output, was_there = Output(folder, stage, key), folder.exists()
+    if os.path.ismount(output.folder):
+        raise UserError(f"{key} {folder} is a mount point, which cannot be replaced; name a folder in it.")
+    with locked(output.folder, key):
+        with writing(folder):
+            output.recover()
+            if overwrite is not None:
+                output.check(overwrite)
+        try:
+            yield output
+        finally:
+            output.tidy(was_there)
+
+
+@dataclass
+class Output:
+    """A folder that `claimed` holds for a stage. `path` is how the user names it, `folder` where it really lies."""
+
+    path: Path
+    stage: str
+    key: str = "--output_dir"
+    is_main: bool = True
+
+    def __post_init__(self):
+        self.folder = self.path.resolve()
+        names = (f".{self.folder.name}.fledge-{state}" for state in ("building", "replaced"))
+        self.building, self.replaced = map(self.folder.with_name, names)
+
+    def recover(self) -> None:
+        """Clears what a killed run left beside the folder, and puts back an output that it was about to replace."""
+        for place in (self.building, self.replaced):
+            if not (place.is_symlink() or place.exists()):
+                continue
+            ours = [] if place.is_symlink() or not place.is_dir() else sort_out(place, self.stage)[0]
+            is_empty = place.is_dir() and not any(place.iterdir())
+            if not is_empty and not any(path.name == MARK for path in ours):
+                raise UserError(f"{place} was not written by Fledge, which needs this name; move it away.")
+        shutil.rmtree(self.building, ignore_errors=True)
+        if self.replaced.exists():
+            if self.folder.exists():
+                self._retire()
+            else:
+                self.replaced.rename(self.folder)
+
+    def check(self, overwrite: bool) -> None:
+        """Raises:
+        UserError: it has content and `overwrite` is not said, or it holds a file that `stage` did not write.
+        """
+        if not self.is_main or not self.folder.exists():
+            return
+        ours, foreign = sort_out(self.folder, self.stage)
+        mark = read_mark(self.folder)
+        if not foreign and all(path.name == MARK for path in ours):
+            return
+        if not overwrite:
+            raise UserError(f"{self.path} already has content; name another {self.key} or pass --overwrite.")
+        if not foreign:
+            return
+        if mark and mark["stage"] != self.stage:
+            raise UserError(
+                f"{self.path} was written by {mark['stage']}, not by {self.stage}; name another {self.key}."
+            )
+        if not ours:
+            raise UserError(
+                f"{self.path} holds {foreign[0]} and no mark of {self.stage}, so Fledge did not write it and will not "
+                f"replace it; name another {self.key}."
+            )
+        others = f" (nor were {len(foreign) - 1} others there)" if len(foreign) > 1 else ""
+        raise UserError(
+            f"{self.path / foreign[0]} was not written by {self.stage}, or was changed since{others}; move it away, "
+            f"or name another {self.key}: only what Fledge wrote is replaced."
+        )
+
+    @contextlib.contextmanager
+    def staged(self) -> Iterator[Path]:
+        """Yields a folder beside the output that takes its place when the block succeeds and vanishes when it fails.
+
+        A run that is killed leaves the output as it was, and the next one clears what it had begun.
+
+        Raises:
+            UserError: the disk is full, or the output cannot be replaced; then what was made is kept beside it.
+        """
+        with writing(self.path):
+            self.building.mkdir()
+            try:
+                write_mark(self.building, self.stage, {})
+                yield self.building
+                files = {path.as_posix(): (self.building / path).lstat().st_size for path in files_in(self.building)}
+                del files[MARK]
+                write_mark(self.building, self.stage, files)
+                self._place()
+            finally:
+                if self.replaced.exists() and not self.folder.exists():
+                    self.replaced.rename(self.folder)
+                shutil.rmtree(self.building, ignore_errors=True)
+
+    def _place(self) -> None:
+        """Puts the new folder in the place of the old one. Files that others put there meanwhile stay in place."""
+        try:
+            foreign = sort_out(self.folder, self.stage)[1] if self.folder.exists() else []
+            for path in foreign:
+                in_the_way = [self.building / part for part in (path, *path.parents[:-1])]
+                if in_the_way[0].exists() or any(part.is_file() for part in in_the_way):
+                    raise FileExistsError(None, f"{path} was put there meanwhile")
+            if self.folder.exists():
+                self.folder.rename(self.replaced)
+            self.building.rename(self.folder)
+        except OSError as error:
+            if self.replaced.exists() and not self.folder.exists():
+                self.replaced.rename(self.folder)
+            kept = _unused(self.folder.with_name(f"{self.folder.name}-finished"))
+            self.building.rename(kept)
+            raise UserError(
+                f"{self.path} cannot be replaced ({error.strerror}); what was made lies in {kept}."
+            ) from error
+        if self.replaced.exists():
+            self._retire()
+
+    def _retire(self) -> None:
+        """Deletes the output that was replaced, but for files of others, which go back to their place."""
+        ours, foreign = sort_out(self.replaced, self.stage)
+        for path in foreign:
+            place = self.folder / path
+            if not (place.exists() or place.is_symlink()):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (self.replaced / path).rename(place)
+        remove(self.replaced, ours)
+
+    def add(self, name: str, write: Callable[[Path], object]) -> None:
+        """Adds a file to the finished folder: a record, a picture, a page. Its failure is told and costs nothing else.
+
+        `write` is given the folder.
+        """
+
+        def do():
+            mark = read_mark(self.folder)
+            write_mark(self.folder, self.stage, mark["files"] | {name: None})
+            write(self.folder)
+            written = mark["files"] | {name: (self.folder / name).lstat().st_size}
+            write_mark(self.folder, self.stage, written)
+
+        attempt(f"{self.path / name}", do)
+
+    @property
+    def work(self) -> Path:
+        """The folder inside for work that is not finished."""
+        return self.path / WORK[self.stage][0]
+
+    @property
+    def owns_work(self) -> bool:
+        return (read_mark(self.folder / WORK[self.stage][0]) or {}).get("stage") == self.stage
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / MARK).exists()
+
+    def is_own_work(self, path: str | Path | None) -> bool:
+        """Whether `path` lies in the folder of unfinished work, and that is Fledge's."""
+        return path is not None and self.owns_work and self.work.resolve() in Path(path).resolve().parents
+
+    def begin_work(self, going_on_from: str | Path | None) -> None:
+        """Makes the folder of unfinished work, empty unless what the run goes on from lies in it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self.is_main:
+            return
+        name, anew = WORK[self.stage][0], not self.is_own_work(going_on_from)
+        with writing(self.work):
+            if anew and self.work.exists():
+                remove(self.folder, [path for path in sort_out(self.folder, self.stage)[0] if path.parts[0] == name])
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            write_mark(self.folder / name, self.stage, {})
+
+    def tidy(self, was_there: bool) -> None:
+        """Removes a folder of unfinished work that holds none, and then the output if this run made it."""
+        work = self.folder / self.work.name if self.stage in WORK else None
+        if work and work.is_dir() and not work.is_symlink():
+            marks = [Path(MARK)] if self.owns_work else []
+            if list(files_in(work)) == marks:
+                remove(work, marks)
+        if not was_there:
+            for place in (self.folder, *self.folder.parents):
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+
+
+def _unused(path: Path) -> Path:
+    names = (f"{path.name}-{number}" if number else path.name for number in itertools.count())
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())

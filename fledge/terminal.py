@@ -1,0 +1,39 @@
+"""What a script shows while it works: colours and bars on a terminal, plain lines in a log."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+BETWEEN = 30.0  # seconds between two lines of progress in a log
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that wants escape codes (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+@contextlib.contextmanager
+def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows on stderr how far `doing` is; what it yields is told how many of `total` are done.
+
+    A terminal gets a bar with the time left, anything else a line now and then and one at the end.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        form = "{desc:<22}{bar} {n_fmt}/{total_fmt}  {remaining} left"
+        with tqdm(total=total, desc=f"  {doing}", ncols=88, bar_format=form, mininterval=0.5) as bar:
+            yield lambda done: bar.update(done - bar.n)
+        return
+    last_time = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal last_time
+        if done == total or time.monotonic() - last_time >= BETWEEN:
+            last_time = time.monotonic()
+            print(f"  {doing}: {done:,}/{total:,}", file=sys.stderr, flush=True)
+
+    yield tell
