@@ -157,10 +157,9 @@ def record(trainer, output: Output, seconds: float, told: tuple[dict, dict, int]
     if made:
         output.add("pretraining.json", lambda folder: write_json(folder / "pretraining.json", made))
         print(f"Trained {made['steps']} steps in {seconds:.0f} s, {made['tokens_per_second']:,} tokens/s.")
-        print(
-            f"Loss {made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}) to {made['last_loss']:.3f}; "
-            f"{made['bits_per_byte']:.4f} bits per byte on held-out text."
-        )
+        if made["first_loss"] is not None:  # --logging_strategy no
+            way = f"{made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}) to {made['last_loss']:.3f}"
+            print(f"Loss {way}; {made['bits_per_byte']:.4f} bits per byte on held-out text.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "loss"))
     print(f"Next: prepare_dataset.py --tokenizer {output.path}")
 

@@ -184,7 +184,8 @@ def record(trainer, output: Output, seconds: float, rows, trained: dict) -> None
     if made:
         output.add("run.json", lambda folder: write_json(folder / "run.json", made))
         print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")
-        print(f"Loss {made['first_loss']:.3f} to {made['last_loss']:.3f}.")
+        if made["first_loss"] is not None:  # --logging_strategy no
+            print(f"Loss {made['first_loss']:.3f} to {made['last_loss']:.3f}.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "completion loss"))
     print(f"{output.path} holds the model; its loss_curve.png shows the way. Next: evaluate_model.py")
 

@@ -13,12 +13,12 @@ from conftest import ROOT, run_script
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from small import random_rows, small_gpt2, small_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
 
 import train_sft
 from fledge.cli import run
 from fledge.encoding import IGNORED
-from fledge.folders import write_mark
+from fledge.folders import claimed, write_mark
 from fledge.training.run_record import Progress
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -323,7 +323,7 @@ def test_nothing_beside_the_weights_stops_their_saving(small, tmp_path, capsys, 
     monkeypatch.setattr("fledge.training.run_record.save_log", fail)
     monkeypatch.setattr("trl.SFTTrainer.end", fail, raising=False)
     monkeypatch.setattr("fledge.training.trainer.InstructTrainer.end", fail, raising=False)
-    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [Tracker])
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [DefaultFlowCallback, Tracker])
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     train(small, tmp_path / "m", "--max_steps", 2, "--logging_steps", 1)
     said = capsys.readouterr().err.splitlines()
@@ -336,17 +336,12 @@ def test_nothing_beside_the_weights_stops_their_saving(small, tmp_path, capsys, 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
-def test_a_second_training_into_a_folder_stops_at_once(small, tmp_path, capsys, monkeypatch):
-    said = []
-
-    def second(self, args, state, control, **kwargs):
-        monkeypatch.undo()
-        said.append(refusal(capsys, small, tmp_path / "m", "--overwrite"))
-
-    monkeypatch.setattr(Progress, "on_step_end", second)
-    train(small, tmp_path / "m", "--max_steps", 1)
-    assert f"Another run is writing {tmp_path / 'm'} at this moment (train_sft.py, process {os.getpid()}" in said[0]
-    assert not list(tmp_path.glob(".m.*"))
+def test_a_second_training_into_a_folder_stops_at_once(small, tmp_path, capsys):
+    with claimed(tmp_path / "m", "train_sft.py"):
+        said = refusal(capsys, small, tmp_path / "m", "--overwrite", dataset=tmp_path / "none")
+    assert f"Another run is writing {tmp_path / 'm'} at this moment" in said
+    assert f"process {os.getpid()} on" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_smoke_runs_three_steps_elsewhere(small, tmp_path):
