@@ -60,7 +60,7 @@ def finish(folder: Path, stage: str = TRAIN, overwrite: bool = False, **files: s
 
 def leave_unfinished(folder: Path, stage: str = TRAIN) -> None:
     """A run of `stage` that has saved a checkpoint or an answer and was then stopped."""
-    with claimed(folder, stage) as output:
+    with claimed(folder, stage, True) as output:
         output.begin_work(None)
         if "checkpoints" in WORK[stage]:
             (output.work / "checkpoint-3" / "shards").mkdir(parents=True)

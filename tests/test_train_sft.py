@@ -385,7 +385,7 @@ def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
     write_prepared(foreign, rows, small_tokenizer(90))
     assert "encoded with 90 tokens and the model's tokenizer has 97" in refusal(capsys, small, out, dataset=foreign)
     assert "There is no data file at" in refusal(capsys, small, out, dataset=tmp_path / "none")
-    assert "holds no causal model" in refusal(capsys, small, out, "--model_name_or_path", tmp_path)
+    assert "holds no causal model" in refusal(capsys, small, out, "--model_name_or_path", tmp_path / "masked")
     assert "is no checkpoint" in refusal(capsys, small, out, "--resume", tmp_path)
     assert "outside 0 to 1" in refusal(capsys, small, out, "--dropout", 1.5)
     assert "learning_rat" in refusal(capsys, small, out, "--learning_rat", 1)
