@@ -5,13 +5,21 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint bench clean
+# What computes: its results must not hang on the kind of CPU.
+NUMERICAL := tests/checkpoints tests/custom tests/generation tests/pretraining tests/training \
+	tests/evaluation/test_measuring.py tests/test_encoding.py tests/test_vocabulary.py
+CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2
+
+.PHONY: quickstart test test-cpus lint bench clean
 
 quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 python -m pytest -n 2
+	HF_HUB_OFFLINE=1 python -m pytest -n 2 -rs
+
+test-cpus: $(VENV)/ready
+	for cpu in $(CPUS); do echo "== $$cpu"; env $$cpu HF_HUB_OFFLINE=1 python -m pytest -n 2 $(NUMERICAL) || exit 1; done
 
 lint: $(VENV)/ready
 	ruff check .
