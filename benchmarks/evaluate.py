@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from fledge.cpu import describe
 from fledge.encoding import open_prepared, prompt_length
 from fledge.evaluation.measuring import answer_prompts
 from fledge.generation.answers import load_model
@@ -65,6 +66,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    print(describe(), flush=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(args.model)

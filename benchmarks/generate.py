@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from fledge.cpu import describe, multiplies_bf16
 from fledge.generation.answers import answer_each, load_model
 from fledge.generation.sampling import Sampling
 
@@ -90,6 +91,7 @@ def compare(name: str, ways: dict, model, tokenizer, prompts: list[list[int]], t
 
 def main():
     torch.manual_seed(0)
+    print(describe(), flush=True)
     if len(sys.argv) > 1:
         model, tokenizer = load_model(sys.argv[1])
         who, what, where = ("Lily", "Tim", "A dog", "A cat"), ("ball", "kite", "boat", "hat"), ("park", "shop")
@@ -108,7 +110,8 @@ def main():
         f"1 prompt: {rate * read / bandwidth():.0%} of the memory bandwidth of {bandwidth() / 1e9:.1f} GB/s", flush=True
     )
     half = GPT2LMHeadModel(SHAPE).eval().bfloat16()
-    compare("1 prompt in bfloat16", two, half, TOLD, prompts[:1], ANSWER)
+    units = "" if multiplies_bf16() else ", which this CPU does not multiply in hardware"
+    compare(f"1 prompt in bfloat16{units}", two, half, TOLD, prompts[:1], ANSWER)
     compare("64 prompts, the first 6 tokens", every, model, TOLD, prompts, 6)
     compare("64 prompts", two, model, TOLD, prompts, ANSWER)
 

@@ -2,6 +2,7 @@
 
     python benchmarks/pretrain.py             # the wikitext_dolly shape: 6 layers, width 384, 30,000 tokens
     python benchmarks/pretrain.py --compile   # also the loop compiled, where there is a C++ compiler
+    python benchmarks/pretrain.py --float32   # pretrain.py without bfloat16
 
 The loop is what people write after nanoGPT: one fused attention projection, PyTorch's causal attention, a tied head,
 cross-entropy over the logits of a whole batch, AdamW with decay on matrices, clipping. On a CPU such loops run in
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from fledge.cpu import describe
 
 VOCAB_SIZE, CONTEXT_LENGTH, WIDTH, LAYERS, HEADS = 30000, 256, 384, 6, 6
 BATCH_SIZE, STEPS, WARM_UP = 16, 4, 2
@@ -94,7 +97,7 @@ class Stopwatch(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def fledge(folder: Path) -> tuple[list[float], int, str]:
+def fledge(folder: Path, float32: bool) -> tuple[list[float], int, str]:
     """Seconds of each of `STEPS` steps of pretrain.py's trainer, operations of a token, and precision."""
     from tokenizers import Tokenizer, models
 
@@ -108,6 +111,7 @@ def fledge(folder: Path) -> tuple[list[float], int, str]:
     tokens = {"dtype": "uint16", "splits": {"train": {"tokens": count, "bytes": count}}}
     blocks, watch = Blocks(folder, "train", tokens, CONTEXT_LENGTH), Stopwatch()
     config = PretrainConfig(
+        bf16=False if float32 else None,
         output_dir=str(folder / "out"),
         max_steps=WARM_UP + STEPS,
         per_device_train_batch_size=BATCH_SIZE,
@@ -146,7 +150,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="the compiled loop too")
+    parser.add_argument("--float32", action="store_true", help="pretrain.py without bfloat16, as on most laptops")
     args = parser.parse_args()
+    print(describe(), flush=True)
     tokens = BATCH_SIZE * CONTEXT_LENGTH
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "train.bin")
@@ -162,7 +168,7 @@ def main():
         for _ in range(args.rounds):
             for name, seconds in contenders.items():
                 speeds[name].append(tokens / statistics.median(seconds()))
-            times, flops, precision = fledge(Path(folder))
+            times, flops, precision = fledge(Path(folder), args.float32)
             speeds["pretrain.py"].append(tokens / statistics.median(times))
             rates.append(matrix_rate(torch.bfloat16 if precision == "bf16" else torch.float32))
     rate = max(rates)

@@ -2,16 +2,19 @@
 
     python benchmarks/train_throughput.py            # the 49.5M topic-ending model, the four in turn, three rounds
     python benchmarks/train_throughput.py --supervised 0.05   # as when short answers follow long prompts
+    python benchmarks/train_throughput.py --float32           # Fledge and TRL, tuned, without bfloat16
 
 Rows are as long as TinyStories-Instruct's in GPT-2's BPE: a prompt of 54 tokens, a story of 206 in the median and of
 351 at the 95th percentile. Every contender trains in a process of its own, on the same rows, optimizer and clipping
 included: an epoch to warm up, then one that counts. Prints real (unpadded) tokens a second, the process's peak memory,
-and the share of this machine's own bfloat16 matrix rate.
+and the share of this machine's own matrix rate, in the type that Fledge chose. On a CPU without bfloat16 units Fledge
+trains in float32 by itself; TRL's defaults do not, and --float32 says it to TRL, tuned.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -99,7 +102,7 @@ def train_by_hand(data: list[dict]) -> float:
     return time.perf_counter() - start
 
 
-def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
+def train_with_trainer(name: str, data: list[dict], folder: str, float32: bool) -> float:
     import logging
 
     from datasets import Dataset
@@ -136,6 +139,8 @@ def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
     common = {"output_dir": folder, "num_train_epochs": 2, "per_device_train_batch_size": BATCH_SIZE}
     common |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     cpu = not torch.accelerator.is_available()
+    if float32 and name != "TRL, defaults":
+        common["bf16"] = False
     if name == "Fledge":
         config = SmallModelConfig(**common, eval_strategy="no")
     elif name == "TRL, tuned":
@@ -157,20 +162,22 @@ def train_with_trainer(name: str, data: list[dict], folder: str) -> float:
     return clock.seconds
 
 
-def measure(name: str, supervised: float | None) -> dict:
+def measure(name: str, supervised: float | None, float32: bool) -> dict:
     from fledge.training.run_record import peak_memory_mib
 
     torch.manual_seed(0)
     data = rows(supervised)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = train_by_hand(data) if name == "hand-written loop" else train_with_trainer(name, data, folder)
+        seconds = (
+            train_by_hand(data) if name == "hand-written loop" else train_with_trainer(name, data, folder, float32)
+        )
     tokens = sum(len(row["input_ids"]) for row in data)
     return {"tokens_per_second": tokens / seconds, "peak_mib": peak_memory_mib()}
 
 
-def matrix_rate() -> float:
-    """Floating-point operations a second of large bfloat16 matrix products, the limit for any of this."""
-    a = torch.randn(2048, 2048).bfloat16()
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of large matrix products, the limit for any of this."""
+    a = torch.randn(2048, 2048).to(dtype)
     best = float("inf")
     for _ in range(20):
         start = time.perf_counter()
@@ -194,21 +201,30 @@ def main():
     parser.add_argument("--supervised", type=float, help="share of supervised tokens instead of the data's own")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--float32", action="store_true", help="without bfloat16, as on most laptops")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, args.supervised)))
+        print(json.dumps(measure(args.measure, args.supervised, args.float32)))
         return
+    untouched = dict(os.environ)  # importing fledge sets how OpenMP's threads wait
+    from fledge.cpu import describe, multiplies_bf16
+
+    print(describe(), flush=True)
     found = {name: [] for name in args.contenders}
     share = [] if args.supervised is None else ["--supervised", str(args.supervised)]
+    share += ["--float32"] if args.float32 else []
     for number in range(1, args.rounds + 1):
         for name in args.contenders:
             command = [sys.executable, __file__, "--measure", name, *share]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            environment = None if name == "Fledge" else untouched
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number}  {name:<18} {found[name][-1]['tokens_per_second']:>7,.0f} tokens/s", flush=True)
-    rate, needed = matrix_rate(), operations_a_token(rows(args.supervised))
-    print(f"bfloat16 matrix rate {rate / 1e9:,.0f} GFLOP/s; {needed / 1e6:,.0f} MFLOP a token needed")
+    dtype = torch.float32 if args.float32 or not multiplies_bf16() else torch.bfloat16
+    rate, needed = matrix_rate(dtype), operations_a_token(rows(args.supervised))
+    kind = str(dtype).removeprefix("torch.")
+    print(f"{kind} matrix rate {rate / 1e9:,.0f} GFLOP/s; {needed / 1e6:,.0f} MFLOP a token needed")
     for name, runs in found.items():
         speeds = sorted(run["tokens_per_second"] for run in runs)
         speed, memory = statistics.median(speeds), statistics.median(run["peak_mib"] for run in runs)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import run_script
 
-from fledge import cpu
+from fledge import SPINS, cpu
 
 WITHOUT_BF16 = {"DNNL_MAX_CPU_ISA": "AVX2"}
 
@@ -72,3 +72,18 @@ with torch.autocast("cpu", torch.bfloat16):
 
 def test_answers_inside_bfloat16_autocast_where_no_unit_multiplies_it(tiny):
     assert run_script("-c", ANSWER, tiny.model, **WITHOUT_BF16).stdout.split() == ["40", "True"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, str(SPINS)),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+    ],
+)
+def test_how_threads_wait_is_set_before_torch_unless_the_user_says(variables, expected, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    look = "import fledge.cli, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    assert run_script("-c", look, **variables).stdout.split() == [str(expected), "False"]
