@@ -169,9 +169,11 @@ def save(trainer, output: Output, base: Path, budget: dict | None) -> None:
         keep_origin(base, folder)
         if budget:
             write_json(folder / "budget.json", budget)
-        curves = output.work / "runs"  # where tensorboard has been writing
+        curves, emissions = output.work / "runs", output.work / "emissions.csv"  # what trackers have been writing
         if curves.is_dir():
             attempt(f"{output.path / 'runs'}", lambda: shutil.copytree(curves, folder / "runs"))
+        if emissions.exists():
+            attempt(f"{output.path / 'emissions.csv'}", lambda: shutil.copy(emissions, folder))
 
 
 def record(trainer, output: Output, seconds: float, rows, trained: dict) -> None:

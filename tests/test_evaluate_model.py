@@ -72,6 +72,37 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tiny, evaluate, tmp_path
     assert not (torn / "unfinished").exists()
 
 
+def test_files_of_others_stop_an_evaluation(evaluate, tmp_path):
+    dvc = tmp_path / "dvc"
+    dvc.mkdir()
+    for name in ("metrics.json", "thesis.tex"):
+        (dvc / name).write_text("mine")
+    for how in ("--resume", "--overwrite"):
+        with pytest.raises(UserError, match=r"holds .* and no mark of evaluate_model.py, so Fledge did not write it"):
+            evaluate(dvc, how, True)
+    assert {file.name: file.read_text() for file in dvc.iterdir()} == dict.fromkeys(
+        ["metrics.json", "thesis.tex"], "mine"
+    )
+
+
+def test_a_page_that_fails_and_a_full_disk_lose_no_answer(evaluate, tmp_path, monkeypatch):
+    resource, out = pytest.importorskip("resource"), tmp_path / "out"
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, earlier[1]))
+    try:
+        with pytest.raises(UserError, match=r"answers.jsonl cannot be written: .*; make room and go on with --resume"):
+            evaluate(out, "--num_samples", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+    kept = (out / "unfinished" / "answers.jsonl").read_bytes().rpartition(b"\n")[0]
+    assert kept.count(b"\n") > 0
+    monkeypatch.setattr("fledge.evaluation.report.page", lambda *arguments: 1 // 0)
+    evaluate(out, "--num_samples", 3, "--resume", True)
+    assert (out / "answers.jsonl").read_bytes().startswith(kept)
+    assert (out / "metrics.json").exists()
+    assert not (out / "report.html").exists()
+
+
 def test_several_answers_to_a_prompt(evaluate, tmp_path):
     evaluate(tmp_path / "out", "--num_samples", 3)
     samples = read_lines(tmp_path / "out" / "samples.jsonl")

@@ -28,7 +28,10 @@ class Journal:
     ):
         self.file, self.done, self.advice = file, {}, f"; make room and {go_on}"
         # A process that was killed may have left half a line.
-        whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
+        found = file.read_bytes() if file.exists() else b""
+        whole, first = found.rpartition(b"\n")[0], json.dumps(settings, ensure_ascii=False) + "\n"
+        if not whole and not first.encode().startswith(found):
+            raise UserError(f"{file} is damaged, or was not written by Fledge; {otherwise}.")
         if whole:
             try:
                 found, *entries = [json.loads(line) for line in whole.split(b"\n")]
@@ -46,7 +49,7 @@ class Journal:
         else:
             with writing(file, self.advice):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+                file.write_text(first, encoding="utf-8")
 
     def add(self, entries: dict[tuple, object]) -> None:
         """Writes finished work at once.

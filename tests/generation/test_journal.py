@@ -52,9 +52,24 @@ def test_other_settings_are_refused_by_name(tmp_path):
         Journal(file, {"--temperature": 0.7, "--seed": 1})
 
 
-@pytest.mark.parametrize("content", ["[]\n", "1\n", "no JSON\n", "{}\n{}\n", '{}\n{"key": 3, "value": 1}\n'])
+@pytest.mark.parametrize("content", ["mine", "[]\n", "1\n", "no JSON\n", "{}\n{}\n", '{}\n{"key": 3, "value": 1}\n'])
 def test_a_damaged_file_is_refused(tmp_path, content):
     file = tmp_path / "answers.jsonl"
     file.write_text(content)
     with pytest.raises(UserError, match="damaged"):
         Journal(file, {})
+    assert file.read_text() == content
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path):
+    resource = pytest.importorskip("resource")
+    file, earlier = tmp_path / "answers.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal = Journal(file, SETTINGS)
+    journal.add({("base", 0): "finished"})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, earlier[1]))
+    try:
+        with pytest.raises(UserError, match=r"answers.jsonl cannot be written: .*; make room and go on with --resume"):
+            journal.add({("base", 1): "too long for this disk"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+    assert Journal(file, SETTINGS).done == {("base", 0): "finished"}

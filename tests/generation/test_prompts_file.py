@@ -71,11 +71,30 @@ def test_other_settings_do_not_mix(run_file, tmp_path):
 
 def test_a_finished_file_is_kept(run_file, tmp_path):
     output = tmp_path / "out.jsonl"
-    output.write_text("mine", encoding="utf-8")
+    made = run_file(output)
     with pytest.raises(UserError, match="already there"):
         run_file(output)
+    assert run_file(output, "--overwrite") == made
+    output.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"out.jsonl was not written by generate.py and will not be replaced"):
+        run_file(output, "--overwrite")
     assert output.read_text(encoding="utf-8") == "mine"
-    assert run_file(output, "--overwrite") != b"mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "prompts.txt"}
+
+
+@pytest.mark.parametrize("way", ["same", "linked", "in the model"])
+def test_prompts_are_never_written_over(tmp_path, monkeypatch, way):
+    prompts, output, model = tmp_path / "p.txt", tmp_path / "out.txt", tmp_path / "model"
+    prompts.write_text("mine")
+    model.mkdir()
+    if way == "linked":
+        output.symlink_to(prompts)
+    output = {"same": prompts, "linked": output, "in the model": model / "out.jsonl"}[way]
+    arguments = ["--model", model, "--prompts_file", prompts, "--output_file", output, "--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+    with pytest.raises(UserError, match=r"--output_file .*(is --prompts_file|lies in --model) .*, which is read"):
+        generate.main()
+    assert prompts.read_text() == "mine"
 
 
 @pytest.mark.parametrize("left", ['{"--mod', ""])
@@ -86,7 +105,7 @@ def test_a_first_line_that_was_half_written_starts_over(run_file, tmp_path, left
 
 def test_a_damaged_file_says_what_to_do(run_file, tmp_path):
     (tmp_path / "out.jsonl.partial").write_text("no JSON\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"is damaged; delete .*out\.jsonl\.partial"):
+    with pytest.raises(UserError, match=r"is damaged; move .*out\.jsonl\.partial"):
         run_file(tmp_path / "out.jsonl")
 
 

@@ -246,6 +246,39 @@ def test_stopped_and_resumed_equals_straight(straight, corpus, tmp_path, monkeyp
     assert not (tmp_path / "m" / "checkpoints").exists()
 
 
+def test_nothing_beside_the_weights_stops_their_saving(corpus, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        assert (tmp_path / "m" / "model.safetensors").exists()
+        raise RuntimeError("of no use")
+
+    for name in ("save_log", "save_curve"):
+        monkeypatch.setattr(f"fledge.training.run_record.{name}", fail)
+    monkeypatch.setattr("fledge.pretraining.pretrainer.PretrainTrainer.evaluate", fail)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    pretrain(corpus, tmp_path / "m", "--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "no")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" failed")[0].rpartition("/")[2] for line in said] == [
+        "The last evaluation", "training_log.jsonl", "The record of the run", "loss_curve.png",
+    ]  # fmt: skip
+    assert weights(tmp_path / "m")
+    assert not (tmp_path / "m" / "checkpoints").exists()
+
+
+def test_tokens_of_others_and_tokens_inside_are_refused(corpus, tmp_path, capsys):
+    (tmp_path / "m-tokens").mkdir()
+    (tmp_path / "m-tokens" / "thesis.tex").write_text("mine")
+    for arguments, message in [
+        ((), "m-tokens holds thesis.tex and no mark of pretrain.py (tokens)"),
+        (("--tokens_dir", tmp_path / "m" / "tokens"), "holds --tokens_dir"),
+        (("--tokens_dir", corpus.tokenizer), "is --tokenizer"),
+    ]:
+        (tmp_path / "m" / "tokens").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(SystemExit):
+            pretrain(corpus, tmp_path / "m", "--max_steps", 1, *arguments)
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "m-tokens" / "thesis.tex").read_text() == "mine"
+
+
 def test_accumulated_and_two_processes_equal_one_big_batch(straight, corpus, tmp_path):
     half = ("--per_device_train_batch_size", 2)
     pretrain(corpus, tmp_path / "accumulated", *EIGHT_STEPS, *half, "--gradient_accumulation_steps", 2)
