@@ -269,7 +269,6 @@ def test_output_folder_that_is_a_file_is_left_alone(own, tmp_path, monkeypatch, 
 def test_earlier_conversion_is_replaced_only_when_asked_and_only_by_a_whole_one(own, tmp_path, monkeypatch, capsys):
     base = tmp_path / "base"
     assert run_here(monkeypatch, capsys, *arguments(own[0], base))[0] == 0
-    (base / "left_over.txt").write_text("of the first")
     first = content_of(base)
 
     status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base))
@@ -278,11 +277,17 @@ def test_earlier_conversion_is_replaced_only_when_asked_and_only_by_a_whole_one(
     assert_refused(status, error, ["n_head 3"])
     assert content_of(base) == first
 
+    (base / "thesis.txt").write_text("mine")
+    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base), "--overwrite")
+    assert_refused(status, error, ["thesis.txt"])
+    (base / "thesis.txt").rename(tmp_path / "thesis.txt")
+    assert content_of(base) == first
+
     assert run_here(monkeypatch, capsys, *arguments(own[0], base, n_head=4), "--overwrite")[0] == 0
     second = content_of(base)
-    assert second.keys() == first.keys() - {"left_over.txt"}
+    assert second.keys() == first.keys()
     assert json.loads(second["config.json"])["n_head"] == 4
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "thesis.txt"}
 
 
 def test_recipe_and_command_line_are_one(own, tmp_path, monkeypatch, capsys):

@@ -131,6 +131,33 @@ def test_a_trained_model_tells_the_same_story_in_llama_cpp(tiny, tmp_path, monke
         export.main()
 
 
+def test_a_gguf_of_others_and_the_model_itself_are_never_replaced(tmp_path, monkeypatch):
+    file, folder, model = tmp_path / "theirs.gguf", tmp_path / "theirs", tmp_path / "model"
+    file.write_bytes(b"GGUF from elsewhere")
+    for place in (folder, model):
+        place.mkdir()
+        (place / "onnx").write_text("mine")
+    for output, to, message in [
+        (file, "gguf", "was not written by export.py and will not be replaced"),
+        (folder, "onnx", "holds onnx and no mark of export.py"),
+        (model, "onnx", "--output .* is --model"),
+        (model / "deeper", "onnx", "--output .* lies in --model"),
+        (model / "tales.gguf", "gguf", "--output .* lies in --model"),
+    ]:
+        arguments = ["--model", model, "--to", to, "--output", output, "--overwrite"]
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+        with pytest.raises(UserError, match=message):
+            export.main()
+    assert file.read_bytes() == b"GGUF from elsewhere"
+    assert {path.name for path in tmp_path.rglob("*")} == {"theirs.gguf", "theirs", "model", "onnx"}
+
+
+def test_a_gguf_says_that_fledge_wrote_it(tmp_path):
+    pytest.importorskip("gguf")
+    write_gguf(random_model(CONFIGS["llama"]), byte_level(), tmp_path / "m.gguf", "name")
+    assert export.is_ours(tmp_path / "m.gguf")
+
+
 @needs_llama
 def test_sentencepiece_splits_alike_in_llama_cpp(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")

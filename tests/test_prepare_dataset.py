@@ -436,14 +436,16 @@ def test_endings_that_are_in_balance_lose_nothing(work, tmp_path):
 
 def test_overwrite_replaces_an_earlier_dataset_and_nothing_else(usual, tmp_path):
     prepare(*usual, "--output_dir", tmp_path / "out")
-    (tmp_path / "out" / "stale.txt").write_text("old")
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="already has content"):
         prepare(*usual, "--output_dir", tmp_path / "out")
-    assert (tmp_path / "out" / "stale.txt").exists()
+    with pytest.raises(UserError, match=r"out/thesis.txt was not written by prepare_dataset.py"):
+        prepare(*usual, "--overwrite", "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
+    (tmp_path / "out" / "thesis.txt").unlink()
     prepare(*usual, "--seed", "3", "--overwrite", "--output_dir", tmp_path / "out")
     assert read_budget(tmp_path / "out")["seed"] == 3
-    assert not (tmp_path / "out" / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
