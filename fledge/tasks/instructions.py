@@ -10,8 +10,8 @@ import re
 
 from fledge.generation.answers import Answer
 from fledge.tasks import RejectedRecord, RuleScorer
+from fledge.tasks.limits import limits_met, refused
 from fledge.tasks.overlap import exact_match, f1, plain, rouge, translation
-from fledge.tasks.stories import sentences
 from fledge.templates import INPUT_MARK
 
 TEMPLATE = "alpaca"
@@ -57,21 +57,7 @@ MEANING = {
 EXAMPLE = [{"role": "user", "content": "Name three things that one can do on a rainy day."}]
 SHORT = 5  # words of a reference that is to be met exactly
 
-REFUSAL = re.compile(
-    r"\b(?:I|we) (?:can(?:not|'t| not)|won't|will not|am not able to|am unable to|must decline|have to decline"
-    r"|do not feel comfortable|don't feel comfortable) (?!wait\b|help (?:but|feeling)\b)"
-    r"|\b(?:I'm|I am) (?:not able|unable|not going) to\b|\b(?:I'm|I am) sorry, but (?:I|that|this|no)\b"
-    r"|\bI'd rather not\b|\bI would rather not\b|\bnot something I (?:can|will) (?:help|do|assist)\b",
-    re.IGNORECASE,
-)
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
-_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-NUMBER_WORDS = {word: number for number, word in enumerate(_WORDS, 1)}
-LIMIT = re.compile(
-    rf"\b(?:in|with|of|using|as) (exactly |at most |no more than |up to |only |just |under |fewer than )?"
-    rf"(\d+|{'|'.join(NUMBER_WORDS)}) (?:short |simple |single )?(word|sentence)s?\b",
-    re.IGNORECASE,
-)
 
 
 def examples(record: dict, rng: random.Random) -> list[dict]:
@@ -150,11 +136,6 @@ class Scorer(RuleScorer):
     score_one = staticmethod(_score)
 
 
-def refused(text: str) -> bool:
-    """Whether an answer declines in its first two sentences."""
-    return bool(REFUSAL.search(" ".join(sentences(text.replace("’", "'"))[:2])))
-
-
 def last_number(text: str) -> float | None:
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
@@ -167,21 +148,3 @@ def parses(text: str) -> bool:
         return bool(ast.parse(fenced[1] if fenced else text).body)
     except (SyntaxError, ValueError):
         return False
-
-
-def limits_met(instruction: str, text: str) -> bool | None:
-    """Whether `text` keeps the number of words or sentences that an instruction states; None if it states none.
-
-    A bare number of sentences or "one word" is meant exactly, any other number of words as the most.
-    """
-    found = LIMIT.search(instruction)
-    if not found:
-        return None
-    bound, number, unit = (found[1] or "").strip().lower(), found[2].lower(), found[3].lower()
-    allowed = NUMBER_WORDS.get(number) or int(number)
-    count = len(text.split()) if unit == "word" else len(sentences(text))
-    if bound in ("under", "fewer than"):
-        return 0 < count < allowed
-    if bound == "exactly" or (not bound and (unit == "sentence" or allowed == 1)):
-        return count == allowed
-    return 0 < count <= allowed
