@@ -18,7 +18,8 @@ class ConvertArguments:
         metadata={"help": "a .pt .pth .bin .ckpt .tar .safetensors file, or a folder that holds one"}
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "gpt2, a tokenizer's file or folder; default: what lies in the checkpoint"}
+        default=None,
+        metadata={"help": "gpt2, a tokenizer's file or folder; default: what lies in the checkpoint or beside it"},
     )
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     layout: str | None = field(default=None, metadata={"help": "force a known layout's defaults"})
@@ -73,6 +74,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     from fledge.custom import FledgeGPTConfig, hashes, open_as_strangers_do
     from fledge.memory import return_freed_memory
     from fledge.tokenizers import load_tokenizer
+    from fledge.tokenizers.beside import find_beside
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -96,6 +98,12 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         return
 
     gpt, facts = recognise(checkpoint, args.layout, roles, told)
+    if args.tokenizer is None and checkpoint.vocabulary is None:
+        args.tokenizer, is_guess = find_beside(args.checkpoint, gpt.vocab_size)
+        print(f"Tokenizer: {args.tokenizer}, found beside the checkpoint")
+        if is_guess:
+            print(f"  its {gpt.vocab_size} characters, sorted: a guess at the vocabulary, which reading a text checks")
+            args.probe_text = args.probe_text or args.tokenizer
     tokenizer = load_tokenizer(args.tokenizer, gpt.context_length, checkpoint.vocabulary)
     proof, trials = {}, []
     if args.reference:

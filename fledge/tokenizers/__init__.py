@@ -62,7 +62,7 @@ def load_tokenizer(
         tokenizer = gpt2()
     else:
         file = _find(Path(source))
-        tokenizer = _read(file)
+        tokenizer = read_tokenizer(file)
         if file.suffix.lower() in (".model", ".bin"):
             ends, unknowns = SENTENCEPIECE_END_TOKENS, ()  # SentencePiece reads "<unk>" in a text as text
 
@@ -125,7 +125,10 @@ def _find(path: Path) -> Path:
     )
 
 
-def _read(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Raises:
+    UserError: the file is of no kind that is known, or damaged.
+    """
     readers = {
         ".model": (read_sentencepiece, "a SentencePiece model"),
         ".bin": (read_llama2c, "a tokenizer of llama2.c"),
