@@ -173,7 +173,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
         args.seed,
         preparation.max_length,
         args.overflow,
-        license=args.license or plan.source.license,
+        license=args.license or plan.source.license(args.data),
         columns={column: list(kind) if column in classes else kind for column, kind in plan.task.COLUMNS.items()},
     )
     budget.count(facts)

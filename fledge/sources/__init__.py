@@ -3,12 +3,17 @@
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fledge.cli import UserError
 from fledge.sources.reading import Chunk, row_chunks, text_chunks
 
+# examples/tales.txt.gz: records in another's form that are this project's own. Its size in bytes and its SHA-256.
+TALES_BYTES = 727_779
+TALES = "a582e6b6629b6b7a6a1d4952eed572ec1e22857a8d3b32030eaead0e9a0e6dc3"
 SOURCES = ("tinystories_instruct", "dolly", "alpaca", "story_qa", "columns")
 
 
@@ -23,10 +28,12 @@ class Source:
     def module(self) -> ModuleType:
         return importlib.import_module(f"fledge.sources.{self.name}")
 
-    @property
-    def license(self) -> str | None:
-        """The SPDX id of the data that the source is named after; None when it may be anybody's."""
-        return self.module.LICENSE
+    def license(self, data: list[str]) -> str | None:
+        """The SPDX id of the data that the source is named after; None when it may be anybody's.
+
+        The shipped tales have the licence of this project, whatever source reads them.
+        """
+        return "apache-2.0" if all(map(_is_tales, data)) else self.module.LICENSE
 
     def chunks(self, data: str) -> Iterator[Chunk]:
         """Raises:
@@ -63,3 +70,10 @@ def load_source(name: str, columns: str | None = None) -> Source:
     from fledge.sources.columns import parse_columns
 
     return Source(name, tuple(parse_columns(columns or "").items()))
+
+
+def _is_tales(data: str) -> bool:
+    file = Path(data)
+    if not file.is_file() or file.stat().st_size != TALES_BYTES:
+        return False
+    return sha256(file.read_bytes()).hexdigest() == TALES

@@ -7,6 +7,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -302,3 +303,13 @@ def test_a_folder_without_data_is_refused(tmp_path):
 def test_a_source_that_cannot_be(source, columns, message):
     with pytest.raises(UserError, match=message):
         load_source(source, columns)
+
+
+def test_the_shipped_tales_are_the_projects_own(tmp_path):
+    tales, source = str(ROOT / "examples" / "tales.txt.gz"), load_source("tinystories_instruct")
+    (tmp_path / "tales.txt.gz").write_bytes(b"others'")
+
+    assert source.license([tales]) == "apache-2.0"
+    assert source.license([tales, str(tmp_path / "tales.txt.gz")]) == "cdla-sharing-1.0"
+    assert source.license(["owner/name"]) == "cdla-sharing-1.0"
+    assert load_source("alpaca").license([str(tmp_path / "tales.txt.gz")]) is None
