@@ -39,6 +39,9 @@ class ConvertArguments:
             "opening it elsewhere then needs trust_remote_code=True"
         },
     )
+    accept_assumptions: bool = field(
+        default=False, metadata={"help": "convert even if a fact that changes the logits is assumed"}
+    )
     inspect: bool = field(default=False, metadata={"help": "print each tensor and the role it was taken for, and stop"})
     dry_run: bool = field(default=False, metadata={"help": "prove and report everything, write nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier conversion in output_dir"})
@@ -64,12 +67,16 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     from transformers.core_model_loading import revert_weight_conversion
 
     import fledge
-    from fledge.checkpoints import evidence
     from fledge.checkpoints.custom import represent
-    from fledge.checkpoints.layouts import Fact, fit_vocabulary, read_mapping, recognise, require_settled
+    from fledge.checkpoints.evidence import load_reference, settle_by_reference
+    from fledge.checkpoints.facts import Fact, read_mapping
+    from fledge.checkpoints.layouts import fit_vocabulary, recognise
     from fledge.checkpoints.loading import load_checkpoint
+    from fledge.checkpoints.probe_text import settle_by_text
     from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
+    from fledge.checkpoints.questions import settle_what_cannot_matter
     from fledge.checkpoints.structure import detect
+    from fledge.checkpoints.summary import facts_table, refuse_assumptions, trials_table, verdict
     from fledge.checkpoints.targets import refuse_unconvertible
     from fledge.custom import FledgeGPTConfig, hashes, open_as_strangers_do
     from fledge.memory import return_freed_memory
@@ -85,7 +92,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     roles, told = read_mapping(args.mapping) if args.mapping else ({}, {})
     for name in ("n_head", "activation", "attention_scale", "norm_eps"):
         if getattr(args, name) is not None:
-            told[name] = Fact(name, getattr(args, name), f"--{name}")
+            told[name] = Fact.of(name, getattr(args, name), f"--{name}")
     if args.inspect:
         structure = detect(checkpoint.tensors, roles)
         for name, tensor in checkpoint.tensors.items():
@@ -107,18 +114,20 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     tokenizer = load_tokenizer(args.tokenizer, gpt.context_length, checkpoint.vocabulary)
     proof, trials = {}, []
     if args.reference:
-        own = evidence.load_reference(args.reference, args.reference_kwargs, checkpoint)
-        gpt, proof["reference_max_error"] = evidence.settle_by_reference(gpt, facts, own)
+        own = load_reference(args.reference, args.reference_kwargs, checkpoint)
+        gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, own)
     gpt, cut = fit_vocabulary(gpt, len(tokenizer), args.tokenizer or "in the checkpoint")
     if args.probe_text:
-        print(f"Reading {args.probe_text} under each open assumption ...", flush=True)
-        gpt, proof["probe_text_loss"], trials = evidence.settle_by_text(gpt, facts, tokenizer, args.probe_text)
-    for fact in facts:
-        print(f"  {fact.name:<16} {fact.value!s:<22} from {fact.source}")
-    for trial in trials:
-        print(f"    {trial.name} {trial.value} would give {trial.score:.4f} nats per token")
+        print(f"Reading {args.probe_text} under every reading that is open ...", flush=True)
+        gpt, proof["probe_text_loss"], trials = settle_by_text(gpt, facts, tokenizer, args.probe_text)
+    rivals = settle_what_cannot_matter(gpt, facts)
+    print(facts_table(facts))
+    if trials:
+        print(trials_table(trials))
     refuse_unconvertible(gpt)
-    require_settled(facts)
+    if not args.accept_assumptions:
+        refuse_assumptions(facts, rivals)
+    said = verdict(facts)
 
     token_ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     config, weights, folds = represent(gpt, token_ids, args.target, args.allow_custom_code)
@@ -133,6 +142,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     proof["float64_max_error"] = prove_exact(probes, model, weights, folds)
     proof["positions"] = sum(ids.numel() for ids, _ in probes)
     report = {
+        "verdict": said,
         "source": checkpoint.source,
         "facts": [asdict(fact) for fact in facts],
         "alternatives": [asdict(trial) for trial in trials],
@@ -151,7 +161,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         },
     }
     if args.dry_run:
-        print(f"Proven: {proof['float64_max_error']:.1e} in float64. Nothing was written: --dry_run.")
+        print(f"{said} {proof['float64_max_error']:.1e} in float64. Nothing was written: --dry_run.")
         return
 
     with output.staged() as folder:
@@ -171,14 +181,15 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         proof |= prove_saved(probes, reloaded)
         write_json(folder / "conversion.json", report)
     print(
-        f"Proven: {proof['float64_max_error']:.1e} in float64; {proof['max_relative_error']:.1e} of the largest logit "
-        f"after reloading, arg max equal at {proof['argmax_equal']:.2%} of {proof['positions']} positions, "
-        f"{proof['greedy_tokens']} greedy tokens the same."
+        f"Logits agree within {proof['float64_max_error']:.1e} in float64; {proof['max_relative_error']:.1e} of the "
+        f"largest logit after reloading, arg max equal at {proof['argmax_equal']:.2%} of {proof['positions']} "
+        f"positions, {proof['greedy_tokens']} greedy tokens the same."
     )
     if "probe_text_loss" in proof:
         print(f"Loss on {args.probe_text}: {proof['probe_text_loss']:.3f} nats per token.")
     if own_code:
         print("It has code of its own: Fledge opens it as any model, and elsewhere it needs trust_remote_code=True.")
+    print(said)
     print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters. Next: prepare_dataset.py")
 
 

@@ -1,0 +1,202 @@
+"""The questions that tensors leave open: which facts are asked of a model, and what each answer would make of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT, reference_logits
+from fledge.checkpoints.facts import KNOWN, Fact, Status
+
+SCALES = {"head": lambda gpt: gpt.usual_scale, "width": lambda gpt: gpt.width**-0.5, "none": lambda gpt: 1.0}
+"""Attention scales that authors use, as rules: the width of a head may be open too."""
+EPSILONS = (1e-5, 1e-6, 1e-8)
+THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0)
+CAPS = (None, 15.0, 30.0, 50.0)
+MATTERS = 1e-4
+"""A fact is open only if another value changes a logit by more than this share of the largest one."""
+
+
+def asked(gpt: CanonicalGPT) -> dict[str, object]:
+    """The facts that could be otherwise in a model with these tensors, each with what most authors do."""
+    tensors = gpt.tensors
+    names = {"attention_scale": gpt.usual_scale, "activation": "silu" if gpt.gated else "gelu", "norm_eps": 1e-5}
+    names |= {"embedding_scale": 1.0, "causal": True}
+    if not {"blocks.0.norm_1_after.weight", "blocks.0.norm_1_after.bias"} & tensors.keys():
+        names["norm_placement"] = "pre"
+        if "blocks.0.norm_2.weight" in tensors:
+            names["parallel"] = False
+    if not any(name.endswith("norm.bias") or ".norm_1.bias" in name for name in tensors):
+        names["norm"] = "layernorm" if "position_embedding.weight" in tensors else "rmsnorm"
+    if _untrained_final_norm(gpt):
+        names["final_norm"] = False
+    if gpt.rope:
+        names |= {"rope": gpt.rope, "rope_theta": 10_000.0, "rope_direction": 1, "rope_width": None, "logit_cap": None}
+        if "blocks.0.query_norm.weight" not in tensors:
+            names["qk_norm"] = None
+    if gpt.rope and "blocks.0.norm_1.weight" not in tensors:
+        names["embedding_norm"] = False
+    return names
+
+
+def _untrained_final_norm(gpt: CanonicalGPT) -> bool:
+    """Whether a final norm is there that no gradient ever reached: exactly as it was made."""
+    weight, bias = gpt.tensors.get("final_norm.weight"), gpt.tensors.get("final_norm.bias")
+    return weight is not None and bool((weight == 1).all()) and (bias is None or not bias.any())
+
+
+def choices(gpt: CanonicalGPT, name: str) -> list:
+    """Every value that evidence tries for a fact; for the attention scale they are names of rules in `SCALES`."""
+    half = gpt.head_width // 2
+    values = {
+        "activation": ("silu", "gelu", "gelu_tanh", "relu") if gpt.gated else tuple(ACTIVATIONS),
+        "attention_scale": tuple(SCALES),
+        "norm": NORMS,
+        "norm_eps": EPSILONS,
+        "norm_placement": ("pre", "post", "sublayer"),
+        "embedding_scale": (1.0, gpt.width**0.5),
+        "rope": ROTATIONS,
+        "rope_theta": THETAS,
+        "rope_direction": (1, -1),
+        "rope_width": (None, *(width for width in (half, half // 2) if width and not width % 2)),
+        "qk_norm": (None, "head"),
+        "logit_cap": CAPS,
+        **dict.fromkeys(("qkv_by_head", "causal", "parallel", "final_norm", "embedding_norm"), (False, True)),
+    }
+    if name == "n_head":
+        rows = len(gpt.tensors["blocks.0.key.weight"])
+        fitting = range(1, gpt.width // 4 + 1)
+        return [n for n in fitting if heads_fit(n, gpt.width, rows, bool(gpt.rope))]
+    return list(values.get(name, ()))
+
+
+def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:
+    """Whether `n_head` heads fill the width and the keys, in pairs of coordinates if they are rotated."""
+    head_width, left = divmod(width, n_head)
+    return not (left or key_rows % head_width or width % key_rows or (rotary and head_width % 2))
+
+
+def regroup(gpt: CanonicalGPT, into_thirds: bool = False) -> CanonicalGPT:
+    """Reads fused projections the other way: (head, q/k/v, row of the head) instead of (q/k/v, head, row), or back."""
+    tensors = dict(gpt.tensors)
+    for n in range(gpt.n_layer):
+        for kind in ("weight", "bias"):
+            names = [f"blocks.{n}.{part}.{kind}" for part in ("query", "key", "value")]
+            if names[0] in tensors:
+                fused = torch.cat([tensors[name] for name in names])
+                grouped = fused.unflatten(0, (3, gpt.n_head, -1) if into_thirds else (gpt.n_head, 3, -1))
+                tensors |= dict(zip(names, grouped.transpose(0, 1).flatten(0, 2).chunk(3), strict=True))
+    return replace(gpt, tensors=tensors)
+
+
+Values = Mapping[str, object]
+
+
+@dataclass
+class Questions:
+    """A recognised model, and what its facts could be instead.
+
+    `now` holds the present value of every fact that evidence may change, `open` the names of those that are assumed;
+    what a layout or a config settled is tried as well, one fact at a time.
+    """
+
+    gpt: CanonicalGPT
+    facts: list[Fact]
+    now: dict[str, object] = field(init=False)
+    choices: dict[str, list] = field(init=False)
+    open: set[str] = field(init=False)
+
+    def __post_init__(self):
+        by_name = {fact.name: fact for fact in self.facts}
+        free = {name for name, fact in by_name.items() if fact.status is not Status.SHOWN and not fact.stated}
+        self.choices = {name: values for name in by_name if name in free and (values := choices(self.gpt, name))}
+        self.now = {name: by_name[name].value for name in self.choices}
+        self.open = {name for name in self.choices if by_name[name].assumed}
+        self.by_head = bool(by_name["qkv_by_head"].value) if "qkv_by_head" in by_name else False
+        scale = by_name.get("attention_scale")
+        self.usual_scale = scale is None or (not scale.stated and scale.value == self.gpt.usual_scale)
+        if "attention_scale" in self.now:
+            rules = [rule for rule, value in SCALES.items() if value(self.gpt) == self.gpt.attention_scale]
+            self.now["attention_scale"] = rules[0] if rules else self.gpt.attention_scale
+
+    def reading(self, values: Values) -> CanonicalGPT:
+        """The model under these values."""
+        values = dict(values)
+        n_head, by_head = values.pop("n_head", self.gpt.n_head), values.pop("qkv_by_head", self.by_head)
+        scale = values.pop("attention_scale", "head" if self.usual_scale else self.gpt.attention_scale)
+        gpt = self.gpt
+        if (n_head, by_head) != (gpt.n_head, self.by_head):
+            gpt = regroup(gpt, into_thirds=True) if self.by_head else gpt
+            key_rows, rows = (len(gpt.tensors[f"blocks.0.{part}.weight"]) for part in ("key", "query"))
+            gpt = replace(gpt, n_head=n_head, n_kv_head=key_rows * n_head // rows)
+            gpt = regroup(gpt) if by_head else gpt
+        gpt = replace(gpt, **values)
+        return replace(gpt, attention_scale=SCALES[scale](gpt) if scale in SCALES else scale)
+
+    def singles(self, values: Values) -> list[dict[str, object]]:
+        """Every change of one fact. Heads and how projections are fused say together which rows belong together."""
+        return [changes for changes in self._changes(values) if self.differs(values, changes)]
+
+    def pairs(self, values: Values) -> list[dict[str, object]]:
+        """Every change of two facts that are both assumed."""
+        singles = [changes for changes in self._changes(values) if changes.keys() <= self.open]
+        both = [a | b for a, b in combinations(singles, 2) if not a.keys() & b.keys()]
+        return [changes for changes in both if self.differs(values, changes)]
+
+    def _changes(self, values: Values) -> list[dict[str, object]]:
+        found = [{name: value} for name, all_of in self.choices.items() for value in all_of if value != values[name]]
+        if {"n_head", "qkv_by_head"} <= self.choices.keys():
+            other = not values["qkv_by_head"]
+            found += [{"n_head": n, "qkv_by_head": other} for n in self.choices["n_head"] if n != values["n_head"]]
+        return found
+
+    def differs(self, values: Values, changes: Values) -> bool:
+        """Whether the changes can change anything: parallel blocks are pre-norm, and one head has one scale."""
+        after = {**values, **changes}
+        if after.get("parallel") and after.get("norm_placement", "pre") != "pre":
+            return False
+        if "attention_scale" in changes and len(changes) == 1:
+            now, then = self.reading(values), self.reading(after)
+            return now.attention_scale != then.attention_scale
+        return True
+
+    def adopt(self, values: Values, source: str) -> CanonicalGPT:
+        """Writes the values into the facts; those that change rest on `source` from now on."""
+        gpt = self.reading(values)
+        for fact in self.facts:
+            if fact.name in values:
+                value = values[fact.name] if fact.name == "qkv_by_head" else getattr(gpt, fact.name)
+                if value != fact.value:
+                    fact.value, fact.source = value, source
+        return gpt
+
+
+def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str, list[object]]:
+    """Settles each assumed fact whose other values all give the same logits, and says of the rest which do not.
+
+    Returns:
+        For each fact that is still assumed, the values that change a logit by more than `MATTERS` of the largest one.
+    """
+    questions = Questions(gpt, facts)
+    ids = torch.randint(gpt.vocab_size, (2, min(32, gpt.context_length)), generator=torch.Generator().manual_seed(0))
+    logits = reference_logits(gpt, ids)
+    rivals = {}
+    for fact in facts:
+        if not fact.assumed:
+            continue
+        changes = [changes for changes in questions.singles(questions.now) if changes.keys() == {fact.name}]
+        others = [
+            (one[fact.name], reference_logits(questions.reading({**questions.now, **one}), ids)) for one in changes
+        ]
+        rivals[fact.name] = [value for value, other in others if change_of(logits, other) > MATTERS]
+        if not rivals[fact.name]:
+            fact.status, fact.source, fact.detail = Status.SETTLED, KNOWN, "every value gives the same logits"
+            del rivals[fact.name]
+    return rivals
+
+
+def change_of(logits: Tensor, other: Tensor) -> float:
+    """Largest |Δ logit| as a share of the largest |logit|."""
+    return ((logits - other).abs().max() / logits.abs().max().clamp_min(1e-30)).nan_to_num(1.0).item()

@@ -1,0 +1,70 @@
+"""What a conversion rests on, in words: the table of facts, what is still assumed, and the sentence that judges it."""
+
+from fledge.checkpoints.facts import Fact, Status
+from fledge.checkpoints.probe_text import Trial
+from fledge.cli import UserError
+
+FLAGS = {"n_head", "activation", "attention_scale", "norm_eps"}
+SHOWN_TRIALS = 20
+
+
+def facts_table(facts: list[Fact]) -> str:
+    """One line a fact: its status, its value and its source."""
+    lines = []
+    for fact in facts:
+        source = "stated by you" if fact.stated else fact.source
+        detail = f" ({fact.detail})" if fact.detail else ""
+        value = f"{fact.value:.6g}" if isinstance(fact.value, float) else str(fact.value)
+        lines.append(f"  {fact.status:<8} {fact.name:<16} {value:<12} {source}{detail}")
+    return "\n".join(lines)
+
+
+def trials_table(trials: list[Trial]) -> str:
+    """What other values of a fact, or of two together, would give; the closest first."""
+    trials = sorted(trials, key=lambda trial: trial.score)
+    kept = [trial for trial in trials if ", " not in trial.name or trial.verdict != "worse"][:SHOWN_TRIALS]
+    lines = [f"  Chosen: {trials[0].chosen:.4f} nats per token. Other readings:"]
+    for trial in kept:
+        names = [f"{name} {value}" for name, value in zip(trial.name.split(", "), trial.value.split(", "), strict=True)]
+        lines.append(f"    {trial.score:8.4f}  {trial.verdict:<22} {' and '.join(names)}")
+    return "\n".join(lines)
+
+
+def verdict(facts: list[Fact]) -> str:
+    """The last word on a conversion, which `conversion.json` and the model card repeat."""
+    if assumed := [str(fact) for fact in facts if fact.assumed]:
+        return f"Converted; assumed, not proven: {', '.join(assumed)}."
+    by: dict[str, list[str]] = {}
+    for fact in facts:
+        if fact.status is Status.SETTLED and not fact.stated:
+            by.setdefault(fact.source, []).append(fact.name)
+    if stated := [str(fact) for fact in facts if fact.stated]:
+        by["your word"] = stated
+    by.pop("layout", None)
+    settled = "; ".join(f"by {source}: {', '.join(names)}" for source, names in by.items())
+    return f"Proven: nothing that changes the logits is assumed. Settled {settled}." if settled else "Proven."
+
+
+def refuse_assumptions(facts: list[Fact], rivals: dict[str, list[object]]) -> None:
+    """Stops a conversion that rests on assumptions.
+
+    Raises:
+        UserError: which they are, what else each could be, and what settles them.
+    """
+    assumed = [fact for fact in facts if fact.assumed]
+    if not assumed:
+        return
+    listed = "; ".join(_listed(fact, rivals.get(fact.name, [])) for fact in assumed)
+    raise UserError(
+        f"Nothing shows {len(assumed)} fact{'s' * (len(assumed) > 1)} that would change the logits, so that they are "
+        f"assumed: {listed}. What settles all of them is --reference FOLDER with the code that trained the model, what "
+        "settles most is --probe_text FILE with its training text; --accept_assumptions converts as it is."
+    )
+
+
+def _listed(fact: Fact, rivals: list[object]) -> str:
+    """A fact, what it could be instead, and the flag or the line of a mapping that states it."""
+    value = f"{fact.value:.6g}" if isinstance(fact.value, float) else str(fact.value).lower()
+    how = f"--{fact.name} {value}" if fact.name in FLAGS else f"{fact.name}: {value} in a --mapping"
+    others = ", ".join(f"{rival:.6g}" if isinstance(rival, float) else str(rival).lower() for rival in rivals)
+    return f"{fact.name} {value}" + (f" (or {others})" if others else "") + f", stated by {how}"
