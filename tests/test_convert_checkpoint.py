@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert_checkpoint
 import fledge
 from fledge.checkpoints import proof
-from fledge.checkpoints.layouts import QUESTIONS
 from fledge.cli import run
 
 STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was lazy, and it slept all day."]
+SCRATCH = {"activation": "gelu_tanh", "attention_scale": 8**-0.5, "norm_eps": 1e-5, "embedding_scale": 1.0}
+SCRATCH |= {"causal": True, "norm_placement": "pre", "parallel": False}
 CONFIG = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
 
 
@@ -90,16 +91,13 @@ def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_p
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     assert {fact["name"]: (fact["value"], fact["source"]) for fact in report["facts"]} == {
-        **{name: (value, "usual practice") for name, value in QUESTIONS.items()},
+        **{name: (value, "every known author of scratch") for name, value in SCRATCH.items()},
         "layout": ("scratch", "names of tensors"),
         "n_head": (2, "checkpoint config"),
-        "activation": ("gelu_tanh", "layout default"),
-        "attention_scale": (8**-0.5, "usual practice"),
         "norm": ("layernorm", "tensors"),
-        "norm_eps": (1e-5, "usual practice"),
         "tied head": (True, "tensors"),
-        "embedding_scale": (1.0, "usual practice"),
     }
+    assert report["verdict"].startswith("Proven: nothing that changes the logits is assumed.")
     assert report["folds"] == report["alternatives"] == []
     assert report["left_out"] == {"step": "beside model_state_dict"}
     assert report["target"] == "GPT2LMHeadModel"
@@ -360,8 +358,16 @@ def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
         "blocks.{n}.value: layers.{n}.attention.gamma\n"
         "activation: gelu_tanh\n"
     )
-    status, _, error = run_here(monkeypatch, capsys, *given, "--mapping", tmp_path / "names.yaml")
+    given += ["--mapping", tmp_path / "names.yaml"]
+    status, _, error = run_here(monkeypatch, capsys, *given)
+    assert_refused(status, error, ["Nothing shows 6 facts", "norm_placement pre (or post, sublayer)", "--reference"])
+    assert not (tmp_path / "base").exists()
+    status, out, error = run_here(monkeypatch, capsys, *given, "--accept_assumptions")
     assert status == 0, error
+    assert "Converted; assumed, not proven: attention_scale 0.353553, norm_eps 1e-05," in out
+    assert "Proven" not in out
+    report = json.loads((tmp_path / "base" / "conversion.json").read_text())
+    assert report["verdict"] in out
     run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "plain"))
     plain, odd = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "base"))
     assert plain.keys() == odd.keys()
@@ -407,7 +413,7 @@ def test_text_that_the_model_does_not_know_is_refused(own, tmp_path, monkeypatch
     (tmp_path / "text.txt").write_text(" ".join(STORIES) * 20)
     given = arguments(own[0], tmp_path / "base", probe_text=tmp_path / "text.txt")
     status, _, error = run_here(monkeypatch, capsys, *given)
-    assert_refused(status, error, ["nats per token", "guessing"])
+    assert_refused(status, error, ["nats per token", "is not the model's"])
     assert not (tmp_path / "base").exists()
 
 

@@ -190,13 +190,15 @@ def recognise(
         facts["norm"] = Fact.of("norm", "layernorm", TENSORS)
     if any("mask" in reason or MASK.search(name) for name, reason in checkpoint.left_out.items()) and gpt.causal:
         facts["causal"] = Fact.of("causal", True, TENSORS) if facts["causal"].assumed else facts["causal"]
-    if any("in_proj_" in name for name in checkpoint.tensors) and facts["attention_scale"].assumed:
-        facts["attention_scale"] = Fact("attention_scale", gpt.usual_scale, Status.SETTLED, TORCH_ATTENTION)
     gpt = replace(gpt, **values)
     if any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values()) and (
         gpt.n_head == gpt.n_kv_head
     ):
         gpt = regroup(gpt) if settle("qkv_by_head", False) else gpt
+    if any("in_proj_" in name for name in checkpoint.tensors):
+        for fact in [facts[name] for name in ("attention_scale", "qkv_by_head") if name in facts]:
+            if fact.assumed:
+                fact.status, fact.source = Status.SETTLED, TORCH_ATTENTION
     for name, fact in told.items():
         shown = facts[name].value if name in facts else vars(gpt).get(name, False)
         if fact.value != shown:

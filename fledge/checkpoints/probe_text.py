@@ -42,6 +42,8 @@ WORK = 1.5e12
 """Parameters (a million at least) times tokens that the search may cost."""
 PAIRS = 64
 """Pairs of facts that are tried at most, in each round."""
+FEWEST = 16
+"""Windows from which a standard error means something."""
 SEEN = 20
 """Times that a pair of tokens must be seen on average, or its frequency says nothing."""
 GROUPS = 32
@@ -190,7 +192,7 @@ class Race:
 def standard_error(difference: Tensor, places: Tensor) -> float:
     """Of the mean of paired differences (N,): the larger one of windows by themselves and of parts of the text."""
     count = len(difference)
-    if count < 2:
+    if count < FEWEST:
         return math.inf
     alone = difference.std().item() / count**0.5
     if count < 2 * GROUPS:

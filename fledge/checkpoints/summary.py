@@ -6,6 +6,7 @@ from fledge.cli import UserError
 
 FLAGS = {"n_head", "activation", "attention_scale", "norm_eps"}
 SHOWN_TRIALS = 20
+RULES = {"head": "1/sqrt(width of a head)", "width": "1/sqrt(width)", "none": "1"}
 
 
 def facts_table(facts: list[Fact]) -> str:
@@ -25,7 +26,10 @@ def trials_table(trials: list[Trial]) -> str:
     kept = [trial for trial in trials if ", " not in trial.name or trial.verdict != "worse"][:SHOWN_TRIALS]
     lines = [f"  Chosen: {trials[0].chosen:.4f} nats per token. Other readings:"]
     for trial in kept:
-        names = [f"{name} {value}" for name, value in zip(trial.name.split(", "), trial.value.split(", "), strict=True)]
+        names = [
+            f"{name} {_spelled(name, value)}"
+            for name, value in zip(trial.name.split(", "), trial.value.split(", "), strict=True)
+        ]
         lines.append(f"    {trial.score:8.4f}  {trial.verdict:<22} {' and '.join(names)}")
     return "\n".join(lines)
 
@@ -64,7 +68,13 @@ def refuse_assumptions(facts: list[Fact], rivals: dict[str, list[object]]) -> No
 
 def _listed(fact: Fact, rivals: list[object]) -> str:
     """A fact, what it could be instead, and the flag or the line of a mapping that states it."""
-    value = f"{fact.value:.6g}" if isinstance(fact.value, float) else str(fact.value).lower()
+    value = _spelled(fact.name, fact.value)
     how = f"--{fact.name} {value}" if fact.name in FLAGS else f"{fact.name}: {value} in a --mapping"
-    others = ", ".join(f"{rival:.6g}" if isinstance(rival, float) else str(rival).lower() for rival in rivals)
+    others = ", ".join(_spelled(fact.name, rival) for rival in rivals)
     return f"{fact.name} {value}" + (f" (or {others})" if others else "") + f", stated by {how}"
+
+
+def _spelled(name: str, value: object) -> str:
+    if name == "attention_scale" and value in RULES:
+        return RULES[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value).lower()

@@ -23,20 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.checkpoints.canonical import ACTIVATIONS, reference_logits
-from fledge.checkpoints.layouts import (
-    CONFIG_KEYS,
-    LAYOUTS,
-    QUESTIONS,
-    ROTARY_QUESTIONS,
-    TOLD,
-    Fact,
-    fit_vocabulary,
-    read_mapping,
-    recognise,
-    regroup,
-    require_settled,
-)
+from fledge.checkpoints.facts import CONFIG_KEYS, TOLD, Fact, Status, read_mapping
+from fledge.checkpoints.layouts import LAYOUTS, fit_vocabulary, recognise
 from fledge.checkpoints.loading import Checkpoint, load_checkpoint
+from fledge.checkpoints.questions import regroup
 from fledge.cli import UserError
 
 IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
@@ -119,7 +109,7 @@ def test_what_is_hidden_must_be_told(variant, name):
     module, config = build(variant)
     told = {key: fact for key, fact in told_of(variant).items() if key != name}
     gpt, facts = recognise(checkpoint_of(module, config), told=told)
-    assert next(fact for fact in facts if fact.name == name).open
+    assert next(fact for fact in facts if fact.name == name).assumed
     assert logit_error(gpt, module) > 1e-6
 
 
@@ -128,7 +118,7 @@ def test_what_the_author_of_build_nanogpt_saves_beside_the_weights_tells_its_act
     content = {"model": module.state_dict(), "config": config, "step": 7, "val_loss": 3.2}
     torch.save(content, tmp_path / "model.pt")
     gpt, facts = recognise(load_checkpoint(str(tmp_path / "model.pt")))
-    assert facts[0] == Fact("layout", "build_nanogpt", "names of tensors")
+    assert facts[0] == Fact("layout", "build_nanogpt", Status.SHOWN, "names of tensors")
     assert logit_error(gpt, module) <= 1e-9
 
 
@@ -136,50 +126,88 @@ def sources(*args, **keys) -> dict[str, str]:
     return {fact.name: fact.source for fact in recognise(*args, **keys)[1]}
 
 
-# What is asked of every model, because no tensor shows it.
-ASKED = dict.fromkeys(QUESTIONS, "usual practice")
-TURNED = dict.fromkeys(ROTARY_QUESTIONS, "usual practice")
+def statuses(*args, **keys) -> dict[str, tuple[Status, str]]:
+    return {fact.name: (fact.status, fact.source) for fact in recognise(*args, **keys)[1]}
+
+
+SHOWN = (Status.SHOWN, "tensors")
+USUAL = (Status.ASSUMED, "usual practice")
+CONFIG = (Status.SETTLED, "checkpoint config")
 
 
 def test_each_fact_names_where_it_comes_from():
-    scratch = checkpoint_of(*build("scratch"))
-    assert sources(scratch) == ASKED | {
-        "layout": "names of tensors",
-        "n_head": "checkpoint config",
-        "activation": "layout default",
-        "attention_scale": "usual practice",
-        "norm": "tensors",
-        "norm_eps": "usual practice",
-        "tied head": "tensors",
-        "embedding_scale": "usual practice",
+    known = (Status.SETTLED, "every known author of scratch")
+    asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel"
+    assert statuses(checkpoint_of(*build("scratch"))) == dict.fromkeys(asked.split(), known) | {
+        "layout": (Status.SHOWN, "names of tensors"),
+        "n_head": CONFIG,
+        "norm": SHOWN,
+        "tied head": SHOWN,
     }
-    rotary = sources(checkpoint_of(*build("llama_half")), "llama", told=stated(n_head=3, norm_placement="pre"))
-    assert rotary == ASKED | TURNED | {
-        "layout": "--layout",
-        "n_head": "--n_head",
-        "activation": "layout default",
-        "attention_scale": "usual practice",
-        "norm": "layout default",
-        "norm_eps": "checkpoint config",
-        "rope": "layout default",
-        "rope_theta": "usual practice",
-        "context_length": "checkpoint config",
-        "tied head": "tensors",
-        "embedding_scale": "usual practice",
-        "norm_placement": "--norm_placement",
+    forced = (Status.SETTLED, "--layout")
+    asked = "rope attention_scale activation norm embedding_scale causal parallel rope_theta rope_direction rope_width"
+    told = stated(n_head=3, norm_placement="pre")
+    assert statuses(checkpoint_of(*build("llama_half")), "llama", told=told) == {
+        **dict.fromkeys([*asked.split(), "logit_cap", "qk_norm"], forced),
+        "layout": (Status.SHOWN, "--layout"),
+        "n_head": (Status.SETTLED, "--n_head"),
+        "norm_eps": CONFIG,
+        "context_length": CONFIG,
+        "tied head": SHOWN,
+        "norm_placement": (Status.SETTLED, "--norm_placement"),
     }
     unheard = checkpoint({name.replace("att.", "mix."): tensor for name, tensor in weights("book_fast").items()})
-    assert sources(unheard) == ASKED | {
-        "layout": "no layout has these names",
-        "n_head": "nobody",
-        "activation": "usual practice",
-        "attention_scale": "usual practice",
-        "norm": "tensors",
-        "norm_eps": "usual practice",
-        "tied head": "tensors",
-        "embedding_scale": "usual practice",
-        "qkv_by_head": "usual practice",
+    asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel qkv_by_head"
+    assert statuses(unheard) == dict.fromkeys(asked.split(), USUAL) | {
+        "layout": (Status.SHOWN, "no layout has these names"),
+        "n_head": (Status.ASSUMED, "a guess"),
+        "norm": SHOWN,
+        "tied head": SHOWN,
     }
+
+
+@pytest.mark.parametrize(
+    ("variant", "config", "assumed"),
+    [
+        ("nanogpt", {"n_head": 3, "bias": True}, set()),
+        ("nanogpt", {"n_head": 3}, {"activation"}),
+        ("llama2c", {"n_heads": 3, "max_seq_len": 20}, set()),
+        ("llama2c", {"n_heads": 3, "context_length": 20}, {"rope_theta", "norm_eps"}),
+        ("per_head", {}, {"attention_scale"}),
+        ("hf_gpt2_like", {"n_head": 3}, set()),
+        ("mha", {"n_head": 3}, {"activation", "norm_eps", "embedding_scale", "causal", "norm_placement", "parallel"}),
+    ],
+)
+def test_known_authors_settle_what_they_all_share_and_nothing_else(variant, config, assumed):
+    _, facts = recognise(checkpoint(weights(variant), config))
+    assert {fact.name for fact in facts if fact.assumed} == assumed
+
+
+def test_names_that_only_resemble_a_layout_settle_nothing():
+    tensors = {name.replace("mlp.c_fc", "mlp.c_up"): tensor for name, tensor in weights("nanogpt").items()}
+    _, facts = recognise(checkpoint(tensors, {"n_head": 3, "bias": True}))
+    assert {"activation", "attention_scale", "norm_placement"} <= {fact.name for fact in facts if fact.assumed}
+
+
+def test_mask_beside_the_weights_shows_that_the_model_is_causal():
+    assert statuses(checkpoint(weights("student"), {}, {"blocks.0.attn.mask": "a buffer"}))["causal"] == SHOWN
+    assert statuses(checkpoint(weights("student")))["causal"] == USUAL
+
+
+def test_final_norm_that_was_never_trained_is_a_question():
+    tensors = weights("student")
+    tensors["ln_f.weight"], tensors["ln_f.bias"] = torch.ones(WIDTH), torch.zeros(WIDTH)
+    gpt, facts = recognise(checkpoint(tensors))
+    assert not gpt.final_norm
+    assert Fact.of("final_norm", False, "usual practice") in facts
+    tensors["ln_f.bias"] = torch.full((WIDTH,), 1e-6)
+    assert recognise(checkpoint(tensors))[0].final_norm
+
+
+@pytest.mark.parametrize(("said", "length"), [(12, 12), (CONTEXT_LENGTH, 20), (400, 20), (None, 20)])
+def test_table_of_positions_is_cut_to_the_context_that_the_config_says(said, length):
+    gpt, _ = recognise(checkpoint(weights("nanogpt"), {"block_size": said} if said else {}))
+    assert (gpt.context_length, len(gpt.tensors["position_embedding.weight"])) == (length, length)
 
 
 def test_what_is_told_outranks_the_config_and_that_the_layout():
@@ -211,7 +239,7 @@ def test_config_may_use_any_usual_word(name, keys):
     for key in keys.split():
         _, facts = recognise(checkpoint(weights("llama_half"), needed | {key: value}))
         expected = "gelu_tanh" if name == "activation" else value
-        assert Fact(name, expected, "checkpoint config") in facts
+        assert Fact.of(name, expected, "checkpoint config") in facts
 
 
 @pytest.mark.parametrize(
@@ -237,7 +265,7 @@ def test_heads_saved_one_by_one_outrank_a_config_and_contradict_a_flag():
     per_head = checkpoint(weights("per_head"), {"num_heads": 2 * HEADS})
     gpt, facts = recognise(per_head, told=stated(n_head=HEADS))
     assert gpt.n_head == HEADS
-    assert Fact("n_head", HEADS, "tensors") in facts
+    assert Fact.of("n_head", HEADS, "tensors") in facts
     assert refusal(per_head, told=stated(n_head=4)) == f"--n_head says 4 heads; the tensors show {HEADS}."
 
 
@@ -245,8 +273,7 @@ def test_heads_saved_one_by_one_outrank_a_config_and_contradict_a_flag():
 def test_heads_that_nobody_stated_are_asked_for(width, guess):
     gpt, facts = recognise(checkpoint(weights("nanogpt", width=width, heads=1)))
     assert (gpt.n_head, gpt.attention_scale) == (guess, (width // guess) ** -0.5)
-    with pytest.raises(UserError, match=r"do not show n_head .* pass --n_head, or --probe_text"):
-        require_settled(facts)
+    assert next(fact for fact in facts if fact.name == "n_head").assumed
 
 
 @pytest.mark.parametrize(("width", "heads", "guess"), [(24, 3, 3), (24, 12, 12), (36, 6, 6)])
@@ -260,20 +287,18 @@ def test_heads_that_nobody_stated_are_guessed_to_fit_keys_and_rotation(width, he
 
 
 def test_stated_heads_settle_everything():
-    require_settled(recognise(checkpoint(weights("nanogpt")), told=stated(n_head=HEADS))[1])
+    _, facts = recognise(checkpoint(weights("nanogpt"), {"bias": True}), told=stated(n_head=HEADS))
+    assert not any(fact.assumed for fact in facts)
 
 
 def test_rotation_that_nobody_stated_is_asked_for():
     tensors = {name.replace("ln_", "norm_"): tensor for name, tensor in weights("story_chat").items()}
     config = {"n_heads": HEADS, "max_seq_len": CONTEXT_LENGTH}
     facts = recognise(checkpoint(tensors, config))[1]
-    assert Fact("rope", "interleaved", "nobody") in facts
-    with pytest.raises(UserError, match=r"do not show rope .* rope: interleaved or rope: half in a --mapping"):
-        require_settled(facts)
+    assert Fact.of("rope", "interleaved", "a guess") in facts
     for buffer, rope in (("freqs_cis", "interleaved"), ("blocks.0.attn.inv_freq", "half"), ("cos_cached", "half")):
         gpt, facts = recognise(checkpoint(tensors, config, {buffer: "a buffer"}))
         assert gpt.rope == rope
-        require_settled(facts)
 
 
 def test_context_that_nothing_shows_is_asked_for():
@@ -349,8 +374,8 @@ def test_value_that_a_fact_cannot_have_is_refused(name, value, said):
 )
 def test_fact_that_the_tensors_contradict_is_refused(variant, name, value, shown):
     module, config = build(variant)
-    recognise(checkpoint_of(module, config), told={name: Fact(name, shown, "--mapping")} if shown else {})
-    message = refusal(checkpoint_of(module, config), told={name: Fact(name, value, "--mapping")})
+    recognise(checkpoint_of(module, config), told={name: Fact.of(name, shown, "--mapping")} if shown else {})
+    message = refusal(checkpoint_of(module, config), told={name: Fact.of(name, value, "--mapping")})
     assert message == f"--mapping says {name}: {value}; the tensors show {shown}."
 
 
@@ -362,7 +387,7 @@ def test_value_in_the_config_that_a_fact_cannot_have_is_refused(n_head):
 
 @pytest.mark.parametrize("n_head", [None, "many", [3], True])
 def test_value_in_the_config_that_is_no_number_counts_as_absent(n_head):
-    assert sources(checkpoint(weights("nanogpt"), {"n_head": n_head}))["n_head"] == "nobody"
+    assert sources(checkpoint(weights("nanogpt"), {"n_head": n_head}))["n_head"] == "a guess"
 
 
 VALUES = st.one_of(
@@ -383,7 +408,7 @@ def test_layout_may_be_forced():
     book = checkpoint(weights("book"), {"n_heads": HEADS})
     gpt, facts = recognise(book, layout="lecture")
     assert gpt.activation == "relu"
-    assert facts[0] == Fact("layout", "lecture", "--layout")
+    assert facts[0] == Fact("layout", "lecture", Status.SHOWN, "--layout")
     assert refusal(book, layout="gpt5") == f"--layout gpt5 is unknown; choose one of {', '.join(LAYOUTS)}."
 
 
@@ -480,10 +505,10 @@ def test_mapping_names_roles_and_facts(tmp_path):
     assert read_mapping(str(tmp_path / "layout.yaml")) == (
         {"wte": "token_embedding", "layers.{n}.heads.{h}.q": "blocks.{n}.query.{h}", "first_norm": "blocks.0.norm_1"},
         {
-            "n_head": Fact("n_head", 4, "--mapping"),
-            "attention_scale": Fact("attention_scale", 0.125, "--mapping"),
-            "norm_eps": Fact("norm_eps", 1e-6, "--mapping"),
-            "norm_placement": Fact("norm_placement", "pre", "--mapping"),
+            "n_head": Fact.of("n_head", 4, "--mapping"),
+            "attention_scale": Fact.of("attention_scale", 0.125, "--mapping"),
+            "norm_eps": Fact.of("norm_eps", 1e-6, "--mapping"),
+            "norm_placement": Fact.of("norm_placement", "pre", "--mapping"),
         },
     )
 
