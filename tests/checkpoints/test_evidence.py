@@ -92,6 +92,30 @@ def test_hidden_facts_are_settled_by_the_authors_module(variant, own):
     assert (reference_logits(model, ids) - own_logits(module, ids)).abs().max() <= 1e-9
 
 
+FLIPPED = {
+    "activation": "relu2", "attention_scale": 24**-0.5, "norm_eps": 1e-6, "embedding_scale": 24**0.5, "causal": False,
+    "norm_placement": "post", "parallel": True, "norm": "layernorm", "rope": "interleaved", "rope_theta": 5e5,
+    "rope_direction": -1, "rope_width": 4, "logit_cap": 15.0, "qk_norm": "head",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["student", "llama_half"])
+def test_module_catches_each_fact_that_was_flipped(variant):
+    module, config = build(variant)
+    model, facts = recognise(checkpoint_of(module, {**config, "rms_norm_eps": None}))
+    for name in {fact.name for fact in facts} & FLIPPED.keys():
+        if name == "activation" and model.gated:
+            continue
+        author = replace(model, **{name: FLIPPED[name]})
+        found, error = settle_by_reference(model, copied := [replace(fact) for fact in facts], partial_of(author))
+        assert (error <= 1e-9, getattr(found, name)) == (True, FLIPPED[name])
+        assert all(not fact.assumed for fact in copied)
+
+
+def partial_of(author: CanonicalGPT):
+    return lambda ids: reference_logits(author, ids)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
     module = randomise(by_head()[0], seed)
