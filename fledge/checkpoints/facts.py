@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from fledge.checkpoints.assembly import POSITIONS, QKV_ORDERS, SWAPS
 from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS
 from fledge.cli import UserError
 
@@ -81,10 +82,11 @@ CONFIG_ACTIVATIONS = {
 }
 
 BY_HEAD = re.compile(r"\.(query|key|value)\.(?:\{h\}|\d+)$")
-OUTSIDE = {"token_embedding", "position_embedding", "final_norm", "head"}
+OUTSIDE = {"token_embedding", "position_embedding", "embedding_norm", "final_norm", "head"}
 INSIDE = {"norm_1", "qkv", "query", "key", "value", "output", "norm_2", "mlp_in", "mlp_gate", "mlp_out"}
+INSIDE |= {"norm_1_after", "norm_2_after", "query_norm", "key_norm"}
 SWITCHES = ("qkv_by_head", "causal", "parallel", "final_norm", "embedding_norm", "alibi", "qk_norm_after_rope")
-SWITCHES += ("renormalise_experts",)
+SWITCHES += ("renormalise_experts", *SWAPS)
 ALLOWED = {
     "activation": tuple(ACTIVATIONS),
     "norm": NORMS,
@@ -94,13 +96,15 @@ ALLOWED = {
     "rope_direction": (1, -1),
     "qk_norm": QK_NORMS,
     "qk_norm_type": NORMS,
+    "qkv_order": QKV_ORDERS,
+    "positions": POSITIONS,
     **dict.fromkeys(SWITCHES, (True, False)),
 }
 CAPS = ("attention_cap", "logit_cap", "window", "rope_width")
 """Numbers that a model may lack."""
 TOLD = ("n_head", "activation", "attention_scale", "norm_eps", "norm", "rope", "rope_theta", "context_length")
 TOLD += ("embedding_scale", "norm_placement", "norm_offset", "rope_direction", "qk_norm", "qk_norm_type")
-TOLD += ("experts_per_token", *CAPS, *SWITCHES)
+TOLD += ("experts_per_token", "qkv_order", "positions", *CAPS, *SWITCHES)
 """The facts that flags and `--mapping` may state."""
 WHOLE = ("n_head", "context_length", "window", "rope_width", "experts_per_token")
 LARGEST = 1e12

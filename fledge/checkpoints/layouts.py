@@ -5,13 +5,13 @@ Roles come from `structure`; a layout listed here only adds what its author is k
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fledge.checkpoints.assembly import assemble, check_shapes, reordered, with_positions
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import (
     CONFIG,
@@ -114,8 +114,6 @@ LAYOUTS = {
 }
 """In the order in which they are tried."""
 
-REQUIRED = ("token_embedding", "final_norm")
-REQUIRED_IN_BLOCK = ("norm_1", "query", "key", "value", "norm_2", "mlp_in", "mlp_out")
 PER_TOKEN = {"token_embedding.weight", "head.weight", "head.bias"}
 TORCH_ATTENTION = "nn.MultiheadAttention"
 MASK = re.compile(r"(^|\.)(mask|tril|triu|(causal|attn|attention)_mask|attn\.bias)$")
@@ -152,8 +150,8 @@ def recognise(
             f"{structure.problems[0]} --inspect shows what every tensor was taken for, and --mapping FILE.yaml names "
             "roles by hand."
         )
-    tensors, heads_seen = _assemble(checkpoint.tensors, structure)
-    n_layer = _check_shapes(tensors)
+    tensors, heads_seen = assemble(checkpoint.tensors, structure)
+    n_layer = check_shapes(tensors)
     name = layout or next((name for name in LAYOUTS if _fits(LAYOUTS[name], checkpoint, structure)), None)
     where = "--layout" if layout else "names of tensors" if name else "no layout has these names"
     facts = {"layout": Fact("layout", name, Status.SHOWN, where)}
@@ -163,8 +161,8 @@ def recognise(
         facts[fact] = _fact(fact, default, source, checkpoint, layout, name, told)
         return check_fact(facts[fact])
 
-    width, key_rows = tensors["token_embedding.weight"].shape[1], len(tensors["blocks.0.key.weight"])
-    rotary = "position_embedding.weight" not in tensors
+    key_rows = len(tensors["blocks.0.key.weight"])
+    rotary = not {"position_embedding.weight", "alibi.slopes"} & tensors.keys()
     n_head = _heads(tensors, heads_seen, rotary, told, facts, settle)
     head, token_embedding = tensors.get("head.weight"), tensors["token_embedding.weight"]
     tied = head is None or (head.shape == token_embedding.shape and torch.equal(head, token_embedding))
@@ -176,13 +174,20 @@ def recognise(
         tensors=tensors,
         n_layer=n_layer,
         n_head=n_head,
-        n_kv_head=key_rows * n_head // width,
+        n_kv_head=key_rows * n_head // len(tensors["blocks.0.query.weight"]),
         context_length=_context_length(tensors, checkpoint, settle),
         activation="gelu",
         attention_scale=1.0,
         norm_eps=1e-5,
         tied=tied,
         rope=rope,
+        alibi="alibi.slopes" in tensors,
+        final_norm="final_norm.weight" in tensors,
+        embedding_norm="embedding_norm.weight" in tensors,
+        norm_placement="both" if "blocks.0.norm_1_after.weight" in tensors else "pre",
+        qk_norm=_qk_norm(tensors, n_head),
+        qk_norm_type="layernorm" if "blocks.0.query_norm.bias" in tensors else "rmsnorm",
+        experts_per_token=settle("experts_per_token", 2, GUESS) if "blocks.0.router.weight" in tensors else 0,
     )
     questions = asked(gpt) | {name: None for name in told if name in RARE}
     values = {fact: settle(fact, default) for fact, default in questions.items() if fact != "rope"}
@@ -191,6 +196,13 @@ def recognise(
     if any("mask" in reason or MASK.search(name) for name, reason in checkpoint.left_out.items()) and gpt.causal:
         facts["causal"] = Fact.of("causal", True, TENSORS) if facts["causal"].assumed else facts["causal"]
     gpt = replace(gpt, **values)
+    if rotary:
+        said = any(word in name for word in ("freqs", "inv_freq", "cos", "sin") for name in checkpoint.left_out)
+        known = said or (name and "rope" in LAYOUTS[name].facts) or "rope" in told
+        gpt = with_positions(gpt, settle("positions", "rotary", DEFAULT if known else GUESS))
+    for fact in sorted(structure.proposed):
+        settle(fact, "qkv" if fact == "qkv_order" else False, PRACTICE if fact == "gate_order" else GUESS)
+        gpt = reordered(gpt, fact, facts[fact].value)
     if any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values()) and (
         gpt.n_head == gpt.n_kv_head
     ):
@@ -300,6 +312,14 @@ def fit_vocabulary(gpt: CanonicalGPT, tokens: int, name: str) -> tuple[Canonical
     return replace(gpt, tensors={**gpt.tensors, **cut}), [said]
 
 
+def _qk_norm(tensors: Mapping[str, Tensor], n_head: int) -> str | None:
+    """Over what queries and keys are normalised, if those norms have weights."""
+    weight, rows = tensors.get("blocks.0.query_norm.weight"), len(tensors["blocks.0.query.weight"])
+    if weight is None:
+        return None
+    return "width" if len(weight) == rows != rows // n_head else "head"
+
+
 def _fits(layout: Layout, checkpoint: Checkpoint, structure: Structure) -> bool:
     return (
         all(any(part in name for name in checkpoint.tensors) for part in layout.names)
@@ -322,81 +342,3 @@ def _find_rope(left_out: Mapping[str, str], settle: Callable[..., object]) -> ob
     if any(word in name for word in ("inv_freq", "cos", "sin") for name in buffers):
         return settle("rope", "half")
     return settle("rope", "interleaved", GUESS)
-
-
-def _assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[str, Tensor], int | None]:
-    """Canonical tensors in the source's precision, and the number of heads if they were saved one by one.
-
-    Heads are concatenated, fused projections split, (in, out) turned to (out, in). Where possible these are views.
-    """
-    tensors, heads = {}, {}
-    width = next((source[name].shape[-1] for name, role in structure.roles.items() if "norm" in role), 0)
-    for name, role in structure.roles.items():
-        tensor = source[name].squeeze() if source[name].dim() > 2 else source[name]
-        if not tensor.dim():
-            raise UserError(f"{name} has the shape (), and no weight is a single number.")
-        tensor = tensor.T if name in structure.transposed and tensor.dim() == 2 else tensor
-        head = re.fullmatch(r"(.*\.(?:query|key|value))\.(\d+)\.(weight|bias)", role)
-        fused = re.fullmatch(r"(blocks\.\d+)\.([qkv]{3})\.(weight|bias)", role)
-        if head:
-            heads.setdefault(f"{head[1]}.{head[3]}", {})[int(head[2])] = tensor
-        elif fused:
-            key_rows, odd = divmod(len(tensor) - width, 2)
-            if key_rows <= 0 or odd:
-                raise UserError(f"{name} has {len(tensor)} rows, which query, key and value cannot share.")
-            pieces = tensor.split([width if letter == "q" else key_rows for letter in fused[2]])
-            for letter, piece in zip(fused[2], pieces, strict=True):
-                part = {"q": "query", "k": "key", "v": "value"}[letter]
-                tensors[f"{fused[1]}.{part}.{fused[3]}"] = piece
-        elif role in tensors:
-            raise UserError(f"Two tensors were taken for {role}, one of them {name}; name it in a --mapping.")
-        else:
-            tensors[role] = tensor
-    counts = {len(indices) for indices in heads.values()}
-    for name, indices in heads.items():
-        if sorted(indices) != list(range(max(counts))):
-            raise UserError(
-                f"The attention heads of {name} are numbered {sorted(indices)}; every block needs them all."
-            )
-        if len({tensor.shape for tensor in indices.values()}) > 1:
-            raise UserError(f"The attention heads of {name} have different shapes.")
-        tensors[name] = torch.cat([indices[h] for h in sorted(indices)])
-    return tensors, counts.pop() if counts else None
-
-
-def _check_shapes(tensors: dict[str, Tensor]) -> int:
-    """Every block there, every shape as its role demands. Returns the number of blocks."""
-    layers = Counter(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
-    if not layers or sorted(layers) != list(range(len(layers))):
-        raise UserError(f"The checkpoint's layers are numbered {sorted(layers)}; they must run from 0 without a gap.")
-    required = [*REQUIRED, *(f"blocks.{n}.{role}" for n in sorted(layers) for role in REQUIRED_IN_BLOCK)]
-    for role in required:
-        if f"{role}.weight" not in tensors:
-            raise UserError(f"The checkpoint has no {role}, which every GPT has; name it in a --mapping.")
-    first = {name.removeprefix("blocks.0.") for name in tensors if name.startswith("blocks.0.")}
-    for n in sorted(layers):
-        own = {name.removeprefix(f"blocks.{n}.") for name in tensors if name.startswith(f"blocks.{n}.")}
-        if own != first:
-            raise UserError(f"Layer {n} and layer 0 differ in {', '.join(sorted(own ^ first))}; all must be alike.")
-    vocab_size, width = tensors["token_embedding.weight"].shape[0], tensors["token_embedding.weight"].shape[-1]
-    mlp_width, kv_width = tensors["blocks.0.mlp_in.weight"].shape[0], tensors["blocks.0.key.weight"].shape[0]
-    shapes = {
-        "token_embedding": (vocab_size, width),
-        "head": (vocab_size, width),
-        "mlp_in": (mlp_width, width),
-        "mlp_gate": (mlp_width, width),
-        "mlp_out": (width, mlp_width),
-        **dict.fromkeys(("query", "output"), (width, width)),
-        **dict.fromkeys(("key", "value"), (kv_width, width)),
-        **dict.fromkeys(("norm_1", "norm_2", "final_norm"), (width,)),
-    }
-    if "position_embedding.weight" in tensors:
-        shapes["position_embedding"] = (tensors["position_embedding.weight"].shape[0], width)
-    for name, tensor in tensors.items():
-        role, kind = name.split(".")[-2:]
-        if kind == "bias" and role in ("token_embedding", "position_embedding"):
-            raise UserError(f"{name} is a bias, and no embedding has one; name in a --mapping what it is.")
-        expected = shapes[role] if kind == "weight" else shapes[role][:1]
-        if tuple(tensor.shape) != expected:
-            raise UserError(f"{name} has the shape {tuple(tensor.shape)}, and the other tensors demand {expected}.")
-    return len(layers)

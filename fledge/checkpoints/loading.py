@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fledge.checkpoints.binary import is_binary, read_binary
+from fledge.checkpoints.file_kinds import other_kind
 from fledge.cli import UserError, read_json
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -28,6 +29,8 @@ BUFFERS = re.compile(
 )
 # A class of this name holds settings; one of another name stays refused.
 RECORDS = re.compile(r"argparse\.Namespace|([\w.]+\.)?\w*(Config|Args|Arguments|HParams|Params|Settings)")
+LARGEST_UNSTORED = 1 << 24
+"""Numbers that a tensor may have beyond those it stores: a small one may be one row that was expanded."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOKEN, ID = "(s|ch|chr|char|str|string|tok|token|word|vocab)s?", "(i|ix|id|idx|int|index)s?"
 TOKEN_IDS = re.compile(f"{TOKEN}_?(to|2)_?{ID}|{ID}_?(to|2)_?{TOKEN}")
@@ -60,9 +63,11 @@ def load_checkpoint(path: str) -> Checkpoint:
     """
     try:
         file, config = _locate(Path(path))
-        binary = is_binary(file)
+        binary, other = is_binary(file), other_kind(file)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if other:
+        raise UserError(other)
     if binary:
         state, said, left_out = read_binary(file)
         levels = [state]
@@ -92,6 +97,8 @@ def _locate(path: Path) -> tuple[Path, dict[str, object]]:
         return path, {}
     if not path.is_dir():
         raise UserError(f"There is no checkpoint at {path}.")
+    if other := other_kind(path):
+        raise UserError(other)
     config_file = path / "config.json"
     config = read_json(config_file, "the script that saved it") if config_file.exists() else {}
     if not isinstance(config, dict):
@@ -150,10 +157,6 @@ def _read(file: Path, records: tuple[str, ...] = ()) -> object:
                 f"{file} is a pickle that wants to run {wanted[1]}, and Fledge runs no code from a file; "
                 "save model.state_dict() and plain numbers instead."
             ) from error
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{file} is a TorchScript program, and Fledge runs no code from a file; save its state_dict() instead."
-            ) from error
         raise UserError(f"{file} is not a readable checkpoint: it is damaged, cut off, or of another kind.") from error
 
 
@@ -171,7 +174,7 @@ def _unwrap(file: Path, content: object) -> tuple[Mapping, dict[str, object], di
     while True:
         for key in _configs(content):
             config |= content[key]
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), _only_state(content))
         # Two levels of wrapping are all that people write; a damaged file may hold itself.
         if wrapper is None or len(levels) == 3:
             return content, config, left_out, levels
@@ -180,6 +183,20 @@ def _unwrap(file: Path, content: object) -> tuple[Mapping, dict[str, object], di
                 left_out[str(key)] = _why_beside(str(key), value) or f"beside {wrapper}"
         content = content[wrapper]
         levels.append(content)
+
+
+def _only_state(content: Mapping) -> str | None:
+    """The one key, whatever it is called, that holds a mapping of tensors, where no tensors stand beside it."""
+    if any(isinstance(value, Tensor) and value.dim() for value in content.values()):
+        return None
+    found = [
+        key
+        for key, value in content.items()
+        if isinstance(value, Mapping)
+        and not _why_beside(str(key), value)
+        and any(isinstance(tensor, Tensor) and tensor.dim() for tensor in value.values())
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _configs(content: Mapping) -> list[str]:
@@ -219,6 +236,11 @@ def _why_not_a_weight(file: Path, name: str, tensor: Tensor) -> str | None:
         return "a buffer"
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         raise UserError(f"{file} holds {name!r} as a {tensor.device} {tensor.layout} tensor, not as plain numbers.")
+    if tensor.numel() > max(LARGEST_UNSTORED, tensor.untyped_storage().nbytes() // tensor.element_size()):
+        raise UserError(
+            f"{file} says that {name!r} has the shape {tuple(tensor.shape)}, and holds "
+            f"{tensor.untyped_storage().nbytes():,} bytes for it; save the model again with .contiguous() weights."
+        )
     if tensor.dtype in FLOATS:
         return "a triangular mask" if _is_triangular(tensor) else None
     if tensor.is_floating_point() or tensor.is_quantized or (name.endswith("weight") and tensor.dim() == 2):

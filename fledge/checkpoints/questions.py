@@ -7,8 +7,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from fledge.checkpoints.assembly import ORDERS, POSITIONS, QKV_ORDERS, reordered, with_positions
 from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT, reference_logits
-from fledge.checkpoints.facts import KNOWN, Fact, Status
+from fledge.checkpoints.facts import KNOWN, SWITCHES, Fact, Status
 
 SCALES = {"head": lambda gpt: gpt.usual_scale, "width": lambda gpt: gpt.width**-0.5, "none": lambda gpt: 1.0}
 """Attention scales that authors use, as rules: the width of a head may be open too."""
@@ -30,8 +31,14 @@ def asked(gpt: CanonicalGPT) -> dict[str, object]:
             names["parallel"] = False
     if not any(name.endswith("norm.bias") or ".norm_1.bias" in name for name in tensors):
         names["norm"] = "layernorm" if "position_embedding.weight" in tensors else "rmsnorm"
-    if _untrained_final_norm(gpt):
+    if _untrained_final_norm(gpt) or "final_norm.weight" not in tensors:
         names["final_norm"] = False
+    if gpt.qk_norm and "blocks.0.query_norm.bias" not in tensors:
+        names["qk_norm_type"] = gpt.norm
+    if gpt.qk_norm == "head" and gpt.rope:
+        names["qk_norm_after_rope"] = False
+    if gpt.n_expert:
+        names["renormalise_experts"] = True
     if gpt.rope:
         names |= {"rope": gpt.rope, "rope_theta": 10_000.0, "rope_direction": 1, "rope_width": None, "logit_cap": None}
         if "blocks.0.query_norm.weight" not in tensors:
@@ -54,6 +61,7 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         "activation": ("silu", "gelu", "gelu_tanh", "relu") if gpt.gated else tuple(ACTIVATIONS),
         "attention_scale": tuple(SCALES),
         "norm": NORMS,
+        "qk_norm_type": NORMS,
         "norm_eps": EPSILONS,
         "norm_placement": ("pre", "post", "sublayer"),
         "embedding_scale": (1.0, gpt.width**0.5),
@@ -63,7 +71,10 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         "rope_width": (None, *(width for width in (half, half // 2) if width and not width % 2)),
         "qk_norm": (None, "head"),
         "logit_cap": CAPS,
-        **dict.fromkeys(("qkv_by_head", "causal", "parallel", "final_norm", "embedding_norm"), (False, True)),
+        "qkv_order": QKV_ORDERS,
+        "positions": POSITIONS,
+        "experts_per_token": range(1, gpt.n_expert + 1),
+        **dict.fromkeys(SWITCHES, (False, True)),
     }
     if name == "n_head":
         rows = len(gpt.tensors["blocks.0.key.weight"])
@@ -114,6 +125,7 @@ class Questions:
         self.choices = {name: values for name in by_name if name in free and (values := choices(self.gpt, name))}
         self.now = {name: by_name[name].value for name in self.choices}
         self.open = {name for name in self.choices if by_name[name].assumed}
+        self.orders = {name: by_name[name].value for name in ORDERS if name in by_name}
         self.by_head = bool(by_name["qkv_by_head"].value) if "qkv_by_head" in by_name else False
         scale = by_name.get("attention_scale")
         self.usual_scale = scale is None or (not scale.stated and scale.value == self.gpt.usual_scale)
@@ -132,7 +144,11 @@ class Questions:
             key_rows, rows = (len(gpt.tensors[f"blocks.0.{part}.weight"]) for part in ("key", "query"))
             gpt = replace(gpt, n_head=n_head, n_kv_head=key_rows * n_head // rows)
             gpt = regroup(gpt) if by_head else gpt
+        for fact, now in self.orders.items():
+            gpt = reordered(reordered(gpt, fact, now, undo=True), fact, values.pop(fact, now))
+        positions = values.pop("positions", None)
         gpt = replace(gpt, **values)
+        gpt = with_positions(gpt, positions) if positions else gpt
         return replace(gpt, attention_scale=SCALES[scale](gpt) if scale in SCALES else scale)
 
     def singles(self, values: Values) -> list[dict[str, object]]:
@@ -167,7 +183,9 @@ class Questions:
         gpt = self.reading(values)
         for fact in self.facts:
             if fact.name in values:
-                value = values[fact.name] if fact.name == "qkv_by_head" else getattr(gpt, fact.name)
+                value = (
+                    values[fact.name] if fact.name in ("qkv_by_head", "positions", *ORDERS) else getattr(gpt, fact.name)
+                )
                 if value != fact.value:
                     fact.value, fact.source = value, source
         return gpt

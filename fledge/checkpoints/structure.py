@@ -1,39 +1,48 @@
 """Which tensor plays which role, told from shapes and from the words in names, whatever the author called them.
 
 The layer stack is the numbered part of the names that holds most tensors. Outside of it lie the embeddings, the final
-norm and the head; inside, each layer holds two norms, the attention projections and the MLP. Words decide where shapes
-cannot, and shapes win where both speak. What stays ambiguous is reported as a problem, never guessed.
+norm and the head; inside, each layer holds its norms, the attention projections and the MLP. Words decide where shapes
+cannot, and shapes win where both speak. Where neither tells, the order of definition proposes, and what it proposed is
+an open question. What stays ambiguous is reported as a problem, never guessed.
 """
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
 
 import torch
 from torch import Tensor
 
-ENDINGS = {
-    **dict.fromkeys(("weight", "scale", "gamma", "gain", "alpha", "g", "a_2", "w"), "weight"),
-    **dict.fromkeys(("bias", "shift", "beta", "offset", "b", "b_2"), "bias"),
-}
-POSITION = {"pos", "position", "positions", "positional", "wpe", "pe"}
-EMBEDDING = {"emb", "embed", "embedding", "embeddings", "wte", "tok", "token", "tokens", "word", "words"}
+from fledge.checkpoints.modules import (
+    EMBEDDING,
+    POSITION,
+    PROJECTIONS,
+    Module,
+    layer_stack,
+    modules_of,
+    prefixes,
+    split_ending,
+)
+
 HEAD = {"head", "output", "out", "logits", "unembed", "unembedding", "decoder", "generator", "classifier", "lm"}
 HEAD |= {"proj", "projection", "vocab", "fc", "linear", "final", "to"}
-PROJECTIONS = {
-    **dict.fromkeys(("q", "query", "queries", "wq"), "query"),
-    **dict.fromkeys(("k", "key", "keys", "wk"), "key"),
-    **dict.fromkeys(("v", "value", "values", "val", "wv"), "value"),
-    **dict.fromkeys(("wqkv", "cattn", "inproj", "querykeyvalue"), "qkv"),
-    **{"".join(order): "".join(order) for order in permutations("qkv")},
-}
-OUTPUT = {"o", "out", "output", "wo", "proj", "projection", "cproj", "dense"}
+OUTPUT = {"o", "out", "output", "wo", "proj", "projection", "cproj", "dense", "unify", "unifyheads"}
 MLP_IN = {"in", "up", "expand", "fc", "cfc", "input", "hidden", "intermediate", "densehto4h"}
 MLP_OUT = {"out", "down", "shrink", "contract", "proj", "cproj", "output", "dense4htoh"}
+MLP = {"mlp", "ff", "ffn", "ffwd", "feed", "forward", "feedforward"}
 NORM_1 = {"a", "attn", "attention", "att", "sa", "mha", "input", "in", "pre", "first"}
-NORM_2 = {"b", "mlp", "ff", "ffn", "ffwd", "feed", "forward", "feedforward", "post", "second"}
+NORM_2 = {"b", "post", "second"} | MLP
+GATE = {"gate", "gating"}
+EXPERT = {"expert", "experts"}
+SLOPES = {"slopes", "alibi"}
+ROUTER = {"router", "gate", "gating", "switch"}
+FOREIGN = {
+    **dict.fromkeys(("lambda", "lambdas"), "learned weights of the residual stream"),
+    **dict.fromkeys(("ve", "valueembeds", "valueembed"), "value embeddings"),
+    "smear": "a mix of each token with the one before it",
+}
+"""What newer research code has and no role here stands for."""
 
 
 @dataclass
@@ -41,123 +50,86 @@ class Structure:
     """Roles by source name in canonical words (`blocks.0.query.weight`, one head of it: `blocks.0.query.3.weight`,
     fused projections: `blocks.0.qkv.weight` or in another order of the letters).
 
-    `transposed` names the sources stored (in, out). In full sentences, `problems` says what could not be told and
-    `refusals` which feature stands in the way that no target has.
+    `transposed` names the sources stored (in, out). `proposed` holds what only the order of definition tells, by the
+    name of the fact: `qkv_order` or one of `SWAPS`. In full sentences, `problems` says what could not be told and
+    `refusals` which feature stands in the way that the canonical GPT does not have.
     """
 
     roles: dict[str, str] = field(default_factory=dict)
     transposed: set[str] = field(default_factory=set)
+    proposed: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Module:
-    """One module of the source, with the names and shapes of what it holds under `weight` and `bias`."""
-
-    path: str
-    names: dict[str, str] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.shapes.get("weight", ())
-
-    @property
-    def words(self) -> list[str]:
-        """Lower-case words of the path, the last first; of a spelling such as `c_attn`, also the joined word."""
-        words = []
-        for part in reversed(re.split(r"[./]", self.path)):
-            pieces = [piece.lower() for piece in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
-            words += dict.fromkeys([re.sub(r"[^a-z0-9]", "", part.lower()), *reversed(pieces)])
-        return words
-
-    @property
-    def numbers(self) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", self.path)]
-
-    def count(self, words: set[str]) -> int:
-        return sum(word in words for word in self.words)
-
-    @property
-    def projection(self) -> str | None:
-        return next((PROJECTIONS[word] for word in self.words if word in PROJECTIONS), None)
+SWAPS = {
+    "ends_order": ("token_embedding", "head"),
+    "norm_order": ("norm_1", "norm_2"),
+    "mlp_order": ("mlp_in", "mlp_out"),
+    "gate_order": ("mlp_gate", "mlp_in"),
+}
+"""Facts that say which of two tensors of one shape is which."""
 
 
 def detect(tensors: Mapping[str, Tensor], named: Mapping[str, str]) -> Structure:
     """Gives each tensor a role; `named` fixes some of them beforehand (source module → canonical module)."""
+    structure = _detect(tensors, named, layer_stack(tensors), numbered=True)
+    if structure.problems and not named:
+        # A single layer may have no number; then what is numbered are heads, or the steps of an MLP.
+        for prefix in prefixes(tensors):
+            single = _detect(tensors, named, prefix, numbered=False)
+            if not single.problems and not single.refusals:
+                return single
+    return structure
+
+
+def _detect(tensors: Mapping[str, Tensor], named: Mapping[str, str], stack: str | None, numbered: bool) -> Structure:
     structure = Structure()
     _name_by_hand(structure, tensors, named)
-    if structure.problems:
+    if structure.problems or (tensors and structure.roles.keys() == tensors.keys()):
         return structure
-    if tensors and structure.roles.keys() == tensors.keys():
+    outer, blocks = modules_of(tensors, stack, numbered)
+    for module in [*outer, *(module for modules in blocks.values() for module in modules)]:
+        if foreign := next((FOREIGN[word] for word in module.words if word in FOREIGN), None):
+            structure.refusals.append(f"{_listed([module])}: {foreign}, which no class of transformers has.")
+    if structure.refusals:
         return structure
-    outer, blocks = _modules(tensors)
-    first = blocks[min(blocks)] if blocks else []
-    sizes = Counter(module.shape[0] for module in first if len(module.shape) == 1)
-    widths = [size for size, _ in sizes.most_common() if any(size in module.shape[-2:] for module in outer)]
-    if not widths:
+    width = _width(structure, outer, blocks)
+    if width is None:
         structure.problems.append("No numbered layers with norms as wide as an embedding were found.")
         return structure
-    _detect_outer(structure, tensors, outer, widths[0])
+    first = [next(iter(module.names.values())) for modules in blocks.values() for module in modules][:1]
+    _detect_outer(structure, tensors, outer, width, [*tensors].index(first[0]))
     for n, modules in sorted(blocks.items()):
-        _detect_block(structure, n, modules, widths[0])
+        _detect_block(structure, n, modules, width)
     unknown = [name for name in tensors if name not in structure.roles]
     if unknown and not structure.problems and not structure.refusals:
         structure.problems.append(f"{unknown[0]} has no role in a GPT ({len(unknown)} such tensors in all).")
     return structure
 
 
+def _width(structure: Structure, outer: list[Module], blocks: Mapping[int, list[Module]]) -> int | None:
+    """The model's width: that of the norms, or, where they have no weights, what embeddings and layers share most."""
+    first = blocks[min(blocks)] if blocks else []
+    vectors = Counter(module.shape[0] for module in first if len(module.shape) == 1)
+    sides = Counter(side for module in first for side in module.shape if len(module.shape) == 2)
+    for sizes in (vectors, sides):
+        widths = [size for size, _ in sizes.most_common() if any(size in module.shape[-2:] for module in outer)]
+        if widths:
+            return widths[0]
+    return None
+
+
 def _name_by_hand(structure: Structure, tensors: Mapping[str, Tensor], named: Mapping[str, str]) -> None:
     """Resolves `layers.{n}.attn.q` → `blocks.{n}.query` for every tensor; `{h}` stands for a head."""
     for source, role in named.items():
         pattern = re.escape(source).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{h\}", r"(?P<h>\d+)")
-        matches = {name: re.fullmatch(pattern, _split_ending(name)[0]) for name in tensors}
+        matches = {name: re.fullmatch(pattern, split_ending(name)[0]) for name in tensors}
         if not any(matches.values()):
             structure.problems.append(f"No tensor is called {source}.weight or {source}.bias ({role} in the mapping).")
         for name, found in matches.items():
             if found:
-                structure.roles[name] = f"{role.format(**found.groupdict())}.{_split_ending(name)[1]}"
-
-
-def _modules(tensors: Mapping[str, Tensor]) -> tuple[list[Module], dict[int, list[Module]]]:
-    """Modules outside the layer stack, and those of each layer by its number."""
-    stack, outer, blocks = _layer_stack(tensors), {}, defaultdict(dict)
-    for name, tensor in tensors.items():
-        found = re.fullmatch(re.escape(stack) + r"(\d+)[./](.*)", name) if stack is not None else None
-        path, kind = _split_ending(found[2] if found else name)
-        module = (blocks[int(found[1])] if found else outer).setdefault(path, Module(path))
-        module.names[kind] = name
-        # A table of positions is often saved as (1, T, D) or (T, 1, D).
-        module.shapes[kind] = tuple(tensor.shape if tensor.dim() < 3 else tensor.squeeze().shape)
-    return list(outer.values()), {n: list(modules.values()) for n, modules in blocks.items()}
-
-
-def _layer_stack(tensors: Mapping[str, Tensor]) -> str | None:
-    """What stands before the layer number: the numbered part of the names that covers most of them."""
-    suffixes = defaultdict(lambda: defaultdict(set))
-    for name in tensors:
-        for number in re.finditer(r"(?:(?<=[./])|(?<=^)|(?<=[A-Za-z_]))\d+(?=[./])", name):
-            suffixes[name[: number.start()]][number[0]].add(name[number.end() :])
-    if not suffixes:
-        return None
-
-    def covered(prefix: str) -> tuple[int, int]:
-        layers = suffixes[prefix].values()
-        alike = len({frozenset(layer) for layer in layers}) == 1
-        return sum(map(len, layers)) * (2 if alike else 1), -len(prefix)
-
-    return max(suffixes, key=covered)
-
-
-def _split_ending(name: str) -> tuple[str, str]:
-    path, _, last = name.replace("/", ".").rpartition(".")
-    if last in ENDINGS and path:
-        return path, ENDINGS[last]
-    for ending in ("weight", "bias"):
-        if name.endswith(f"_{ending}"):  # nn.MultiheadAttention: in_proj_weight
-            return name.removesuffix(f"_{ending}"), ending
-    return name, "weight"
+                structure.roles[name] = f"{role.format(**found.groupdict())}.{split_ending(name)[1]}"
 
 
 def _assign(structure: Structure, module: Module, role: str) -> None:
@@ -178,7 +150,10 @@ def _listed(modules: list[Module]) -> str:
     return ", ".join(next(iter(module.names.values())) for module in modules)
 
 
-def _detect_outer(structure: Structure, tensors: Mapping[str, Tensor], modules: list[Module], width: int) -> None:
+def _detect_outer(
+    structure: Structure, tensors: Mapping[str, Tensor], modules: list[Module], width: int, before: int
+) -> None:
+    """The ends of the model; `before` is how many tensors stand before the first layer's."""
     problems, taken, modules = structure.problems, _taken(structure), _open(structure, modules)
     matrices = [module for module in modules if len(module.shape) == 2 and width in module.shape]
     positions = [module for module in matrices if module.count(POSITION)]
@@ -191,10 +166,12 @@ def _detect_outer(structure: Structure, tensors: Mapping[str, Tensor], modules: 
         _assign(structure, positions.pop(0), "position_embedding")
     if "token_embedding" not in taken and tables:
         # A name like embed_out speaks of both; it is the head if the other one speaks of it less.
-        tables.sort(key=lambda module: module.count(HEAD) - module.count(EMBEDDING))
-        said = [module.count(HEAD) - module.count(EMBEDDING) for module in tables]
+        tables.sort(key=_ends_order)
+        said = [_ends_order(module) for module in tables]
         same = len(tables) == 2 and torch.equal(*(tensors[module.names["weight"]] for module in tables))
-        if len(tables) > 1 and said[0] == said[1] and not same:
+        if len(tables) == 2 and said[0] == said[1] and not same:
+            structure.proposed.add("ends_order")
+        elif len(tables) > 2 and said[0] == said[1]:
             problems.append(f"{_listed(tables[:2])}: which is the token embedding and which the head?")
         _assign(structure, tables.pop(0), "token_embedding")
     if "head" not in taken and tables:
@@ -208,19 +185,31 @@ def _detect_outer(structure: Structure, tensors: Mapping[str, Tensor], modules: 
     for module in modules:  # of a tied head, safetensors keeps the bias alone
         if module.names.keys() == {"bias"} and module.count(HEAD):
             structure.roles[module.names["bias"]] = "head.bias"
-    norms = [module for module in modules if module.shape == (width,)]
-    if "final_norm" in taken:
+    norms = [module for module in modules if module.shape == (width,) and not module.count(SLOPES)]
+    _assign_slopes(structure, [module for module in modules if module.count(SLOPES)])
+    if "final_norm" in taken or not norms:
         return
-    if len(norms) > 1:
-        norms.sort(key=lambda module: module.count(EMBEDDING | {"in", "input", "pre"}))
-        structure.refusals.append(f"{_listed(norms[1:])}: a norm besides the final one, which no target has.")
-    if norms:
-        _assign(structure, norms[0], "final_norm")
-    else:
-        structure.refusals.append(
-            "There is no final norm: the last block goes into the head as it is, as in post-norm models, and every "
-            "target normalises there."
-        )
+    order = [*tensors]
+    early = [module for module in norms if module.count(EMBEDDING | {"in", "input", "pre"})]
+    early = early or [m for m in norms if len(norms) > 1 and order.index(next(iter(m.names.values()))) < before]
+    late = [module for module in norms if module not in early]
+    for role, found in (("embedding_norm", early), ("final_norm", late)):
+        if len(found) > 1:
+            structure.problems.append(f"{_listed(found)}: which of them is the final norm?")
+        elif found and (
+            role == "final_norm" or any("norm" in word or word.startswith("ln") for word in found[0].words)
+        ):
+            _assign(structure, found[0], role)
+
+
+def _ends_order(module: Module) -> tuple[int, bool]:
+    return module.count(HEAD) - module.count(EMBEDDING), "bias" in module.names
+
+
+def _assign_slopes(structure: Structure, modules: list[Module]) -> None:
+    """ALiBi's slopes, which are often saved in every layer."""
+    for module in modules:
+        structure.roles |= dict.fromkeys(module.names.values(), "alibi.slopes")
 
 
 def _rows(module: Module, width: int) -> int:
@@ -228,14 +217,45 @@ def _rows(module: Module, width: int) -> int:
 
 
 def _detect_block(structure: Structure, n: int, modules: list[Module], width: int) -> None:
-    problems, block = structure.problems, f"blocks.{n}"
+    block = f"blocks.{n}"
     taken, modules = _taken(structure, f"{block}."), _open(structure, modules)
-    norms = [module for module in modules if len(module.shape) == 1]
-    matrices = [module for module in modules if len(module.shape) == 2]
+    slopes = [module for module in modules if module.count(SLOPES)]
+    _assign_slopes(structure, slopes)
+    vectors = [module for module in modules if len(module.shape) == 1 and module not in slopes]
+    inner = [module for module in vectors if module.projection in ("query", "key")]
+    for module in inner:
+        _assign(structure, module, f"{block}.{module.projection}_norm")
     if not {"norm_1", "norm_2"} & taken:
-        _detect_norms(structure, block, norms, width)
+        _detect_norms(structure, block, [module for module in vectors if module not in inner], width)
+    matrices = [module for module in modules if len(module.shape) == 2]
+    if extra := [module for module in matrices if module.count(POSITION)]:
+        structure.refusals.append(f"{_listed(extra)}: an embedding inside a layer, which no class of transformers has.")
+    matrices = [module for module in matrices if module not in extra]
 
+    projections = _detect_projections(structure, block, n, matrices, width)
+    if projections is None:
+        return
+    rest = [module for module in matrices if module not in projections]
+    rest = _detect_experts(structure, block, rest, width)
+    if "output" not in taken:
+        output = _attention_output(structure.problems, projections, rest)
+        if output is not None:
+            _assign(structure, output, f"{block}.output")
+            rest.remove(output)
+    transposed = _stored_in_out(projections, rest, width)
+    if not {"mlp_in", "mlp_out"} & taken and not (f"{block}.router.weight" in structure.roles.values() and not rest):
+        _detect_mlp(structure, block, rest, width, transposed)
+    if transposed:
+        structure.transposed |= {module.names["weight"] for module in matrices}
+
+
+def _detect_projections(
+    structure: Structure, block: str, n: int, matrices: list[Module], width: int
+) -> list[Module] | None:
+    """The matrices of query, key and value, by their words, else by their shapes; None if neither tells."""
+    taken = _taken(structure, f"{block}.")
     projections = [module for module in matrices if module.projection and module.projection not in taken]
+    projections = [module for module in projections if not module.count(EXPERT)]
     alike = Counter(module.projection for module in projections)
     for module in projections:
         # heads.3.key: the last number in the path of a projection counts the heads. It does not in 0.key, which is
@@ -243,50 +263,89 @@ def _detect_block(structure: Structure, n: int, modules: list[Module], width: in
         counted = alike[module.projection] > 1 or module.count({"head", "heads"})
         head = f".{module.numbers[-1]}" if counted and re.search(r"[./]\d+([./]|$)", f".{module.path}") else ""
         _assign(structure, module, f"{block}.{module.projection}{head}")
-    if not projections and not taken & set(PROJECTIONS.values()):
-        fused = [module for module in matrices if sorted(module.shape) == [width, 3 * width]]
-        if len(fused) != 1:
-            problems.append(f"Layer {n} has no tensor that is known as query, key and value.")
-            return
+    if projections or taken & set(PROJECTIONS.values()):
+        return projections
+    fused = [module for module in matrices if sorted(module.shape) == [width, 3 * width]]
+    if len(fused) == 1:
         _assign(structure, fused[0], f"{block}.qkv")
-        projections = fused
-    rest = [module for module in matrices if module not in projections]
+        return fused
+    if proposed := _in_order(matrices, width):
+        structure.proposed.add("qkv_order")
+        for part, modules in zip(("query", "key", "value"), proposed, strict=True):
+            for h, module in enumerate(modules):
+                _assign(structure, module, f"{block}.{part}.{h}" if len(modules) > 1 else f"{block}.{part}")
+        return [module for modules in proposed for module in modules]
+    structure.problems.append(f"Layer {n} has no tensor that is known as query, key and value.")
+    return None
 
-    if "output" not in taken:
-        output = _attention_output(problems, projections, rest)
-        if output is not None:
-            _assign(structure, output, f"{block}.output")
-            rest.remove(output)
-    mlp = [module for module in rest if not module.count(POSITION)]
-    if len(mlp) < len(rest):
-        extra = [module for module in rest if module not in mlp]
-        structure.refusals.append(f"{_listed(extra)}: an embedding inside a layer, which no target has.")
-    transposed = _stored_in_out(projections, mlp, width)
-    if not {"mlp_in", "mlp_out"} & taken:
-        _detect_mlp(structure, block, mlp, width, transposed)
-    if transposed:
-        structure.transposed |= {module.names["weight"] for module in matrices}
+
+def _in_order(matrices: list[Module], width: int) -> list[list[Module]] | None:
+    """The first three matrices of one shape that stand in one place, or three such of every head, as defined."""
+    places = defaultdict(list)
+    for module in matrices:
+        home, _, name = module.path.replace("/", ".").rpartition(".")
+        by_head = re.fullmatch(r"(.*?)\.?(\d+)", home) if module.shape[0] < width == module.shape[1] else None
+        places[by_head[1] if by_head else home, module.shape].append((name if by_head else module.path, module))
+    for (_, shape), found in places.items():
+        groups = defaultdict(list)
+        for name, module in found:
+            groups[name].append(module)
+        groups = list(groups.values())
+        square = shape == (width, width) and len(groups) in (3, 4) and all(len(group) == 1 for group in groups)
+        heads = shape[0] * len(groups[0]) == width and len(groups) == 3 and len({len(group) for group in groups}) == 1
+        if square or heads:
+            return groups[:3]
+    return None
+
+
+def _detect_experts(structure: Structure, block: str, rest: list[Module], width: int) -> list[Module]:
+    """Experts, what they share, and the router among matrices that are no attention's. Returns the other ones."""
+    experts = [module for module in rest if module.count(EXPERT) and module.numbers and not module.count({"shared"})]
+    if not experts:
+        return rest
+    shared = [module for module in rest if module.count({"shared"}) and width in module.shape and 1 not in module.shape]
+    gates = [module for module in rest if module.count({"shared"}) and 1 in module.shape]
+    for module in gates:
+        _assign(structure, module, f"{block}.shared_gate")
+    by_number = defaultdict(list)
+    for module in experts:
+        after = re.search(r"experts?\D*(\d+)", module.path)
+        by_number[int(after[1]) if after else module.numbers[0]].append(module)
+    for e, modules in by_number.items():
+        _detect_mlp(structure, f"{block}.experts.{e}", modules, width, transposed=False)
+    if shared:
+        _detect_mlp(structure, f"{block}.shared", shared, width, transposed=False)
+    rest = [module for module in rest if module not in (*experts, *shared, *gates)]
+    routers = [module for module in rest if module.shape == (len(by_number), width)]
+    routers = [module for module in routers if module.count(ROUTER)] or routers
+    if len(routers) != 1:
+        structure.problems.append(f"{block} has {len(by_number)} experts and {len(routers)} routers for them.")
+        return rest
+    _assign(structure, routers[0], f"{block}.router")
+    return [module for module in rest if module is not routers[0]]
 
 
 def _detect_norms(structure: Structure, block: str, norms: list[Module], width: int) -> None:
-    if slopes := [module for module in norms if module.count({"slopes", "alibi"})]:
-        structure.refusals.append(f"{_listed(slopes)}: ALiBi adds a bias to attention scores, which no target does.")
-        return
     if other := [module for module in norms if module.shape != (width,)]:
-        structure.refusals.append(f"{_listed(other)}: a norm inside the attention, which no target has.")
-        return
-    if len(norms) != 2:
-        why = {1: ": attention and MLP side by side (parallel blocks)", 4: ": one before and one after each part"}
-        structure.refusals.append(
-            f"{block} has {len(norms)} norms and a pre-norm block two{why.get(len(norms), '')} ({_listed(norms)})."
+        structure.problems.append(
+            f"{_listed(other)}: a vector that is not as wide as the model, with no role in a GPT."
         )
-        return
-    # post_attention_layernorm speaks of both, input_layernorm only of the first: what counts is who says more.
-    first, second = sorted(norms, key=_norm_order)
-    if _norm_order(first) == _norm_order(second):
-        structure.problems.append(f"{_listed(norms)}: which norm comes before the attention?")
-    _assign(structure, first, f"{block}.norm_1")
-    _assign(structure, second, f"{block}.norm_2")
+    elif len(norms) == 1:
+        _assign(structure, norms[0], f"{block}.norm_1")
+    elif len(norms) == 2:
+        # post_attention_layernorm speaks of both, input_layernorm only of the first: what counts is who says more.
+        first, second = sorted(norms, key=_norm_order)
+        if _norm_order(first) == _norm_order(second):
+            structure.proposed.add("norm_order")
+        _assign(structure, first, f"{block}.norm_1")
+        _assign(structure, second, f"{block}.norm_2")
+    elif len(norms) == 4:
+        in_order = sorted(norms, key=lambda module: (bool(module.count(MLP)), module.count({"post", "after"})))
+        in_order = norms if not any(module.count(MLP) for module in norms) else in_order
+        for role, module in zip(("norm_1", "norm_1_after", "norm_2", "norm_2_after"), in_order, strict=True):
+            _assign(structure, module, f"{block}.{role}")
+    elif norms:
+        structure.problems.append(f"{block} has {len(norms)} norms, and a block one, two or four ({_listed(norms)}).")
 
 
 def _norm_order(module: Module) -> tuple[int, list[int]]:
@@ -334,26 +393,30 @@ def _mlp_order(module: Module) -> tuple[int, list[int]]:
     return module.count(MLP_OUT) - module.count(MLP_IN), module.numbers
 
 
-def _detect_mlp(structure: Structure, block: str, mlp: list[Module], width: int, transposed: bool) -> None:
+def _detect_mlp(structure: Structure, place: str, mlp: list[Module], width: int, transposed: bool) -> None:
+    """The matrices of one MLP: two, three with a gate, or a single square one."""
+    if len(mlp) == 1 and mlp[0].shape == (width, width):
+        _assign(structure, mlp[0], f"{place}.mlp_in")
+        return
     if len(mlp) not in (2, 3):
-        structure.problems.append(f"{block} has {len(mlp)} matrices besides the attention's, and an MLP two or three.")
+        structure.problems.append(f"{place} has {len(mlp)} matrices besides the attention's, and an MLP two or three.")
         return
     opening = [module for module in mlp if module.shape[not transposed] == width != module.shape[transposed]]
     if len(opening) == len(mlp) - 1:
         closing = next(module for module in mlp if module not in opening)
     elif len(mlp) == 2:  # as wide as the model, so that only names tell
-        opening, closing = [min(mlp, key=_mlp_order)], max(mlp, key=_mlp_order)
+        opening, closing = [min(mlp, key=_mlp_order)], max(reversed(mlp), key=_mlp_order)
         if _mlp_order(opening[0]) == _mlp_order(closing):
-            structure.problems.append(f"{_listed(mlp)}: which is the MLP's first matrix?")
+            structure.proposed.add("mlp_order")
     else:
         structure.problems.append(f"{_listed(mlp)}: which of them leads back to the model's width?")
         return
-    _assign(structure, closing, f"{block}.mlp_out")
+    _assign(structure, closing, f"{place}.mlp_out")
     if len(opening) == 2:
         # LLaMA's w1 and w3, fc1 and fc2: without a word, the gate has the lower number.
-        gate, up = sorted(opening, key=lambda module: (not module.count({"gate", "gating"}), module.numbers))
-        if not gate.count({"gate", "gating"}) and gate.numbers == up.numbers:
-            structure.problems.append(f"{_listed(opening)}: which of them is the MLP's gate?")
-        _assign(structure, gate, f"{block}.mlp_gate")
+        gate, up = sorted(opening, key=lambda module: (not module.count(GATE), module.numbers))
+        if not gate.count(GATE):
+            structure.proposed.add("gate_order")
+        _assign(structure, gate, f"{place}.mlp_gate")
         opening = [up]
-    _assign(structure, opening[0], f"{block}.mlp_in")
+    _assign(structure, opening[0], f"{place}.mlp_in")

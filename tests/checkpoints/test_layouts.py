@@ -155,6 +155,7 @@ def test_each_fact_names_where_it_comes_from():
         "context_length": CONFIG,
         "tied head": SHOWN,
         "norm_placement": (Status.SETTLED, "--norm_placement"),
+        "positions": (Status.SETTLED, "--layout"),
     }
     unheard = checkpoint({name.replace("att.", "mix."): tensor for name, tensor in weights("book_fast").items()})
     asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel qkv_by_head"

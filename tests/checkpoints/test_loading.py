@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -433,7 +434,7 @@ def test_tar_archive_is_refused_with_advice(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")
 def test_torchscript_is_refused_with_advice(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "model.pt"))
-    assert_refused(tmp_path / "model.pt", r"is a TorchScript program, .* save its state_dict\(\)")
+    assert_refused(tmp_path / "model.pt", r"is a TorchScript program; .* save its state_dict\(\)")
 
 
 def test_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
@@ -717,3 +718,59 @@ def test_settings_pickled_as_an_object_are_read_as_plain_values(config, zipped, 
     loaded = load_checkpoint(str(tmp_path / "a.pt"))
     assert loaded.config == {"n_head": 4}
     assert set(loaded.left_out) == {"step", "val_loss"}
+
+
+def write_npz(file):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("wte.npy", b"\x93NUMPY")
+
+
+def write_keras(file):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("model.weights.h5", b"")
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (write_npz, "a NumPy archive (.npz)"),
+        (write_keras, "a Keras model"),
+        (lambda file: file.write_bytes(b"\x93NUMPY\x01\x00"), "a NumPy array"),
+        (lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n"), "an HDF5 file, as Keras saves weights"),
+        (lambda file: file.write_bytes(b"GGUF\x03\x00\x00\x00"), "a GGUF file of llama.cpp"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.pt", "weights.npz"])
+def test_file_of_another_program_is_named_as_what_it_is(write, kind, name, tmp_path):
+    write(tmp_path / name)
+    assert_refused(tmp_path / name, re.escape(f"{name} is {kind}; load it in the program that wrote it"))
+
+
+@pytest.mark.parametrize("key", ["net", "generator_weights", "params"])
+def test_mapping_of_tensors_is_found_under_any_key(key, tmp_path):
+    content = {
+        "loss": torch.tensor(1.5),
+        key: STATE,
+        "optimizer": {"state": {}},
+        "ema": dict(STATE),
+        "config": {"n_head": 2},
+    }
+    torch.save(content, tmp_path / "model.pt")
+    checkpoint = load_checkpoint(str(tmp_path / "model.pt"))
+    assert checkpoint.tensors.keys() == STATE.keys()
+    assert checkpoint.config == {"n_head": 2}
+    assert checkpoint.left_out["ema"] == "an EMA copy"
+
+
+def test_two_mappings_of_tensors_are_not_chosen_between(tmp_path):
+    torch.save({"generator": STATE, "critic": STATE}, tmp_path / "model.pt")
+    assert_refused(tmp_path / "model.pt", "holds no tensors that are weights .* only 'generator', 'critic'")
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**10), (2**20, 2**20)])
+def test_tensor_of_more_numbers_than_are_stored_is_refused_at_once(shape, tmp_path):
+    torch.save(STATE | {"big.weight": torch.zeros(1).expand(shape)}, tmp_path / "model.pt")
+    assert_refused(tmp_path / "model.pt", "'big.weight' has the shape .* and holds 4 bytes for it")
+    small = torch.ones(1, 4).expand(3, 4)
+    torch.save(STATE | {"small.weight": small}, tmp_path / "model.pt")
+    assert torch.equal(load_checkpoint(str(tmp_path / "model.pt")).tensors["small.weight"], small)

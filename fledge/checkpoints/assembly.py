@@ -1,0 +1,160 @@
+"""The tensors of a checkpoint under canonical names: heads joined, fused projections split, every shape checked."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from fledge.checkpoints.canonical import CanonicalGPT
+from fledge.checkpoints.structure import SWAPS, Structure
+from fledge.cli import UserError
+
+REQUIRED_IN_BLOCK = ("query", "key", "value")
+POSITIONS = ("rotary", "sinusoidal", "alibi", "none")
+"""How a model may know positions that has no tensor for them."""
+QKV_ORDERS = tuple("".join(order) for order in permutations("qkv"))
+"""What the first, second and third of three matrices may be."""
+ORDERS = ("qkv_order", *SWAPS)
+"""Facts about which tensor is which, where only the order of definition proposes it."""
+
+
+def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[str, Tensor], int | None]:
+    """Canonical tensors in the source's precision, and the number of heads if they were saved one by one.
+
+    Heads are concatenated, fused projections split, (in, out) turned to (out, in). Where possible these are views.
+    """
+    tensors, heads = {}, {}
+    embedding = next((name for name, role in structure.roles.items() if role == "token_embedding.weight"), None)
+    width = source[embedding].shape[-1] if embedding else 0
+    for name, role in structure.roles.items():
+        tensor = source[name].squeeze() if source[name].dim() > 2 else source[name]
+        if not tensor.dim():
+            raise UserError(f"{name} has the shape (), and no weight is a single number.")
+        tensor = tensor.T if name in structure.transposed and tensor.dim() == 2 else tensor
+        head = re.fullmatch(r"(.*\.(?:query|key|value))\.(\d+)\.(weight|bias)", role)
+        fused = re.fullmatch(r"(blocks\.\d+)\.([qkv]{3})\.(weight|bias)", role)
+        if head:
+            heads.setdefault(f"{head[1]}.{head[3]}", {})[int(head[2])] = tensor
+        elif fused:
+            key_rows, odd = divmod(len(tensor) - width, 2)
+            if key_rows <= 0 or odd:
+                raise UserError(f"{name} has {len(tensor)} rows, which query, key and value cannot share.")
+            pieces = tensor.split([width if letter == "q" else key_rows for letter in fused[2]])
+            for letter, piece in zip(fused[2], pieces, strict=True):
+                part = {"q": "query", "k": "key", "v": "value"}[letter]
+                tensors[f"{fused[1]}.{part}.{fused[3]}"] = piece
+        elif role == "alibi.slopes":
+            tensors[role] = tensor.flatten()
+        elif role in tensors:
+            raise UserError(f"Two tensors were taken for {role}, one of them {name}; name it in a --mapping.")
+        else:
+            tensors[role] = tensor
+    counts = {len(indices) for indices in heads.values()}
+    for name, indices in heads.items():
+        if sorted(indices) != list(range(max(counts))):
+            raise UserError(
+                f"The attention heads of {name} are numbered {sorted(indices)}; every block needs them all."
+            )
+        if len({tensor.shape for tensor in indices.values()}) > 1:
+            raise UserError(f"The attention heads of {name} have different shapes.")
+        tensors[name] = torch.cat([indices[h] for h in sorted(indices)])
+    return tensors, counts.pop() if counts else None
+
+
+def check_shapes(tensors: dict[str, Tensor]) -> int:
+    """Every block there and all alike, every shape as its role demands. Returns the number of blocks.
+
+    Raises:
+        UserError: a tensor that is missing, or has another shape than the others demand.
+    """
+    layers = Counter(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
+    if not layers or sorted(layers) != list(range(len(layers))):
+        raise UserError(f"The checkpoint's layers are numbered {sorted(layers)}; they must run from 0 without a gap.")
+    first = {name.removeprefix("blocks.0.") for name in tensors if name.startswith("blocks.0.")}
+    mlp = "experts.0.mlp_in" if "router.weight" in first else "mlp_in"
+    required = ["token_embedding", *(f"blocks.{n}.{role}" for n in layers for role in (*REQUIRED_IN_BLOCK, mlp))]
+    for role in required:
+        if f"{role}.weight" not in tensors:
+            raise UserError(f"The checkpoint has no {role}, which every GPT has; name it in a --mapping.")
+    for n in sorted(layers):
+        own = {name.removeprefix(f"blocks.{n}.") for name in tensors if name.startswith(f"blocks.{n}.")}
+        if own != first:
+            raise UserError(f"Layer {n} and layer 0 differ in {', '.join(sorted(own ^ first))}; all must be alike.")
+    shapes = _shapes(tensors)
+    for name, tensor in tensors.items():
+        role, kind = name.split(".")[-2:]
+        if kind == "bias" and role in ("token_embedding", "position_embedding"):
+            raise UserError(f"{name} is a bias, and no embedding has one; name in a --mapping what it is.")
+        expected = shapes(name.rpartition(".")[0])
+        expected = expected if kind != "bias" else expected[:1]
+        if tuple(tensor.shape) != expected:
+            raise UserError(f"{name} has the shape {tuple(tensor.shape)}, and the other tensors demand {expected}.")
+    return len(layers)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
+    """The shape that the weight of each module must have, by its canonical name."""
+    vocab_size, width = tensors["token_embedding.weight"].shape[0], tensors["token_embedding.weight"].shape[-1]
+    rows = {role: len(tensors[f"blocks.0.{role}.weight"]) for role in REQUIRED_IN_BLOCK}
+    free = ("position_embedding", "router", "alibi", "query_norm", "key_norm")
+
+    def shape(module: str) -> tuple[int, ...]:
+        place, _, role = module.rpartition(".")
+        if role in free:
+            own = tensors[f"{module}.slopes" if role == "alibi" else f"{module}.weight"]
+            return (len(own), width) if own.dim() > 1 else (len(own),)
+        if role.startswith("mlp_"):
+            inner = len(tensors[f"{re.sub(r'blocks.[0-9]+', 'blocks.0', place)}.mlp_in.weight"])
+            return (width, inner) if role == "mlp_out" else (inner, width)
+        if "norm" in role:
+            return (width,)
+        return {
+            "token_embedding": (vocab_size, width),
+            "head": (vocab_size, width),
+            "shared_gate": (1, width),
+            "query": (rows["query"], width),
+            "output": (width, rows["query"]),
+        }.get(role, (rows["key"], width))
+
+    return shape
+
+
+def reordered(gpt: CanonicalGPT, fact: str, value: object, undo: bool = False) -> CanonicalGPT:
+    """The model with tensors of one shape read as a fact says, or as before it was heard (`undo`).
+
+    `qkv_order` (`kqv`, for example) says what the first, second and third of three matrices are that were taken for
+    query, key and value; a fact of `SWAPS` whether its two tensors are the other way round.
+    """
+    if fact == "qkv_order":
+        parts = {"q": "query", "k": "key", "v": "value"}
+        places = dict(zip(parts.values(), (parts[letter] for letter in value), strict=True))
+    else:
+        places = dict(zip(SWAPS[fact], reversed(SWAPS[fact]), strict=True)) if value else {}
+    places = {new: old for old, new in places.items()} if undo else places
+    return replace(gpt, tensors={_renamed(name, places): tensor for name, tensor in gpt.tensors.items()})
+
+
+def with_positions(gpt: CanonicalGPT, kind: str) -> CanonicalGPT:
+    """A model that has no table of positions with one of `POSITIONS`; the table of sinusoids is never trained."""
+    tensors = {name: tensor for name, tensor in gpt.tensors.items() if name != "position_embedding.weight"}
+    if kind == "sinusoidal":
+        tensors["position_embedding.weight"] = sinusoids(gpt.context_length, gpt.width)
+    rope = (gpt.rope or "interleaved") if kind == "rotary" else None
+    return replace(gpt, tensors=tensors, rope=rope, alibi=kind == "alibi")
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """The table (T, D) of Vaswani et al. 2017, section 3.5: sines in the even columns, cosines in the odd ones."""
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+
+def _renamed(name: str, places: Mapping[str, str]) -> str:
+    *path, role, kind = name.split(".")
+    return ".".join([*path, places.get(role, role), kind])
