@@ -1,5 +1,6 @@
 import gzip
 import sys
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT, run_script, write_records
@@ -10,7 +11,10 @@ from fledge.tokenizers import load_tokenizer
 pytest.importorskip("datatrove")
 
 
-def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", [(), ("--ray",)], ids=["here", "on Ray"])
+def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(way, tmp_path, monkeypatch):
+    if way:
+        pytest.importorskip("ray", reason="ray is not installed")
     for name, count in (("one.txt", 900), ("two.txt.gz", 500), ("three.txt", 700)):
         file = tmp_path / name.removesuffix(".gz")
         write_records(file, count)
@@ -26,7 +30,7 @@ def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(tmp_path, mo
     prepare_dataset.main()
     run_script(
         "recipes/scale/prepare.py", *common, "--tasks", 3, "--workers", 2, "--output_dir", tmp_path / "many",
-        HOME=str(tmp_path),
+        *way, HOME=str(tmp_path),
     )  # fmt: skip
 
     written = [
@@ -38,3 +42,14 @@ def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(tmp_path, mo
     for name, content in written[0].items():
         if not name.endswith(".png"):
             assert content == written[1][name], name
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")
+def test_ray_that_is_not_installed_is_named(tmp_path):
+    (tmp_path / "one.txt").write_text("Story: \n\nA cat.\n<|endoftext|>\n", encoding="utf-8")
+    tokenizer = ROOT / "examples" / "scratch_gpt" / "tokenizer.json"
+    load_tokenizer(str(tokenizer), 128).save_pretrained(tmp_path / "base")
+    given = ("--data", tmp_path / "one.txt", "--tokenizer", tmp_path / "base", "--output_dir", tmp_path / "out")
+    done = run_script("recipes/scale/prepare.py", *given, "--ray", check=False)
+    assert done.returncode == 2
+    assert "--ray needs Ray, which is not installed: pip install ray." in done.stderr

@@ -6,8 +6,10 @@ All keys of prepare_dataset.py work, recipes too, but for --limit, --num_proc an
 tells how it goes on a cluster.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,6 +29,7 @@ STAGE = "recipes/scale/prepare.py"
 class ScaleArguments:
     tasks: int = field(default=2, metadata={"help": "into how many parts the work is cut (default 2)"})
     workers: int = field(default=2, metadata={"help": "how many of them run at once (default 2)"})
+    ray: bool = field(default=False, metadata={"help": "run them on the Ray cluster at RAY_ADDRESS, else on one here"})
     blocks: str | None = field(
         default=None, metadata={"help": "where all machines see the same folder; default: output_dir with -blocks"}
     )
@@ -92,6 +95,22 @@ def main():
         prepare(scale, arguments, blocks)
 
 
+def on_ray() -> type:
+    """datatrove's executor for Ray, whose workers find this repository.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+    if find_spec("ray") is None:
+        raise UserError("--ray needs Ray, which is not installed: pip install ray.")
+    import ray
+    from datatrove.executor import RayPipelineExecutor
+
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}, log_to_driver=False)
+    return RayPipelineExecutor
+
+
 def prepare(scale: ScaleArguments, arguments: PrepareArguments, blocks: Path) -> None:
     """Both halves, on this machine; `blocks` goes on from what an interrupted run has made there."""
     with writing(blocks):
@@ -99,10 +118,11 @@ def prepare(scale: ScaleArguments, arguments: PrepareArguments, blocks: Path) ->
         if (read_mark(blocks) or {}).get("stage") != STAGE and any(files_in(blocks)):
             raise UserError(f"{blocks} holds no {MARK} of {STAGE}, so its files are of others; name another --blocks.")
         write_mark(blocks, STAGE, {})
-    make = LocalPipelineExecutor(
+    executor = on_ray() if scale.ray else LocalPipelineExecutor
+    make = executor(
         [MakeBlocks(arguments, blocks)], tasks=scale.tasks, workers=scale.workers, logging_dir=f"{blocks}/logs/make"
     )
-    write = LocalPipelineExecutor(
+    write = executor(
         [WriteDataset(arguments, blocks)], tasks=1, workers=1, logging_dir=f"{blocks}/logs/write", depends=make
     )
     write.run()
