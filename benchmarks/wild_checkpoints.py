@@ -12,11 +12,11 @@ Each cell says what the converter said, and whether the logits are the author's.
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
-import os
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 from collections import Counter
@@ -24,6 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+HEAVY = ("fledge.checkpoints.custom", "fledge.checkpoints.evidence", "fledge.checkpoints.proof", "fledge.tokenizers")
+"""What a conversion imports: done once, before its processes part."""
+TIME = 300  # seconds for one conversion
 TOLERANCE = 1e-4
 """Largest |Δ logit| in float32, as a share of the largest |logit|. A wrong GELU is about 5e-4 off."""
 GPT2_SIZES = (50257, 50304)
@@ -61,20 +65,34 @@ def tokenizer_of(folder: Path, size: int | None, invented: Path) -> tuple[list[s
 
 
 def convert(arguments: list[str], output: Path) -> tuple[str, str]:
-    """What became of it (Proven, assumed, stops or fails) and the sentence that says so."""
-    command = [sys.executable, "convert_checkpoint.py", *arguments, "--output_dir", str(output)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "fails", "10 minutes"
-    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-    if done.returncode:
-        return ("stops" if done.returncode == 2 else "fails"), lines[-1] if lines else ""
-    said = next((line for line in lines if line.startswith(("Proven", "Converted"))), "")
-    return ("Proven" if said.startswith("Proven") else "assumed"), said
+    """What became of it (Proven, assumed, stops or fails) and the sentence that says so.
+
+    A child of this process converts: it has imported everything already, and what it does to itself ends with it.
+    """
+    said_by = output.with_suffix(".txt")
+    child = multiprocessing.get_context("fork").Process(target=_convert, args=(arguments, output, said_by))
+    child.start()
+    child.join(TIME)
+    if child.is_alive():
+        child.kill()
+        return "fails", f"after {TIME} seconds"
+    lines = said_by.read_text(encoding="utf-8").strip().splitlines()
+    if child.exitcode:
+        return ("stops" if child.exitcode == 2 else "fails"), lines[-1] if lines else ""
+    return ("Proven" if any(line.startswith("Proven:") for line in lines) else "assumed"), lines[-2]
+
+
+def _convert(arguments: list[str], output: Path, said_by: Path) -> None:
+    import convert_checkpoint
+    from fledge.cli import run
+
+    with (
+        said_by.open("w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        sys.argv = ["convert_checkpoint.py", *arguments, "--output_dir", str(output)]
+        run(convert_checkpoint.main)
 
 
 def error(folder: Path, author) -> float:
@@ -112,6 +130,8 @@ def ways(folder: Path, text: Path | None) -> dict[str, list[str]]:
 
 def measure(wild: Path, wanted: list[str]) -> list[dict]:
     """A row for each checkpoint: what each way gave, how it was said, and how far the logits are from the author's."""
+    for module in HEAVY:
+        importlib.import_module(module)
     authors, rows = load_authors(wild), []
     for line in (wild / "checkpoints.tsv").read_text(encoding="utf-8").splitlines():
         name, checkpoint, origin = line.split("\t")
