@@ -7,7 +7,7 @@ import types
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -209,7 +209,7 @@ class Samples(TrainerCallback):
         if not state.is_world_process_zero:
             return
         print(f"             {metrics['eval_bits_per_byte']:.4f} bits per byte", flush=True)
-        if isinstance(next(model.parameters()), DTensor):  # FSDP2: its weights are spread over the processes
+        if isinstance(model, FSDPModule):  # its weights are spread over the processes, of which one is here
             return
         for prompt in self.prompts:
             ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]

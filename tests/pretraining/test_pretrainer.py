@@ -321,3 +321,13 @@ def test_a_corpus_too_short_is_refused(tokenizer, tmp_path):
     tokens = open_tokens(tmp_path / "t", corpus_of(tmp_path / "a.txt", share=0.5), tokenizer)
     with pytest.raises(UserError, match="The train split has 1 tokens, and none to predict; give more text"):
         Blocks(tmp_path / "t", "train", tokens, 8)
+
+
+def test_two_processes_that_share_the_weights_evaluate_and_save_a_base(corpus, tmp_path):
+    launch = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml")
+    launch += ("--num_processes", 2, "--main_process_port", 40000 + os.getpid() % 20000, "pretrain.py")
+    steps = ("--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 1, "--use_cpu")
+    said = run_script(*launch, *command(corpus, tmp_path / "base", *steps)).stdout
+    assert said.count("bits per byte\n") == 2
+    assert "Trained 2 steps" in said
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base")
