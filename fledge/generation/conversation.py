@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -11,8 +12,9 @@ from fledge.cli import UserError
 from fledge.encoding import Messages, encode_prompt, fitting_words
 from fledge.generation.answers import answer_batch
 from fledge.generation.sampling import Sampling
-from fledge.templates import INPUT_MARK
+from fledge.templates import INPUT_MARK, contents
 from fledge.tokenizers import encoding_of
+from fledge.tokenizers.spelling import Spelling, named
 
 HELP = """\
 /retry      another answer to the last message
@@ -36,6 +38,7 @@ def fit_prompt(
     """
     room = context - min(max_new_tokens, context // 4)
     kept, left_out = list(messages), []
+    _check_spelling(tokenizer, contents(messages))
     with encoding_of("The prompt"):
         ids = encode_prompt(tokenizer, kept)
         turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -64,6 +67,11 @@ def fit_prompt(
     )
 
 
+def _check_spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    if missing := Spelling(tokenizer).missing(text):
+        raise UserError(f"The prompt has {named(Counter(missing))}, which the model's vocabulary lacks; leave it out.")
+
+
 def fit_beginning(
     tokenizer: PreTrainedTokenizerBase, text: str, context: int, max_new_tokens: int
 ) -> tuple[list[int], str]:
@@ -73,6 +81,7 @@ def fit_beginning(
         UserError: the text is empty, or has a character that the tokenizer lacks.
     """
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    _check_spelling(tokenizer, text)
     with encoding_of("The prompt"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:

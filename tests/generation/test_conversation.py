@@ -10,7 +10,8 @@ from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.generation.answers import load_model
 from fledge.generation.conversation import fit_beginning, fit_prompt
-from fledge.templates import INPUT_MARK
+from fledge.templates import INPUT_MARK, add_template
+from fledge.tokenizers import load_tokenizer
 
 
 def user(text: str) -> dict[str, str]:
@@ -176,3 +177,15 @@ def test_a_story_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "nowhere", ROOT):
         with pytest.raises(UserError, match=r"--story .* cannot be read"):
             generate.question(generate.GenerateArguments(model="m", ask="Who?", story=str(path)))
+
+
+def test_a_character_that_the_vocabulary_lacks_is_named():
+    tokenizer = load_tokenizer(None, 64, {character: i for i, character in enumerate("\nABDELMORSU:abc")})
+    add_template(tokenizer, "play")
+    for ask in (
+        lambda text: fit_prompt(tokenizer, [{"role": "user", "content": text}], 64, 8),
+        lambda text: fit_beginning(tokenizer, text, 64, 8),
+    ):
+        assert ask("abc")[0]
+        with pytest.raises(UserError, match=r"The prompt has '#', 'é', which the model's vocabulary lacks"):
+            ask("abé#")
