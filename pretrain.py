@@ -118,6 +118,7 @@ def pretrain(args: PretrainArguments, config, output: Output) -> None:
             print(threads, flush=True)
     if args.dry_run:
         return
+    output.check_room(4 * model.num_parameters())  # float32
     output.begin_work(checkpoint)  # only now, when all of the input is known to be good
     trainer.accelerator.wait_for_everyone()
 
@@ -131,6 +132,7 @@ def pretrain(args: PretrainArguments, config, output: Output) -> None:
         attempt("The last evaluation", trainer.evaluate)
     if trainer.is_world_process_zero():
         record(trainer, output, seconds, (tokens, estimate, seen))
+    trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
     attempt("The end of tracking", trainer.accelerator.end_training)
 
 

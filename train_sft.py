@@ -102,6 +102,7 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
     if adapter and (args.freeze_layers or args.freeze_modules):
         raise UserError("An adapter freezes all that it does not add; leave out --freeze_layers and --freeze_modules.")
     freeze(model, args.freeze_layers, args.freeze_modules, new_tokens)
+    output.check_room(4 * model.num_parameters())  # float32
     output.begin_work(checkpoint)  # only now, when all of the input is known to be good
 
     stop = StopOnSignal()
@@ -145,6 +146,7 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
     save(trainer, output, base, budget)
     if trainer.is_world_process_zero():
         record(trainer, output, seconds, rows, trained)
+    trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
     attempt("The end of tracking", trainer.end)
 
 

@@ -232,6 +232,20 @@ class Output:
             f"or name another {self.key}: only what Fledge wrote is replaced."
         )
 
+    def check_room(self, size: int) -> None:
+        """Says before any work that a result of `size` bytes finds no room beside what is there already.
+
+        Raises:
+            UserError: the disk has less.
+        """
+        if not self.is_main:
+            return
+        free = shutil.disk_usage(self.folder.parent).free
+        if free < size:
+            raise UserError(
+                f"{self.path} needs {size / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; make room first."
+            )
+
     @contextlib.contextmanager
     def staged(self) -> Iterator[Path]:
         """Yields a folder beside the output that takes its place when the block succeeds and vanishes when it fails.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -342,3 +343,12 @@ def test_a_folder_that_is_no_work_yet_is_not_left_behind(tmp_path):
         output.begin_work(None)
         raise UserError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_told_before_any_work(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with claimed(tmp_path / "out", TRAIN) as output:
+        output.check_room(3_000_000)
+        with pytest.raises(UserError, match=r"out needs 4 MB and its disk has 3 MB free; make room first"):
+            output.check_room(4_000_000)

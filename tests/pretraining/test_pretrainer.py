@@ -174,6 +174,7 @@ def test_a_base_is_written_that_transformers_opens(straight, tokenizer):
     assert model.config.use_cache is True
     assert opened.get_vocab() == tokenizer.get_vocab()
     assert {file.name for file in folder.iterdir()} == {
+        ".fledge.json",
         "config.json",
         "generation_config.json",
         "loss_curve.png",
