@@ -172,7 +172,7 @@ def test_what_is_missing_is_said(tiny, tmp_path):
     )
     assert "--evaluation" in done.stdout
     assert "--license" in done.stdout
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "publication.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".fledge.json", "model", "publication.json"}
 
 
 def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
