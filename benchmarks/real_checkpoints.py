@@ -1,70 +1,168 @@
-"""Checkpoints that people trained and published, converted with no more than a tokenizer and their own text.
+"""Checkpoints that strangers wrote and trained: what a conversion says of each, and whether it is right.
 
-    python benchmarks/real_checkpoints.py --data DIR
+    python benchmarks/real_checkpoints.py --data DIR [--only NAME]
 
-DIR holds `checkpoints/` (three GPTs with character vocabularies, each beside the text it was trained on: their authors'
-repositories are adityasasidhar/mini-gpt, farismismar/tiny-gpt and unable-splanck/minigpt) and `stories15M/` (llama2.c's
-model with its tokenizer). Prints the target, the errors measured, the loss on windows of a whole context (up to 128 of
-the whole text, and the first 16), and a story that stories15M wrote.
+DIR holds `checkpoints/` and `checkpoints_wild/` (see its README). Each is converted with nothing but the file (and a
+tokenizer), with its own text (`--probe_text`), with its author's folder (`--reference`), and with
+`--accept_assumptions` to see what would have been written. "Right" means that the logits of the converted model equal
+those of the author's own module, which is loaded here by hand from the author's code, apart from everything in fledge;
+where an author's code is not at hand, the cell says so. No conversion that says "Proven" may be wrong.
 """
 
 import argparse
+import ast
 import json
+import math
+import pickle
+import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 
-def run(script: str, *arguments: object) -> str:
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+@dataclass
+class Case:
+    """A checkpoint with its text, and how its author's module is made: source files, class, globals, arguments."""
+
+    folder: str
+    checkpoint: str
+    text: str | None = None
+    vocabulary: str | None = None
+    code: tuple[str, ...] = ()
+    author: str = ""
+    names: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
+    more: tuple[str, ...] = ()
 
 
-def loss_of_first_windows(base: Path, text: Path, count: int = 16) -> float:
-    """Nats a token over the first `count` windows of a whole context, by transformers alone."""
+WILD = "checkpoints_wild"
+CASES = [
+    Case("checkpoints/adityasasidhar_mini-gpt", "tiny_transformer.pt", "data.txt", "chars.json"),
+    Case("checkpoints/farismismar_tiny-gpt", "tiny_gpt.pt", "knowledge.txt"),
+    Case("checkpoints/unable-splanck_minigpt", "minigpt.pt", "data.txt"),
+    Case(f"{WILD}/gpt-from-scratch", "gpt_model.pth", "data/input.txt", None,
+         ("src/transformer_block.py", "src/gpt_model.py"), "GPT",
+         {"vocab_size": 65, "embedding_dim": 32, "block_size": 8, "num_heads": 4}),
+    Case(f"{WILD}/decoder-only-transformer", "checkpoints/model.pt", None, None, ("model.py",),
+         "DecoderOnlyTransformer", {}, {"vocab_size": 31, "d_ff": 128, "max_len": 9}, ("--allow_custom_code",)),
+    Case(f"{WILD}/minigpt-decoder", "mini_gpt.pth", "data/input.txt", None,
+         ("model/attention.py", "model/transformer_block.py", "model/gpt.py"), "MiniGPT", {},
+         {"vocab_size": 196, "d_model": 128, "n_layers": 4, "n_heads": 4, "max_len": 64}, ("--allow_custom_code",)),
+    Case(f"{WILD}/smallgpt", "transformer_model.pth", "naver_news_extracted_text.txt", None, ("Small_LM.py",),
+         "Small_GPT", {"n_embed": 32, "block_size": 8, "n_layer": 4, "dropout": 0.0, "device": "cpu"},
+         {"vocab_length": 254}),
+    Case(f"{WILD}/nano-gpt", "model.pt", "input.txt", None, ("bigram.py",), "BigramLanguageModel",
+         {"n_embed": 32, "block_size": 128, "n_layer": 4, "n_head": 4, "dropout": 0.0, "device": "cpu",
+          "vocab_size": 65}, more=("--allow_custom_code",)),
+    Case(f"{WILD}/first-llm", "bigram_model.pth", "data.txt"),
+    Case(f"{WILD}/shakespearegpt", "bigram_model.pth", "input.txt", None, ("modelcode.py",), "BigramLanguageModel",
+         {"n_embd": 64, "block_size": 32, "n_layer": 4, "n_head": 4, "dropout": 0.0, "device": "cpu",
+          "vocab_size": 65}),
+    Case(f"{WILD}/chatbot", "gpt.pth", "dataset.txt", "vocab.json", ("train.py",), "TinyGPT",
+         {"n_embd": 128, "block_size": 64, "n_layer": 3, "n_head": 4, "device": "cpu", "vocab_size": 53}),
+    Case(f"{WILD}/custom-gpt", "mini_gpt.pth", None, "vocab.pkl", ("train_mini_gpt.py",), "MiniGPT", {},
+         {"vocab_size": 25, "n_embed": 64, "n_head": 2, "n_layer": 2}),
+    Case(f"{WILD}/whole-pickle", "model-01.pkl", "text.txt", "vocab.txt", ("training.py",), "GPTLanguageModel",
+         {}, {}, ("--allow_custom_code",)),
+]  # fmt: skip
+
+
+def vocabulary_of(data: Path, case: Case, into: Path) -> Path | None:
+    """The characters in the order of their ids, as JSON, for those checkpoints that hold none."""
+    file = data / case.folder / (case.vocabulary or case.text or "")
+    if case.folder.endswith(("farismismar_tiny-gpt", "unable-splanck_minigpt", "decoder-only-transformer")):
+        return None
+    if file.suffix == ".json":
+        return file
+    if file.suffix == ".pkl":
+        stoi, _ = pickle.loads(file.read_bytes())
+        characters = sorted(stoi, key=stoi.get)
+    else:
+        characters = sorted(set(file.read_text(encoding="utf-8")))
+    into.write_text(json.dumps(characters), encoding="utf-8")
+    return into
+
+
+def author_of(data: Path, case: Case):
+    """The author's module with his weights: his classes alone, run in one namespace that holds his constants."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch.nn.functional as F
+    from torch import nn
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-    length = model.config.max_position_embeddings
-    windows = torch.stack([ids[begin : begin + length + 1] for begin in range(0, count * length, length)])
+    if not case.author or case.checkpoint.endswith(".pkl"):
+        return None
+    space = {"torch": torch, "nn": nn, "F": F, "math": math, **case.names}
+    if "num_heads" in case.names:
+        space["head_size"] = case.names["embedding_dim"] // case.names["num_heads"]
+    for name in case.code:
+        tree = ast.parse((data / case.folder / name).read_text(encoding="utf-8"))
+        for node in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+            exec(compile(ast.Module([node], []), name, "exec"), space)
+    module = space[case.author](**case.arguments)
+    state = torch.load(data / case.folder / case.checkpoint, map_location="cpu", weights_only=True)
+    state = next((state[key] for key in ("model_state", "model_state_dict", "model") if key in state), state)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def verdict_of(data: Path, case: Case, base: Path) -> str:
+    """Whether a converted model computes what the author's module does, as a share of the largest logit."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fledge.custom import open_as_strangers_do
+
+    if (author := author_of(data, case)) is None:
+        return "no author's code"
+    report = json.loads((base / "conversion.json").read_text(encoding="utf-8"))
+    model = open_as_strangers_do(base) if report["custom_code"] else AutoModelForCausalLM.from_pretrained(base)
+    length = min(report["context_length"], 64)
+    ids = torch.randint(1, report["vocab_size"], (4, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = model(windows[:, :-1]).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+        own, found = author(ids), model(input_ids=ids).logits
+    own = own[0] if isinstance(own, tuple) else own
+    error = ((own - found).abs().max() / own.abs().max()).item()
+    return f"right ({error:.0e})" if error < 1e-4 else f"**wrong** ({error:.0e})"
+
+
+def convert(data: Path, case: Case, base: Path, tokenizer: Path | None, *more: object) -> str:
+    """What the conversion says in a word, and whether what it wrote is right."""
+    command = ["convert_checkpoint.py", "--checkpoint", data / case.folder / case.checkpoint, "--output_dir", base]
+    command += ["--tokenizer", tokenizer] if tokenizer else []
+    command = [sys.executable, *map(str, [*command, *more, *case.more, "--overwrite"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        said = json.loads((base / "conversion.json").read_text(encoding="utf-8"))["verdict"].split(":")[0].split(";")[0]
+        return f"{said}, {verdict_of(data, case, base)}"
+    error = done.stderr.strip().removeprefix("convert_checkpoint.py: ")
+    if assumed := re.findall(r"[:;] (\w+) [^;]*?, stated by", error):
+        return f"stops: {', '.join(assumed)}"
+    return f"refused: {error.splitlines()[-1][:140] if error else 'no reason'}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    data = parser.parse_args().data.resolve()
-    mini, tiny, minigpt = (
-        data / "checkpoints" / name
-        for name in ("adityasasidhar_mini-gpt", "farismismar_tiny-gpt", "unable-splanck_minigpt")
-    )
-    given = [
-        (mini / "tiny_transformer.pt", ["--tokenizer", mini / "chars.json", "--probe_text", mini / "data.txt"]),
-        (tiny / "tiny_gpt.pt", ["--probe_text", tiny / "knowledge.txt"]),
-        (minigpt / "minigpt.pt", ["--probe_text", minigpt / "data.txt"]),
-        (data / "stories15M", ["--tokenizer", data / "stories15M"]),
-    ]
-    print("| checkpoint | becomes | float64 error | after reloading | loss on its text | its first 16 windows |")
-    print("|---|---|---:|---:|---:|---:|")
-    with tempfile.TemporaryDirectory() as folder:
-        for checkpoint, more in given:
-            base = Path(folder, checkpoint.stem)
-            run("convert_checkpoint.py", "--checkpoint", checkpoint, *more, "--output_dir", base)
-            report = json.loads((base / "conversion.json").read_text(encoding="utf-8"))
-            proof = report["proof"]
-            losses = " | "
-            if "probe_text_loss" in proof:
-                losses = f"{proof['probe_text_loss']:.3f} | {loss_of_first_windows(base, more[-1]):.3f}"
-            print(f"| {checkpoint.name} | {report['target']} | {proof['float64_max_error']:.1e} ", end="")
-            print(f"| {proof['max_relative_error']:.1e} | {losses} |", flush=True)
-        print(run("generate.py", "--model", base, "--prompt", "Once upon a time, there was a small boat"))
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    data = args.data.resolve()
+    print("| checkpoint | the file alone | with its text | with its author's folder | accepted as assumed |")
+    print("|---|---|---|---|---|")
+    for case in [case for case in CASES if args.only in case.folder]:
+        cells = []
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = vocabulary_of(data, case, Path(folder, "characters.json"))
+            text = ["--probe_text", data / case.folder / case.text] if case.text else None
+            reference = ["--reference", data / case.folder] if case.author else None
+            for more in ([], text, reference, ["--accept_assumptions"]):
+                said = "" if more is None else convert(data, case, Path(folder, "base"), tokenizer, *more)
+                cells.append(said.replace("|", "/"))
+        print(f"| {case.folder.split('/')[-1]} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

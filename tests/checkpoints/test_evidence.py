@@ -103,17 +103,15 @@ FLIPPED = {
 def test_module_catches_each_fact_that_was_flipped(variant):
     module, config = build(variant)
     model, facts = recognise(checkpoint_of(module, {**config, "rms_norm_eps": None}))
-    for name in {fact.name for fact in facts} & FLIPPED.keys():
+    for name in {fact.name for fact in facts if fact.source != "tensors"} & FLIPPED.keys():
         if name == "activation" and model.gated:
             continue
         author = replace(model, **{name: FLIPPED[name]})
-        found, error = settle_by_reference(model, copied := [replace(fact) for fact in facts], partial_of(author))
+        found, error = settle_by_reference(
+            model, copied := [replace(fact) for fact in facts], functools.partial(reference_logits, author)
+        )
         assert (error <= 1e-9, getattr(found, name)) == (True, FLIPPED[name])
         assert all(not fact.assumed for fact in copied)
-
-
-def partial_of(author: CanonicalGPT):
-    return lambda ids: reference_logits(author, ids)
 
 
 @pytest.mark.parametrize("seed", range(4))

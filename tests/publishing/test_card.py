@@ -167,3 +167,20 @@ def test_no_value_breaks_a_table(value):
 def test_a_value_that_nobody_gives_is_an_error_not_a_blank():
     with pytest.raises(Exception, match="'budget' is undefined"):
         render("dataset.md.jinja", metadata="")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("Converted; assumed, not proven: activation gelu.", "converted on assumptions that nobody has proven"),
+        ("Proven: nothing that changes the logits is assumed.", "converted with proof"),
+    ],
+)
+def test_card_says_what_a_conversion_rests_on(verdict, said, tiny, tmp_path):
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+    (folder / "conversion.json").write_text(json.dumps(report | {"verdict": verdict}), encoding="utf-8")
+    card = model_card(folder, "a/b", read_records(folder, None), [], None, "en", None, None)
+    assert verdict in sections(ModelCard(card).text)["Conversion"]
+    assert said in card
+    check_card(card)
