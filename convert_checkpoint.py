@@ -74,7 +74,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     from fledge.checkpoints.loading import load_checkpoint
     from fledge.checkpoints.probe_text import settle_by_text
     from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
-    from fledge.checkpoints.questions import settle_what_cannot_matter
+    from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
     from fledge.checkpoints.structure import detect
     from fledge.checkpoints.summary import facts_table, refuse_assumptions, trials_table, verdict
     from fledge.checkpoints.targets import refuse_unconvertible
@@ -124,6 +124,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     print(facts_table(facts))
     if trials:
         print(trials_table(trials))
+    gpt = without_unused(gpt)
     refuse_unconvertible(gpt)
     if not args.accept_assumptions:
         refuse_assumptions(facts, rivals)

@@ -11,13 +11,14 @@ where an author's code is not at hand, the cell says so. No conversion that says
 
 import argparse
 import ast
+import io
 import json
 import math
 import pickle
 import re
-import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,17 +133,29 @@ def verdict_of(data: Path, case: Case, base: Path) -> str:
 
 def convert(data: Path, case: Case, base: Path, tokenizer: Path | None, *more: object) -> str:
     """What the conversion says in a word, and whether what it wrote is right."""
+    import convert_checkpoint
+    from fledge.cli import run
+
     command = ["convert_checkpoint.py", "--checkpoint", data / case.folder / case.checkpoint, "--output_dir", base]
     command += ["--tokenizer", tokenizer] if tokenizer else []
-    command = [sys.executable, *map(str, [*command, *more, *case.more, "--overwrite"])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        said = json.loads((base / "conversion.json").read_text(encoding="utf-8"))["verdict"].split(":")[0].split(";")[0]
-        return f"{said}, {verdict_of(data, case, base)}"
-    error = done.stderr.strip().removeprefix("convert_checkpoint.py: ")
-    if assumed := re.findall(r"[:;] (\w+) [^;]*?, stated by", error):
+    sys.argv = [*map(str, [*command, *more, *case.more, "--overwrite"])]
+    out, error = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(error):
+            run(convert_checkpoint.main)
+    except SystemExit as left:
+        if left.code:
+            return stopped(error.getvalue().strip().removeprefix("convert_checkpoint.py: "))
+    said = json.loads((base / "conversion.json").read_text(encoding="utf-8"))["verdict"]
+    word = "Proven" if said.startswith("Proven") else "assumed"
+    return f"{word}, {verdict_of(data, case, base)}"
+
+
+def stopped(error: str) -> str:
+    """Why a conversion wrote nothing: the names of what was assumed, or the start of the reason."""
+    if assumed := re.findall(r"(?:assumed: |; )(\w+) [^;]*?, stated by", error):
         return f"stops: {', '.join(assumed)}"
-    return f"refused: {error.splitlines()[-1][:140] if error else 'no reason'}"
+    return f"refused: {error.splitlines()[-1][:120] if error else 'no reason'}"
 
 
 def main():

@@ -239,6 +239,7 @@ def _fact(
     exact = preset.exact and all(re.fullmatch(preset.exact, tensor) for tensor in checkpoint.tensors)
     shared = exact and (name not in preset.open or preset.dated in checkpoint.config)
     if forced or shared:
+        value = True if name == "final_norm" else value
         return Fact(name, value, Status.SETTLED, "--layout" if forced else f"every known author of {layout}")
     return Fact.of(name, value, DEFAULT if name in preset.facts else source)
 

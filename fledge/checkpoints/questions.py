@@ -49,9 +49,13 @@ def asked(gpt: CanonicalGPT) -> dict[str, object]:
 
 
 def _untrained_final_norm(gpt: CanonicalGPT) -> bool:
-    """Whether a final norm is there that no gradient ever reached: exactly as it was made."""
-    weight, bias = gpt.tensors.get("final_norm.weight"), gpt.tensors.get("final_norm.bias")
-    return weight is not None and bool((weight == 1).all()) and (bias is None or not bias.any())
+    """Whether no gradient ever reached the final norm: it is exactly as it was made, and those of blocks are not."""
+
+    def as_made(norm: str) -> bool:
+        weight, bias = gpt.tensors.get(f"{norm}.weight"), gpt.tensors.get(f"{norm}.bias")
+        return weight is not None and bool((weight == 1).all()) and (bias is None or not bias.any())
+
+    return as_made("final_norm") and not as_made("blocks.0.norm_1")
 
 
 def choices(gpt: CanonicalGPT, name: str) -> list:
@@ -189,6 +193,14 @@ class Questions:
                 if value != fact.value:
                     fact.value, fact.source = value, source
         return gpt
+
+
+def without_unused(gpt: CanonicalGPT) -> CanonicalGPT:
+    """The model without a final norm that its forward pass leaves out."""
+    if gpt.final_norm:
+        return gpt
+    kept = {name: tensor for name, tensor in gpt.tensors.items() if not name.startswith("final_norm.")}
+    return replace(gpt, tensors=kept)
 
 
 def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str, list[object]]:
