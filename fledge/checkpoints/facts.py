@@ -62,6 +62,7 @@ CONFIG_KEYS = {
     "n_head": ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead"),
     "activation": ("activation", "activation_function", "hidden_act"),
     "norm_eps": ("norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "eps"),
+    "experts_per_token": ("num_experts_per_tok", "experts_per_token", "n_expert_per_token", "top_k", "topk"),
     "rope_theta": ("rope_theta", "rope_base"),
     "context_length": (
         "context_length",
@@ -70,6 +71,7 @@ CONFIG_KEYS = {
         "n_positions",
         "max_position_embeddings",
         "max_len",
+        "sequence_len",
         "ctx",
     ),
 }

@@ -110,6 +110,25 @@ LAYOUTS = {
         open=("rope", "rope_theta", "norm_eps", "activation"),
         dated="architectures",
     ),
+    "nanochat": Layout(  # of October 2025; later ones have lambdas and value embeddings
+        ("transformer.wte.", "h.0.attn.c_q.", "mlp.c_fc"),
+        {
+            "activation": "relu2",
+            "norm": "rmsnorm",
+            "norm_eps": torch.finfo(torch.float32).eps,  # of F.rms_norm
+            "rope": "half",
+            "rope_direction": -1,
+            "qk_norm": "head",
+            "qk_norm_after_rope": True,
+            "embedding_norm": True,
+            "final_norm": True,
+            "logit_cap": 15.0,
+        },
+    ),
+    "minimind": Layout(
+        ("self_attn.q_norm", "input_layernorm"), LLAMA | {"rope": "half", "rope_theta": 1e6, "qk_norm_type": "rmsnorm"}
+    ),
+    "litgpt": Layout(("transformer.wte.", "h.0.norm_1", "attn.proj"), {"rope": "half"}),
     "torch": Layout(("self_attn.in_proj_weight", "linear1"), {"activation": "relu", "norm_placement": "post"}),
 }
 """In the order in which they are tried."""
@@ -189,7 +208,8 @@ def recognise(
         qk_norm_type="layernorm" if "blocks.0.query_norm.bias" in tensors else "rmsnorm",
         experts_per_token=settle("experts_per_token", 2, GUESS) if "blocks.0.router.weight" in tensors else 0,
     )
-    questions = asked(gpt) | {name: None for name in told if name in RARE}
+    rare = RARE & {*told, *(LAYOUTS[name].facts if name else ())}
+    questions = dict.fromkeys(rare) | asked(gpt)
     values = {fact: settle(fact, default) for fact, default in questions.items() if fact != "rope"}
     if "norm" not in values:
         facts["norm"] = Fact.of("norm", "layernorm", TENSORS)

@@ -408,6 +408,9 @@ def _detect_mlp(structure: Structure, place: str, mlp: list[Module], width: int,
         opening, closing = [min(mlp, key=_mlp_order)], max(reversed(mlp), key=_mlp_order)
         if _mlp_order(opening[0]) == _mlp_order(closing):
             structure.proposed.add("mlp_order")
+    elif len(closing := [module for module in mlp if module.count(MLP_OUT)]) == 1:
+        closing = closing[0]
+        opening = [module for module in mlp if module is not closing]
     else:
         structure.problems.append(f"{_listed(mlp)}: which of them leads back to the model's width?")
         return

@@ -27,6 +27,7 @@ from fledge.checkpoints.facts import CONFIG_KEYS, TOLD, Fact, Status, read_mappi
 from fledge.checkpoints.layouts import LAYOUTS, fit_vocabulary, recognise
 from fledge.checkpoints.loading import Checkpoint, load_checkpoint
 from fledge.checkpoints.questions import regroup
+from fledge.checkpoints.targets import obstacles
 from fledge.cli import UserError
 
 IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
@@ -586,3 +587,19 @@ def test_every_layout_states_facts_that_can_be_stated():
     for layout in LAYOUTS.values():
         assert layout.facts.keys() <= set(TOLD)
         assert layout.facts["activation"] in ACTIVATIONS
+
+
+def test_nanochat_is_known_by_its_names_for_what_its_authors_compute():
+    names = [f"transformer.h.0.attn.{part}.weight" for part in ("c_q", "c_k", "c_v", "c_proj")]
+    tensors = {"transformer.wte.weight": torch.randn(40, 16), "lm_head.weight": torch.randn(40, 16)}
+    tensors |= {name: torch.randn(16, 16) for name in names}
+    tensors |= {
+        "transformer.h.0.mlp.c_fc.weight": torch.randn(64, 16),
+        "transformer.h.0.mlp.c_proj.weight": torch.randn(16, 64),
+    }
+    gpt, _ = recognise(checkpoint(tensors, {"n_head": 2, "sequence_len": 32}))
+    assert (gpt.activation, gpt.rope, gpt.rope_direction, gpt.qk_norm) == ("relu2", "half", -1, "head")
+    assert (gpt.embedding_norm, gpt.final_norm, gpt.logit_cap, gpt.qk_norm_after_rope) == (True, True, 15.0, True)
+    assert [name for name, lacks in obstacles(gpt).items() if not lacks] == ["nanochat"]
+    with pytest.raises(UserError, match="resid_lambdas: learned weights of the residual stream"):
+        recognise(checkpoint(tensors | {"resid_lambdas": torch.ones(1)}, {"n_head": 2, "sequence_len": 32}))
