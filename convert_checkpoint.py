@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from fledge.cli import UserError, parse, run, write_json
 from fledge.folders import Output, claimed
+from fledge.generation.sampling import Sampling
 
 
 @dataclass
@@ -171,7 +172,9 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         model.load_state_dict(weights, assign=True, strict=False)
         model.tie_weights()
         proof["greedy_tokens"] = prove_greedy(gpt, model)
-        model.generation_config = GenerationConfig(**{name: i for name, i in token_ids.items() if i is not None})
+        token_ids = {name: i for name, i in token_ids.items() if i is not None}
+        # A base is asked as the model that is made of it.
+        model.generation_config = GenerationConfig(**token_ids, **Sampling().decoding())
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         print("Proving: the same from the saved folder ...", flush=True)

@@ -12,16 +12,21 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, parse, run, write_json, writing
+from fledge.cli import UserError, parse, read_json, run, write_json, writing
 from fledge.folders import MARK, Output, claimed
 from fledge.generation.sampling import Sampling
+from fledge.hub import find_model
+from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges
 from fledge.terminal import has_colours, progress
+
+RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
+RANGES["judge_timeout"] = POSITIVE  # seconds
 
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "the folder that train_sft.py wrote"})
-    base: str | None = field(default=None, metadata={"help": "the base folder that it was trained from"})
+    model: str = field(metadata={"help": "the folder that train_sft.py wrote, or a model of the Hub"})
+    base: str | None = field(default=None, metadata={"help": "the base that it was trained from, likewise"})
     dataset: str | None = field(default=None, metadata={"help": "the folder that prepare_dataset.py wrote"})
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     split: str = field(default="test", metadata={"help": "the split to ask from (default test)"})
@@ -42,14 +47,10 @@ class EvaluateArguments:
         """Raises:
         UserError: a value out of range, or a key that needs another one.
         """
-        for name in ("num_prompts", "num_samples", "batch_size", "judge_samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
+        check_ranges(self, RANGES)
         for name in () if self.capabilities else ("base", "dataset", "output_dir"):
             if getattr(self, name) is None:
                 raise UserError(f"--{name} is missing; only --capabilities does without it.")
-        if not self.judge_timeout > 0:
-            raise UserError(f"--judge_timeout {self.judge_timeout:g} is out of range; it must be above 0 seconds.")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("--judge_url and --judge_model belong together; give both or neither.")
         if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
@@ -62,6 +63,8 @@ def main():
     args, sampling = parse(sys.argv[1:], EvaluateArguments, Sampling, description=__doc__)
     sampling.check()
     args.check()
+    for name in filter(None, (args.model, args.base)):
+        find_model(name)
     if args.capabilities:
         return show_capabilities(args, sampling)
     inputs = {f"--{name}": vars(args)[name] for name in ("model", "base", "dataset", "ratings")}
@@ -77,8 +80,8 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
 
     from fledge.encoding import open_prepared, open_rows, prompt_length
     from fledge.evaluation import intervals, measuring, report, wording
-    from fledge.generation.answers import load_model
     from fledge.generation.journal import Journal
+    from fledge.models import fingerprint, load_model
     from fledge.tasks import load_task
     from fledge.vocabulary import add_rows
 
@@ -86,10 +89,11 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     transformers.logging.disable_progress_bar()
     data, unfinished = Path(args.dataset), output.work
     rated = [report.read_ratings(file) for file in args.ratings or []]
+    task_name = read_json(data / "budget.json", "prepare_dataset.py", task=str)["task"]
     budget, tokenizer, encoded = open_prepared(data)
     if args.split not in encoded:
         raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(encoded)}.")
-    task, text = load_task(budget["task"]), open_rows(data)
+    task, text = load_task(task_name), open_rows(data)
     count = min(args.num_prompts, len(encoded[args.split]))
     if not count:
         raise UserError(f"The {args.split} split of {data} is empty; prepare more data or name another --split.")
@@ -109,7 +113,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
             )
         add_rows(model, tokenizer)  # a template may have brought tokens that the base does not know
     made_with = {
-        **{f"--{name}": measuring.fingerprint(folder) for name, folder in folders.items()},
+        **{f"--{name}": fingerprint(find_model(folder)) for name, folder in folders.items()},
         "--dataset or --num_prompts": measuring.fingerprint_of_prompts(prompts),
         "--num_samples": args.num_samples,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
@@ -226,7 +230,8 @@ def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
     import transformers
 
     from fledge.encoding import encode_prompt
-    from fledge.generation.answers import answer_all, load_model
+    from fledge.generation.answers import answer_all
+    from fledge.models import load_model
     from fledge.tasks.story_chat import CAPABILITIES
     from fledge.vocabulary import add_rows
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fledge.cli import UserError, parse, run, writing
 from fledge.folders import Output, check_inputs, claimed
+from fledge.hub import find_model
 from fledge.locks import locked
 
 NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -20,7 +21,7 @@ NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 @dataclass
 class ExportArguments:
-    model: str = field(metadata={"help": "a model folder"})
+    model: str = field(metadata={"help": "a model folder, or a model of the Hub (user/name)"})
     to: str = field(metadata={"help": "gguf or onnx"})
     output: str = field(metadata={"help": "the file (gguf) or the folder (onnx) to write"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier export"})
@@ -41,6 +42,7 @@ def main():
         raise UserError(f"{output} is already there; name another --output or pass --overwrite.")
     if output.exists() and not is_ours(output):
         raise UserError(f"{output} was not written by export.py and will not be replaced; name another --output.")
+    find_model(args.model)
     with locked(output.resolve(), "--output"):
         export(args, lambda *model: to_gguf(args, *model))
 
@@ -56,13 +58,13 @@ def export(args: ExportArguments, to_target: Callable) -> None:
     import transformers
 
     from fledge.encoding import prompt_text
-    from fledge.generation.answers import load_model
+    from fledge.models import context_of, load_model
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(args.model)
     model.cpu()
-    context, V = model.config.max_position_embeddings, min(len(tokenizer), model.config.vocab_size)
+    context, V = context_of(model.config), min(len(tokenizer), model.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]
     messages = [{"role": "user", "content": "What did Zoë's 2 cats do?\n\nThey ran."}]

@@ -19,14 +19,17 @@ from pathlib import Path
 from fledge.cli import UserError, parse, run, writing
 from fledge.folders import check_inputs
 from fledge.generation.sampling import Sampling
+from fledge.hub import find_model
 from fledge.locks import locked
+from fledge.ranges import AT_LEAST_ONE, check_ranges
 
+RANGES = {"num_samples": AT_LEAST_ONE, "batch_size": AT_LEAST_ONE}
 WAYS = ("prompt", "topic", "words", "ask", "interactive", "prompts_file")
 
 
 @dataclass
 class GenerateArguments:
-    model: str = field(metadata={"help": "a model folder"})
+    model: str = field(metadata={"help": "a model folder, or a model of the Hub (user/name)"})
     prompt: str | None = field(default=None, metadata={"help": "an instruction, or for a base model a beginning"})
     topic: str | None = field(default=None, metadata={"help": "what a story is to be about"})
     ending: str = field(default="happy", metadata={"help": "how it ends: happy or sad (default happy)"})
@@ -44,7 +47,7 @@ class GenerateArguments:
         default="float32",
         metadata={"help": "bfloat16 is faster where memory is slow, and answers a little differently"},
     )
-    compare: str | None = field(default=None, metadata={"help": "another model folder, shown beside the first"})
+    compare: str | None = field(default=None, metadata={"help": "another model, shown beside the first"})
     num_samples: int = field(default=1, metadata={"help": "answers to draw (default 1)"})
     stats: bool = field(default=False, metadata={"help": "say tokens a second, and how many answers ended themselves"})
 
@@ -53,13 +56,16 @@ def main():
     args, sampling = parse(sys.argv[1:], GenerateArguments, Sampling, description=__doc__)
     sampling.check()
     check(args)
+    folder = find_model(args.model)
+    if args.compare:
+        find_model(args.compare)
     with contextlib.ExitStack() as stack:
         if args.output_file:
             inputs = {"--prompts_file": args.prompts_file, "--model": args.model}
             check_inputs(args.output_file, "--output_file", inputs)
             stack.enter_context(locked(Path(args.output_file).resolve(), "--output_file"))
             check_output_file(Path(args.output_file), args.overwrite)
-        answer(args, sampling)
+        answer(args, sampling, folder)
 
 
 def check_output_file(file: Path, overwrite: bool) -> None:
@@ -80,27 +86,29 @@ def check_output_file(file: Path, overwrite: bool) -> None:
         raise UserError(f"{file} was not written by generate.py and will not be replaced; name another --output_file.")
 
 
-def answer(args: GenerateArguments, sampling: Sampling) -> None:
+def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> None:
     import transformers
     from transformers import TextStreamer
 
-    from fledge.generation.answers import answer_batch, load_model
+    from fledge.generation.answers import answer_batch
     from fledge.generation.conversation import converse, fit_beginning, fit_prompt
     from fledge.generation.prompts_file import answer_file
+    from fledge.models import context_of, load_model
     from fledge.vocabulary import add_rows
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    models = [load_model(folder, args.dtype) for folder in (args.model, args.compare) if folder]
-    for model, tokenizer in models:
+    names = [name for name in (args.model, args.compare) if name]
+    models = [load_model(name, args.dtype) for name in names]
+    for name, (_, tokenizer) in zip(names, models, strict=True):
         if not tokenizer.chat_template and (args.interactive or args.ask or args.words):
-            raise UserError(f"{model.name_or_path} is a base model without a chat template; give it a --prompt.")
-    task = task_of(args)
+            raise UserError(f"{name} is a base model without a chat template; give it a --prompt.")
+    task = task_of(args, folder)
     system = [message for message in task.EXAMPLE if message["role"] == "system"] if task else []
     messages = [*system, {"role": "user", "content": question(args)}]
 
     def ids_for(model, tokenizer, messages: list[dict[str, str]]) -> list[int]:
-        context = model.config.max_position_embeddings
+        context = context_of(model.config)
         if tokenizer.chat_template:
             ids, said = fit_prompt(tokenizer, messages, context, sampling.max_new_tokens)
         else:  # a base model continues the text itself, as the beginning of a document
@@ -153,8 +161,7 @@ def check(args) -> None:
         raise UserError(f"--ending {args.ending} is unknown; choose happy or sad.")
     if args.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {args.dtype} is unknown; choose float32 or bfloat16.")
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise UserError("--num_samples and --batch_size must be at least 1.")
+    check_ranges(args, RANGES)
     if args.story and not args.ask:
         raise UserError("--story needs a question; add --ask 'Who is the main character?'.")
     if bool(args.prompts_file) != bool(args.output_file):
@@ -163,13 +170,13 @@ def check(args) -> None:
         raise UserError("--compare answers a single prompt; it goes with neither --interactive nor --prompts_file.")
 
 
-def task_of(args):
+def task_of(args, folder: Path):
     """The task that the model was trained for (`None` if unknown); warns when it is asked for another one's."""
     from fledge.cli import read_json
     from fledge.tasks import load_task
 
-    budget = Path(args.model) / "budget.json"
-    name = read_json(budget, "train_sft.py")["task"] if budget.exists() else None
+    budget = folder / "budget.json"
+    name = read_json(budget, "train_sft.py", task=str)["task"] if budget.exists() else None
     wanted = "topic_ending" if args.topic else "story_chat" if args.words else None
     if name and wanted and name != wanted:
         print(f"{args.model} was trained on the task {name}, and this asks for {wanted}.", file=sys.stderr)

@@ -16,12 +16,23 @@ from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, check_hub_id, parse, run
 from fledge.folders import Output, claimed
+from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
 from fledge.terminal import has_colours
 
 if TYPE_CHECKING:
     from fledge.preparation.blocks import Facts, Preparation
     from fledge.preparation.budget import Budget
     from fledge.sources import Source
+
+
+RANGES = {
+    "show": NOT_NEGATIVE,
+    "limit": AT_LEAST_ONE,
+    "max_length": AT_LEAST_ONE,
+    "near_duplicates": Range(above=0, below=1),  # a similarity
+    "num_proc": AT_LEAST_ONE,
+    "seed": SEED,
+}
 
 
 @dataclass
@@ -97,17 +108,10 @@ def make_plan(args: PrepareArguments) -> Plan:
     """
     if args.push_to_hub is not None:
         check_hub_id("--push_to_hub", args.push_to_hub)
-    if args.show < 0:
-        raise UserError(f"--show {args.show} is out of range; print no row or some.")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit} is out of range; read at least one record.")
-    if args.near_duplicates is not None and not 0 < args.near_duplicates < 1:
-        raise UserError(f"--near_duplicates {args.near_duplicates} is no similarity between 0 and 1, such as 0.8.")
+    check_ranges(args, RANGES)
     if args.near_duplicates and not importlib.util.find_spec("rensa"):
         raise UserError("--near_duplicates needs the package rensa; pip install 'fledge[dedup]'.")
     args.num_proc = (os.cpu_count() or 1) if args.num_proc is None else args.num_proc
-    if args.num_proc < 1:
-        raise UserError(f"--num_proc {args.num_proc} is out of range; use at least one process.")
 
     import transformers
     from datasets.utils.logging import disable_progress_bar

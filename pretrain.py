@@ -15,6 +15,18 @@ from pathlib import Path
 
 from fledge.cli import UserError, attempt, parse, run, write_json
 from fledge.folders import Output, check_inputs, claimed
+from fledge.generation.sampling import Sampling
+from fledge.hub import find_tokenizer
+from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
+
+RANGES = {
+    "n_layer": Range(at_least=1, at_most=1000),
+    "n_head": AT_LEAST_ONE,
+    "n_embd": Range(at_least=1, at_most=2**16),
+    "context_length": Range(at_least=2, at_most=2**20),
+    "validation_share": Range(above=0, at_most=0.5),
+    "sample_tokens": AT_LEAST_ONE,
+}
 
 
 @dataclass
@@ -43,14 +55,26 @@ class PretrainArguments:
     resume: str | None = field(
         default=None, metadata={"help": "auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint"}
     )
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "go on although data or settings are others than the checkpoint's"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "tokenise, print the estimates, train nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
+
+
+def is_of_hub(tokenizer: str) -> bool:
+    return tokenizer != "gpt2" and not Path(tokenizer).exists()
 
 
 def main():
     if {"-h", "--help"} & set(sys.argv):  # transformers' own keys take seconds to import
         parse(sys.argv[1:], PretrainArguments, description=__doc__)
     arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
+    if "--help" not in arguments:
+        (early,) = parse(arguments, PretrainArguments, partly=True)
+        check_ranges(early, RANGES)
+        if is_of_hub(early.tokenizer):
+            find_tokenizer(early.tokenizer)
 
     import transformers
 
@@ -75,20 +99,22 @@ def pretrain(args: PretrainArguments, config, output: Output) -> None:
     from fledge.pretraining.pretrainer import PretrainTrainer, Samples, new_gpt2, plan
     from fledge.pretraining.tokens import Blocks, Corpus, open_tokens
     from fledge.tokenizers import load_tokenizer, open_tokenizer
+    from fledge.training.lineage import go_on, settings_of
     from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
     from fledge.training.run_record import Progress, shield_trackers
+    from fledge.training.settings import said_in_words
     from fledge.training.sharding import CheckSharded, shard_on_cpus
     from fledge.training.trainer import precision, use_all_threads
 
     config.output_dir = str(output.work)
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     threads = use_all_threads(config)
-    is_folder = (Path(args.tokenizer) / "tokenizer.json").exists()
-    tokenizer = open_tokenizer(args.tokenizer) if is_folder else load_tokenizer(args.tokenizer, args.context_length)
+    if is_of_hub(args.tokenizer) or (Path(args.tokenizer) / "tokenizer.json").exists():
+        tokenizer = open_tokenizer(args.tokenizer)
+    else:
+        tokenizer = load_tokenizer(args.tokenizer, args.context_length)
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer in {args.tokenizer} has no end-of-text token; train one by train_tokenizer.py.")
-    if not 0 < args.validation_share <= 0.5:
-        raise UserError(f"--validation_share {args.validation_share} is out of range; hold out at most half, 0.5.")
     held_out = args.validation_data or []
     corpus = Corpus(args.data, args.text_column, args.document_start, held_out, args.validation_share)
     transformers.set_seed(config.seed)
@@ -99,16 +125,21 @@ def pretrain(args: PretrainArguments, config, output: Output) -> None:
         tokens = open_tokens(tokens_dir, corpus, tokenizer)
     train, validation = (Blocks(tokens_dir, name, tokens, args.context_length) for name in ("train", "validation"))
     stop = StopOnSignal()
+    samples = Samples(tokenizer, args.sample_prompts, args.sample_tokens)
+    sizes = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "context_length")}
+    settings = settings_of(config, **sizes, data=tokens["fingerprint"])
+    lineage = go_on(checkpoint, settings, args.resume_with_changes)
     shard_on_cpus(config)
-    trainer = PretrainTrainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[CheckSharded(), Progress(), Samples(tokenizer, args.sample_prompts, args.sample_tokens), stop],
-        bytes_per_token=validation.bytes_per_token,
-    )
+    with said_in_words():
+        trainer = PretrainTrainer(
+            model=model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            callbacks=[CheckSharded(), Progress(), samples, stop, lineage],
+            bytes_per_token=validation.bytes_per_token,
+        )
     trainer.remove_callback(PrinterCallback)
     shield_trackers(trainer)
     estimate, lines = plan(trainer, tokens)
@@ -144,7 +175,7 @@ def save(trainer, output: Output) -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         with output.staged() as folder:
-            finished(trainer).save_pretrained(folder, state_dict=weights)
+            finished(trainer, **Sampling().decoding()).save_pretrained(folder, state_dict=weights)
             trainer.processing_class.save_pretrained(folder)
 
 

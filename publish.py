@@ -15,13 +15,14 @@ from pathlib import Path
 
 from fledge.cli import UserError, check_hub_id, parse, run, write_json
 from fledge.folders import Output, claimed
+from fledge.hub import download, find_model
 
 
 @dataclass
 class PublishArguments:
     model: str | None = field(
         default=None,
-        metadata={"help": "the folder that train_sft.py wrote; for a Space alone, also a model's Hub id"},
+        metadata={"help": "the folder that train_sft.py wrote, or a model of the Hub that came from one"},
     )
     repo_id: str | None = field(default=None, metadata={"help": "user/name of the model on the Hub"})
     evaluation: str | None = field(default=None, metadata={"help": "the folder that evaluate_model.py wrote"})
@@ -55,8 +56,8 @@ def check(args: PublishArguments) -> None:
         raise UserError("Nothing to publish; give --repo_id, --dataset_repo_id, --space_repo_id, or several of them.")
     if (args.repo_id or args.space_repo_id) and not args.model:
         raise UserError(f"--{'repo_id' if args.repo_id else 'space_repo_id'} needs --model.")
-    if args.repo_id and not Path(args.model).is_dir():
-        raise UserError(f"There is no folder {args.model}; --model names what train_sft.py wrote.")
+    if args.repo_id:
+        find_model(args.model)
     if args.space_repo_id and not args.repo_id and Path(args.model).is_dir():
         raise UserError("A Space loads its model from the Hub; give --repo_id too, or a published --model user/name.")
     if bool(args.dataset) != bool(args.dataset_repo_id):
@@ -70,7 +71,8 @@ def main():
     check(args)
     output_dir = args.output_dir
     if args.dry_run and not output_dir:
-        output_dir = f"{(args.model or args.dataset).rstrip('/')}-repository"
+        source = Path(args.model or args.dataset)
+        output_dir = f"{source if source.is_dir() else source.name}-repository"
     inputs = {"--model": args.model, "--evaluation": args.evaluation, "--dataset": args.dataset}
     with contextlib.ExitStack() as stack:
         if not output_dir:
@@ -123,21 +125,26 @@ def build(args: PublishArguments, folder: Path) -> None:
         if "\nlicense:" not in (folder / "dataset" / "README.md").read_text(encoding="utf-8"):
             print("The dataset's card names no licence; that of its source belongs there.")
     if args.repo_id:
-        target, model_dir = folder / "model", Path(args.model)
+        target, model_dir = folder / "model", whole(args.model)
         names = (args.repo_id, args.license, args.language, args.base_model, args.dataset_repo_id)
         build_model(target, model_dir, evaluation_dir, *names)
         check_folder("model", target)
-        example = load_task(read_json(target / "budget.json", "train_sft.py")["task"]).EXAMPLE
+        example = load_task(read_json(target / "budget.json", "train_sft.py", task=str)["task"]).EXAMPLE
         print(f"The model reloads and answers: {check_model(target, example)!r}")
         if not evaluation_dir:
             print("The card has no figures, because the model is not evaluated; --evaluation DIR adds them.")
         if not args.license:
             print("The card names no licence, so nobody may use the model; --license apache-2.0, say, names one.")
     if args.space_repo_id:
-        model_dir = Path(args.model) if args.repo_id else download_records(args.model)
+        model_dir = whole(args.model) if args.repo_id else download_records(args.model)
         repo_id = args.repo_id or args.model
         build_space(folder / "space", model_dir, evaluation_dir, repo_id, args.license, args.base_model)
         check_folder("space", folder / "space")
+
+
+def whole(model: str) -> Path:
+    """The folder of a model with every file that lies beside it."""
+    return Path(model) if Path(model).is_dir() else download(model)
 
 
 def describe(changed: list[str], deleted: list[str]) -> str:

@@ -12,11 +12,22 @@ Besides the keys below, every key of TRL's SFTConfig and ModelConfig works under
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fledge.cli import UserError, attempt, keep_origin, parse, run, write_json
 from fledge.folders import Output, claimed
+from fledge.generation.sampling import Sampling
+from fledge.hub import find_model
+from fledge.ranges import check_ranges
+
+
+@dataclass
+class BaseArguments:
+    """Two keys of TRL's ModelConfig, which takes seconds to import."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "the base, a folder or a model of the Hub"})
+    model_revision: str = field(default="main", metadata={"help": "its revision on the Hub (default main)"})
 
 
 @dataclass
@@ -32,6 +43,9 @@ class RunArguments:
         default=0, metadata={"help": "freeze the first N blocks and the embeddings; the last N if negative"}
     )
     freeze_modules: list[str] = field(default_factory=list, metadata={"help": "freeze modules by name, such as wte"})
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "go on although data or settings are others than the checkpoint's"}
+    )
     resume: str | None = field(
         default=None, metadata={"help": "auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint"}
     )
@@ -41,16 +55,25 @@ class RunArguments:
 
 def main():
     if {"-h", "--help"} & set(sys.argv):  # TRL's own keys take seconds to import
-        parse(sys.argv[1:], RunArguments, description=__doc__)
+        parse(sys.argv[1:], BaseArguments, RunArguments, description=__doc__)
     arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
+    if "--help" not in arguments:
+        (named,) = parse(arguments, BaseArguments, partly=True)
+        if not named.model_name_or_path:
+            raise UserError("--model_name_or_path is missing; name the base, a folder or a model of the Hub.")
+        find_model(named.model_name_or_path, named.model_revision)
 
     import transformers
     from datasets.utils.logging import disable_progress_bar
     from trl import ModelConfig
 
+    from fledge.training.settings import RANGES, check_effect
     from fledge.training.trainer import SmallModelConfig, check_processes, smoke
 
     args, config, model_args = parse(arguments, RunArguments, SmallModelConfig, ModelConfig, description=__doc__)
+    for given in (args, model_args):
+        check_ranges(given, RANGES)
+    check_effect(config, model_args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bar()
@@ -67,10 +90,13 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
 
+    from fledge.models import context_of, fingerprint
     from fledge.tokenizers import open_tokenizer
     from fledge.training.dataset import check_supervised, longest_row, open_dataset
+    from fledge.training.lineage import fingerprint_of_rows, go_on, settings_of
     from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
     from fledge.training.run_record import Progress, shield_trackers
+    from fledge.training.settings import said_in_words
     from fledge.training.sharding import CheckSharded, shard_on_cpus
     from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
     from fledge.training.trainer import (
@@ -91,7 +117,7 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
     threads = use_all_threads(config)
 
     base, model = open_base(model_args, args.dropout)
-    context = model.config.max_position_embeddings
+    context = context_of(model.config)
     own = open_tokenizer(base)
     budget, tokenizer, rows, lines = open_dataset(args.dataset, own, args.template, context, config.seed)
     check_supervised(rows)
@@ -103,14 +129,20 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
         raise UserError("An adapter freezes all that it does not add; leave out --freeze_layers and --freeze_modules.")
     freeze(model, args.freeze_layers, args.freeze_modules, new_tokens)
     output.check_room(4 * model.num_parameters())  # float32
+    adapting = {key: value for key, value in asdict(model_args).items() if model_args.use_peft and "lora" in key}
+    adapting |= {key: getattr(model_args, key) for key in ("use_peft", "use_dora")}
+    trained = {"dropout": args.dropout, "freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules}
+    made_from = {"base": fingerprint(base), "data": fingerprint_of_rows(rows["train"])}
+    settings = settings_of(config, **trained, **adapting, **made_from)
+    lineage = go_on(checkpoint, settings, args.resume_with_changes)
     output.begin_work(checkpoint)  # only now, when all of the input is known to be good
 
     stop = StopOnSignal()
-    callbacks = [CheckSharded(), Progress(), stop]
+    callbacks = [CheckSharded(), Progress(), stop, lineage]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     shard_on_cpus(config)
-    try:
+    with said_in_words():
         trainer = InstructTrainer(
             model=model,
             args=config,
@@ -120,13 +152,10 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
             peft_config=adapter,
             callbacks=callbacks,
         )
-    except (ImportError, ValueError) as error:  # what TRL, peft and trackers refuse, they say in words
-        raise UserError(" ".join(str(error).split())) from error
     trainer.remove_callback(PrinterCallback)
     shield_trackers(trainer)
     loss = prepare_model(trainer)
-    trained = {"freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules, "new_tokens": new_tokens}
-    trained |= {"dropout": args.dropout, "adapter": adapter_record(trainer.model)}
+    trained |= {"new_tokens": new_tokens, "adapter": adapter_record(trainer.model)}
     trial = time_needed(trainer, tokens_seen(checkpoint))
     if trainer.is_world_process_zero():
         print(trained_share(trainer.model))
@@ -164,8 +193,8 @@ def save(trainer, output: Output, base: Path, budget: dict | None) -> None:
         adapter = isinstance(trainer.model, PeftModel)
         if adapter:
             trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        # Greedy decoding makes a small model repeat itself.
-        model = finished(trainer, do_sample=True, temperature=0.8, top_p=0.95)
+        # What evaluate_model.py measures with, unless told otherwise. Greedy, a small model repeats itself.
+        model = finished(trainer, **Sampling().decoding())
         model.save_pretrained(folder, state_dict=None if adapter else weights)
         trainer.processing_class.save_pretrained(folder)
         keep_origin(base, folder)

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from fledge.cli import UserError, parse, run, write_json
 from fledge.folders import Output, claimed
+from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
+
+RANGES = {"vocab_size": Range(at_least=1, below=2**32), "min_frequency": AT_LEAST_ONE}
 
 
 @dataclass
@@ -30,6 +33,7 @@ class TokenizerArguments:
 
 def main():
     (args,) = parse(sys.argv[1:], TokenizerArguments, description=__doc__)
+    check_ranges(args, RANGES)
     extra = args.special_tokens
     if args.vocab_size <= 256 + 1 + len(extra):
         raise UserError(

@@ -13,11 +13,15 @@ from pathlib import Path
 
 from fledge.cli import UserError, keep_origin, parse, run, write_json
 from fledge.folders import Output, claimed
+from fledge.hub import find_model
+from fledge.ranges import AT_LEAST_ONE, check_ranges
+
+RANGES = {"min_count": AT_LEAST_ONE}
 
 
 @dataclass
 class TrimArguments:
-    model: str = field(metadata={"help": "a model folder, with its tokenizer"})
+    model: str = field(metadata={"help": "a model folder, or a model of the Hub, with its tokenizer"})
     data: list[str] = field(
         metadata={"help": "text like what the model is for: files, folders, Hub datasets, as for pretrain.py"}
     )
@@ -29,21 +33,21 @@ class TrimArguments:
 
 def main():
     (args,) = parse(sys.argv[1:], TrimArguments, description=__doc__)
-    if args.min_count < 1:
-        raise UserError(f"--min_count {args.min_count} is out of range; a token that never occurs is not kept.")
+    check_ranges(args, RANGES)
+    source = find_model(args.model)
     inputs = {"--model": args.model, "--data": args.data}
     with claimed(args.output_dir, "trim_vocabulary.py", args.overwrite, inputs) as output:
-        trim(args, output)
+        trim(args, output, source)
 
 
-def trim(args: TrimArguments, output: Output) -> None:
+def trim(args: TrimArguments, output: Output, source: Path) -> None:
     import copy
 
     import numpy as np
     import torch
     import transformers
 
-    from fledge.generation.answers import load_model
+    from fledge.models import context_of, load_model
     from fledge.pretraining.corpus import pieces
     from fledge.tokenizers import encoding_of
     from fledge.tokenizers.training import HeldOut
@@ -67,9 +71,9 @@ def trim(args: TrimArguments, output: Output) -> None:
     keep_rows(small, old_ids)
     print(f"{len(used):,} of {len(tokenizer):,} tokens occur; with bytes and merges {len(old_ids):,} stay.", flush=True)
 
-    length = 2 * model.config.max_position_embeddings  # characters: half a context or so
+    length = 2 * context_of(model.config)  # characters: half a context or so
     texts = [text[:length] for text in held_out.text[:200]]
-    texts = [text for text in texts if len(trimmed.encode(text)) < model.config.max_position_embeddings]
+    texts = [text for text in texts if len(trimmed.encode(text)) < context_of(model.config)]
     if not texts:
         raise UserError("No held-out text fits the model's context, so nothing can be measured; give other --data.")
     record = compare_trimmed((model, tokenizer), (small, trimmed), old_ids, texts)
@@ -93,7 +97,7 @@ def trim(args: TrimArguments, output: Output) -> None:
     with output.staged() as folder:
         small.save_pretrained(folder)
         trimmed.save_pretrained(folder)
-        keep_origin(Path(args.model), folder)
+        keep_origin(source, folder)
         write_json(folder / "trimming.json", record)
     print(
         f"{record['parameters_before']:,} to {record['parameters_after']:,} parameters; "

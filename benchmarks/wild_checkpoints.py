@@ -98,6 +98,7 @@ def _convert(arguments: list[str], output: Path, said_by: Path) -> None:
 def error(folder: Path, author) -> float:
     """Largest |Δ logit| between the converted model and the author's, over the largest |logit|."""
     import torch
+
     from fledge.models import open_model
 
     model = open_model(folder)

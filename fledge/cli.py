@@ -25,8 +25,12 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one sentence: what was found, what was expected, what to do."""
 
 
-def parse(arguments: list[str], *dataclass_types: type, description: str | None = None) -> tuple[Any, ...]:
+def parse(
+    arguments: list[str], *dataclass_types: type, description: str | None = None, partly: bool = False
+) -> tuple[Any, ...]:
     """Parses `arguments` (`--config recipe.yaml` and any key) into the given dataclasses, in their order.
+
+    With `partly`, keys of other dataclasses are left for a later call, which may need slow imports.
 
     Raises:
         UserError: an unknown key, a missing one, a value of the wrong type, or a recipe that is no YAML mapping.
@@ -58,7 +62,7 @@ def parse(arguments: list[str], *dataclass_types: type, description: str | None 
     try:
         texts = _texts(arguments, dataclass_types)
         *parsed, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-        if left_over:
+        if left_over and not partly:
             raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
         for given in parsed[: len(dataclass_types)]:
             _settle_types(given)
@@ -218,14 +222,20 @@ def keep_origin(base: Path, folder: Path) -> None:
             shutil.copy(base / name, folder)
 
 
-def read_json(path: Path, what: str) -> dict:
-    """Reads a JSON file that an earlier stage wrote.
+def read_json(path: Path, what: str, **kinds: type) -> dict:
+    """Reads a JSON file that an earlier stage wrote, which holds at least the keys of `kinds`, each of that type.
 
     Raises:
         UserError: it is missing or damaged; `what` names the stage to run.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}, not a mapping")
+        for key, kind in kinds.items():
+            if not isinstance(content.get(key), kind):
+                raise ValueError(f"{key} is {content.get(key)!r:.60}, not {kind.__name__}")
+        return content
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing; {what} writes it.") from error
     except (ValueError, RecursionError) as error:

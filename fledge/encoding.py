@@ -263,7 +263,7 @@ def open_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     import pyarrow.parquet
 
     splits = {}
-    for name in read_json(folder / "budget.json", "prepare_dataset.py")["splits"]:
+    for name in read_json(folder / "budget.json", "prepare_dataset.py", splits=dict)["splits"]:
         files = sorted((folder / "data").glob(f"{name}-*-of-*.parquet"))
         try:
             rows = Dataset(pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files]))

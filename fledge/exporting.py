@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 import fledge
 from fledge.cli import UserError
+from fledge.models import context_of
 from fledge.tokenizers.fast import merges_of
 
 # The marks of Python's templates for training; no other reader of a template knows them.
@@ -60,7 +61,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_of(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
     for key, value in keys.items():

@@ -15,9 +15,10 @@ from fledge.encoding import open_prepared
 from fledge.evaluation import measuring, wording
 from fledge.evaluation.measuring import answer_prompts
 from fledge.evaluation.report import answers_id
-from fledge.generation.answers import answer_all, load_model
+from fledge.generation.answers import answer_all
 from fledge.generation.journal import Journal
 from fledge.generation.sampling import Sampling
+from fledge.models import load_model
 from fledge.vocabulary import add_rows
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, run_script
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from small import random_rows, small_gpt2, small_tokenizer
+from small import random_rows, small_gpt2, small_tokenizer, trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
 
 import train_sft
@@ -136,6 +136,55 @@ def test_killed_and_resumed_equals_straight(small, tmp_path, capsys):
     one, other = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("straight", "cut"))
     assert (one["tokens"], one["last_loss"], one["steps"]) == (other["tokens"], other["last_loss"], other["steps"])
     assert (one["resumed"], other["resumed"]) == (False, True)
+
+
+def test_going_on_with_something_else_is_refused_or_recorded(small, tmp_path, capsys, monkeypatch):
+    steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1, "--warmup_steps", 0)
+    first = tmp_path / "first"
+    monkeypatch.setattr(Progress, "on_step_end", lambda self, *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(small, first, *steps)
+    monkeypatch.undo()
+    other = tmp_path / "data"
+    write_prepared(other, random_rows(31), AutoTokenizer.from_pretrained(small.base))
+    for given, said in (
+        (("--learning_rate", 0.001), "learning_rate 0.0005 (now 0.001)"),
+        (("--per_device_train_batch_size", 4), "per_device_train_batch_size 8 (now 4)"),
+        (("--weight_decay", 0.1), "weight_decay 0.0 (now 0.1)"),
+        (("--freeze_layers", 1), "freeze_layers 0 (now 1)"),
+        (("--seed", 5), "seed 42 (now 5)"),
+        (("--use_peft",), "use_peft False (now True)"),
+    ):
+        refused = refusal(capsys, small, first, *steps, "--resume", "auto", *given)
+        assert said in refused
+        assert "--resume_with_changes true" in refused
+    assert "data '" in refusal(capsys, small, first, *steps, "--resume", "auto", dataset=other)
+
+    changes = ("--learning_rate", 0.002, "--weight_decay", 0.1, "--resume_with_changes", "true")
+    without_effect = ("--logging_steps", 2, "--save_total_limit", 1, "--dataloader_num_workers", 0, "--run_name", "x")
+    train(small, first, *steps, "--resume", "auto", *changes, *without_effect, dataset=other)
+    record = json.loads((first / "run.json").read_text(encoding="utf-8"))
+    start, went_on = record["parts"]
+    assert (start, went_on["first_step"]) == ({"first_step": 0}, 1)
+    assert went_on["changed"].keys() == {"learning_rate", "weight_decay", "data"}
+    assert went_on["changed"]["learning_rate"] == [0.0005, 0.002]
+    log = [json.loads(line) for line in (first / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
+    # The cosine falls from the new rate, of which a saved optimizer knows nothing.
+    assert rates[1] == 0.0005
+    assert 0.0005 < rates[2] < 0.002
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_made_needs_a_word(small, tmp_path, capsys):
+    steps = ("--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1)
+    train(small, tmp_path / "m", *steps)
+    # What another program leaves: the same state, and nothing of Fledge's in it.
+    checkpoint = trainer_for(small_gpt2(n_layer=3), tmp_path / "trl", max_steps=2, save_strategy="steps", save_steps=1)
+    checkpoint.train()
+    found = tmp_path / "trl" / "checkpoint-1"
+    assert "does not say what it was made with" in refusal(capsys, small, tmp_path / "n", *steps, "--resume", found)
+    train(small, tmp_path / "n", *steps, "--resume", found, "--resume_with_changes", "true")
+    assert json.loads((tmp_path / "n" / "run.json").read_text(encoding="utf-8"))["steps"] == 2
 
 
 def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch):
@@ -385,9 +434,9 @@ def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
     write_prepared(foreign, rows, small_tokenizer(90))
     assert "encoded with 90 tokens and the model's tokenizer has 97" in refusal(capsys, small, out, dataset=foreign)
     assert "There is no data file at" in refusal(capsys, small, out, dataset=tmp_path / "none")
-    assert "holds no causal model" in refusal(capsys, small, out, "--model_name_or_path", tmp_path / "masked")
+    assert "it has no config.json" in refusal(capsys, small, out, "--model_name_or_path", tmp_path / "masked")
     assert "is no checkpoint" in refusal(capsys, small, out, "--resume", tmp_path)
-    assert "outside 0 to 1" in refusal(capsys, small, out, "--dropout", 1.5)
+    assert "--dropout 1.5 is out of range" in refusal(capsys, small, out, "--dropout", 1.5)
     assert "learning_rat" in refusal(capsys, small, out, "--learning_rat", 1)
     assert "Target modules" in refusal(capsys, small, out, "--use_peft", "--lora_target_modules", "q_proj")
     assert "An adapter freezes all" in refusal(capsys, small, out, "--use_peft", "--freeze_layers", 1)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -133,16 +132,6 @@ def answer_prompts(
         journal.add({(who, number): vars(answer)})
         progress(done)
     return [Answer(**journal.done[who, number]) for number in numbers]
-
-
-def fingerprint(folder: str) -> str:
-    """SHA-256 over a model's weights, by which answers are known to be its own."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin")):
-        with file.open("rb") as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def fingerprint_of_prompts(prompts: list[list[int]]) -> str:

@@ -9,19 +9,18 @@ it was batched with, nor on whether a run was interrupted.
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from fledge.cli import UserError
 from fledge.generation.onednn import by_onednn
 from fledge.generation.sampling import Sampling
-from fledge.tokenizers import open_tokenizer
+from fledge.models import context_of
 
 # Prompts read together. Their logits are kept at every place where one of them ends: the square of this, times V.
 PREFILL = 8
@@ -36,19 +35,6 @@ class Answer:
     text: str
     tokens: int
     stopped: bool
-
-
-def load_model(folder: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Opens a model folder on the best device there is.
-
-    Raises:
-        UserError: the folder holds no model.
-    """
-    if not (Path(folder) / "config.json").exists():
-        raise UserError(f"There is no model at {folder}: it has no config.json.")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    accelerator = torch.accelerator.current_accelerator()
-    return model.to(accelerator or "cpu").eval(), open_tokenizer(folder)
 
 
 @dataclass
@@ -121,7 +107,7 @@ def answer_each(
         UserError: a prompt leaves no room for an answer in the model's context, or the model does not attend to all
             of its context.
     """
-    context = model.config.max_position_embeddings
+    context = context_of(model.config)
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         raise UserError(
             f"{type(model).__name__} has sliding or recurrent attention, which Fledge cannot batch; use pipeline()."

@@ -12,6 +12,7 @@ from fledge.cli import UserError
 from fledge.encoding import Messages, encode_prompt, fitting_words
 from fledge.generation.answers import answer_batch
 from fledge.generation.sampling import Sampling
+from fledge.models import context_of
 from fledge.templates import INPUT_MARK, contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.spelling import Spelling, named
@@ -125,7 +126,7 @@ def converse(
         else:
             turn = messages[:-1] if retried else [*messages, {"role": "user", "content": line}]
             try:
-                ids, said = fit_prompt(tokenizer, turn, model.config.max_position_embeddings, sampling.max_new_tokens)
+                ids, said = fit_prompt(tokenizer, turn, context_of(model.config), sampling.max_new_tokens)
                 if said:
                     print(f"({said})", file=sys.stderr)
                 streamer = TextStreamer(tokenizer, skip_special_tokens=True)

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from fledge.cli import UserError
+from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
+
+RANGES = {
+    "max_new_tokens": AT_LEAST_ONE,
+    "temperature": NOT_NEGATIVE,
+    "top_k": NOT_NEGATIVE,
+    "top_p": Range(above=0, at_most=1),
+    "repetition_penalty": POSITIVE,
+    "seed": SEED,
+}
 
 
 @dataclass
@@ -20,13 +29,14 @@ class Sampling:
         """Raises:
         UserError: a value outside its range.
         """
-        ranges = {
-            "max_new_tokens": self.max_new_tokens >= 1,
-            "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
-        }
-        for name, in_range in ranges.items():
-            if not in_range:
-                raise UserError(f"--{name} {getattr(self, name)} is out of range; --help says what it means.")
+        check_ranges(self, RANGES)
+
+    def decoding(self) -> dict[str, bool | float]:
+        """The same draw as transformers' `GenerationConfig` says it.
+
+        Every key is there, `top_k` too: transformers fills 50 in for one that is missing.
+        """
+        if self.temperature == 0:
+            return {"do_sample": False, "repetition_penalty": self.repetition_penalty}
+        keys = ("temperature", "top_k", "top_p", "repetition_penalty")
+        return {"do_sample": True} | {key: getattr(self, key) for key in keys}

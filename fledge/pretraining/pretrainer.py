@@ -23,9 +23,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from fledge.cli import UserError
 from fledge.encoding import IGNORED
 from fledge.memory import keep_freed_memory
+from fledge.training.lineage import load_optimizer
 from fledge.training.loss import ScoreTokens
 from fledge.training.muon import MuonWithAdamW
 from fledge.training.run_record import outcome
+from fledge.training.settings import check_training, said_in_words
 from fledge.training.trainer import choose_device_and_precision
 from fledge.training.trial import in_words, seconds_of
 
@@ -62,8 +64,10 @@ class PretrainConfig(TrainingArguments):
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
 
     def __post_init__(self):
+        check_training(self)
         choose_device_and_precision(self)
-        super().__post_init__()
+        with said_in_words():
+            super().__post_init__()
 
 
 def new_gpt2(
@@ -74,10 +78,6 @@ def new_gpt2(
     Raises:
         UserError: sizes that make no model.
     """
-    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "context_length": context_length}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"--{name} {value} is out of range; a model needs at least one.")
     if n_embd % n_head:
         raise UserError(f"--n_embd {n_embd} is not divisible by --n_head {n_head}; every head has the same width.")
     config = GPT2Config(
@@ -150,6 +150,9 @@ class PretrainTrainer(Trainer):
             betas = (args.adam_beta1, args.adam_beta2)
             self.optimizer = MuonWithAdamW(self.model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
         return super().create_optimizer(model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
 
     def log(self, logs: dict, *arguments) -> None:
         super().log(logs | {"num_tokens": self.state.num_input_tokens_seen}, *arguments)

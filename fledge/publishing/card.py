@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from jinja2 import UndefinedError
 from safetensors import safe_open
 
 from fledge.cli import ORIGINS, UserError, read_json
@@ -20,6 +21,7 @@ from fledge.evaluation.report import (
     templates,
     title,
 )
+from fledge.generation.sampling import Sampling
 
 STAGES = {
     "conversion": "convert_checkpoint.py",
@@ -36,7 +38,10 @@ def render(template: str, **values) -> str:
     environment = templates(keep_trailing_newline=True)
     environment.filters |= {"fenced": fenced, "cell": cell, "number": "{:,}".format, "words": title}
     environment.filters |= {"shell": shlex.quote, "json": as_json}
-    return environment.get_template(template).render(**values)
+    try:
+        return environment.get_template(template).render(**values)
+    except (UndefinedError, TypeError) as error:
+        raise UserError(f"A record lacks what the card says ({error}); run the stage that wrote it again.") from error
 
 
 def fenced(text: str, language: str = "text") -> str:
@@ -114,6 +119,24 @@ def failures(samples: list[dict], meaning: dict[str, str]) -> list[dict]:
     return sorted(found, key=lambda failure: -failure["missed"] / failure["of"])
 
 
+def drawn(sampling: Sampling) -> str:
+    """How answers are drawn, in words."""
+    if sampling.temperature == 0:
+        said = ["always the likeliest token"]
+    else:
+        said = [f"temperature {sampling.temperature}", f"top-p {sampling.top_p}"]
+        said += [f"top-k {sampling.top_k}"] if sampling.top_k else []
+    said += [f"repetition penalty {sampling.repetition_penalty}"] if sampling.repetition_penalty != 1 else []
+    return ", ".join(said)
+
+
+def unusual(sampling: Sampling) -> str:
+    """The keys of generate.py that draw as `sampling` does, where its own defaults do not."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    changed = {name: getattr(sampling, name) for name in names if getattr(sampling, name) != getattr(Sampling(), name)}
+    return "".join(f" --{name} {value}" for name, value in changed.items())
+
+
 def emissions(model_dir: Path) -> dict | None:
     """What codecarbon measured, from the last line of its emissions.csv (kilograms of CO2 equivalents, kWh)."""
     if not (model_dir / "emissions.csv").exists():
@@ -128,6 +151,7 @@ def model_card(
     repo_id: str,
     records: dict[str, dict | None],
     samples: list[dict],
+    sampling: Sampling,
     license_id: str | None,
     language: str,
     base_model: str | None,
@@ -175,6 +199,7 @@ def model_card(
         and {"emissions": round(measured["grams"], 3), "source": "codecarbon", "training_type": "fine-tuning"},
         widget=[{"messages": sample["messages"], "output": {"text": sample["model"]["text"]}} for sample in firsts]
         or None,
+        inference={"parameters": sampling.decoding()},  # what the page's widget draws by
     )
     return render(
         "model.md.jinja",
@@ -186,8 +211,12 @@ def model_card(
         messages=messages,
         prompt=prompt_text(tokenizer, messages),
         # What is left of the context: a model of this kind fails on a position past its last.
-        max_new_tokens=min(300, tokenizer.model_max_length - len(encode_prompt(tokenizer, messages))),
+        max_new_tokens=min(
+            sampling.max_new_tokens, tokenizer.model_max_length - len(encode_prompt(tokenizer, messages))
+        ),
         eos_token=tokenizer.eos_token,
+        drawn=drawn(sampling),
+        unusual=unusual(sampling),
         shown=[(sample["messages"][-1]["content"], sample["model"]["text"]) for sample in firsts],
         failures=failures(samples, metrics["meaning"]) if metrics else [],
         asked=asked(metrics) if metrics else "",

@@ -93,23 +93,17 @@ def check_model(folder: Path, messages: list[dict]) -> str:
         UserError: it does not reload, needs code of its own, has no chat template, or computes no numbers.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fledge.models import check_vocabulary, open_model
+    from fledge.tokenizers import open_tokenizer
 
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in read_json(folder / name, "train_sft.py"):
             raise UserError(f"{name} names code to run (auto_map); only architectures of transformers are published.")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a damaged folder
-        raise UserError(f"The model does not reload: {' '.join(str(error).split())[:300]}.") from error
+    model, tokenizer = open_model(folder, name="The model"), open_tokenizer(folder)
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; train_sft.py saves one with the model.")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().num_embeddings} rows; "
-            "they do not belong together."
-        )
+    check_vocabulary(model, tokenizer, "the model")
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         if not torch.isfinite(model(**prompt).logits).all():

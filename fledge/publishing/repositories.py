@@ -1,10 +1,13 @@
 """Folders as the Hub gets them: the model, the dataset, and the Space, each with its card."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from fledge.cli import UserError, read_json, write_json
 from fledge.evaluation.report import TEMPLATES
+from fledge.generation.sampling import Sampling
+from fledge.hub import download
 from fledge.publishing.card import model_card, read_records, read_samples, render
 
 # What training leaves besides the model, and nobody who loads the model needs.
@@ -62,9 +65,33 @@ def build_model(
             shutil.copytree(model_dir / part, folder / part, ignore=shutil.ignore_patterns("README.md", ".*"))
     if evaluation_dir:
         shutil.copy(evaluation_dir / "metrics.json", folder)
+    config = read_json(model_dir / "generation_config.json", "train_sft.py")
+    sampling = published_sampling(model_dir, evaluation_dir)
+    kept = {key: value for key, value in config.items() if key not in Sampling().decoding()}
+    write_json(folder / "generation_config.json", kept | sampling.decoding())
     samples = read_samples(evaluation_dir)
-    card = model_card(folder, repo_id, records, samples, license_id, language, base_model, dataset_repo_id)
+    card = model_card(folder, repo_id, records, samples, sampling, license_id, language, base_model, dataset_repo_id)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def published_sampling(model_dir: Path, evaluation_dir: Path | None) -> Sampling:
+    """How answers are drawn: as the figures were measured, or as the model's generation_config.json says.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    if evaluation_dir:
+        said = read_json(evaluation_dir / "metrics.json", "evaluate_model.py", sampling=dict)["sampling"]
+    else:
+        said = read_json(model_dir / "generation_config.json", "train_sft.py")
+        said = said if said.get("do_sample", True) else {**said, "temperature": 0.0}
+    known = {entry.name for entry in fields(Sampling)}
+    try:
+        sampling = Sampling(**{key: value for key, value in said.items() if key in known})
+        sampling.check()
+    except TypeError as error:
+        raise UserError(f"The record of how answers are drawn is damaged: {error}.") from error
+    return sampling
 
 
 def build_dataset(folder: Path, data_dir: Path) -> None:
@@ -93,7 +120,8 @@ def build_space(
     """Fills `folder` with a Gradio app, its settings for this model, and its card. The app needs no Fledge."""
     from huggingface_hub import SpaceCardData
 
-    settings = space_settings(model_dir, read_samples(evaluation_dir), repo_id, base_model)
+    sampling = published_sampling(model_dir, evaluation_dir)
+    settings = space_settings(model_dir, read_samples(evaluation_dir), repo_id, base_model, sampling)
     for name in ("app.py", "requirements.txt"):
         shutil.copy(TEMPLATES / "space" / name, folder)
     write_json(folder / "settings.json", settings)
@@ -113,13 +141,14 @@ def build_space(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def space_settings(model_dir: Path, samples: list[dict], repo_id: str, base_model: str | None) -> dict:
+def space_settings(
+    model_dir: Path, samples: list[dict], repo_id: str, base_model: str | None, sampling: Sampling
+) -> dict:
     """What the Space's app.py reads: the models, which pages it shows, and how a visitor's words become a prompt."""
     from fledge.tasks import load_task
 
-    name = read_json(model_dir / "budget.json", "train_sft.py")["task"]
+    name = read_json(model_dir / "budget.json", "train_sft.py", task=str)["task"]
     task = load_task(name)
-    config = read_json(model_dir / "generation_config.json", "train_sft.py")
     asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [task.EXAMPLE]
     # An example stands alone: the later turn of a conversation does not.
     alone = [messages for messages in asked if sum(message["role"] == "user" for message in messages) == 1]
@@ -161,8 +190,9 @@ def space_settings(model_dir: Path, samples: list[dict], repo_id: str, base_mode
         "description": f"A language model trained to {task.PURPOSE}.",
         "notice": NOTICE,
         "system": [message for message in task.EXAMPLE if message["role"] == "system"],
-        "temperature": config.get("temperature", 0.8),
-        "length": 300,
+        "temperature": sampling.temperature,
+        "decoding": {key: getattr(sampling, key) for key in ("top_k", "top_p", "repetition_penalty")},
+        "length": sampling.max_new_tokens,
         "story": story,
         "chat": chat,
     }
@@ -174,16 +204,7 @@ def download_records(repo_id: str) -> Path:
     Raises:
         UserError: there is no such model, or Fledge did not publish it.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(
-            snapshot_download(repo_id, allow_patterns=["budget.json", "generation_config.json", "*_fledge_gpt.py"])
-        )
-    except (HTTPError, LocalEntryNotFoundError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"There is no folder {repo_id}, and the Hub gave no such model: {reason}") from error
+    folder = download(repo_id, None, ("budget.json", "generation_config.json", "*_fledge_gpt.py"))
     if not (folder / "budget.json").exists():
         raise UserError(f"{repo_id} holds no budget.json, so Fledge did not publish it; name a model that it did.")
     return folder

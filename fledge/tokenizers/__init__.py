@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fledge.cli import UserError
+from fledge.hub import find_tokenizer
 from fledge.tokenizers.fast import UnequalIds
 from fledge.tokenizers.sentencepiece import read_llama2c, read_sentencepiece
 from fledge.tokenizers.vocabulary import UNKNOWN_TOKENS, from_vocabulary, read_pickle, read_text
@@ -81,18 +82,20 @@ def load_tokenizer(
     )
 
 
-def open_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Opens the tokenizer of a folder that an earlier stage wrote.
+def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Opens the tokenizer of a folder that an earlier stage wrote, or of a model of the Hub.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, it is damaged, or the tokenizers library has no counterpart of it.
     """
-    if not (Path(folder) / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no tokenizer.json; convert_checkpoint.py writes one.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(find_tokenizer(name), local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # the Rust side raises bare Exception
-        raise UserError(f"The tokenizer in {folder} cannot be opened ({_cause(error)}); write it again.") from error
+        raise UserError(f"The tokenizer in {name} cannot be opened ({_cause(error)}); write it again.") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer in {name} has no tokenizer.json that opens; Fledge works with no other kind.")
     return tokenizer
 
 

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from fledge.cpu import describe
+from fledge.training.lineage import Lineage
 from fledge.training.trainer import InstructTrainer, precision
 
 
@@ -109,6 +110,8 @@ def run_record(trainer: InstructTrainer, seconds: float, rows: DatasetDict, trai
 def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments], tokens_before: int = 0) -> dict:
     """Hyper-parameters that differ from the library's `defaults`, machine, and what was reached.
 
+    `parts` says from which step on a resumed run was made with something else.
+
     `seconds` are those of this process; a resumed run had seen `tokens_before` when it began.
     """
     import accelerate
@@ -133,6 +136,7 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
     return {
         "hyperparameters": hyperparameters,
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "parts": next(call.parts for call in trainer.callback_handler.callbacks if isinstance(call, Lineage)),
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 3),
         "first_loss": training[0] if training else None,

@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,10 +20,14 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from fledge.cli import UserError
 from fledge.cpu import cores, multiplies_bf16
+from fledge.hub import find_model
 from fledge.memory import keep_freed_memory
+from fledge.models import check_vocabulary, context_of, open_config, open_model
 from fledge.training.attention import LONGEST, NAME, attend_by_rows
+from fledge.training.lineage import load_optimizer
 from fledge.training.loss import has_plain_logits, score_supervised_only
 from fledge.training.resuming import newest_checkpoint, tokens_seen
+from fledge.training.settings import check_training, said_in_words
 from fledge.training.sharding import check_deepspeed
 
 
@@ -66,8 +66,10 @@ class SmallModelConfig(SFTConfig):
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
         if self.load_best_model_at_end and self.save_strategy == "no":
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
+        check_training(self)
         choose_device_and_precision(self)
-        super().__post_init__()
+        with said_in_words():
+            super().__post_init__()
 
 
 def choose_device_and_precision(config: TrainingArguments) -> None:
@@ -122,22 +124,10 @@ def open_base(arguments: ModelConfig, dropout: float) -> tuple[Path, PreTrainedM
         UserError: there is no model.
     """
     name = arguments.model_name_or_path
-    if not name:
-        raise UserError("--model_name_or_path is missing; name the base, a folder or a model of the Hub.")
-    if not 0 <= dropout < 1:
-        raise UserError(f"--dropout {dropout} is outside 0 to 1; give a share, such as 0.1.")
-    try:
-        base = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, revision=arguments.model_revision))
-        shape = AutoConfig.from_pretrained(base)
-        rates = [key for key in shape.to_dict() if key.endswith(("pdrop", "dropout"))]
-        attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype="float32", **dict.fromkeys(rates, dropout), **attention
-        )
-    except (OSError, ValueError, SafetensorError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} holds no causal model that opens ({reason}); name the base's folder.") from error
-    return base, model
+    base = find_model(name, arguments.model_revision)
+    rates = [key for key in open_config(base, name).to_dict() if key.endswith(("pdrop", "dropout"))]
+    attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    return base, open_model(base, name=name, **dict.fromkeys(rates, dropout), **attention)
 
 
 def fit_max_length(config: SmallModelConfig, context: int) -> list[str]:
@@ -183,9 +173,8 @@ def check_fit(
     Raises:
         UserError: its token ids or its row lengths do not fit.
     """
-    rows, context = model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings
-    if len(own) > rows:
-        raise UserError(f"The model has {rows} rows for the {len(own)} tokens of its own tokenizer; convert it again.")
+    context = context_of(model.config)
+    check_vocabulary(model, own, model.name_or_path)
     ids = tokenizer.get_vocab()
     strange = next((token for token, number in own.get_vocab().items() if ids.get(token) != number), None)
     if strange is not None:
@@ -208,6 +197,9 @@ class InstructTrainer(SFTTrainer):
     def start_from(self, checkpoint: str | None) -> None:
         """Goes on counting tokens where the interrupted run stopped."""
         self._total_train_tokens = tokens_seen(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.first_ids = inputs["input_ids"][0, :24]

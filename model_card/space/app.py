@@ -79,7 +79,7 @@ class Writer:
                 output = self.model.generate(
                     input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=room,
                     max_time=SECONDS, streamer=streamer, stopping_criteria=[stopped],
-                    pad_token_id=self.tokenizer.pad_token_id or 0, **sampling,
+                    pad_token_id=self.tokenizer.pad_token_id or 0, **SETTINGS["decoding"], **sampling,
                 )  # fmt: skip
                 written["ids"] = output[0, len(ids) :].tolist()
             finally:
@@ -228,6 +228,8 @@ def build(model: str, base: str | None) -> gr.Blocks:
     tokenizer = AutoTokenizer.from_pretrained(model)
     writer = Writer(model, tokenizer)
     of_base = Writer(base, tokenizer) if base else None
+    if of_base:  # the two are compared, so they draw alike
+        of_base.model.generation_config = writer.model.generation_config
     pages = []
     if SETTINGS["story"]:
         pages.append((SETTINGS["story"]["tab"], lambda: story_page(writer, of_base)))

@@ -12,7 +12,7 @@ from fledge.encoding import IGNORED
 from fledge.evaluation.intervals import interval
 from fledge.evaluation.measuring import completion_nats, loss_by_position, loss_ratios, supervised_text
 from fledge.evaluation.report import table
-from fledge.generation.answers import load_model
+from fledge.models import load_model
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from safetensors import safe_open
 
 from fledge.cli import UserError
+from fledge.generation.sampling import Sampling
 from fledge.publishing.card import cell, count_parameters, emissions, failures, fenced, model_card, read_records, render
 from fledge.publishing.preflight import check_card
 
@@ -82,7 +83,7 @@ def test_a_missing_record_omits_its_section_and_leaves_no_blank_one(left_out, ti
         ).unlink(missing_ok=True)
     evaluation = None if "metrics" in left_out else tiny.evaluation
     samples = samples_of(tiny) if evaluation else []
-    card = model_card(folder, "a/b", read_records(folder, evaluation), samples, None, "en", None, None)
+    card = model_card(folder, "a/b", read_records(folder, evaluation), samples, Sampling(), None, "en", None, None)
     found = sections(ModelCard(card).text)
     assert all(text.strip() or title == "Evaluation" for title, text in found.items())
     assert ("Conversion" in found) == ("conversion" not in left_out)
@@ -97,13 +98,13 @@ def test_a_missing_record_omits_its_section_and_leaves_no_blank_one(left_out, ti
 def test_a_pretrained_base_and_a_published_one_are_named(tiny, tmp_path):
     folder = shutil.copytree(tiny.model, tmp_path / "model")
     (folder / "conversion.json").unlink()
-    card = model_card(folder, "a/b", read_records(folder, None), [], "mit", "de", "some/base", None)
+    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "de", "some/base", None)
     assert "from [some/base](https://huggingface.co/some/base)" in card
     assert ModelCard(card).data.to_dict()["base_model"] == "some/base"
     assert ModelCard(card).data.language == "de"
     record = {"parameters": 1000, "steps": 5, "tokens": 99, "seconds": 3.2, "bits_per_byte": 1.234}
     (folder / "pretraining.json").write_text(json.dumps(record), encoding="utf-8")
-    card = model_card(folder, "a/b", read_records(folder, None), [], "mit", "en", None, None)
+    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None)
     assert "1.234 bits per byte" in sections(card)["Pre-training"]
 
 
@@ -118,7 +119,7 @@ def test_carbon_is_on_the_card_when_it_was_measured(tiny, tmp_path):
     (folder / "emissions.csv").write_text(
         "timestamp,duration,emissions,energy_consumed\nx,1,0.0005,0.001\ny,2,0.00125,0.0031\n", encoding="utf-8"
     )
-    card = model_card(folder, "a/b", read_records(folder, None), [], "mit", "en", None, None)
+    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None)
     assert ModelCard(card).data.to_dict()["co2_eq_emissions"]["emissions"] == 1.25
     assert "0.0031 kWh, 1.25 g of CO2" in card
 
@@ -128,7 +129,7 @@ def test_exports_beside_the_model_are_explained(tiny, tmp_path):
     (folder / "tales.gguf").write_bytes(b"GGUF")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"x")
-    runtimes = sections(model_card(folder, "a/b", read_records(folder, None), [], "mit", "en", None, None))
+    runtimes = sections(model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None))
     assert re.search(r"tales.gguf.*llama-cli -hf a/b", runtimes["Other runtimes"])
     assert re.search(r"onnx/model.onnx.*@huggingface/transformers", runtimes["Other runtimes"])
 

@@ -1,5 +1,6 @@
 """Publishing from end to end: folders, a Hub on loopback that gets them, and strangers who load them from there."""
 
+import ast
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from hub import TOKEN, Hub
 from transformers import AutoTokenizer
 
 from fledge.encoding import encode_prompt
+from fledge.generation.sampling import Sampling
 from fledge.publishing.repositories import GRADIO, space_settings
 from fledge.tasks import TASKS
 
@@ -189,8 +191,7 @@ def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_page_in_the_space(task, tmp_path):
     (tmp_path / "budget.json").write_text(json.dumps({"task": task}), encoding="utf-8")
-    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}', encoding="utf-8")
-    settings = space_settings(tmp_path, [], "a/b", None)
+    settings = space_settings(tmp_path, [], "a/b", None, Sampling(temperature=0.7))
     assert settings["story"] or settings["chat"]
     assert settings["temperature"] == 0.7
     if settings["story"]:
@@ -202,16 +203,17 @@ def test_every_task_has_a_page_in_the_space(task, tmp_path):
 
 def test_an_example_of_the_space_stands_alone(tmp_path):
     (tmp_path / "budget.json").write_text('{"task": "story_chat"}', encoding="utf-8")
-    (tmp_path / "generation_config.json").write_text("{}", encoding="utf-8")
     turns = [("user", "Tell a story."), ("assistant", "Once."), ("user", "Who is it about?")]
     talk, single = ([{"role": r, "content": c} for r, c in some] for some in (turns, turns[:1]))
     samples = [{"sample": 0, "messages": messages} for messages in (talk, single, talk)]
-    assert space_settings(tmp_path, samples, "a/b", None)["chat"]["examples"] == ["Tell a story."]
+    assert space_settings(tmp_path, samples, "a/b", None, Sampling())["chat"]["examples"] == ["Tell a story."]
 
 
 def test_no_code_asks_to_run_a_models_own_code():
-    files = [*ROOT.glob("*.py"), *(ROOT / "fledge").rglob("*.py"), *(ROOT / "model_card").rglob("*")]
-    assert [f for f in files if f.is_file() and "trust_remote_code" in f.read_text(encoding="utf-8")] == []
+    for file in [*ROOT.glob("*.py"), *(ROOT / "fledge").rglob("*.py"), *(ROOT / "model_card").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", file
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_no_code_asks_to_run_a_models_own_code():
     [
         (["--repo_id", "no-slash"], "not of the form user/name"),
         ([], "Nothing to publish"),
-        (["--repo_id", "a/b", "--model", "nowhere"], "There is no folder nowhere"),
+        (["--repo_id", "a/b", "--model", "nowhere"], "There is no model at nowhere"),
         (["--space_repo_id", "a/b"], "loads its model from the Hub"),
         (["--dataset_repo_id", "a/b"], "go together"),
         (["--repo_id", "a/b", "--create_pr", "--revision", "v2"], "leave out --revision"),

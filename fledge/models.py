@@ -1,0 +1,138 @@
+"""The one way in which Fledge opens a model: whole, finite, and with a vocabulary that fits."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import fledge.custom  # noqa: F401  Fledge's own architecture, which transformers then opens without a folder's files
+from fledge.cli import UserError
+from fledge.hub import find_model
+from fledge.tokenizers import open_tokenizer
+
+# What older models keep beside their weights and compute anew: causal masks, rotary tables, counted positions.
+BUFFERS = re.compile(r"(^|\.)(attn\.bias|masked_bias|causal_mask|inv_freq|(position|pos)_ids)$")
+# What architectures call the length that they were made for.
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+NAMED = 4  # tensors that a sentence names
+
+
+def load_model(name: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Opens the model of a folder or of the Hub, with its tokenizer, on the best device there is.
+
+    Raises:
+        UserError: see `find_model` and `open_model`; or the tokenizer does not open, or has more tokens than the model.
+    """
+    folder = find_model(name)
+    model, tokenizer = open_model(folder, dtype=dtype, name=name), open_tokenizer(folder)
+    check_vocabulary(model, tokenizer, name)
+    return model.to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
+
+
+def open_model(folder: Path, dtype: str = "float32", name: str | Path | None = None, **settings) -> PreTrainedModel:
+    """The causal model of a folder on the CPU, in evaluation mode; `settings` change its config.
+
+    transformers fills what a file lacks with random numbers, and goes on with a warning. Here that is an error.
+
+    Raises:
+        UserError: it does not open, tensors are missing, of another shape or left over, or one holds NaN or infinity.
+    """
+    name = name or folder
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # to be told of all of them by name
+            output_loading_info=True,
+            **settings,
+        )
+    except Exception as error:  # a damaged folder fails in many ways, on the Rust side too
+        raise UserError(f"{name} holds no causal model that opens ({_cause(folder, error)}).") from error
+    sizes = [f"{tensor} ({_shape(held)}, not {_shape(wanted)})" for tensor, held, wanted in found["mismatched_keys"]]
+    left_over = [tensor for tensor in found["unexpected_keys"] if not BUFFERS.search(tensor)]
+    for fault, tensors in (
+        ("lacks", found["missing_keys"]),
+        ("has tensors of another shape than its config.json says:", sizes),
+        ("has tensors that its config.json has no place for:", left_over),
+    ):
+        if tensors:
+            raise UserError(
+                f"{name} {fault} {_listed(tensors)}; weights and config.json do not belong together, or a file is "
+                "damaged: take another copy, or write the model again."
+            )
+    for tensor, values in model.named_parameters():
+        # A sum is finite only if all numbers are, and takes a tenth of the time of isfinite().
+        if not values.sum().isfinite() and not values.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity in {tensor}; the training that wrote it diverged.")
+    return model
+
+
+def open_config(folder: Path, name: str | Path) -> PreTrainedConfig:
+    """The config of a folder's model, with transformers' defaults for what its file leaves out.
+
+    Raises:
+        UserError: it does not open.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a damaged file fails in many ways
+        raise UserError(f"{name} holds no causal model that opens ({_cause(folder, error)}).") from error
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
+    """Raises:
+    UserError: the tokenizer has tokens for which the model has no row.
+    """
+    rows, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        raise UserError(
+            f"The tokenizer of {name} has {needed:,} tokens, and the model has rows for {rows:,}; they do not belong "
+            "together."
+        )
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a model's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """How many tokens the model sees at once.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    settings = config.to_dict()
+    length = next((settings[key] for key in CONTEXTS if settings.get(key)), None)
+    if length is None:
+        raise UserError(f"The config of this {config.model_type} names no context length; add {CONTEXTS[0]} to it.")
+    return length
+
+
+def _cause(folder: Path, error: Exception) -> str:
+    config = folder / "config.json"
+    try:
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            return f"{config} holds no mapping"
+    except (OSError, ValueError) as damage:
+        return f"{config} is damaged: {damage}"
+    return " ".join(f"{error}".partition("\n")[0].split()).rstrip(".")[:200] or type(error).__name__
+
+
+def _shape(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _listed(tensors) -> str:
+    names, more = sorted(tensors), len(tensors) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,117 @@
+"""What a run is made with, kept in each checkpoint: a run that goes on with something else says so, or is refused."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from fledge.cli import UserError, read_json
+from fledge.training.settings import said_in_words
+
+# Keys of transformers and TRL that leave the weights as they are: where a run writes and reports, how fast it reads.
+WITHOUT_EFFECT = re.compile(
+    r"output_dir|run_name|project|report_to|trackio_.*|log(ging)?_.*|log_level.*|disable_tqdm|hub_.*|push_to_hub.*"
+    r"|save_.*|eval_(steps|strategy|delay|on_start|use_gather_object|do_concat_batches|accumulation_steps)|do_.*"
+    r"|per_device_eval_batch_size|prediction_loss_only|dataloader_(num_workers|prefetch_factor|pin_memory"
+    r"|persistent_workers)|dataset_num_proc|ddp_.*|fsdp.*|deepspeed|accelerator_config|parallelism_config|local_rank"
+    r"|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint|torch_empty_cache_steps"
+    r"|skip_memory_metrics|include_.*|jit_mode_eval|use_cpu|enable_jit_checkpoint|greater_is_better|remove_unused_columns"
+)
+
+
+@dataclass
+class Lineage(TrainerCallback, ExportableState):
+    """Puts `settings` into the state of every checkpoint, and `parts`: from which step on what was changed.
+
+    The first of the `parts` begins at step 0. Trainer writes both with `trainer_state.json`, which makes a checkpoint
+    complete.
+    """
+
+    settings: dict
+    parts: list[dict] = field(default_factory=lambda: [{"first_step": 0}])
+
+    def state(self) -> dict:
+        return {"args": {"settings": self.settings, "parts": self.parts}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A checkpoint that was saved without has no place for it, and Trainer looks for one.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    @property
+    def has_changes(self) -> bool:
+        return "changed" in self.parts[-1]
+
+
+def settings_of(config: TrainingArguments, **more) -> dict:
+    """What makes the weights of a run: `config` without what does not, the number of processes, and `more`."""
+    told = {key: value for key, value in config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(key)}
+    return json.loads(json.dumps({**told, "processes": config.world_size, **more}, default=str))
+
+
+def fingerprint_of_rows(rows: Dataset) -> str:
+    """SHA-256 over the ids and labels of encoded rows, in their order."""
+    digest, table = hashlib.sha256(), rows.with_format("arrow")[:]
+    for column in ("input_ids", "labels"):
+        for chunk in table.column(column).chunks:
+            digest.update(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).tobytes())
+            digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def go_on(checkpoint: str | None, settings: dict, may_change: bool) -> Lineage:
+    """The lineage of a run that begins, or goes on from `checkpoint`, with `settings`.
+
+    Raises:
+        UserError: the checkpoint was made with other settings, or does not say with which, and it may not change.
+    """
+    if not checkpoint:
+        return Lineage(settings)
+    state = read_json(Path(checkpoint) / "trainer_state.json", "the run that saved it")
+    allow = "or go on with the new values by --resume_with_changes true"
+    try:
+        made = Lineage(**state["stateful_callbacks"]["Lineage"]["args"])
+        changed = {
+            key: [made.settings.get(key), settings.get(key)]
+            for key in sorted(made.settings.keys() | settings.keys())
+            if made.settings.get(key) != settings.get(key)
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        if not may_change:
+            name = Path(checkpoint).name
+            raise UserError(f"{name} does not say what it was made with; begin with --overwrite, {allow}.") from error
+        made, changed = Lineage({}), {"everything": ["unknown", "as in hyperparameters"]}
+    if changed and not may_change:
+        said = ", ".join(f"{key} {old!r:.60} (now {new!r:.60})" for key, (old, new) in changed.items())
+        raise UserError(f"{Path(checkpoint).name} was made with {said}; give the old values, {allow}.")
+    part = {"first_step": state["global_step"]} | ({"changed": changed} if changed else {})
+    return Lineage(settings, [*made.parts, part])
+
+
+def load_optimizer(trainer: Trainer, load, checkpoint: str | None) -> None:
+    """Loads the optimizer's and the schedule's state by `load`, and keeps the run's own settings if they were changed.
+
+    A saved optimizer brings its learning rate, betas and decay, which would silently win over the new ones.
+    """
+    if not checkpoint:
+        return
+    own = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
+    with said_in_words():
+        load(checkpoint)
+    lineage = next(call for call in trainer.callback_handler.callbacks if isinstance(call, Lineage))
+    if not lineage.has_changes:
+        return
+    schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)  # accelerate wraps it
+    for group, settings in zip(trainer.optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    schedule.base_lrs = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    schedule._last_lr = [
+        rate * share(schedule.last_epoch) for rate, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(trainer.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate

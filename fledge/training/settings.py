@@ -1,0 +1,106 @@
+"""What transformers and TRL take without a word and should not: numbers out of range, keys without effect."""
+
+import contextlib
+from collections.abc import Iterator
+
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig, SFTConfig
+
+from fledge.cli import UserError
+from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
+
+BELOW_ONE = Range(at_least=0, below=1)
+# Keys that transformers' TrainingArguments, TRL's SFTConfig and ModelConfig have in common or alone.
+RANGES = {
+    "learning_rate": POSITIVE,
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range(at_least=1, besides=-1),  # -1: as many as num_train_epochs makes
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "adam_epsilon": POSITIVE,
+    "label_smoothing_factor": BELOW_ONE,
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "per_device_train_batch_size": AT_LEAST_ONE,
+    "per_device_eval_batch_size": AT_LEAST_ONE,
+    "gradient_accumulation_steps": AT_LEAST_ONE,
+    "eval_accumulation_steps": AT_LEAST_ONE,
+    "max_length": Range(at_least=2),  # a token to read and one to predict
+    "pad_to_multiple_of": AT_LEAST_ONE,
+    "logging_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "eval_delay": NOT_NEGATIVE,
+    "save_total_limit": AT_LEAST_ONE,
+    "early_stopping_patience": AT_LEAST_ONE,
+    "torch_empty_cache_steps": AT_LEAST_ONE,
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "dataloader_prefetch_factor": AT_LEAST_ONE,
+    "dataset_num_proc": AT_LEAST_ONE,
+    "ddp_bucket_cap_mb": AT_LEAST_ONE,
+    "ddp_timeout": AT_LEAST_ONE,
+    "router_aux_loss_coef": NOT_NEGATIVE,
+    "local_rank": Range(at_least=-1),
+    "seed": SEED,
+    "data_seed": SEED,
+    "lora_r": AT_LEAST_ONE,
+    "lora_alpha": AT_LEAST_ONE,
+    "lora_dropout": BELOW_ONE,
+    "dropout": BELOW_ONE,
+}
+NO_QUANTISATION = "models of this size are trained in float32; leave it out"
+ENCODED = "the data is encoded before TRL sees it; prepare_dataset.py and --template decide this"
+WITHOUT_EFFECT = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "dtype"), NO_QUANTISATION),
+    **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), NO_QUANTISATION),
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "assistant_only_loss", "completion_only_loss"), ENCODED),
+    **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), ENCODED),
+    "model_init_kwargs": "Fledge opens the model itself; leave it out",
+    "trust_remote_code": "Fledge runs no code from a model's folder; leave it out",
+}
+TRACK = ("trackio", "tensorboard")  # what the extra `track` brings
+
+
+@contextlib.contextmanager
+def said_in_words() -> Iterator[None]:
+    """Around what transformers, TRL, peft, DeepSpeed and trackers refuse, which they say in words.
+
+    Raises:
+        UserError: that they refused.
+    """
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def check_effect(*configs: object) -> None:
+    """Raises:
+    UserError: a key is given that would be ignored.
+    """
+    for config in configs:
+        kind = ModelConfig if isinstance(config, ModelConfig) else SFTConfig
+        for key in WITHOUT_EFFECT.keys() & vars(config).keys():
+            value = getattr(config, key)
+            if value != kind.__dataclass_fields__[key].default:
+                raise UserError(f"--{key} {value} would have no effect: {WITHOUT_EFFECT[key]}.")
+
+
+def check_training(config: TrainingArguments) -> None:
+    """What is known before anything is opened.
+
+    Raises:
+        UserError: a number is out of range, a tracker is not installed, or Trainer is to send checkpoints to the Hub.
+    """
+    check_ranges(config, RANGES)
+    if config.push_to_hub:
+        raise UserError("--push_to_hub sends unchecked checkpoints; train without it, and publish.py sends the model.")
+    wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    for tracker in set(wanted) - {"none", "all", *get_available_reporting_integrations()}:
+        package = "'fledge[track]'" if tracker in TRACK else tracker
+        raise UserError(
+            f"--report_to {tracker} needs a package that is missing; pip install {package}, or leave it out."
+        )

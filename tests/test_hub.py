@@ -1,0 +1,86 @@
+"""Models by their Hub id, from a Hub on loopback; and what is missing, said before torch is imported."""
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from hub import Hub, Repository
+from small import VOCAB_SIZE, small_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+MISSING = {
+    "generate.py": ["--model", "{}", "--prompt", "x"],
+    "evaluate_model.py": ["--model", "{}", "--capabilities"],
+    "export.py": ["--model", "{}", "--to", "gguf", "--output", "out"],
+    "publish.py": ["--model", "{}", "--repo_id", "a/b", "--dry_run"],
+    "trim_vocabulary.py": ["--model", "{}", "--data", "x", "--output_dir", "out"],
+    "train_sft.py": ["--model_name_or_path", "{}", "--dataset", "x", "--output_dir", "out"],
+    "pretrain.py": ["--tokenizer", "{}", "--data", "x", "--output_dir", "out"],
+}
+
+EVERY_SCRIPT = """
+import runpy, sys
+for line in open(sys.argv[1]).read().splitlines():
+    sys.argv = line.split()
+    try:
+        runpy.run_path(f"{sys.argv[0]}.py", run_name="__main__")
+    except SystemExit as stopped:
+        assert not stopped.code, line
+"""
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nobody/nothing", "nothing"])
+@pytest.mark.parametrize("script", MISSING)
+def test_a_missing_model_is_told_before_torch_is_imported(script, name, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')", encoding="utf-8")
+    if script == "export.py":
+        pytest.importorskip("gguf")
+    arguments = [argument.format(name) for argument in MISSING[script]]
+    done = run_script(script, *arguments, check=False, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 2, done.stderr
+    assert f"at {name}: " in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Two models: one as it is saved today, one as it was years ago, with a file for another program beside it."""
+    server = Hub()
+    for name, old in (("new", False), ("old", True)):
+        folder = tmp_path / name
+        shape = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=512, n_embd=24, n_layer=1, n_head=2, eos_token_id=0)
+        model = GPT2LMHeadModel(shape)
+        model.save_pretrained(folder)
+        tokenizer = small_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        tokenizer.save_pretrained(folder)
+        if old:
+            (folder / "model.safetensors").unlink()
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        files = {file.name: file.read_bytes() for file in folder.iterdir()} | {"model.gguf": b"GGUF"}
+        commit = "1" * 40
+        server.repos["model", f"someone/{name}"] = Repository(False, refs={"main": commit}, trees={commit: files})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_script_takes_a_model_of_the_hub(hub, tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"instruction": "t3 t4", "response": "t5 t6"}\n' * 9, encoding="utf-8")
+    lines = [
+        "generate --model someone/new --compare someone/old --prompt t5 --max_new_tokens 3",
+        "evaluate_model --model someone/old --base someone/new --capabilities --max_new_tokens 3",
+        f"train_sft --model_name_or_path someone/new --dataset {rows} --output_dir {out} --max_steps 1 --use_cpu",
+        "export --model someone/new --to onnx --output " + str(tmp_path / "onnx"),
+    ]
+    (tmp_path / "lines").write_text("\n".join(lines), encoding="utf-8")
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": f"{tmp_path}/home"}
+    (tmp_path / "driver.py").write_text(EVERY_SCRIPT, encoding="utf-8")
+    run_script(tmp_path / "driver.py", tmp_path / "lines", **online)
+    assert (out / "model.safetensors").exists()
+    assert (tmp_path / "onnx" / "onnx" / "model.onnx").exists()
+    assert not any("model.gguf" in request for request in hub.requests)
+    hub.shutdown()
+    hub.server_close()
+    again = run_script("generate.py", "--model", "someone/new", "--prompt", "t5", **online | {"HF_HUB_OFFLINE": "1"})
+    assert again.stdout.strip()
