@@ -8,7 +8,8 @@ from fledge.cli import UserError
 # `gpt2` or `user/name`, as transformers takes them.
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+# The last is code of Fledge's own, which is compared with Fledge's copy and never run.
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*_fledge_gpt.py")
 # Each is asked for only if the model does not come as those before it. Torch opens the second without running code.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 

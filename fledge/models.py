@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-import fledge.custom  # noqa: F401  Fledge's own architecture, which transformers then opens without a folder's files
 from fledge.cli import UserError
+from fledge.custom import FledgeGPTConfig, check_custom_code
 from fledge.hub import find_model
 from fledge.tokenizers import open_tokenizer
 
@@ -38,7 +38,8 @@ def open_model(folder: Path, dtype: str = "float32", name: str | Path | None = N
     transformers fills what a file lacks with random numbers, and goes on with a warning. Here that is an error.
 
     Raises:
-        UserError: it does not open, tensors are missing, of another shape or left over, or one holds NaN or infinity.
+        UserError: it does not open, needs code that is not Fledge's, tensors are missing, of another shape or left
+            over, or one holds NaN or infinity.
     """
     name = name or folder
     try:
@@ -52,7 +53,10 @@ def open_model(folder: Path, dtype: str = "float32", name: str | Path | None = N
             **settings,
         )
     except Exception as error:  # a damaged folder fails in many ways, on the Rust side too
+        check_custom_code(folder, name)
         raise UserError(f"{name} holds no causal model that opens ({_cause(folder, error)}).") from error
+    if isinstance(model.config, FledgeGPTConfig):
+        check_custom_code(folder, name)
     sizes = [f"{tensor} ({_shape(held)}, not {_shape(wanted)})" for tensor, held, wanted in found["mismatched_keys"]]
     left_over = [tensor for tensor in found["unexpected_keys"] if not BUFFERS.search(tensor)]
     for fault, tensors in (

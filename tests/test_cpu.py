@@ -60,7 +60,8 @@ def test_bfloat16_where_no_unit_multiplies_it(tiny, tmp_path):
 
 ANSWER = """
 import sys, torch
-from fledge.generation.answers import answer_each, load_model
+from fledge.generation.answers import answer_each
+from fledge.models import load_model
 from fledge.generation.onednn import works
 from fledge.generation.sampling import Sampling
 model, tokenizer = load_model(sys.argv[1])

@@ -73,7 +73,7 @@ DAMAGES = {
     "no architecture": (lambda folder: change_config(folder, model_type="nothing"), "no causal model that opens"),
     "code of its own": (
         lambda folder: change_config(folder, model_type="own", auto_map={"AutoModelForCausalLM": "own.Own"}),
-        "no causal model that opens",
+        "needs code of its own",
     ),
     "cut weights": (lambda folder: cut_in_half(folder / "model.safetensors"), "no causal model that opens"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no causal model that opens"),

@@ -90,16 +90,17 @@ def check_model(folder: Path, messages: list[dict]) -> str:
     """Reloads the model as anyone will, by transformers alone, and returns the beginning of its answer to `messages`.
 
     Raises:
-        UserError: it does not reload, needs code of its own, has no chat template, or computes no numbers.
+        UserError: it does not reload, needs code that is not Fledge's, has no chat template, or computes no numbers.
     """
     import torch
 
+    from fledge.custom import check_custom_code
     from fledge.models import check_vocabulary, open_model
     from fledge.tokenizers import open_tokenizer
 
-    for name in ("config.json", "tokenizer_config.json"):
-        if "auto_map" in read_json(folder / name, "train_sft.py"):
-            raise UserError(f"{name} names code to run (auto_map); only architectures of transformers are published.")
+    check_custom_code(folder, "The model")
+    if "auto_map" in read_json(folder / "tokenizer_config.json", "train_sft.py"):
+        raise UserError("tokenizer_config.json names code to run (auto_map); no such tokenizer is published.")
     model, tokenizer = open_model(folder, name="The model"), open_tokenizer(folder)
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; train_sft.py saves one with the model.")

@@ -144,7 +144,7 @@ def test_a_damaged_or_foreign_model_is_refused(model):
         check_model(model, QUESTION)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}), encoding="utf-8")
-    with pytest.raises(UserError, match="code to run"):
+    with pytest.raises(UserError, match="needs code of its own"):
         check_model(model, QUESTION)
 
 
