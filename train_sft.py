@@ -92,7 +92,7 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
 
     from fledge.models import context_of, fingerprint
     from fledge.tokenizers import open_tokenizer
-    from fledge.training.dataset import check_supervised, longest_row, open_dataset
+    from fledge.training.dataset import check_supervised, cut_rows, longest_row, open_dataset
     from fledge.training.lineage import fingerprint_of_rows, go_on, settings_of
     from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
     from fledge.training.run_record import Progress, shield_trackers
@@ -123,6 +123,7 @@ def train(args: RunArguments, config, model_args, output: Output) -> None:
     check_supervised(rows)
     check_fit(model, own, tokenizer, longest_row(rows))
     lines += fit_max_length(config, context)
+    lines += [] if config.packing else cut_rows(rows, config.max_length)
     new_tokens = add_rows(model, tokenizer)
     adapter = adapter_config(model_args, model, new_tokens)
     if adapter and (args.freeze_layers or args.freeze_modules):

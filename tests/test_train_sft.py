@@ -175,6 +175,16 @@ def test_going_on_with_something_else_is_refused_or_recorded(small, tmp_path, ca
     assert 0.0005 < rates[2] < 0.002
 
 
+def test_a_length_that_cuts_answers_is_counted_and_one_that_leaves_none_refused(small, tmp_path, capsys):
+    rows = [{"input_ids": [5] * 10 + [6] * 4, "labels": [IGNORED] * 10 + [6] * 4} for _ in range(3)]
+    rows += [{"input_ids": [5] * 3 + [6] * 9, "labels": [IGNORED] * 3 + [6] * 9}]
+    data = spoil_data(small, tmp_path / "data", rows)
+    train(small, tmp_path / "m", "--max_steps", 1, "--max_length", 8, dataset=data)
+    assert "Rows cut 4 of 4 by max_length 8, with their end-of-text; 3 of them keep" in capsys.readouterr().out
+    said = refusal(capsys, small, tmp_path / "n", "--max_length", 3, dataset=data)
+    assert "cuts the whole answer off every row" in said
+
+
 def test_a_checkpoint_that_does_not_say_how_it_was_made_needs_a_word(small, tmp_path, capsys):
     steps = ("--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1)
     train(small, tmp_path / "m", *steps)

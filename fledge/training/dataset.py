@@ -137,6 +137,25 @@ def why_unusable(messages: Messages) -> str | None:
     return None
 
 
+def cut_rows(rows: DatasetDict, max_length: int | None) -> list[str]:
+    """A line about the training rows that `max_length` will cut, if there are any.
+
+    Raises:
+        UserError: it leaves nothing to learn.
+    """
+    if max_length is None or longest_row(rows) <= max_length:
+        return []
+    labels = rows["train"]["labels"]
+    cut = sum(len(row) > max_length for row in labels)
+    empty = sum(all(label == IGNORED for label in row[1:max_length]) for row in labels)
+    if empty == len(labels):
+        raise UserError(f"--max_length {max_length} cuts the whole answer off every row; give more.")
+    return [
+        f"Rows cut {cut:,} of {len(labels):,} by max_length {max_length}, with their end-of-text; "
+        f"{empty:,} of them keep nothing to learn"
+    ]
+
+
 def check_supervised(rows: DatasetDict) -> None:
     """Refuses data that would train nothing.
 

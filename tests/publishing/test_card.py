@@ -113,6 +113,14 @@ def test_a_model_without_its_records_is_one_sentence(tiny):
         read_records(tiny.base, None)
 
 
+@pytest.mark.parametrize(("content", "said"), [("[]", r"run\.json is damaged"), ("{}", "A record lacks what the card")])
+def test_a_record_of_another_form_is_one_sentence(content, said, tiny, tmp_path):
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    (folder / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None)
+
+
 def test_carbon_is_on_the_card_when_it_was_measured(tiny, tmp_path):
     folder = shutil.copytree(tiny.model, tmp_path / "model")
     assert emissions(folder) is None
