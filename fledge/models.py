@@ -85,6 +85,7 @@ def open_config(folder: Path, name: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file fails in many ways
+        check_custom_code(folder, name)
         raise UserError(f"{name} holds no causal model that opens ({_cause(folder, error)}).") from error
 
 
