@@ -27,7 +27,7 @@ def asked(gpt: CanonicalGPT) -> dict[str, object]:
     names |= {"embedding_scale": 1.0, "causal": True}
     if not {"blocks.0.norm_1_after.weight", "blocks.0.norm_1_after.bias"} & tensors.keys():
         names["norm_placement"] = "pre"
-        if "blocks.0.norm_2.weight" in tensors:
+        if "blocks.0.norm_1.weight" in tensors:
             names["parallel"] = False
     if not any(name.endswith("norm.bias") or ".norm_1.bias" in name for name in tensors):
         names["norm"] = "layernorm" if "position_embedding.weight" in tensors else "rmsnorm"
