@@ -71,6 +71,7 @@ def test_the_lectures_folder_becomes_a_model_that_is_asked_and_answers(folder, t
         "relu",
         "--attention_scale",
         0.25,
+        "--accept_assumptions",
     )
     assert "characters, sorted: a guess at the vocabulary, which reading a text checks" in capsys.readouterr().out
     run_script("examples/lecture_records.py", "--text", folder / "input.txt", "--out", records, "--most_characters", 50)
