@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fledge.checkpoints import pickled
 from fledge.checkpoints.binary import is_binary, read_binary
 from fledge.checkpoints.file_kinds import other_kind
 from fledge.cli import UserError, read_json
@@ -21,6 +22,7 @@ HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
 WRAPPERS = ("model_state_dict", "model_state", "state_dict", "model")
 CONFIGS = ("config", "hyper_parameters", "model_args", "model_config", "args", "hparams")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+CLASS = "class of the pickled module"
 BESIDE = {"optim": "optimizer state", "sched": "scheduler state", r"(^|_)(ema|swa)(_|$)": "an EMA copy"}
 # Buffers that hand-written modules register beside their weights: causal masks, rotary tables, counted positions.
 BUFFERS = re.compile(
@@ -82,11 +84,12 @@ def load_checkpoint(path: str) -> Checkpoint:
         )
     left_out |= not_weights
     vocabulary, taken = _vocabulary(file, [*levels, config])
+    of_class = {"class": levels[0][CLASS]} if CLASS in levels[0] else {}
     return Checkpoint(
         tensors=tensors,
         config=config,
-        left_out={name: reason for name, reason in left_out.items() if name not in taken},
-        source={"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)},
+        left_out={name: reason for name, reason in left_out.items() if name not in taken and name != CLASS},
+        source={"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)} | of_class,
         vocabulary=vocabulary,
     )
 
@@ -153,11 +156,36 @@ def _read(file: Path, records: tuple[str, ...] = ()) -> object:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             if RECORDS.fullmatch(wanted[1]) and wanted[1] not in records:
                 return _read(file, (*records, wanted[1]))
+        if (content := _read_inert(file, start)) is not None:
+            return content
+        if wanted:
             raise UserError(
                 f"{file} is a pickle that wants to run {wanted[1]}, and Fledge runs no code from a file; "
                 "save model.state_dict() and plain numbers instead."
             ) from error
         raise UserError(f"{file} is not a readable checkpoint: it is damaged, cut off, or of another kind.") from error
+
+
+def _read_inert(file: Path, start: bytes) -> Mapping | None:
+    """What a pickle of a whole module, or of a mapping with objects beside its tensors, holds; None if it is none."""
+    if start[:2] != b"PK" and start[:1] not in (b"\x80", b"(", b"c"):
+        return None
+    try:
+        content = pickled.read_inert(file)
+    except Exception:  # on damaged bytes the unpickler raises whatever Python does
+        return None
+    for place, module in pickled.modules_in(content):
+        if place in ("", *WRAPPERS):
+            said = content if isinstance(content, Mapping) else {}
+            beside = {key: value for key, value in said.items() if key != place}
+            return {**beside, CLASS: module.kind, "state_dict": pickled.state_of(module), "config": pickled.config_of(module)}
+    if not isinstance(content, Mapping):
+        return None
+    told = {}  # what objects beside the weights hold, such as the vocabulary of a tokenizer
+    for value in content.values():
+        if isinstance(value, pickled.Record):
+            told |= {k: v for k, v in vars(value).items() if k in TOKEN_LISTS or TOKEN_IDS.fullmatch(k.lower())}
+    return {**told, **content}
 
 
 def _is_stored(file: Path) -> bool:
@@ -172,6 +200,8 @@ def _unwrap(file: Path, content: object) -> tuple[Mapping, dict[str, object], di
         raise UserError(f"{file} holds a {type(content).__name__}, not a state dict; save model.state_dict() instead.")
     config, left_out, levels = {}, {}, [content]
     while True:
+        plain = {str(key): value for key, value in content.items() if isinstance(value, (bool, int, float, str))}
+        config = plain | config
         for key in _configs(content):
             config |= content[key]
         wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), _only_state(content))

@@ -1,0 +1,298 @@
+"""The author's module at work: on the CPU, without dropout, in float64, whatever its forward takes and returns."""
+
+import contextlib
+import inspect
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from fledge.checkpoints.arguments import Shapes
+from fledge.checkpoints.author_code import PLACE
+from fledge.cli import UserError
+
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT32_SHARE = 1e-5
+"""Largest |Δ logit| as a share of the largest |logit|, of a forward that runs in float32 only."""
+
+
+class Tamed(TorchFunctionMode):
+    """Keeps the author's code on one device, without dropout, and at full precision.
+
+    `widen` says which tensors stay in float64: "doubles", those that are and that the code would round to float32, or
+    "all", those too that it makes in float32.
+    """
+
+    def __init__(self, widen: str | None = None):
+        super().__init__()
+        self.widen = widen
+
+    def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.cuda, Tensor.pin_memory):
+            return args[0].to(PLACE.device) if PLACE.device == "cpu" else args[0]
+        args = tuple(self._here(argument) for argument in args)
+        kwargs = {key: self._here(value) for key, value in kwargs.items()}
+        if func in _device_constructors() and kwargs.get("device") is None:
+            kwargs["device"] = PLACE.device
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0} | ({"is_causal": args[5]} if len(args) > 5 else {})
+        if self.widen:
+            args, kwargs = self._wide(func, args, kwargs)
+            if func in CASTS:
+                return self._cast(func, args)
+        return func(*args, **kwargs)
+
+    def _here(self, value: object) -> object:
+        is_device = isinstance(value, torch.device) or (isinstance(value, str) and re.fullmatch(r"(cuda|mps|xpu|cpu)(:\d+)?", value))
+        return PLACE.device if is_device else value
+
+    def _wide(self, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        narrowed = self.widen == "all" or (args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64)
+        if narrowed:
+            args = tuple(torch.float64 if _is_narrow(value) else value for value in args)
+            kwargs = {key: torch.float64 if _is_narrow(value) else value for key, value in kwargs.items()}
+        return args, kwargs
+
+    def _cast(self, func: Callable, args: tuple) -> Tensor:
+        if args[0].dtype == torch.float64 or self.widen == "all":
+            return args[0].double()
+        return func(*args)
+
+
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
+CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
+def _is_narrow(value: object) -> bool:
+    return isinstance(value, torch.dtype) and value in NARROW
+
+
+@contextlib.contextmanager
+def author_runs(device: str = "cpu", widen: str | None = None) -> Iterator[None]:
+    """Runs the author's code without its output, its random numbers and its compilation reaching anything else."""
+    compiler, before, dtype = torch.compile, PLACE.device, torch.get_default_dtype()
+    torch.compile, PLACE.device = _not_compiled, device
+    try:
+        if widen == "all":
+            torch.set_default_dtype(torch.float64)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            torch.random.fork_rng(devices=[]),
+            Tamed(widen),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.compile, PLACE.device = compiler, before
+        torch.set_default_dtype(dtype)
+
+
+def _not_compiled(model: Callable | None = None, **options) -> Callable:
+    return model if model is not None else lambda function: function
+
+
+# What a forward may want beside the ids (B, T), by words of the argument's name; the first that works is taken.
+def _masks(ids: Tensor) -> list[Tensor]:
+    length = ids.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    added = torch.zeros(length, length, dtype=torch.float64).masked_fill(~allowed, -math.inf)
+    square = [allowed, added, ~allowed, allowed.double()]
+    return [*square, *(m[None, None] for m in square), *(m[None] for m in square), torch.ones_like(ids)]
+
+
+EXTRA = {
+    r"mask": _masks,
+    r"target|label|^y$|tgt": lambda ids: [ids],
+    r"pos": lambda ids: [torch.arange(ids.shape[1]), torch.arange(ids.shape[1])[None].expand_as(ids), 0],
+    r"type|segment": lambda ids: [torch.zeros_like(ids)],
+    r"": lambda ids: [None, 0, False, ids],
+}
+
+
+class Author:
+    """A module of the author's: token ids (B, T) → logits (B, T or 1, V) in float64.
+
+    Attributes:
+        tolerance: how far from these logits float rounding inside the author's forward may lead.
+        avoid: ids that its code treats apart, as padding.
+        notes: sentences about how it was built and is called.
+        values: name → (value, who says so) of what its code needed.
+    """
+
+    def __init__(self, module: nn.Module, label: str, tensors: Mapping[str, Tensor]):
+        self.module, self.label = module, label
+        self.avoid = padding_ids(module)
+        self.tolerance, self.widen, self.length = 0.0, "doubles", None
+        self.notes: list[str] = []
+        self.values: dict[str, tuple[object, str]] = {}
+        self.extra: dict[str, int] = {}
+        self.transposed = False
+        self.lengths = sorted({dim for t in tensors.values() for dim in t.shape if 1 < dim <= 4096})
+        self.vocabulary = Shapes.of(tensors).by_kind["vocabulary"][0]
+        self._settle_call()
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        try:
+            return self._run(ids)
+        except Exception as error:  # whatever the author's code does
+            raise UserError(
+                f"--reference {self.label} fails in its forward: {type(error).__name__}: {' '.join(str(error).split())}."
+            ) from error
+
+    def without_padding(self, ids: Tensor) -> Tensor:
+        """Token ids with another id in the place of each that the code treats as padding."""
+        other = next((i for i in range(self.vocabulary) if i not in self.avoid), 0)
+        for padding in self.avoid:
+            ids = torch.where(ids == padding, other, ids)
+        return ids
+
+    def agrees_with(self, other: "Author") -> bool:
+        ids = self._probe()
+        try:
+            return bool((self(ids) - other(ids)).abs().max() <= 1e-9 * max(1.0, self(ids).abs().max().item()))
+        except UserError:
+            return True  # a value under which it does not run is none
+
+    def describe(self, found: object, values: dict[str, tuple[object, str]]) -> None:
+        self.values = values
+        said = ", ".join(f"{name} {value} ({source})" for name, (value, source) in values.items())
+        self.notes.insert(0, f"--reference is {found}" + (f" with {said}." if said else "."))
+        if self.avoid:
+            self.notes.append(f"Its code treats id {', '.join(map(str, sorted(self.avoid)))} as padding; probes leave it out.")
+
+    def _probe(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(self.vocabulary, (1, min(4, *self.lengths)), generator=generator)
+        return self.without_padding(ids)
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor) -> Tensor:
+        padded, length = ids, ids.shape[1]
+        if self.length and length < self.length:
+            filler = ids[:, -1:].expand(-1, self.length - length)
+            padded = torch.cat([ids, filler], dim=1)
+        extra = {name: _choices(name, padded)[index] for name, index in self.extra.items()}
+        with author_runs("cpu", self.widen):
+            output = self.module(padded.T if self.transposed else padded, **extra)
+        logits = _logits(output, padded.shape[0], padded.shape[1], self.transposed)
+        if logits.shape[1] > length:
+            logits = logits[:, :length]
+        return logits.double()
+
+    def _settle_call(self) -> None:
+        """Finds how the forward wants to be called: precision, length, and what it takes beside the ids.
+
+        Raises:
+            UserError: it cannot be called.
+        """
+        names = list(inspect.signature(self.module.forward).parameters.values())[1:]
+        plain = [p for p in names if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needed = [p.name for p in plain if p.default is p.empty]
+        masks = [p.name for p in plain if "mask" in p.name.lower() and p.name not in needed]
+        first, works = None, None
+        for optional in [[], *([name] for name in masks)]:
+            wanted = [*needed, *optional]
+            probe = self._probe()
+            for indices in product(*(range(len(_choices(name, probe))) for name in wanted)):
+                for transposed in (False, True):
+                    self.extra, self.transposed = dict(zip(wanted, indices, strict=True)), transposed
+                    try:
+                        quality = self._try()
+                    except Exception as error:  # whatever the author's code does
+                        first = first or error
+                        continue
+                    if works is None or quality > works[0]:
+                        works = quality, self.extra, self.transposed, self.widen, self.length
+                    if quality == (True, True):
+                        break
+                if works and works[0] == (True, True):
+                    break
+            if works and works[0] == (True, True):
+                break
+        if works is None:
+            raise UserError(
+                f"--reference {self.label} fails in its forward: {type(first).__name__}: {' '.join(str(first).split())}."
+            ) from first
+        _, self.extra, self.transposed, self.widen, self.length = works
+        if self.widen is None:
+            self.tolerance = FLOAT32_SHARE * self(self._probe()).abs().max().item()
+            self.notes.append(f"Its forward runs in float32 only; logits are compared within {self.tolerance:.1e}.")
+        else:
+            self.module.double()
+        for name, index in self.extra.items():
+            self.notes.append(f"Its forward is given {name} {_named(name, self._probe(), index)}.")
+
+    def _try(self) -> tuple[bool, bool]:
+        """Calls the forward, and says whether no later token changes an earlier logit, and an earlier one a later."""
+        failure = None
+        for widen, length in product(("doubles", "all", None), (None, *self.lengths[::-1])):
+            if length is not None and length > 2048:
+                continue
+            self.widen, self.length = widen, length
+            self.module.to(torch.float64 if widen else torch.float32)
+            try:
+                ids = self._probe()
+                logits = self._run(ids)
+            except Exception as error:  # whatever the author's code does
+                failure = failure or error
+                continue
+            if not logits.isfinite().all():
+                raise ValueError("its logits are not finite")
+            return self._quality(ids, logits)
+        raise failure
+
+    def _quality(self, ids: Tensor, logits: Tensor) -> tuple[bool, bool]:
+        if ids.shape[1] < 2 or logits.shape[1] < ids.shape[1]:
+            return True, True
+        swap = next(i for i in range(self.vocabulary) if i not in self.avoid and i not in ids[0])
+        late, early = ids.clone(), ids.clone()
+        late[0, -1], early[0, 0] = swap, swap
+        causal = bool(torch.allclose(self._run(late)[:, :-1], logits[:, :-1], atol=1e-6))
+        return causal, not torch.allclose(self._run(early)[:, -1], logits[:, -1], atol=1e-12)
+
+
+def _choices(name: str, ids: Tensor) -> list:
+    return next(make(ids) for words, make in EXTRA.items() if re.search(words, name.lower()))
+
+
+def _named(name: str, ids: Tensor, index: int) -> str:
+    value = _choices(name, ids)[index]
+    return f"of shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
+def _logits(output: object, batch: int, length: int, transposed: bool) -> Tensor:
+    """The logits (B, T or 1, V) in what a forward returns: a tensor, or one in a tuple, a mapping or an object."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", list(output.values()))
+    output = getattr(output, "logits", output)
+    if isinstance(output, (tuple, list)):
+        tensors = [item for item in output if isinstance(item, Tensor) and item.is_floating_point()]
+        output = next((item for item in tensors if item.dim() >= 2), None)
+    if not isinstance(output, Tensor) or output.dim() not in (2, 3):
+        raise TypeError("it must return logits (B, T, V), alone or beside a loss")
+    if output.dim() == 2:
+        output = output.unflatten(0, (batch, length)) if len(output) == batch * length and length > 1 else output[:, None]
+    return output.transpose(0, 1) if transposed else output
+
+
+def padding_ids(module: nn.Module) -> set[int]:
+    """Ids that attributes of a module name as padding."""
+    found = set()
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if re.search(r"pad_?(token)?_?(id|idx|index|token)$|padding_idx", name) and type(value) is int:
+                found.add(value)
+    return found

@@ -1,0 +1,194 @@
+"""Pickles of whole modules → their tensors and plain values. No class that a pickle names is looked for or run.
+
+`torch.save(model)` and `pickle.dump(model)` store a module as the name of its class and the contents of its
+`__dict__`. The contents are all that is needed: every class becomes an inert `Record` of what was stored.
+"""
+
+import collections
+import io
+import pickle
+import types
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
+NORMS = ("LayerNorm", "RMSNorm")
+MOST_DEPTH = 60
+HOSTILE = frozenset(
+    "os posix nt subprocess builtins __builtin__ sys shutil runpy importlib socket pty code ctypes webbrowser".split()
+)
+"""Packages whose functions no model needs; nothing of them would run, but a file that names one is refused."""
+
+
+class Record:
+    """What a pickle stored of one object; `kind` is the class that it names."""
+
+    kind = ""
+
+    def __new__(cls, *args, **kwargs):
+        made = super().__new__(cls)
+        made.__dict__["stored"] = list(args)
+        return made
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.__dict__.update(part)
+
+    def append(self, value: object) -> None:
+        self.stored.append(value)
+
+    def extend(self, values: list) -> None:
+        self.stored.extend(values)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.stored.append((key, value))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> Tensor:
+    """As torch's own, but a tensor that is larger than what is stored of it is refused."""
+    untyped, dtype = storage._untyped_storage, storage.dtype
+    last = offset + sum((dim - 1) * step for dim, step in zip(size, stride, strict=True) if dim)
+    count = 1
+    for dim in size:
+        count *= dim
+    if min((offset, *size, *stride), default=0) < 0 or count * dtype.itemsize > untyped.nbytes():
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
+    if count and (last + 1) * dtype.itemsize > untyped.nbytes():
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
+    return torch.empty(0, dtype=dtype).set_(untyped, offset, tuple(size), tuple(stride))
+
+
+def _parameter(data: Tensor, *rest: object) -> Tensor:
+    return data
+
+
+def _storage(content: bytes):
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _made(kind: type, base: type, state: object) -> object:
+    """`copyreg._reconstructor`, which protocols 0 and 1 use."""
+    return kind() if isinstance(kind, type) and issubclass(kind, Record) else Record(state)
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")
+
+
+SAFE = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): lambda *args: torch.device("cpu"),
+    ("copyreg", "_reconstructor"): _made,
+    ("copy_reg", "_reconstructor"): _made,
+    ("_codecs", "encode"): _bytes,
+}
+for _name in ("set", "frozenset", "list", "dict", "tuple", "int", "float", "bool", "str", "complex", "slice", "range"):
+    SAFE[("builtins", _name)] = SAFE[("__builtin__", _name)] = getattr(__import__("builtins"), _name)
+
+
+class Unpickler(pickle.Unpickler):
+    """Knows tensors and containers, and makes a `Record` of everything else but what only an attack would name."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in SAFE:
+            return SAFE[module, name]
+        if module.split(".")[0] in HOSTILE:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        return type(name.rpartition(".")[2], (Record,), {"kind": f"{module}.{name}"})
+
+
+INERT = types.ModuleType("fledge_inert_pickle")
+INERT.__dict__.update(Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load())
+
+
+def read_inert(file: Path) -> object:
+    """What a pickle, or a file of torch.save, holds, with a `Record` for each object of a class.
+
+    Raises:
+        pickle.UnpicklingError and whatever else damaged bytes lead to.
+    """
+    with file.open("rb") as opened:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(name.endswith(("constants.pkl", "/code/")) or "/code/" in name for name in archive.namelist()):
+                    raise pickle.UnpicklingError("a TorchScript program")
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=INERT)
+        try:
+            return Unpickler(opened, encoding="latin1").load()
+        except pickle.UnpicklingError:
+            opened.seek(0)
+            return torch.load(opened, map_location="cpu", weights_only=False, pickle_module=INERT)
+
+
+def is_module(content: object) -> bool:
+    return isinstance(content, Record) and isinstance(content.__dict__.get("_modules"), Mapping)
+
+
+def modules_in(content: object) -> Iterator[tuple[str, Record]]:
+    """The whole modules in what a file holds, with their place: itself, or an entry of a mapping."""
+    if is_module(content):
+        yield "", content
+    elif isinstance(content, Mapping):
+        yield from ((str(key), value) for key, value in content.items() if is_module(value))
+
+
+def state_of(module: Record, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """The state dict of a module that was pickled whole."""
+    found, inside = {}, module.__dict__
+    skipped = inside.get("_non_persistent_buffers_set") or ()
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in (inside.get(kind) or {}).items():
+            if isinstance(tensor, Tensor) and name not in skipped:
+                found[prefix + str(name)] = tensor
+    for name, part in (inside.get("_modules") or {}).items():
+        if is_module(part) and depth < MOST_DEPTH:
+            found |= state_of(part, f"{prefix}{name}.", depth + 1)
+    return found
+
+
+def config_of(module: Record) -> dict[str, object]:
+    """Plain values that a pickled module states: its own, and those that all modules inside it agree on.
+
+    A module's class says more: one kind of activation, or norms that share an epsilon.
+    """
+    values: dict[str, set] = {}
+    kinds: set[str] = set()
+
+    def collect(part: Record, depth: int) -> None:
+        name, inside = part.kind.rpartition(".")[2], part.__dict__
+        if name in ACTIVATIONS:
+            kinds.add("gelu_tanh" if inside.get("approximate") == "tanh" else ACTIVATIONS[name])
+        for key, value in inside.items():
+            if isinstance(value, (int, float, str)) and not key.startswith("_") and key != "training":
+                known = f"{'norm_' if name in NORMS else ''}{key}" if key in ("eps", "p", "bias") else key
+                values.setdefault(known, set()).add((type(value), value))
+            elif isinstance(value, Record) and not is_module(value) and depth == 0:
+                fields = {k: v for k, v in value.__dict__.items() if isinstance(v, (int, float, str))}
+                for field, stated in fields.items():
+                    values.setdefault(field, set()).add((type(stated), stated))
+        for below in (inside.get("_modules") or {}).values():
+            if is_module(below) and depth < MOST_DEPTH:
+                collect(below, depth + 1)
+
+    collect(module, 0)
+    agreed = {key: next(iter(found))[1] for key, found in values.items() if len(found) == 1}
+    agreed = {key: value for key, value in agreed.items() if key not in ("in_features", "out_features", "stored")}
+    return agreed | ({"activation": kinds.pop()} if len(kinds) == 1 else {})
