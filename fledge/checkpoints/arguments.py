@@ -38,6 +38,7 @@ KINDS = {
 """What a name's words mean, in the order in which they are tried."""
 SAME = {"activation": ("gelu", "relu", "silu"), "flag": (False, True), "epsilon": (1e-5, 1e-6, 1e-8)}
 SAME |= {"device": ("cpu",), "dropout": (0.0,), "padding": (0,), "theta": (10_000.0,)}
+HEADS = ("heads", "key heads")
 OMITTED = object()
 """In place of an argument that a call leaves to its default."""
 PLAIN = (int, float, str, bool, type(None))
@@ -284,6 +285,12 @@ class Solver:
             first = self.slots[name].values()[0][0] if name in self.slots else values[name]
             if first != values[name] and not any(self.score(values | {name: first})[0]):
                 values = values | {name: first}
+        heads = {name: self.slots[name].values()[:6] for name in values if name in self.slots and kind_of(name) in HEADS}
+        ranks = sorted(product(*(range(len(choices)) for choices in heads.values())), key=sum)
+        for rank in ranks if len(heads) > 1 else ():  # how many share a key says nothing alone
+            tried = {name: heads[name][i][0] for name, i in zip(heads, rank, strict=True)}
+            if not any(self.score(values | tried)[0]):
+                return values | tried
         return values
 
     def _changes(self, values: dict[str, object]) -> Iterator[dict[str, object]]:

@@ -39,6 +39,8 @@ class Tamed(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (Tensor.cuda, Tensor.pin_memory):
             return args[0].to(PLACE.device) if PLACE.device == "cpu" else args[0]
+        if PLACE.device == "meta" and getattr(func, "__name__", "") in FILLED:
+            return args[0] if args else kwargs["tensor"]
         args = tuple(self._here(argument) for argument in args)
         kwargs = {key: self._here(value) for key, value in kwargs.items()}
         if func in _device_constructors() and kwargs.get("device") is None:
@@ -71,6 +73,11 @@ class Tamed(TorchFunctionMode):
 
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
+FILLED = frozenset(
+    "normal_ uniform_ trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ orthogonal_ zeros_ "
+    "ones_ constant_ zero_ fill_".split()
+)
+"""What only sets the numbers of a tensor, which on the meta device has none."""
 CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fledge.checkpoints.arguments import ANYTHING, OMITTED, PLAIN, Shapes, Slot, Solution, Solver, calls_of, constants, kind_of
+from fledge.checkpoints.arguments import ANYTHING, HEADS, OMITTED, PLAIN, Shapes, Slot, Solution, Solver, calls_of, constants, kind_of
 from fledge.checkpoints.arguments import prefix_of
 from fledge.checkpoints.author_code import AuthorCode, AuthorModule, OpenName, Source, StandIn, find_sources, read_source
 from fledge.checkpoints.author_run import Author, author_runs
@@ -415,7 +415,7 @@ def _same_shapes(found: Found) -> list[dict[str, object]]:
             choices = stated if value in stated else [v for v, _ in slot.values()]
             unsure[name] = [v for v in dict.fromkeys(choices) if v != value][:12]
     changes = [{name: value} for name, choices in unsure.items() for value in choices]
-    for one, two in combinations(unsure, 2):
+    for one, two in sorted(combinations(unsure, 2), key=lambda pair: -sum(kind_of(name) in HEADS for name in pair)):
         changes += [{one: a, two: b} for a, b in product(unsure[one][:6], unsure[two][:6])]
     fitting = [change for change in changes[:MOST_CHANGES] if not any(found.solver.score(values | change)[0])]
     return fitting[:MOST_RUNS]
