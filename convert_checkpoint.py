@@ -30,8 +30,10 @@ class ConvertArguments:
     activation: str | None = field(default=None, metadata={"help": "gelu, gelu_tanh, relu, relu2 or silu"})
     attention_scale: float | None = field(default=None, metadata={"help": "default: 1/sqrt(width of a head)"})
     norm_eps: float | None = field(default=None, metadata={"help": "the norms' epsilon (default 1e-5)"})
-    reference: str | None = field(default=None, metadata={"help": "your own module, FILE.py:Class; this runs its code"})
-    reference_kwargs: str | None = field(default=None, metadata={"help": "JSON for its constructor"})
+    reference: str | None = field(
+        default=None, metadata={"help": "your code: FILE, FILE:CLASS or a folder; this runs it"}
+    )
+    reference_kwargs: str | None = field(default=None, metadata={"help": "JSON of values that your code needs"})
     probe_text: str | None = field(default=None, metadata={"help": "a text file like the training text"})
     allow_custom_code: bool = field(
         default=False,
@@ -69,13 +71,14 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
 
     import fledge
     from fledge.checkpoints.custom import represent
-    from fledge.checkpoints.evidence import load_reference, settle_by_reference
+    from fledge.checkpoints.evidence import settle_by_reference
     from fledge.checkpoints.facts import Fact, read_mapping
     from fledge.checkpoints.layouts import fit_vocabulary, recognise
     from fledge.checkpoints.loading import load_checkpoint
     from fledge.checkpoints.probe_text import settle_by_text
     from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
     from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
+    from fledge.checkpoints.reference import load_reference
     from fledge.checkpoints.structure import detect
     from fledge.checkpoints.summary import facts_table, refuse_assumptions, trials_table, verdict
     from fledge.checkpoints.targets import refuse_unconvertible
@@ -90,6 +93,10 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     return_freed_memory()
     checkpoint = load_checkpoint(args.checkpoint)
     print(f"Read {len(checkpoint.tensors)} tensors from {args.checkpoint}, left out {len(checkpoint.left_out)}.")
+    if kind := checkpoint.source.get("class"):
+        print(
+            f"It is a whole pickled module, {kind}: its tensors and plain values were read, and none of its code ran."
+        )
     roles, told = read_mapping(args.mapping) if args.mapping else ({}, {})
     for name in ("n_head", "activation", "attention_scale", "norm_eps"):
         if getattr(args, name) is not None:
@@ -115,8 +122,10 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     tokenizer = load_tokenizer(args.tokenizer, gpt.context_length, checkpoint.vocabulary)
     proof, trials = {}, []
     if args.reference:
-        own = load_reference(args.reference, args.reference_kwargs, checkpoint)
-        gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, own)
+        heads = {name: fact.value for name, fact in told.items() if name == "n_head"}
+        own = load_reference(args.reference, args.reference_kwargs, checkpoint, heads)
+        print(*own.notes, sep="\n")
+        gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, own, own.avoid, own.tolerance)
     gpt, cut = fit_vocabulary(gpt, len(tokenizer), args.tokenizer or "in the checkpoint")
     if args.probe_text:
         print(f"Reading {args.probe_text} under every reading that is open ...", flush=True)

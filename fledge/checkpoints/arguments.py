@@ -111,9 +111,10 @@ class Shapes:
 
 @dataclass
 class Slot:
-    """One value that the module's code needs: who said what, the surest first, and what the shapes propose, the first `likely` of it for its kind.
+    """One value that the module's code needs: who said what, the surest first, and what the shapes propose.
 
-    Each statement is a value, its source, and a rank; statements of one rank are equally sure.
+    The first `likely` proposals are those for its kind. Each statement is a value, its source, and a rank; statements
+    of one rank are equally sure.
     """
 
     name: str
@@ -143,7 +144,12 @@ def constants(sources: list[Source]) -> dict[str, list[tuple[object, str]]]:
             plain = ast.literal_eval(value) if isinstance(value, (ast.Constant, ast.UnaryOp)) else None
         except ValueError:
             return
-        if name and isinstance(value, (ast.Constant, ast.UnaryOp)) and isinstance(plain, PLAIN) and not (isinstance(plain, str) and len(plain) > 40):
+        if (
+            name
+            and isinstance(value, (ast.Constant, ast.UnaryOp))
+            and isinstance(plain, PLAIN)
+            and not (isinstance(plain, str) and len(plain) > 40)
+        ):
             found.setdefault(name, []).append((plain, source.path.name))
 
     for source in sources:
@@ -157,7 +163,11 @@ def constants(sources: list[Source]) -> dict[str, list[tuple[object, str]]]:
                     add(argument.arg, value, source)
             elif isinstance(node, ast.Dict):
                 for key, value in zip(node.keys, node.values, strict=True):
-                    add(key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None, value, source)
+                    add(
+                        key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None,
+                        value,
+                        source,
+                    )
             elif isinstance(node, ast.Call):
                 for keyword in node.keywords:
                     add(keyword.arg, keyword.value, source)
@@ -191,7 +201,9 @@ def calls_of(name: str, parameters: list[str], sources: list[Source], said: Mapp
                 where = f"{name}(…) in {source.path.name}"
                 ranks = {key: 2 if isinstance(value, ast.Constant) else 3 for key, value in given.items()}
                 said_here = {key: (value_of(value), where, ranks[key]) for key, value in given.items()}
-                open_ended = any(isinstance(a, ast.Starred) for a in node.args) or None in {k.arg for k in node.keywords}
+                open_ended = any(isinstance(a, ast.Starred) for a in node.args) or None in {
+                    k.arg for k in node.keywords
+                }
                 omitted = {} if open_ended else {key: (OMITTED, where, 2) for key in parameters if key not in given}
                 found.append(omitted | said_here)
     return found
@@ -202,7 +214,9 @@ def mismatch(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[int, int
     own, prefix = module.state_dict(keep_vars=True), prefix_of(module, tensors)
     wanted = {prefix + name: tensor for name, tensor in tensors.items()}
     held = {id(own[name]) for name in own if name in wanted}
-    missing = [name for name, p in own.items() if name not in wanted and isinstance(p, nn.Parameter) and id(p) not in held]
+    missing = [
+        name for name, p in own.items() if name not in wanted and isinstance(p, nn.Parameter) and id(p) not in held
+    ]
     unknown = wanted.keys() - own.keys()
     differing = 0
     for name in wanted.keys() & own.keys():
@@ -285,7 +299,9 @@ class Solver:
             first = self.slots[name].values()[0][0] if name in self.slots else values[name]
             if first != values[name] and not any(self.score(values | {name: first})[0]):
                 values = values | {name: first}
-        heads = {name: self.slots[name].values()[:6] for name in values if name in self.slots and kind_of(name) in HEADS}
+        heads = {
+            name: self.slots[name].values()[:6] for name in values if name in self.slots and kind_of(name) in HEADS
+        }
         ranks = sorted(product(*(range(len(choices)) for choices in heads.values())), key=sum)
         for rank in ranks if len(heads) > 1 else ():  # how many share a key says nothing alone
             tried = {name: heads[name][i][0] for name, i in zip(heads, rank, strict=True)}
@@ -303,7 +319,9 @@ class Solver:
         likely = {name: self.slots[name].proposed[:1] for name in others if kind_of(name) in self.sizes}
         likely = {n: v for n, v in likely.items() if values[n] not in self.slots[n].proposed[: self.slots[n].likely]}
         yield {name: value[0] for name, value in likely.items() if value}
-        first = [(name, value) for name, choices in others.items() for value in choices if value in likely.get(name, ())]
+        first = [
+            (name, value) for name, choices in others.items() for value in choices if value in likely.get(name, ())
+        ]
         rest = [(name, value) for name, choices in others.items() for value in choices if (name, value) not in first]
         yield from ({name: value} for name, value in [*first, *rest])
         if self.names_missing:  # no two sizes mend a missing name

@@ -30,19 +30,21 @@ from fledge.cli import UserError
 SUFFIXES = (".py", ".ipynb")
 SKIPPED = {"node_modules", "site-packages", "__pycache__", "venv", "env", "build", "dist"}
 MOST_FILES = 2000
-HARMLESS = frozenset(
-    "abs bool complex dict divmod enumerate float frozenset getattr hasattr int isinstance len list map max min pow "
-    "print property range reversed round set sorted str sum super tuple type vars zip".split()
-)
+HARMLESS = {
+    "abs", "bool", "complex", "dict", "divmod", "enumerate", "float", "frozenset", "getattr", "hasattr", "int",
+    "isinstance", "len", "list", "map", "max", "min", "pow", "print", "property", "range", "reversed", "round",
+    "set", "sorted", "str", "sum", "super", "tuple", "type", "vars", "zip",
+}  # fmt: skip
 """Builtins that an assignment may call."""
-HARMLESS_PACKAGES = frozenset(
-    "torch math cmath numpy functools itertools operator collections types typing dataclasses enum argparse string "
-    "os pathlib einops".split()
-)
-HARMFUL = frozenset(
-    "load save savetxt fromfile memmap hub distributed multiprocessing system popen remove unlink rmdir rename replace "
-    "makedirs mkdir open read_text read_bytes write_text write_bytes listdir exec".split()
-)
+HARMLESS_PACKAGES = {
+    "torch", "math", "cmath", "numpy", "functools", "itertools", "operator", "collections", "types", "typing",
+    "dataclasses", "enum", "argparse", "string", "os", "pathlib", "einops",
+}  # fmt: skip
+HARMFUL = {
+    "load", "save", "savetxt", "fromfile", "memmap", "hub", "distributed", "multiprocessing", "system", "popen",
+    "remove", "unlink", "rmdir", "rename", "replace", "makedirs", "mkdir", "open", "read_text", "read_bytes",
+    "write_text", "write_bytes", "listdir", "exec",
+}  # fmt: skip
 """Attributes of those packages that read, write or start something."""
 IN_PLACE = ("add_argument", "update", "setdefault")
 
@@ -69,7 +71,9 @@ class OpenName(Exception):
     `owner` and `fields` say of which class, with which fields, it is one.
     """
 
-    def __init__(self, name: str, default: object = inspect.Parameter.empty, owner: str = "", fields: list | None = None):
+    def __init__(
+        self, name: str, default: object = inspect.Parameter.empty, owner: str = "", fields: list | None = None
+    ):
         super().__init__(name)
         self.name, self.default, self.owner, self.fields = name, default, owner, fields or []
 
@@ -336,6 +340,7 @@ class AuthorModule(types.ModuleType):
                 return
             self.__dict__.pop(name, None)
             raise OpenName(name)
+        before = set(self.__dict__)
         strict, self._code.strict = self._code.strict, self._code.strict or isinstance(statement, ast.Try)
         try:
             exec(self._source.code(statement), self.__dict__)
@@ -349,6 +354,8 @@ class AuthorModule(types.ModuleType):
             raise OpenName(name) from error
         finally:
             self._code.strict = strict
+        for other in _bound(statement).keys() - before - {name}:  # each has its own turn, and may have another value
+            self.__dict__.pop(other, None)
 
     def _is_plain(self, node: ast.AST, seen: frozenset[str] = frozenset()) -> bool:
         """Whether a statement only computes: it calls nothing that could train, read, write or ask."""

@@ -17,11 +17,10 @@ from torch.utils._device import _device_constructors
 
 from fledge.checkpoints.arguments import Shapes
 from fledge.checkpoints.author_code import PLACE
+from fledge.checkpoints.proof import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE
 from fledge.cli import UserError
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
-FLOAT32_SHARE = 1e-5
-"""Largest |Δ logit| as a share of the largest |logit|, of a forward that runs in float32 only."""
 
 
 class Tamed(TorchFunctionMode):
@@ -56,7 +55,9 @@ class Tamed(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _here(self, value: object) -> object:
-        is_device = isinstance(value, torch.device) or (isinstance(value, str) and re.fullmatch(r"(cuda|mps|xpu|cpu)(:\d+)?", value))
+        is_device = isinstance(value, torch.device) or (
+            isinstance(value, str) and re.fullmatch(r"(cuda|mps|xpu|cpu)(:\d+)?", value)
+        )
         return PLACE.device if is_device else value
 
     def _wide(self, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -73,10 +74,10 @@ class Tamed(TorchFunctionMode):
 
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
-FILLED = frozenset(
-    "normal_ uniform_ trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ orthogonal_ zeros_ "
-    "ones_ constant_ zero_ fill_".split()
-)
+FILLED = {
+    "normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_",
+    "xavier_normal_", "orthogonal_", "zeros_", "ones_", "constant_", "zero_", "fill_",
+}  # fmt: skip
 """What only sets the numbers of a tensor, which on the meta device has none."""
 CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
@@ -142,7 +143,7 @@ class Author:
     def __init__(self, module: nn.Module, label: str, tensors: Mapping[str, Tensor]):
         self.module, self.label = module, label
         self.avoid = padding_ids(module)
-        self.tolerance, self.widen, self.length = 0.0, "doubles", None
+        self.tolerance, self.widen, self.length = FLOAT64_TOLERANCE, "doubles", None
         self.notes: list[str] = []
         self.values: dict[str, tuple[object, str]] = {}
         self.extra: dict[str, int] = {}
@@ -156,7 +157,7 @@ class Author:
             return self._run(ids)
         except Exception as error:  # whatever the author's code does
             raise UserError(
-                f"--reference {self.label} fails in its forward: {type(error).__name__}: {' '.join(str(error).split())}."
+                f"--reference {self.label} fails in its forward: {type(error).__name__}: {one_line(error)}."
             ) from error
 
     def without_padding(self, ids: Tensor) -> Tensor:
@@ -178,7 +179,9 @@ class Author:
         said = ", ".join(f"{name} {value} ({source})" for name, (value, source) in values.items())
         self.notes.insert(0, f"--reference is {found}" + (f" with {said}." if said else "."))
         if self.avoid:
-            self.notes.append(f"Its code treats id {', '.join(map(str, sorted(self.avoid)))} as padding; probes leave it out.")
+            self.notes.append(
+                f"Its code treats id {', '.join(map(str, sorted(self.avoid)))} as padding; probes leave it out."
+            )
 
     def _probe(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -231,11 +234,11 @@ class Author:
                 break
         if works is None:
             raise UserError(
-                f"--reference {self.label} fails in its forward: {type(first).__name__}: {' '.join(str(first).split())}."
+                f"--reference {self.label} fails in its forward: {type(first).__name__}: {one_line(first)}."
             ) from first
         _, self.extra, self.transposed, self.widen, self.length = works
         if self.widen is None:
-            self.tolerance = FLOAT32_SHARE * self(self._probe()).abs().max().item()
+            self.tolerance = FLOAT32_TOLERANCE * self(self._probe()).abs().max().item()
             self.notes.append(f"Its forward runs in float32 only; logits are compared within {self.tolerance:.1e}.")
         else:
             self.module.double()
@@ -291,8 +294,14 @@ def _logits(output: object, batch: int, length: int, transposed: bool) -> Tensor
     if not isinstance(output, Tensor) or output.dim() not in (2, 3):
         raise TypeError("it must return logits (B, T, V), alone or beside a loss")
     if output.dim() == 2:
-        output = output.unflatten(0, (batch, length)) if len(output) == batch * length and length > 1 else output[:, None]
+        output = (
+            output.unflatten(0, (batch, length)) if len(output) == batch * length and length > 1 else output[:, None]
+        )
     return output.transpose(0, 1) if transposed else output
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def padding_ids(module: nn.Module) -> set[int]:

@@ -22,6 +22,7 @@ HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
 WRAPPERS = ("model_state_dict", "model_state", "state_dict", "model")
 CONFIGS = ("config", "hyper_parameters", "model_args", "model_config", "args", "hparams")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+PROGRESS = re.compile(r"epoch|step|iter|loss|(^|_)lr|learning|seed|version|time|best|perplexity|acc|score|date|name")
 CLASS = "class of the pickled module"
 BESIDE = {"optim": "optimizer state", "sched": "scheduler state", r"(^|_)(ema|swa)(_|$)": "an EMA copy"}
 # Buffers that hand-written modules register beside their weights: causal masks, rotary tables, counted positions.
@@ -153,9 +154,9 @@ def _read(file: Path, records: tuple[str, ...] = ()) -> object:
             mapped = start[:2] == b"PK" and _is_stored(file)
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # on damaged bytes torch's unpickler raises whatever Python does
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            if RECORDS.fullmatch(wanted[1]) and wanted[1] not in records:
-                return _read(file, (*records, wanted[1]))
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted and RECORDS.fullmatch(wanted[1]) and wanted[1] not in records:
+            return _read(file, (*records, wanted[1]))
         if (content := _read_inert(file, start)) is not None:
             return content
         if wanted:
@@ -178,7 +179,12 @@ def _read_inert(file: Path, start: bytes) -> Mapping | None:
         if place in ("", *WRAPPERS):
             said = content if isinstance(content, Mapping) else {}
             beside = {key: value for key, value in said.items() if key != place}
-            return {**beside, CLASS: module.kind, "state_dict": pickled.state_of(module), "config": pickled.config_of(module)}
+            return {
+                **beside,
+                CLASS: module.kind,
+                "state_dict": pickled.state_of(module),
+                "config": pickled.config_of(module),
+            }
     if not isinstance(content, Mapping):
         return None
     told = {}  # what objects beside the weights hold, such as the vocabulary of a tokenizer
@@ -200,8 +206,7 @@ def _unwrap(file: Path, content: object) -> tuple[Mapping, dict[str, object], di
         raise UserError(f"{file} holds a {type(content).__name__}, not a state dict; save model.state_dict() instead.")
     config, left_out, levels = {}, {}, [content]
     while True:
-        plain = {str(key): value for key, value in content.items() if isinstance(value, (bool, int, float, str))}
-        config = plain | config
+        config = _beside(content) | config
         for key in _configs(content):
             config |= content[key]
         wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), _only_state(content))
@@ -227,6 +232,16 @@ def _only_state(content: Mapping) -> str | None:
         and any(isinstance(tensor, Tensor) and tensor.dim() for tensor in value.values())
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _beside(content: Mapping) -> dict[str, object]:
+    """Sizes that people save beside the state dict without a config around them."""
+    plain = {key: value for key, value in content.items() if isinstance(key, str) and key != CLASS}
+    return {
+        key: value
+        for key, value in plain.items()
+        if isinstance(value, (bool, int, float, str)) and not PROGRESS.search(key.lower())
+    }
 
 
 def _configs(content: Mapping) -> list[str]:

@@ -18,9 +18,10 @@ from torch import Tensor
 ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
 NORMS = ("LayerNorm", "RMSNorm")
 MOST_DEPTH = 60
-HOSTILE = frozenset(
-    "os posix nt subprocess builtins __builtin__ sys shutil runpy importlib socket pty code ctypes webbrowser".split()
-)
+HOSTILE = {
+    "os", "posix", "nt", "subprocess", "builtins", "__builtin__", "sys", "shutil", "runpy", "importlib", "socket",
+    "pty", "code", "ctypes", "webbrowser",
+}  # fmt: skip
 """Packages whose functions no model needs; nothing of them would run, but a file that names one is refused."""
 
 

@@ -1,7 +1,7 @@
 """The proof that a converted model computes what its source computed."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,17 +26,20 @@ PROBE_WORK = 4e9
 """Parameters times positions that a probe may cost: a small model is probed at every position of its context."""
 
 
-def probe_ids(gpt: CanonicalGPT) -> list[Tensor]:
+def probe_ids(gpt: CanonicalGPT, avoid: Collection[int] = ()) -> list[Tensor]:
     """Token ids (B, T) that touch a spread of the vocabulary; the same on every run.
 
     One row is as long as the context where the model is small enough; the first and the last token of the vocabulary
-    are in it.
+    are in it. Ids to `avoid`, such as padding, are replaced by another.
     """
     parameters = sum(tensor.numel() for tensor in gpt.tensors.values())
     long = min(gpt.context_length, max(32, int(PROBE_WORK / parameters)))
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(gpt.vocab_size, shape, generator=generator) for shape in ((1, long), (4, min(8, long)))]
     ids[0][0, 0], ids[0][0, -1] = 0, gpt.vocab_size - 1
+    other = next((i for i in range(gpt.vocab_size) if i not in avoid), 0)
+    for avoided in avoid:
+        ids = [torch.where(row == avoided, other, row) for row in ids]
     return ids
 
 

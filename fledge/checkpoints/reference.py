@@ -7,21 +7,39 @@ import ast
 import contextlib
 import dataclasses
 import inspect
-import io
 import json
 import re
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fledge.checkpoints.arguments import ANYTHING, HEADS, OMITTED, PLAIN, Shapes, Slot, Solution, Solver, calls_of, constants, kind_of
-from fledge.checkpoints.arguments import prefix_of
-from fledge.checkpoints.author_code import AuthorCode, AuthorModule, OpenName, Source, StandIn, find_sources, read_source
+from fledge.checkpoints.arguments import (
+    ANYTHING,
+    HEADS,
+    OMITTED,
+    PLAIN,
+    Shapes,
+    Slot,
+    Solution,
+    Solver,
+    calls_of,
+    constants,
+    kind_of,
+    prefix_of,
+)
+from fledge.checkpoints.author_code import (
+    AuthorCode,
+    AuthorModule,
+    OpenName,
+    Source,
+    StandIn,
+    find_sources,
+    read_source,
+)
 from fledge.checkpoints.author_run import Author, author_runs
 from fledge.checkpoints.loading import Checkpoint
 from fledge.cli import UserError
@@ -30,7 +48,9 @@ MOST_CLASSES = 12
 MOST_CHANGES, MOST_RUNS = 200, 12
 HARMLESS_KINDS = ("dropout", "device", "padding", "context", "vocabulary", "vocabulary itself", "width", "layers")
 """What changes no logit while the shapes stay, or changes the shapes."""
-OBJECT = re.compile(r"(^|_)(config|configuration|cfg|conf|args|hparams|hps?|params|opts?|options|settings)$|config", re.I)
+OBJECT = re.compile(
+    r"(^|_)(config|configuration|cfg|conf|args|hparams|hps?|params|opts?|options|settings)$|config", re.I
+)
 """Names of a constructor's argument that holds all others."""
 
 
@@ -100,7 +120,7 @@ def load_reference(
         fitting.append(author_of(found, checkpoint))
         if not fitting[0].agrees_with(fitting[-1]):
             raise UserError(
-                f"--reference {spec}: {fitting[0].label} and {fitting[-1].label} both have the checkpoint's tensors and "
+                f"--reference {spec}: {fitting[0].label} and {fitting[-1].label} both have its tensors and "
                 "compute different logits; name the one that trained it as FILE:CLASS."
             )
     if not fitting:
@@ -117,7 +137,7 @@ class Files:
         if not path.exists() and ":" in spec:
             file, _, name = spec.rpartition(":")
             path = Path(file)
-        if not name and not path.exists() or (name and not path.is_file()) or not spec:
+        if (not name and not path.exists()) or (name and not path.is_file()) or not spec:
             raise UserError(
                 f"--reference {spec} must be FILE, FILE:CLASS or a folder, and there is no file or folder {path}."
             )
@@ -154,7 +174,7 @@ class Files:
         if not ranked:
             seen = sorted({cls.name for source in self.parsed.values() for cls in source.classes()})
             raise UserError(
-                f"--reference {self.spec}: no class there sets {', '.join(sorted(outermost)[:5])} as the checkpoint has "
+                f"--reference {self.spec}: no class there sets {', '.join(sorted(outermost)[:5])} as the file has "
                 f"them; found were {', '.join(seen[:8]) or 'no classes'}; name the file of the model."
             )
         full = [item for item in ranked if item[0] == 1]
@@ -267,9 +287,9 @@ class Files:
             if parameter.kind is parameter.VAR_POSITIONAL:
                 continue
             if parameter.kind is parameter.VAR_KEYWORD:
-                taken = {*keywords, *inspect.signature(author).parameters}
-                everything = {**self.checkpoint.config, **self.given, **values}
-                keywords |= {k: v for k, v in everything.items() if k not in taken and (k in self.given or len(taken) == 1)}
+                taken = inspect.signature(author).parameters
+                known = self.given if len(taken) > 1 else self._all(values)
+                keywords |= {key: value for key, value in known.items() if key not in taken}
                 continue
             kind = _config_type(parameter, module)
             value = _config(kind, self._all(values)) if kind else _value(name, values)
@@ -357,12 +377,12 @@ def _names(source: Source) -> str:
 
 def _why_none(spec: str, files: Files, tried: list[Found]) -> str:
     best = min(tried, key=lambda found: found.solution.score)
-    kind, names, dims = best.solution.score
+    cannot_be_built, *_ = best.solution.score
     values = ", ".join(f"{k}={v}" for k, v in best.solution.values.items() if kind_of(k) not in ("dropout", "device"))
-    if kind:
+    if cannot_be_built:
         return (
-            f"--reference {spec}: {best} cannot be built from {values or 'nothing'} ({best.solution.error}); pass what it "
-            "needs as --reference_kwargs JSON."
+            f"--reference {spec}: {best} cannot be built from {values or 'nothing'} ({best.solution.error}); pass what "
+            "it needs as --reference_kwargs JSON."
         )
     with contextlib.suppress(Exception):
         module = best.build(best.solution.values, "meta")
@@ -370,15 +390,19 @@ def _why_none(spec: str, files: Files, tried: list[Found]) -> str:
         prefix = prefix_of(module, wanted)
         own = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
         only = [f"{name} (only in the checkpoint)" for name in wanted if name not in own]
-        only += [f"{name} (only in the code)" for name, _ in module.named_parameters() if name.removeprefix(prefix) not in wanted]
+        only += [
+            f"{name} (only in the code)"
+            for name, _ in module.named_parameters()
+            if name.removeprefix(prefix) not in wanted
+        ]
         shapes = [
             f"{name} {tuple(wanted[name].shape)} and not {tuple(own[name].shape)}"
             for name in wanted
             if name in own and wanted[name].shape != own[name].shape
         ]
         return (
-            f"--reference {spec}: no class there has this checkpoint's tensors; {best} comes nearest, with {values or 'no values'},"
-            f" and differs in {', '.join([*only, *shapes][:3])}; is this the code that trained it?"
+            f"--reference {spec}: no class there has this checkpoint's tensors; {best} comes nearest, with "
+            f"{values or 'no values'}, and differs in {', '.join([*only, *shapes][:3])}; did this code train it?"
         )
     return f"--reference {spec}: no class there has this checkpoint's tensors."
 
@@ -389,9 +413,15 @@ def author_of(found: Found, checkpoint: Checkpoint) -> Author:
     Raises:
         UserError: one does, and nobody states it.
     """
-    values = found.solution.values
-    author = _loaded(found, values, checkpoint)
-    different = [other for other in _same_shapes(found) if not author.agrees_with(_loaded(found, values | other, checkpoint))]
+    values, others = found.solution.values, _same_shapes(found)
+    runs = [(change, author) for change in others if (author := _running(found, values | change, checkpoint))]
+    author = _running(found, values, checkpoint)
+    if author is None and runs:  # a guess that has the shapes, and with which the forward fails
+        (change, author), *runs = runs
+        values |= change
+        found.solution.sources.update(dict.fromkeys(change, "the first that runs"))
+    author = author or _loaded(found, values, checkpoint)
+    different = [change for change, other in runs if not author.agrees_with(other)]
     if different:
         names = list(dict.fromkeys(name for other in different for name in other))
         choices = [", ".join(f"{n} {(values | other)[n]}" for n in names) for other in [{}, *different][:6]]
@@ -421,6 +451,13 @@ def _same_shapes(found: Found) -> list[dict[str, object]]:
     return fitting[:MOST_RUNS]
 
 
+def _running(found: Found, values: Mapping[str, object], checkpoint: Checkpoint) -> Author | None:
+    try:
+        return _loaded(found, values, checkpoint)
+    except UserError:
+        return None
+
+
 def _loaded(found: Found, values: Mapping[str, object], checkpoint: Checkpoint) -> Author:
     module = found.build(values, "cpu")
     prefix = prefix_of(module, checkpoint.tensors)
@@ -428,5 +465,7 @@ def _loaded(found: Found, values: Mapping[str, object], checkpoint: Checkpoint) 
     own = module.state_dict()
     for name, tensor in checkpoint.tensors.items():
         if not torch.equal(own[prefix + name].to(tensor.dtype), tensor):
-            raise UserError(f"--reference {found} ties {name} to another tensor, and the checkpoint has two different ones.")
+            raise UserError(
+                f"--reference {found} ties {name} to another tensor, and the checkpoint has two different ones."
+            )
     return Author(module.double().eval(), str(found), checkpoint.tensors)

@@ -20,9 +20,10 @@ from hand_written import (
 from torch import nn
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
-from fledge.checkpoints.evidence import load_reference, settle_by_reference
+from fledge.checkpoints.evidence import settle_by_reference
 from fledge.checkpoints.facts import Fact
 from fledge.checkpoints.layouts import recognise
+from fledge.checkpoints.reference import load_reference
 from fledge.checkpoints.targets import to_target
 from fledge.cli import UserError
 
@@ -194,62 +195,3 @@ def test_author_may_write_his_module_in_any_usual_way(code, told, own):
     kwargs = None if told == "by the checkpoint" else json.dumps(config)
     author = own(code, checkpoint if kwargs is None else replace(checkpoint, config={}), kwargs)
     settled(module, config, author)
-
-
-@pytest.mark.parametrize(
-    ("code", "kwargs", "reason"),
-    [
-        ("Other = 1", None, r"my_model\.py defines no Model"),
-        ("def broken(:", None, r"cannot be built from .* \(SyntaxError: .*--reference_kwargs"),
-        ("import no_such_module", None, r"cannot be built from .* \(ModuleNotFoundError: .*--reference_kwargs"),
-        ("Model = 3", None, r"cannot be built from .* \(TypeError: .*--reference_kwargs"),
-        ("def Model(): return 3", None, r"cannot be built from .* \(TypeError: .*--reference_kwargs"),
-        ("def Model(**config): return config", None, r"my_model\.py:Model is a dict and no torch\.nn\.Module"),
-        (NANO.replace("**config", "config['d_model']"), None, r"cannot be built from .* \(KeyError: 'd_model'\)"),
-        (NANO.replace("**config", "config.d_model"), None, r"cannot be built from .* \(AttributeError: d_model\)"),
-        (NANO, '{"n_embd": 24}', r"cannot be built from \{'n_embd': 24\} \(TypeError: .*--reference_kwargs"),
-        (NANO, "{n_embd: 24}", "--reference_kwargs is no JSON object"),
-        (NANO, "[1, 2]", "--reference_kwargs is no JSON object"),
-        (NANO, "24", "--reference_kwargs is no JSON object"),
-        (
-            NANO.replace("super().forward(ids)", "1 / 0"),
-            None,
-            "fails in its forward: ZeroDivisionError: division by zero",
-        ),
-        (
-            NANO.replace("return logits", "return logits[..., 1:]"),
-            None,
-            r"gives logits \(1, 20, 60\) where \(1, 20, 61\)",
-        ),
-        (NANO.replace("return logits", "return logits.mean(), logits"), None, "must return logits"),
-        (NANO.replace("return logits", "return None"), None, "must return logits"),
-        (NANO.replace("return logits", "return [logits]"), None, "must return logits"),
-    ],
-)
-def test_module_that_does_not_work_is_refused_with_the_reason(code, kwargs, reason, own):
-    checkpoint = checkpoint_of(*build("nanogpt"))
-    with pytest.raises(UserError, match=reason) as refused:
-        settle_by_reference(*recognise(checkpoint), own(code, checkpoint, kwargs))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"n_embd": 48}, r"has other shapes: .*size mismatch"),
-        ({"n_layer": 3}, r"and the checkpoint differ in transformer\.h\.2\.ln_1\.weight"),
-        ({"n_layer": 1}, r"and the checkpoint differ in transformer\.h\.1\.ln_1\.weight"),
-        ({"bias": False}, r"and the checkpoint differ in transformer\.h\.0\.ln_1\.bias"),
-    ],
-)
-def test_weights_that_do_not_fit_the_module_are_refused(changed, reason, own):
-    module, config = build("nanogpt")
-    with pytest.raises(UserError, match=reason) as refused:
-        own(NANO, checkpoint_of(module, config), json.dumps(config | changed))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("spec", ["", "my_model", "my_model.py", "no_such.py:GPT", ":GPT", "/:GPT"])
-def test_reference_that_names_no_file_is_refused(spec):
-    with pytest.raises(UserError, match=r"must be FILE\.py:Class, and there is no file"):
-        load_reference(spec, None, checkpoint_of(*build("nanogpt")))

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import hand_written
 import pytest
 import torch
 from hand_written import build
@@ -478,10 +479,51 @@ def test_pickle_of_any_protocol_is_refused_and_never_run(protocol, tmp_path):
     assert marker.exists()
 
 
+class Beside:
+    """An object of the author's beside the weights, with the vocabulary in it."""
+
+    def __init__(self):
+        self.stoi = {"a": 0, "b": 1}
+
+    def __setstate__(self, state):
+        raise AssertionError("code of the pickle ran")
+
+
 @pytest.mark.parametrize("wrap", [lambda module: module, lambda module: {"model": module, "epoch": 3}])
-def test_whole_module_is_refused_by_the_name_of_its_class(wrap, tmp_path):
+@pytest.mark.parametrize("save", ["torch.save", "old torch.save", "pickle.dump"])
+def test_whole_module_is_read_without_its_class(save, wrap, tmp_path, monkeypatch):
     module, _ = build("nanogpt")
-    assert_refused(saved(wrap(module), tmp_path), r"wants to run hand_written\.NanoGPT.*save model\.state_dict\(\)")
+    module.transformer.drop = torch.nn.Dropout(0.3)
+    module.n_head = 7
+    if save == "pickle.dump":
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps(wrap(module)))
+    else:
+        torch.save(wrap(module), tmp_path / "model.pkl", _use_new_zipfile_serialization=save == "torch.save")
+    monkeypatch.delattr(hand_written, "NanoGPT")
+    loaded = load_checkpoint(str(tmp_path / "model.pkl"))
+    expected = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith("attn.bias")}
+    assert loaded.tensors.keys() == expected.keys()
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in expected.items())
+    assert loaded.source["class"] == "hand_written.NanoGPT"
+    assert (loaded.config["n_head"], loaded.config["p"], loaded.config["activation"]) == (7, 0.3, "gelu")
+
+
+def test_objects_beside_the_weights_are_read_without_their_class(tmp_path):
+    torch.save({"model": STATE, "tokenizer": Beside(), "n_embd": 4, "epoch": 2}, tmp_path / "a.pt")
+    loaded = load_checkpoint(str(tmp_path / "a.pt"))
+    assert_state(loaded.tensors)
+    assert loaded.vocabulary == {"a": 0, "b": 1}
+    assert loaded.config == {"n_embd": 4}
+
+
+def test_pickled_tensor_larger_than_its_storage_is_refused(tmp_path):
+    class Larger(torch.nn.Module):
+        def __reduce_ex__(self, protocol):
+            arguments = (torch.ones(1).storage(), 0, (1 << 20, 1 << 10), (0, 0), False, collections.OrderedDict())
+            return torch._utils._rebuild_tensor_v2, arguments
+
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {"a": Larger()}}))
+    assert_refused(tmp_path / "a.pkl", "is not a readable checkpoint")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
