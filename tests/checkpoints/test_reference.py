@@ -170,7 +170,7 @@ CODE = {
         "Models/blocks.py": PARTS,
         "run.py": "import torch\nfrom torch import nn\nfrom models.blocks import *\n" + model(ARGUMENTS),
     },
-    "positional call": {"m.py": PARTS + model(", a, b, c, d, e", **dict(zip(KEYS, "abcde")))
+    "positional call": {"m.py": PARTS + model(", a, b, c, d, e", **dict(zip(KEYS, "abcde", strict=True)))
                         + "\nmodel = GPT(13, 12, 8, 2, 3)"},
     "notebook": {
         "a.ipynb": json.dumps({"cells": [
@@ -191,7 +191,7 @@ CODE = {
     "fixed length": {"m.py": PARTS + model(ARGUMENTS, FIXED_LENGTH)},
     "compiled": {"m.py": PARTS + "@torch.compile\n" + model(ARGUMENTS).lstrip()},
     "two copies": {"m.py": PARTS + model(ARGUMENTS), "old/m.py": PARTS + model(ARGUMENTS)},
-    "wrapped": {"m.py": PARTS + model(ARGUMENTS) + "\nclass Lit(nn.Module):\n    def __init__(self): self.model = GPT()"},
+    "wrapped": {"m.py": PARTS + model(ARGUMENTS) + "\nclass Lit(nn.Module):\n    def __init__(self): self.m = GPT()"},
 }  # fmt: skip
 
 
