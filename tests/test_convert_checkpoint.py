@@ -198,7 +198,7 @@ def test_bad_checkpoint_is_one_sentence_and_nothing_is_written(write, words, own
         ({"target": "llama"}, ["--target llama", "learned positions"]),
         ({"mapping": "no/such.yaml"}, ["no/such.yaml", "No such file"]),
         ({"probe_text": "no/such.txt"}, ["no/such.txt", "cannot be read"]),
-        ({"reference": "no_such.py:GPT"}, ["FILE.py:Class", "no_such.py"]),
+        ({"reference": "no_such.py:GPT"}, ["FILE:CLASS", "no_such.py"]),
         ({"n_heads": 2}, ["--n_heads"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

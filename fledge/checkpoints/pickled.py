@@ -191,5 +191,6 @@ def config_of(module: Record) -> dict[str, object]:
 
     collect(module, 0)
     agreed = {key: next(iter(found))[1] for key, found in values.items() if len(found) == 1}
-    agreed = {key: value for key, value in agreed.items() if key not in ("in_features", "out_features", "stored")}
+    agreed |= {key: v for key, v in vars(module).items() if isinstance(v, (int, float, str)) and key[0] != "_"}
+    agreed = {key: value for key, value in agreed.items() if key not in ("in_features", "out_features", "training")}
     return agreed | ({"activation": kinds.pop()} if len(kinds) == 1 else {})
