@@ -132,11 +132,11 @@ def read_inert(file: Path) -> object:
                 if any(name.endswith(("constants.pkl", "/code/")) or "/code/" in name for name in archive.namelist()):
                     raise pickle.UnpicklingError("a TorchScript program")
             return torch.load(file, map_location="cpu", weights_only=False, pickle_module=INERT)
-        try:
-            return Unpickler(opened, encoding="latin1").load()
-        except pickle.UnpicklingError:
+        content = Unpickler(opened, encoding="latin1").load()
+        if isinstance(content, int):  # the magic number before what an old torch.save wrote
             opened.seek(0)
-            return torch.load(opened, map_location="cpu", weights_only=False, pickle_module=INERT)
+            content = torch.load(opened, map_location="cpu", weights_only=False, pickle_module=INERT)
+        return content
 
 
 def is_module(content: object) -> bool:
