@@ -8,6 +8,7 @@ import collections
 import io
 import pickle
 import types
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -126,7 +127,8 @@ def read_inert(file: Path) -> object:
     Raises:
         pickle.UnpicklingError and whatever else damaged bytes lead to.
     """
-    with file.open("rb") as opened:
+    with file.open("rb") as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes whose source torch cannot find
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(name.endswith(("constants.pkl", "/code/")) or "/code/" in name for name in archive.namelist()):
