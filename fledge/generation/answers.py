@@ -3,11 +3,13 @@
 The loop is Fledge's own, for three things that `generate` does not do. A row that ends makes room for the next prompt,
 so a batch never waits for its longest answer. Keys and values lie in buffers made once, where `generate` copies its
 whole cache for every token. And each prompt draws from a random stream of its own, so an answer does not depend on what
-it was batched with, nor on whether a run was interrupted.
+it was batched with, nor on whether a run was interrupted. Architectures that cannot be batched so (`is_batched`) answer
+one prompt at a time, with transformers' cache for them, and are slower.
 """
 
+import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,14 +106,11 @@ def answer_each(
     of its prompt.
 
     Raises:
-        UserError: a prompt leaves no room for an answer in the model's context, or the model does not attend to all
-            of its context.
+        UserError: a prompt leaves no room for an answer in the model's context, or the model keeps no keys and values.
     """
     context = context_of(model.config)
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
-        raise UserError(
-            f"{type(model).__name__} has sliding or recurrent attention, which Fledge cannot batch; use pipeline()."
-        )
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"{type(model).__name__} keeps no keys and values, as recurrent models do; use pipeline().")
     numbers = list(range(len(prompts))) if numbers is None else numbers
     longest = max(map(len, prompts), default=0)
     if longest >= context:
@@ -126,6 +125,9 @@ def answer_each(
         )
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     )
+    if not is_batched(model):
+        yield from _one_by_one(model, tokenizer, waiting, sampling, told)
+        return
     batch_size = min(batch_size, len(prompts))
     cache = _Slots(batch_size, max((row.limit for row in waiting), default=0))
     rows: list[_Row] = []
@@ -152,6 +154,36 @@ def answer_each(
                     rows[i] = rows[-1]
                 rows.pop()
                 yield row.number, answer
+
+
+def is_batched(model: PreTrainedModel) -> bool:
+    """Whether rows of different lengths can share a step: each token sees all before it, where `position_ids` say."""
+    config = model.config.to_dict()
+    # GPT-Neo's windows and Falcon's ALiBi count places in the buffer, and so does what takes no `position_ids`.
+    counted = "local" in config.get("attention_layers", ()) or config.get("alibi")
+    whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return whole and not counted and "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _one_by_one(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[_Row],
+    sampling: Sampling,
+    told: Callable[[int, int], None],
+) -> Iterator[tuple[int, Answer]]:
+    """The answers of `answer_each` from a model that is not batched."""
+    with by_onednn(model):
+        for row in rows:
+            cache, new, answer = DynamicCache(config=model.config), row.ids, None
+            while answer is None:
+                ids = torch.tensor([new], device=model.device)
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                new = choose(logits.float(), [row], sampling)
+                row.ids += new
+                told(row.number, new[0])
+                answer = _answer(row, tokenizer)
+            yield row.number, answer
 
 
 def _answer(row: _Row, tokenizer: PreTrainedTokenizerBase) -> Answer | None:

@@ -3,10 +3,14 @@
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import init_empty_weights
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fledge.checkpoints.canonical import ACTIVATIONS, ROTATIONS, CanonicalGPT
+from fledge.checkpoints.targets import to_target
 
 ATTENTION, NORMS = ("query", "key", "value", "output"), ("norm_1", "norm_2", "final_norm")
 
@@ -197,3 +201,28 @@ def _filled(draw, kind: Kind, shapes: dict[str, tuple[int, ...]]) -> dict[str, T
 def random(draw, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     return torch.randn(shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
+
+
+def empty(config: PreTrainedConfig) -> PreTrainedModel:
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+def filled(config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = empty(config)
+    missing, unexpected = model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, False, assign=True)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
+    model.tie_weights()
+    return model.eval()
+
+
+@st.composite
+def models(draw, target: str, shortest: int) -> PreTrainedModel:
+    """A converted model in float32, with a context of `shortest` tokens or more and at least ten tokens."""
+    gpt = draw(gpts(KINDS[target]))
+    assume(gpt.width >= 8 and gpt.vocab_size >= 10 and gpt.context_length >= shortest)
+    config, weights, _ = to_target(gpt, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), target)
+    return filled(config, weights)

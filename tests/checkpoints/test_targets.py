@@ -5,7 +5,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from hand_written import (
     CONTEXT_LENGTH,
     HEADS,
@@ -20,9 +19,9 @@ from hand_written import (
 )
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from random_gpts import KINDS, gpts
+from random_gpts import KINDS, empty, filled, gpts
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
@@ -71,22 +70,6 @@ TIED |= {"story_chat", "llama2c", "llama2c_gqa"}
 def recognised(variant: str, **sizes: int) -> tuple[nn.Module, CanonicalGPT]:
     module, config = build(variant, **sizes)
     return module, recognise(checkpoint_of(module, config), told=stated(**HIDDEN.get(variant, {})))[0]
-
-
-def empty(config: PreTrainedConfig) -> PreTrainedModel:
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()
-    return model
-
-
-def filled(config: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    model = empty(config)
-    missing, unexpected = model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, False, assign=True)
-    assert not unexpected
-    assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
-    model.tie_weights()
-    return model.eval()
 
 
 @torch.no_grad()

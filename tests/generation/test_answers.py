@@ -6,10 +6,12 @@ import torch
 from conftest import ROOT, run_script
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
     LogitsProcessorList,
+    MambaConfig,
     MistralConfig,
     StableLmConfig,
     TemperatureLogitsWarper,
@@ -85,6 +87,8 @@ MODELS = {
     "gpt2": GPT2Config(vocab_size=60, n_positions=48, n_embd=16, n_layer=2, n_head=4),
     "llama": LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=48),
     "stablelm": StableLmConfig(**SIZES, num_key_value_heads=4, intermediate_size=24, max_position_embeddings=48),
+    "a sliding window": MistralConfig(**SIZES, num_key_value_heads=4, intermediate_size=24, sliding_window=8),
+    "ALiBi": FalconConfig(**SIZES, alibi=True),
 }
 
 
@@ -114,10 +118,10 @@ def test_greedy_equals_generate(kind, penalty):
         assert answer.stopped == (7 in made.tolist())
 
 
-def test_a_sliding_window_is_refused():
-    config = MistralConfig(**SIZES, num_key_value_heads=4, intermediate_size=24, sliding_window=8)
-    with pytest.raises(UserError, match="sliding"):
-        answer_all(random_model(config), Spelled(), [[1, 2]], GREEDY, 1, lambda done: None)
+def test_a_model_without_keys_and_values_is_refused():
+    model = random_model(MambaConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, max_position_embeddings=48))
+    with pytest.raises(UserError, match=r"keeps no keys and values, as recurrent models do; use pipeline\(\)"):
+        answer_all(model, Spelled(), [[1, 2]], GREEDY, 1, lambda done: None)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.3, 1e-6])

@@ -1,0 +1,76 @@
+"""What is done with a converted model, in every class that one is converted to."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from random_gpts import models
+from transformers import GenerationConfig
+
+from fledge.checkpoints.targets import TARGETS
+from fledge.generation.answers import answer_all
+from fledge.generation.sampling import Sampling
+from fledge.models import context_of
+from fledge.training.attention import attend_by_rows
+from fledge.training.loss import has_plain_logits, score_supervised_only
+
+few = settings(
+    max_examples=3,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
+
+
+class Spelled:
+    """A tokenizer whose text is the ids themselves; 7 ends."""
+
+    eos_token_id = 7
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@few
+@given(st.data())
+def test_greedy_answers_to_uneven_prompts_are_those_of_generate(target, data):
+    model = data.draw(models(target, shortest=9))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in (1, 6, 2, 4, 7)]
+    answers = answer_all(model, Spelled(), prompts, Sampling(temperature=0, max_new_tokens=5), 3, lambda done: None)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids, room = torch.tensor([prompt]), context_of(model.config) - len(prompt)
+        settings = GenerationConfig(max_new_tokens=min(5, room), do_sample=False, eos_token_id=7, pad_token_id=0)
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, len(prompt) :]
+        assert answer.text.split() == [str(token) for token in made.tolist() if token != 7]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@few
+@given(st.data())
+def test_loss_and_gradients_of_fledges_head_are_those_of_transformers(target, data):
+    model = data.draw(models(target, shortest=6)).train()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (3, context_of(model.config)), generator=generator)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[:, :2], labels[0, -2:], mask[0, -2:] = -100, -100, 0
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    def loss_and_gradients(**head):
+        model.zero_grad()
+        loss = model(**batch, **head).loss
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    assert has_plain_logits(model.config) == (getattr(model.config, "final_logit_softcapping", None) is None)
+    expected = loss_and_gradients()
+    if has_plain_logits(model.config):
+        score_supervised_only(model)
+        torch.testing.assert_close(loss_and_gradients(fused_lm_head=True), expected, atol=1e-5, rtol=1e-4)
+    if model.config._attn_implementation == "sdpa":
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(**batch).loss
+            attend_by_rows(model)
+            torch.testing.assert_close(model(**batch | {"attention_mask": None}).loss, rounded, atol=2e-2, rtol=1e-2)
