@@ -76,7 +76,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     from fledge.checkpoints.layouts import fit_vocabulary, recognise
     from fledge.checkpoints.loading import load_checkpoint
     from fledge.checkpoints.probe_text import settle_by_text
-    from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
+    from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference, rounding
     from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
     from fledge.checkpoints.reference import load_reference
     from fledge.checkpoints.structure import detect
@@ -151,6 +151,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     print("Proving: the same logits in float64 ...", flush=True)
     probes = reference(gpt)
     proof["float64_max_error"] = prove_exact(probes, model, weights, folds)
+    float32_rounding = rounding(gpt, probes)
     proof["positions"] = sum(ids.numel() for ids, _ in probes)
     report = {
         "verdict": said,
@@ -191,7 +192,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         del gpt, checkpoint, weights, model  # what is loaded now takes their place in memory
         gc.collect()
         reloaded = open_as_strangers_do(folder) if own_code else AutoModelForCausalLM.from_pretrained(folder)
-        proof |= prove_saved(probes, reloaded)
+        proof |= prove_saved(probes, reloaded, float32_rounding)
         write_json(folder / "conversion.json", report)
     print(
         f"Logits agree within {proof['float64_max_error']:.1e} in float64; {proof['max_relative_error']:.1e} of the "

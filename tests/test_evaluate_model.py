@@ -206,7 +206,7 @@ def test_ratings_of_other_answers_are_refused(evaluate, tmp_path):
         (["--judge_url", "http://localhost:1/v1"], "belong together"),
         (["--judge_url", "localhost", "--judge_model", "x"], "is no address"),
         (["--judge_pairs", True], "--judge_pairs needs --judge_url"),
-        (["--judge_timeout", 0], "--judge_timeout 0 is out of range"),
+        (["--judge_timeout", 0], "--judge_timeout 0.0 is out of range"),
         (["--base", None], "--base is missing"),
         (["--model", "nowhere"], "There is no model at nowhere"),
         (["--dataset", "nowhere"], "budget.json is missing"),

@@ -633,7 +633,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--source", "alpaca"], "corpus.txt is no table", id="a text for a table"),
         pytest.param(["--source", "columns"], "--columns is missing", id="no columns named"),
         pytest.param(["--columns", "messages=chat"], "--columns goes with --source columns", id="columns of another"),
-        pytest.param(["--tokenizer", "nowhere"], "nowhere has no tokenizer.json", id="no tokenizer folder"),
+        pytest.param(["--tokenizer", "nowhere"], "There is no tokenizer at nowhere", id="no tokenizer folder"),
         pytest.param(["--tokenizer", "void"], "void has no tokenizer.json", id="folder without a tokenizer"),
         pytest.param(["--tokenizer", "damaged"], "damaged", id="damaged tokenizer"),
         pytest.param(["--near_duplicates", "80"], "--near_duplicates 80.0 is out of range", id="similarity"),

@@ -175,9 +175,11 @@ def recognise(
     where = "--layout" if layout else "names of tensors" if name else "no layout has these names"
     facts = {"layout": Fact("layout", name, Status.SHOWN, where)}
     told = told or {}
+    # An author who left out the final norm of a layout may have changed more of it.
+    exact = bool(name and "final_norm.weight" in tensors and _is_exact(LAYOUTS[name], checkpoint))
 
     def settle(fact: str, default: object, source: str = PRACTICE) -> object:
-        facts[fact] = _fact(fact, default, source, checkpoint, layout, name, told)
+        facts[fact] = _fact(fact, default, source, checkpoint.config, exact, layout, name, told)
         return check_fact(facts[fact])
 
     key_rows = len(tensors["blocks.0.key.weight"])
@@ -242,7 +244,8 @@ def _fact(
     name: str,
     default: object,
     source: str,
-    checkpoint: Checkpoint,
+    config: Mapping[str, object],
+    exact: bool,
     forced: str | None,
     layout: str | None,
     told: Mapping[str, Fact],
@@ -250,16 +253,15 @@ def _fact(
     """Who says what a fact is: the user, the checkpoint's config, the layout's known authors, or usual practice."""
     if name in told:
         return told[name]
-    if name in CONFIG_KEYS and (said := from_config(checkpoint.config, name)) is not None:
+    if name in CONFIG_KEYS and (said := from_config(config, name)) is not None:
         return Fact.of(name, said, CONFIG)
     if layout is None or name in ("n_head", "context_length"):
         return Fact.of(name, default, source)
     preset = LAYOUTS[layout]
     value = preset.facts.get(name, default)
-    exact = preset.exact and all(re.fullmatch(preset.exact, tensor) for tensor in checkpoint.tensors)
-    shared = exact and (name not in preset.open or preset.dated in checkpoint.config)
+    shared = exact and (name not in preset.open or preset.dated in config)
     if forced or shared:
-        value = True if name == "final_norm" else value
+        value = True if name == "final_norm" and exact else value  # one that is there, and still as it was made
         return Fact(name, value, Status.SETTLED, "--layout" if forced else f"every known author of {layout}")
     return Fact.of(name, value, DEFAULT if name in preset.facts else source)
 
@@ -347,6 +349,10 @@ def _fits(layout: Layout, checkpoint: Checkpoint, structure: Structure) -> bool:
         and all(entry in checkpoint.left_out for entry in layout.beside)
         and layout.transposed == bool(structure.transposed)
     )
+
+
+def _is_exact(layout: Layout, checkpoint: Checkpoint) -> bool:
+    return bool(layout.exact) and all(re.fullmatch(layout.exact, name) for name in checkpoint.tensors)
 
 
 def _likely_heads(width: int, key_rows: int, rotary: bool) -> int:

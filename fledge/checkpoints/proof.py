@@ -99,17 +99,28 @@ def _equal(written, tensor: Tensor) -> bool:
     return all(torch.equal(written[begin : begin + rows], tensor[begin : begin + rows]) for begin in pieces)
 
 
-def prove_saved(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> dict[str, float]:
+def rounding(gpt: CanonicalGPT, probes: list[tuple[Tensor, Tensor]]) -> float:
+    """What float32 alone costs this model: largest |Δ logit| of its own reading, as a share of the largest |logit|."""
+    errors = [(reference_logits(gpt, ids, torch.float32) - expected).abs().max().item() for ids, expected in probes]
+    largest = max(expected.abs().max().item() for _, expected in probes)
+    return max(errors) / largest if largest else max(errors)
+
+
+def prove_saved(
+    probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel, float32_rounding: float = 0.0
+) -> dict[str, float]:
     """Largest |Δ logit| of the reloaded float32 `model`, relative to the largest logit, and the share of equal arg max.
 
+    `float32_rounding` is the model's own (`rounding`). Where it is large, four times as much is allowed, at most ten
+    times the usual tolerance, which is still far from a wrong GELU.
+
     Raises:
-        UserError: the error is above `FLOAT32_TOLERANCE`.
+        UserError: the error is above `FLOAT32_TOLERANCE`, or what this model's rounding allows.
     """
+    allowed = max(FLOAT32_TOLERANCE, min(4 * float32_rounding, 10 * FLOAT32_TOLERANCE))
     relative, equal = _compare(probes, model)
-    if not relative <= FLOAT32_TOLERANCE:
-        raise UserError(
-            f"The saved model differs by {relative:.1e} of its largest logit, {FLOAT32_TOLERANCE:g} allowed."
-        )
+    if not relative <= allowed:
+        raise UserError(f"The saved model differs by {relative:.1e} of its largest logit, {allowed:.1g} allowed.")
     return {"max_relative_error": relative, "argmax_equal": equal}
 
 

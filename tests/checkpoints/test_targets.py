@@ -26,7 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
 from fledge.checkpoints.layouts import recognise
-from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference
+from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference, rounding
 from fledge.checkpoints.targets import TARGETS, fold_head_bias, refuse_unconvertible, to_target
 from fledge.cli import UserError
 
@@ -97,7 +97,8 @@ def test_saved_model_is_the_hand_written_one(variant, tmp_path):
     config, weights, _ = to_target(gpt, TOKEN_IDS)
     filled(config, weights, torch.float32).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    proof = prove_saved(reference(gpt), model)
+    probes = reference(gpt)
+    proof = prove_saved(probes, model, rounding(gpt, probes))
     assert proof["max_relative_error"] <= 1e-5
     assert proof["argmax_equal"] == 1
     assert prove_greedy(gpt, model) == 16
@@ -155,7 +156,8 @@ def test_saved_model_of_each_class_answers_and_trains(target, data):
         weights = {name: tensor.float() for name, tensor in weights.items()}
         prove_written(Path(folder) / "model.safetensors", revert_weight_conversion(written, weights))
         model = AutoModelForCausalLM.from_pretrained(folder)
-    assert prove_saved(reference(gpt), model)["argmax_equal"] > 0.9
+    probes = reference(gpt)
+    assert prove_saved(probes, model, rounding(gpt, probes))["argmax_equal"] > 0.9
     assert prove_greedy(gpt, model) == max(0, min(16, gpt.context_length - 1))
     ids = torch.randint(gpt.vocab_size, (2, gpt.context_length), generator=torch.Generator().manual_seed(1))
     model.train()(input_ids=ids, labels=ids).loss.backward()

@@ -88,6 +88,7 @@ def test_prompts_are_never_written_over(tmp_path, monkeypatch, way):
     prompts, output, model = tmp_path / "p.txt", tmp_path / "out.txt", tmp_path / "model"
     prompts.write_text("mine")
     model.mkdir()
+    (model / "config.json").write_text("{}")
     if way == "linked":
         output.symlink_to(prompts)
     output = {"same": prompts, "linked": output, "in the model": model / "out.jsonl"}[way]

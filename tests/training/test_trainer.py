@@ -38,7 +38,7 @@ def test_data_of_another_model_is_refused():
     check_fit(model, own, small_tokenizer(99), longest=40)
     with pytest.raises(UserError, match="rows of 41 tokens and the model's context is 40"):
         check_fit(model, own, own, longest=41)
-    with pytest.raises(UserError, match="97 rows for the 98 tokens"):
+    with pytest.raises(UserError, match="has 98 tokens, and the model has rows for 97"):
         check_fit(model, small_tokenizer(98), small_tokenizer(98), longest=10)
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "t1": 1})))
     with pytest.raises(UserError, match="with 2 tokens and the model's tokenizer has 97, of which 't"):
