@@ -149,7 +149,7 @@ def test_draws_follow_the_probabilities():
 
         config, device = MODELS["gpt2"], torch.device("cpu")
 
-        def forward(self, input_ids, logits_to_keep=(0,), **_):
+        def forward(self, input_ids, position_ids=None, past_key_values=None, logits_to_keep=(0,), **_):
             of_all = logits.expand(len(input_ids), len(logits_to_keep), -1)
             return type("Output", (), {"logits": of_all})
 
