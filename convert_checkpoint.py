@@ -72,7 +72,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     import fledge
     from fledge.checkpoints.custom import represent
     from fledge.checkpoints.evidence import settle_by_reference
-    from fledge.checkpoints.facts import Fact, read_mapping
+    from fledge.checkpoints.facts import Fact, Status, read_mapping
     from fledge.checkpoints.layouts import fit_vocabulary, recognise
     from fledge.checkpoints.loading import load_checkpoint
     from fledge.checkpoints.probe_text import settle_by_text
@@ -112,7 +112,15 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
             print(problem)
         return
 
-    gpt, facts = recognise(checkpoint, args.layout, roles, told)
+    own, author_says = None, None
+    if args.reference:
+        heads = {name: fact.value for name, fact in told.items() if name == "n_head"}
+        own = load_reference(args.reference, args.reference_kwargs, checkpoint, heads)
+        print(*own.notes, sep="\n")
+        if own.context_length:
+            length, where = own.context_length
+            author_says = Fact("context_length", length, Status.SETTLED, "--reference", where)
+    gpt, facts = recognise(checkpoint, args.layout, roles, told, author_says)
     if args.tokenizer is None and checkpoint.vocabulary is None:
         args.tokenizer, is_guess = find_beside(args.checkpoint, gpt.vocab_size)
         print(f"Tokenizer: {args.tokenizer}, found beside the checkpoint")
@@ -121,10 +129,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
             args.probe_text = args.probe_text or args.tokenizer
     tokenizer = load_tokenizer(args.tokenizer, gpt.context_length, checkpoint.vocabulary)
     proof, trials = {}, []
-    if args.reference:
-        heads = {name: fact.value for name, fact in told.items() if name == "n_head"}
-        own = load_reference(args.reference, args.reference_kwargs, checkpoint, heads)
-        print(*own.notes, sep="\n")
+    if own:
         gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, own, own.avoid, own.tolerance)
     gpt, cut = fit_vocabulary(gpt, len(tokenizer), args.tokenizer or "in the checkpoint")
     if args.probe_text:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import sys
 
 import pytest
@@ -209,8 +210,9 @@ def test_bad_argument_is_one_sentence_and_nothing_is_written(changed, words, own
     assert not any(tmp_path.iterdir())
 
 
-def test_missing_key_is_named(own, monkeypatch, capsys):
-    given = ("--checkpoint", own[0] / "checkpoint.pt")
+def test_missing_key_is_named(own, tmp_path, monkeypatch, capsys):
+    shutil.copy(own[0] / "checkpoint.pt", tmp_path)  # away from its tokenizer, which would be found beside it
+    given = ("--checkpoint", tmp_path / "checkpoint.pt")
     assert_refused(*run_here(monkeypatch, capsys, *given)[::2], ["--output_dir", "--dry_run", "--inspect"])
     assert_refused(*run_here(monkeypatch, capsys, *given, "--dry_run")[::2], ["--tokenizer"])
     assert_refused(*run_here(monkeypatch, capsys, "--inspect")[::2], ["--checkpoint"])
@@ -429,4 +431,4 @@ def test_a_full_disk_is_one_sentence_and_nothing_stays_behind(own, tmp_path):
     base = tmp_path / "deep" / "base"
     finished = run_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
     assert_refused(finished.returncode, finished.stderr, [base, "cannot be written"])
-    assert list(base.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [limited]

@@ -138,6 +138,7 @@ class Author:
         avoid: ids that its code treats apart, as padding.
         notes: sentences about how it was built and is called.
         values: name → (value, who says so) of what its code needed.
+        context_length: what the code says of it, and where; None if it says nothing, or two things.
     """
 
     def __init__(self, module: nn.Module, label: str, tensors: Mapping[str, Tensor]):
@@ -146,6 +147,7 @@ class Author:
         self.tolerance, self.widen, self.length = FLOAT64_TOLERANCE, "doubles", None
         self.notes: list[str] = []
         self.values: dict[str, tuple[object, str]] = {}
+        self.context_length: tuple[int, str] | None = None
         self.extra: dict[str, int] = {}
         self.transposed = False
         self.lengths = sorted({dim for t in tensors.values() for dim in t.shape if 1 < dim <= 4096})

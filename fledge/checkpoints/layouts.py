@@ -147,6 +147,7 @@ def recognise(
     layout: str | None = None,
     roles: Mapping[str, str] | None = None,
     told: Mapping[str, Fact] | None = None,
+    by_author: Fact | None = None,
 ) -> tuple[CanonicalGPT, list[Fact]]:
     """The canonical GPT of a checkpoint, with what it rests on.
 
@@ -155,6 +156,7 @@ def recognise(
         layout: a key of `LAYOUTS` whose defaults to use, instead of telling it by its names.
         roles: source module → canonical module, named by hand.
         told: facts stated by flags or a mapping, by name.
+        by_author: the context length of the author's code, for a checkpoint that shows none.
 
     Raises:
         UserError: a tensor whose role cannot be told, shapes that contradict each other, or a wrong fact.
@@ -196,7 +198,7 @@ def recognise(
         n_layer=n_layer,
         n_head=n_head,
         n_kv_head=key_rows * n_head // len(tensors["blocks.0.query.weight"]),
-        context_length=_context_length(tensors, checkpoint, settle),
+        context_length=_context_length(tensors, checkpoint, facts, settle, by_author),
         activation="gelu",
         attention_scale=1.0,
         norm_eps=1e-5,
@@ -294,7 +296,13 @@ def _heads(
     return n_head
 
 
-def _context_length(tensors: dict[str, Tensor], checkpoint: Checkpoint, settle: Callable[..., object]) -> int:
+def _context_length(
+    tensors: dict[str, Tensor],
+    checkpoint: Checkpoint,
+    facts: dict[str, Fact],
+    settle: Callable[..., object],
+    by_author: Fact | None,
+) -> int:
     """How long the context is. A table of positions is cut to what the config says: its later rows were never trained.
 
     Raises:
@@ -302,10 +310,14 @@ def _context_length(tensors: dict[str, Tensor], checkpoint: Checkpoint, settle: 
     """
     table = tensors.get("position_embedding.weight")
     if table is None:
-        if not (length := settle("context_length", 0, GUESS)):
+        settle("context_length", 0, GUESS)
+        if by_author and not facts["context_length"].value:
+            facts["context_length"] = by_author
+        if not (length := facts["context_length"].value):
             raise UserError(
-                "There is no table of positions, and no config says how long the context is; say context_length: N in "
-                "a --mapping."
+                "There is no table of positions, and no config says how long the context is; write the line "
+                "`context_length: N` into a YAML file and pass it as --mapping, or pass --reference FOLDER with code "
+                "that says it."
             )
         return length
     said = from_config(checkpoint.config, "context_length")

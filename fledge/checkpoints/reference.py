@@ -19,6 +19,7 @@ from torch import nn
 
 from fledge.checkpoints.arguments import (
     ANYTHING,
+    GUESS,
     HEADS,
     OMITTED,
     PLAIN,
@@ -41,6 +42,7 @@ from fledge.checkpoints.author_code import (
     read_source,
 )
 from fledge.checkpoints.author_run import Author, author_runs
+from fledge.checkpoints.facts import CONFIG_KEYS
 from fledge.checkpoints.loading import Checkpoint
 from fledge.cli import UserError
 
@@ -125,6 +127,7 @@ def load_reference(
             )
     if not fitting:
         raise UserError(_why_none(spec, files, tried))
+    fitting[0].context_length = files.context_length(fitting[0])
     return fitting[0]
 
 
@@ -257,6 +260,17 @@ class Files:
         if kind not in ("dropout", "device", "flag", "activation", "epsilon", "theta"):
             slot.proposed += [*self.shapes.everything[:12], *self.shapes.by_kind["layers"], *ANYTHING]
         return slot
+
+    def context_length(self, author: Author) -> tuple[int, str] | None:
+        """How long the author's code says the context is, and where: a value it was built with, else a constant."""
+        said = {name: [value] for name, value in author.values.items() if value[1] != GUESS}
+        for names in (said, constants(list(self.parsed.values()))):
+            for name in CONFIG_KEYS["context_length"]:
+                found = {value: source for value, source in names.get(name, ()) if type(value) is int and value > 1}
+                if len(found) == 1:
+                    ((length, source),) = found.items()
+                    return length, f"{name}, {source}"
+        return None
 
     def _code(self, values: Mapping[str, object]) -> AuthorCode:
         return AuthorCode(self.root, values, lambda name: bool(kind_of(name)), self.parsed)

@@ -190,16 +190,18 @@ def _detect_outer(
     if "final_norm" in taken or not norms:
         return
     order = [*tensors]
-    early = [module for module in norms if module.count(EMBEDDING | {"in", "input", "pre"})]
+    early = [m for m in norms if m.count(EMBEDDING | {"in", "input", "pre"}) and _says_norm(m)]  # in_f is ln_f too
     early = early or [m for m in norms if len(norms) > 1 and order.index(next(iter(m.names.values()))) < before]
     late = [module for module in norms if module not in early]
     for role, found in (("embedding_norm", early), ("final_norm", late)):
         if len(found) > 1:
             structure.problems.append(f"{_listed(found)}: which of them is the final norm?")
-        elif found and (
-            role == "final_norm" or any("norm" in word or word.startswith("ln") for word in found[0].words)
-        ):
+        elif found and (role == "final_norm" or _says_norm(found[0])):
             _assign(structure, found[0], role)
+
+
+def _says_norm(module: Module) -> bool:
+    return any("norm" in word or word.startswith("ln") for word in module.words)
 
 
 def _ends_order(module: Module) -> tuple[int, bool]:

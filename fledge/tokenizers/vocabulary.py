@@ -14,7 +14,7 @@ SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 
 def from_vocabulary(content: object) -> Tokenizer:
     """A character or a word tokenizer from a list of tokens (id = position), token → id, id → token, or a mapping
-    that holds one of these as `stoi`, `itos` or `chars`, as nanoGPT's meta.pkl does.
+    that holds one of these as `stoi`, `itos` or `chars`, as nanoGPT's meta.pkl does, or a tuple that begins with one.
 
     Tokens that look like `<unk>`, `<|endoftext|>` or `[PAD]` are special: they are found whole in a text.
 
@@ -78,7 +78,9 @@ def read_pickle(file: Path) -> Tokenizer:
 
 def _pairs(content: object) -> list[tuple[object, object]]:
     """(token, id) for every entry of any of the forms."""
-    if isinstance(content, list):
+    if isinstance(content, (list, tuple)):
+        if content and isinstance(content[0], (list, dict)):  # (stoi, itos)
+            return _pairs(content[0])
         return [(token, i) for i, token in enumerate(content)]
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a list or mapping of tokens")

@@ -21,7 +21,7 @@ from torch import nn
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
 from fledge.checkpoints.evidence import settle_by_reference
-from fledge.checkpoints.facts import Fact
+from fledge.checkpoints.facts import Fact, Status
 from fledge.checkpoints.layouts import recognise
 from fledge.checkpoints.reference import load_reference
 from fledge.checkpoints.targets import to_target
@@ -124,6 +124,16 @@ def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
     settled(randomise(module, seed), config, lambda ids: own_logits(module, ids))
 
 
+def test_context_that_only_the_authors_code_tells_is_taken():
+    module, config = build("llama2c")
+    without = checkpoint_of(module, {key: value for key, value in config.items() if value != CONTEXT_LENGTH})
+    said = Fact("context_length", 8, Status.SETTLED, "--reference", "block_size, m.py")
+    with pytest.raises(UserError, match="context_length: N"):
+        recognise(without)
+    assert recognise(without, by_author=said)[0].context_length == 8
+    assert recognise(checkpoint_of(module, config), by_author=said)[0].context_length == CONTEXT_LENGTH
+
+
 def test_projections_fused_by_head_are_settled_by_the_authors_module():
     module, config = by_head()
     _, facts = settled(module, config, lambda ids: own_logits(module, ids))
@@ -135,7 +145,7 @@ def test_heads_and_rotation_that_nobody_stated_are_settled_by_the_authors_module
     renamed = {name.replace("ln_", "norm_"): tensor for name, tensor in checkpoint_of(module, {}).tensors.items()}
     checkpoint = replace(checkpoint_of(module, {"max_seq_len": 20}), tensors=renamed, left_out={})
     model, facts = recognise(checkpoint)
-    assert {fact.name for fact in facts if fact.source == "a guess"} == {"n_head", "rope"}
+    assert {fact.name for fact in facts if fact.source == "a guess"} == {"n_head", "rope", "positions"}
     model, error = settle_by_reference(model, facts, lambda ids: own_logits(module, ids))
     assert (model.n_head, model.rope) == (HEADS, "interleaved")
     assert error <= 1e-9

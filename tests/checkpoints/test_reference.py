@@ -239,6 +239,22 @@ def test_padding_is_left_out(weights, tmp_path):
     assert (author(ids) - weights[0].double()(ids)).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize(
+    ("said", "length"),
+    [
+        ("block_size = 6", (6, "block_size, m.py")),
+        ("max_len = 40", (40, "max_len, m.py")),
+        ("block_size = 6\nmax_len = 40", (6, "block_size, m.py")),
+        ("block_size = 6\nCONFIG = {'block_size': 7}", None),
+        ("", None),
+    ],
+)
+def test_code_says_how_long_the_context_is(said, length, weights, tmp_path):
+    code = model(ARGUMENTS.replace("block_size", "rows"), context="rows")
+    folder = write(tmp_path, {"m.py": f"{said}\n{PARTS}{code}"})
+    assert load_reference(folder, None, checkpoint(weights)).context_length == length
+
+
 def test_nothing_but_definitions_runs(weights, tmp_path):
     marker = tmp_path / "ran"
     write = f"open({str(marker)!r}, 'w').write('x')"

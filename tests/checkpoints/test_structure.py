@@ -439,6 +439,14 @@ def test_norm_of_the_embeddings_is_told_from_the_final_one():
         assert torch.equal(gpt.tensors["embedding_norm.weight"], torch.ones(WIDTH))
 
 
+@pytest.mark.parametrize("name", ["in_f", "ln_f", "final", "pre_head"])
+def test_single_norm_behind_the_layers_is_the_final_one(name):
+    tensors = {key.replace("ln_f", name): tensor for key, tensor in NANO.items()}
+    gpt, _ = recognise(Checkpoint(tensors, {}, {}, {}), told=stated(n_head=HEADS))
+    assert (gpt.final_norm, gpt.embedding_norm) == (True, False)
+    assert torch.equal(gpt.tensors["final_norm.weight"], NANO["transformer.ln_f.weight"])
+
+
 # What must be said of each, because no tensor shows it.
 SAID = {
     "post_norm": {"norm_placement": "post"},

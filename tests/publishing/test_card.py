@@ -189,7 +189,7 @@ def test_card_says_what_a_conversion_rests_on(verdict, said, tiny, tmp_path):
     folder = shutil.copytree(tiny.model, tmp_path / "model")
     report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
     (folder / "conversion.json").write_text(json.dumps(report | {"verdict": verdict}), encoding="utf-8")
-    card = model_card(folder, "a/b", read_records(folder, None), [], None, "en", None, None)
+    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), None, "en", None, None)
     assert verdict in sections(ModelCard(card).text)["Conversion"]
     assert said in card
     check_card(card)

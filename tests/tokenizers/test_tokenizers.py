@@ -209,6 +209,7 @@ CHARACTER_FILES = {
     "meta.pkl": pickle.dumps(META),
     "old.pkl": pickle.dumps(META, protocol=0),
     "itos.pkl": pickle.dumps(dict(enumerate(CHARACTERS))),
+    "both.pkl": pickle.dumps((IDS, dict(enumerate(CHARACTERS)))),
     "input.txt": "🦊 é日\nbaab!\n🦊\n".encode(),
 }
 
