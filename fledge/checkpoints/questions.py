@@ -173,9 +173,15 @@ class Questions:
         return found
 
     def differs(self, values: Values, changes: Values) -> bool:
-        """Whether the changes can change anything: parallel blocks are pre-norm, and one head has one scale."""
+        """Whether the changes can be, and can change anything.
+
+        Parallel blocks are pre-norm, RoPE turns no more than a head, and one head has one scale.
+        """
         after = {**values, **changes}
         if after.get("parallel") and after.get("norm_placement", "pre") != "pre":
+            return False
+        head_width = len(self.gpt.tensors["blocks.0.query.weight"]) // after.get("n_head", self.gpt.n_head)
+        if (after.get("rope_width") or 0) > head_width:
             return False
         if "attention_scale" in changes and len(changes) == 1:
             now, then = self.reading(values), self.reading(after)
