@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicCache
 
 import fledge
 from fledge.cli import UserError
+from fledge.custom import FledgeGPTConfig
+from fledge.generation.answers import is_batched
 from fledge.models import context_of
 from fledge.tokenizers.fast import merges_of
 
@@ -111,6 +113,8 @@ def _llama(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         weight = tensors[name]
         tensors[name] = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    # Heads may have another width than their share of the model's.
+    keys |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), config.head_dim)
     return keys | {"attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}, tensors
 
 
@@ -263,10 +267,22 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Writes `onnx/model.onnx` with a cache, and the configs and tokenizer that transformers.js reads beside it.
 
     Names are those of the models on the Hub that run there: `past_key_values.N.key` goes in, `present.N.key` comes out.
+
+    Raises:
+        UserError: transformers.js does not know the architecture, or its cache does not fit the graph.
     """
     config = model.config
-    caches = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
-    past = [torch.zeros(2, *_cache_shape(config, 4)) for _ in caches]
+    if isinstance(model.config, FledgeGPTConfig):
+        raise UserError("transformers.js has no fledge_gpt, Fledge's own architecture; serve it with transformers.")
+    if not is_batched(model):
+        raise UserError(
+            f"The ONNX graph has a cache without sliding windows and ALiBi, and this {config.model_type} has one of "
+            "them; serve it with transformers."
+        )
+    if "num_experts_per_tok" in config.to_dict():
+        model.set_experts_implementation("batched_mm")  # the usual one has no counterpart in ONNX
+    past = _cache_of(model, torch.zeros(2, 4, dtype=torch.long))
+    caches = [f"{layer}.{part}" for layer in range(len(past) // 2) for part in ("key", "value")]
     ids = torch.zeros(2, 3, dtype=torch.long)
     batch, now, before = {0: "batch_size"}, {1: "sequence_length"}, {2: "past_sequence_length"}
     # A length is told from a constant by its name; the exporter's notes on what it traced are of no use here.
@@ -294,7 +310,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         )
     (folder / "onnx").mkdir()
     program.save(folder / "onnx" / "model.onnx", external_data=False)
-    model.config.save_pretrained(folder)
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = served_template(tokenizer)
@@ -302,29 +318,33 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
-def _cache_shape(config, length: int) -> tuple[int, int, int]:
-    heads = config.num_attention_heads if config.model_type == "gpt2" else config.num_key_value_heads
-    return heads, length, config.hidden_size // config.num_attention_heads
+@torch.no_grad()
+def _cache_of(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """The keys and values (B, heads, T, head width) of each layer after ids (B, T)."""
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    return [part for layer in layers for part in (layer.keys, layer.values)]
 
 
-def onnx_logits(file: Path, config, prompts: list[list[int]]) -> list[np.ndarray]:
+def onnx_logits(file: Path, prompts: list[list[int]]) -> list[np.ndarray]:
     """onnxruntime's logits (length, V) on each prompt: half of it at once, the rest by token, with the cache."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()][3:]
+    empty = {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32) for entry in session.get_inputs()[3:]
+    }
     found = []
     for prompt in prompts:
         half = max(1, len(prompt) // 2)
         parts = [prompt[:half], *([token] for token in prompt[half:])]
-        past, at, logits = [np.zeros((1, *_cache_shape(config, 0)), np.float32) for _ in names], 0, []
+        past, at, logits = list(empty.values()), 0, []
         for part in parts:
             inputs = {
                 "input_ids": np.array([part]),
                 "attention_mask": np.ones((1, at + len(part)), np.int64),
                 "position_ids": np.arange(at, at + len(part))[None],
             }
-            of_part, *past = session.run(None, inputs | dict(zip(names, past, strict=True)))
+            of_part, *past = session.run(None, inputs | dict(zip(empty, past, strict=True)))
             logits.append(of_part[0])
             at += len(part)
         found.append(np.concatenate(logits))

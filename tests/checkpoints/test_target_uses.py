@@ -1,14 +1,21 @@
 """What is done with a converted model, in every class that one is converted to."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from random_gpts import models
-from transformers import GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fledge.checkpoints.targets import TARGETS
-from fledge.generation.answers import answer_all
+from fledge.cli import UserError
+from fledge.exporting import ARCHITECTURES, ONNX_TOLERANCE, largest_error, onnx_logits, write_gguf, write_onnx
+from fledge.generation.answers import answer_all, is_batched
 from fledge.generation.sampling import Sampling
 from fledge.models import context_of
 from fledge.training.attention import attend_by_rows
@@ -74,3 +81,40 @@ def test_loss_and_gradients_of_fledges_head_are_those_of_transformers(target, da
             rounded = model(**batch).loss
             attend_by_rows(model)
             torch.testing.assert_close(model(**batch | {"attention_mask": None}).loss, rounded, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@settings(few, max_examples=1)
+@given(st.data())
+def test_onnx_computes_the_same_or_is_refused_for_its_cache(target, data):
+    pytest.importorskip("onnxruntime")
+    model = data.draw(models(target, shortest=9))
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5]]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))
+    with TemporaryDirectory() as folder:
+        if not is_batched(model):
+            with pytest.raises(UserError, match=f"without sliding windows and ALiBi, and this {target} has one"):
+                write_onnx(model, tokenizer, Path(folder))
+            return
+        write_onnx(model, tokenizer, Path(folder))
+        found = onnx_logits(Path(folder) / "onnx" / "model.onnx", prompts)
+        assert largest_error(model, prompts, found) <= ONNX_TOLERANCE
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target not in ARCHITECTURES])
+@settings(few, max_examples=1)
+@given(st.data())
+def test_gguf_is_refused_in_a_class_that_is_not_exported(target, data):
+    with TemporaryDirectory() as folder, pytest.raises(UserError) as refused:
+        write_gguf(data.draw(models(target, shortest=1)), None, Path(folder) / "model.gguf", "tales")
+    assert str(refused.value) == f"GGUF export does gpt2, llama, stablelm; this model is a {target}."
+
+
+@few
+@given(st.data())
+def test_gguf_of_a_llama_names_the_width_of_its_heads(data):
+    model = data.draw(models("llama", shortest=1))
+    model.config.hidden_act = "silu"
+    keys, tensors = ARCHITECTURES["llama"](model.config, model.state_dict())
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        assert keys[key] == len(tensors["blk.0.attn_q.weight"]) // model.config.num_attention_heads

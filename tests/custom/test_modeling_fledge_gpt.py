@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
 from fledge.checkpoints.custom import to_custom
-from fledge.custom import FILES, check_custom_code, open_as_strangers_do
+from fledge.cli import UserError
+from fledge.custom import FILES, FledgeGPTConfig, check_custom_code, open_as_strangers_do
 from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
+from fledge.exporting import write_gguf, write_onnx
 from fledge.generation.answers import answer_each
 from fledge.generation.sampling import Sampling
 
@@ -156,3 +158,12 @@ def test_new_tokens_get_rows_and_change_no_other_logit(gpt):
         model.resize_token_embeddings(VOCAB + 4)
         assert model.config.vocab_size == VOCAB + 4
         assert torch.allclose(model(IDS).logits[..., :VOCAB], before, atol=1e-5)
+
+
+def test_no_export_writes_it(tmp_path):
+    model = FledgeGPTForCausalLM(FledgeGPTConfig(parameters=["block.mlp_in.weight"]))
+    with pytest.raises(UserError, match=r"transformers\.js has no fledge_gpt"):
+        write_onnx(model, None, tmp_path)
+    with pytest.raises(UserError, match="this model is a fledge_gpt"):
+        write_gguf(model, None, tmp_path / "model.gguf", "tales")
+    assert not [*tmp_path.iterdir()]
