@@ -63,10 +63,12 @@ CONFIG_KEYS = {
     "activation": ("activation", "activation_function", "hidden_act"),
     "norm_eps": ("norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "eps"),
     "experts_per_token": ("num_experts_per_tok", "experts_per_token", "n_expert_per_token", "top_k", "topk"),
+    "renormalise_experts": ("norm_topk_prob",),
     "rope_theta": ("rope_theta", "rope_base"),
     "context_length": (
         "context_length",
         "max_seq_len",
+        "max_seqlen",
         "block_size",
         "n_positions",
         "max_position_embeddings",
@@ -159,6 +161,8 @@ def from_config(config: Mapping[str, object], name: str) -> object:
     value = next((config[key] for key in CONFIG_KEYS[name] if key in config), None)
     if name == "activation":
         return CONFIG_ACTIVATIONS.get(str(value).lower())
+    if name == "renormalise_experts":
+        return value if isinstance(value, bool) else None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 

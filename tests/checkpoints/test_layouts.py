@@ -231,7 +231,8 @@ def test_what_is_told_outranks_the_config_and_that_the_layout():
         ("rope_theta", "rope_theta rope_base"),
         (
             "context_length",
-            "context_length max_seq_len block_size n_positions max_position_embeddings max_len sequence_len ctx",
+            "context_length max_seq_len max_seqlen block_size n_positions max_position_embeddings max_len sequence_len "
+            "ctx",
         ),
         ("activation", "activation activation_function hidden_act"),
     ],
@@ -307,7 +308,9 @@ def test_rotation_that_nobody_stated_is_asked_for():
 
 
 def test_context_that_nothing_shows_is_asked_for():
-    assert "say context_length: N in a --mapping" in refusal(checkpoint(weights("story_chat"), {"n_heads": HEADS}))
+    assert "no config says how long the context is; write the line `context_length: N`" in refusal(
+        checkpoint(weights("story_chat"), {"n_heads": HEADS})
+    )
 
 
 @pytest.mark.parametrize("n_head", [5, WIDTH + 1, 2 * WIDTH])
