@@ -106,7 +106,10 @@ class StandIn:
 
 @dataclass(eq=False)
 class Source:
-    """A file, parsed: which statements bind a name, and which modules it takes every name of."""
+    """A file, parsed: which statements bind a name, and which modules it takes every name of.
+
+    `broken` names the first line that is no Python; the statement that holds it is left out.
+    """
 
     path: Path
     tree: ast.Module
@@ -114,6 +117,7 @@ class Source:
     bindings: dict[str, list[ast.stmt | None]] = field(default_factory=dict)
     stars: list[ast.ImportFrom] = field(default_factory=list)
     compiled: dict[int, types.CodeType] = field(default_factory=dict)
+    broken: str = ""
 
     def code(self, statement: ast.stmt) -> types.CodeType:
         if id(statement) not in self.compiled:
@@ -146,12 +150,12 @@ def read_source(path: Path) -> Source:
             text = re.sub(r"(?m)^(\s*)[!%].*$", r"\1pass", text)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as Python ({type(error).__name__}: {error}).") from error
-    tree = _parse(text.replace("\x00", ""))
+    tree, broken = _parse(text.replace("\x00", ""))
     annotations = any(
         isinstance(node, ast.ImportFrom) and node.module == "__future__" and node.names[0].name == "annotations"
         for node in tree.body
     )
-    source = Source(path, tree, __future__.annotations.compiler_flag if annotations else 0)
+    source = Source(path, tree, __future__.annotations.compiler_flag if annotations else 0, broken=broken)
     for statement in _flat(tree.body):
         if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
             source.stars.append(statement)
@@ -183,15 +187,19 @@ def find_sources(root: Path) -> list[Source]:
     return sources
 
 
-def _parse(text: str) -> ast.Module:
-    lines = text.split("\n")
+def _parse(text: str) -> tuple[ast.Module, str]:
+    """The statements that can be parsed, and the first line that cannot."""
+    lines, broken = text.split("\n"), ""
     for _ in range(200):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return ast.parse("\n".join(lines))
+                return ast.parse("\n".join(lines)), broken
         except SyntaxError as error:
             at = min(max((error.lineno or 1) - 1, 0), len(lines) - 1)
+            # The tokenizer may stop at the end of an unfinished merge, whose beginning says what it is.
+            first = next((i for i, line in enumerate(lines) if line.startswith("<<<<<<< ")), at)
+            broken = broken or f"line {first + 1}, {' '.join(lines[first].split())[:40]}"
         except (ValueError, RecursionError, MemoryError):
             break
         # Blank the statement at the left margin that holds the line.
@@ -200,7 +208,7 @@ def _parse(text: str) -> ast.Module:
         begin = max((i for i in begins if i <= at), default=0)
         end = min((i for i in begins if i > max(at, begin)), default=len(lines))
         lines[begin:end] = [""] * (end - begin)
-    return ast.parse("")
+    return ast.parse(""), broken
 
 
 def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:

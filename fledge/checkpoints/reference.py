@@ -178,7 +178,7 @@ class Files:
             seen = sorted({cls.name for source in self.parsed.values() for cls in source.classes()})
             raise UserError(
                 f"--reference {self.spec}: no class there sets {', '.join(sorted(outermost)[:5])} as the file has "
-                f"them; found were {', '.join(seen[:8]) or 'no classes'}; name the file of the model."
+                f"them; found were {', '.join(seen[:8]) or 'no classes'}; name the file of the model{self.broken()}."
             )
         full = [item for item in ranked if item[0] == 1]
         return [(source, name) for _, source, name in (full or ranked[:3])[:MOST_CLASSES]]
@@ -260,6 +260,13 @@ class Files:
         if kind not in ("dropout", "device", "flag", "activation", "epsilon", "theta"):
             slot.proposed += [*self.shapes.everything[:12], *self.shapes.by_kind["layers"], *ANYTHING]
         return slot
+
+    def broken(self) -> str:
+        """What could not be read of the author's scripts, as the end of a sentence."""
+        left_out = [
+            f"{self.label(s)} ({s.broken})" for s in self.parsed.values() if s.broken and s.path.suffix == ".py"
+        ]
+        return f"; not read, because it is no Python: {', '.join(left_out[:3])}" if left_out else ""
 
     def context_length(self, author: Author) -> tuple[int, str] | None:
         """How long the author's code says the context is, and where: a value it was built with, else a constant."""
@@ -396,7 +403,7 @@ def _why_none(spec: str, files: Files, tried: list[Found]) -> str:
     if cannot_be_built:
         return (
             f"--reference {spec}: {best} cannot be built from {values or 'nothing'} ({best.solution.error}); pass what "
-            "it needs as --reference_kwargs JSON."
+            f"it needs as --reference_kwargs JSON{files.broken()}."
         )
     with contextlib.suppress(Exception):
         module = best.build(best.solution.values, "meta")
@@ -416,9 +423,10 @@ def _why_none(spec: str, files: Files, tried: list[Found]) -> str:
         ]
         return (
             f"--reference {spec}: no class there has this checkpoint's tensors; {best} comes nearest, with "
-            f"{values or 'no values'}, and differs in {', '.join([*only, *shapes][:3])}; did this code train it?"
+            f"{values or 'no values'}, and differs in {', '.join([*only, *shapes][:3])}{files.broken()}; "
+            "did this code train it?"
         )
-    return f"--reference {spec}: no class there has this checkpoint's tensors."
+    return f"--reference {spec}: no class there has this checkpoint's tensors{files.broken()}."
 
 
 def author_of(found: Found, checkpoint: Checkpoint) -> Author:

@@ -45,8 +45,13 @@ def verdict(facts: list[Fact]) -> str:
     if stated := [str(fact) for fact in facts if fact.stated]:
         by["your word"] = stated
     by.pop("layout", None)
+    start = "Proven: nothing that changes the logits is assumed."
+    if names := by.pop("--reference", None):
+        start = f"Proven against the author's module, which settles {', '.join(names)}."
+    elif names := by.pop("--probe_text", None):
+        start = f"Proven; settled by text: {', '.join(names)}."
     settled = "; ".join(f"by {source}: {', '.join(names)}" for source, names in by.items())
-    return f"Proven: nothing that changes the logits is assumed. Settled {settled}." if settled else "Proven."
+    return start + (f" Settled {settled}." if settled else "")
 
 
 def refuse_assumptions(facts: list[Fact], rivals: dict[str, list[object]]) -> None:

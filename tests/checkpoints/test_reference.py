@@ -309,6 +309,15 @@ def test_what_does_not_work_is_refused_in_one_sentence(code, kwargs, reason, wei
     assert "\n" not in str(refused.value)
 
 
+def test_file_that_is_no_python_is_named_with_its_line(weights, tmp_path):
+    """Of a file with the marks of an unfinished merge, the class that is left may lack what the other half has."""
+    half = PARTS.replace("nn.LayerNorm(width)", "nn.Identity()")
+    merged = f"<<<<<<< HEAD\n{PARTS}\n=======\n{half}\n>>>>>>> 598debe62758f52f88afd9708e3b31a0f870ae91\n"
+    folder = write(tmp_path, {"parts.py": merged, "m.py": "from parts import *\n" + model(ARGUMENTS)})
+    with pytest.raises(UserError, match=r"no Python: parts\.py \(line 1, <<<<<<< HEAD\)"):
+        load_reference(folder, None, checkpoint(weights))
+
+
 @pytest.mark.parametrize("spec", ["", "my_model", "my_model.py", "no_such.py:GPT", ":GPT", "/:GPT"])
 def test_reference_that_names_no_file_is_refused(spec, weights):
     with pytest.raises(UserError, match="must be FILE, FILE:CLASS or a folder"):
