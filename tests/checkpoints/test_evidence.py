@@ -24,6 +24,7 @@ from fledge.checkpoints.evidence import settle_by_reference
 from fledge.checkpoints.facts import Fact, Status
 from fledge.checkpoints.layouts import recognise
 from fledge.checkpoints.reference import load_reference
+from fledge.checkpoints.summary import verdict
 from fledge.checkpoints.targets import to_target
 from fledge.cli import UserError
 
@@ -122,6 +123,21 @@ def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
     assert model.n_head == HEADS
     module, config = build("sinusoidal_scaled")
     settled(randomise(module, seed), config, lambda ids: own_logits(module, ids))
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        ({}, "Proven: nothing that changes the logits is assumed."),
+        ({"activation": "--activation"}, "Proven: nothing that changes the logits is assumed. Settled by checkpoint"),
+        ({"activation": "--probe_text"}, "Proven; settled by text: activation. Settled by checkpoint config: n_head."),
+        ({"activation": "--reference"}, "Proven against the author's module, which settles activation. Settled by "),
+        ({"activation": "--probe_text", "norm": "a guess"}, "Converted; assumed, not proven: norm 1."),
+    ],
+)
+def test_verdict_names_the_evidence(sources, said):
+    given = {"n_head": "checkpoint config"} | sources if sources else {}
+    assert verdict([Fact.of(name, 1, source) for name, source in given.items()]).startswith(said)
 
 
 def test_context_that_only_the_authors_code_tells_is_taken():
