@@ -51,7 +51,11 @@ def test_greedy_answers_to_uneven_prompts_are_those_of_generate(target, data):
         ids, room = torch.tensor([prompt]), context_of(model.config) - len(prompt)
         settings = GenerationConfig(max_new_tokens=min(5, room), do_sample=False, eos_token_id=7, pad_token_id=0)
         made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0, len(prompt) :]
-        assert answer.text.split() == [str(token) for token in made.tolist() if token != 7]
+        ours, theirs = [*map(int, answer.text.split()), 7], [token for token in made.tolist() if token != 7] + [7]
+        apart = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        if apart is not None:  # capped logits of random weights may be equal but for rounding
+            logits = model(torch.tensor([prompt + ours[:apart]])).logits[0, -1]
+            assert (logits[ours[apart]] - logits[theirs[apart]]).abs() <= 1e-5 * logits.abs().max()
 
 
 @pytest.mark.parametrize("target", TARGETS)
