@@ -217,6 +217,8 @@ def _step(model: PreTrainedModel, cache: _Slots, rows: list[_Row]) -> Tensor:
     if min(lengths) < cache.longest:
         places = torch.arange(cache.longest + 1, device=model.device)
         mask = (places <= cache.lengths[:, None])[:, None, None]
+        if model.config._attn_implementation == "eager":  # it adds the mask to the scores
+            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
     return (
         model(
             input_ids=torch.tensor([row.ids[-1:] for row in rows], device=model.device),

@@ -4,11 +4,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, run_script
+from small import VOCAB_SIZE, WITHOUT_DROPOUT, small_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     GenerationConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LogitsProcessorList,
     MambaConfig,
@@ -49,6 +51,19 @@ def test_batched_equals_single_and_a_plain_loop(opened):
         while len(ids) < len(prompts[0]) + 24 and (len(ids) == len(prompts[0]) or ids[-1] != tokenizer.eos_token_id):
             ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
     assert tokenizer.decode(ids[len(prompts[0]) :], skip_special_tokens=True).strip() == alone[0].text
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_prompts_of_uneven_length_are_masked_whatever_the_attention(attention):
+    """Eager attention adds its mask to the scores, where a mask of booleans hides nothing."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCAB_SIZE, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 2, "eos_token_id": 0}
+    model = GPT2LMHeadModel._from_config(
+        GPT2Config(**shape, initializer_range=0.5, **WITHOUT_DROPOUT), attn_implementation=attention
+    ).eval()
+    prompts = [[3, 4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [15] * 5]
+    together = answer_all(model, small_tokenizer(), prompts, GREEDY, 3, lambda done: None)
+    assert together == [answer_batch(model, small_tokenizer(), [prompt], GREEDY, 0)[0] for prompt in prompts]
 
 
 def test_the_seed_decides(opened):
