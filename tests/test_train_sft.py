@@ -499,9 +499,10 @@ def test_two_nodes_of_one_process_equal_one_process_with_twice_the_batch(small, 
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
 
 
-# train_sft.py, which says what this process holds when training begins, and is killed after a step if told to.
+# train_sft.py, which writes down what each process holds when training begins, and is killed at a step if told to. Files,
+# because lines that two processes print at once may run into each other.
 HOLDING = """
-import os, runpy, sys
+import json, os, pathlib, runpy, sys
 from torch.distributed.tensor import DTensor
 from fledge.training import sharding
 
@@ -510,7 +511,8 @@ class Holding(sharding.CheckSharded):
         super().on_train_begin(args, state, control, model=model, **kwargs)
         parameters = list(model.parameters())
         held = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
-        print("HELD", held, sum(p.numel() for p in parameters), flush=True)
+        path = pathlib.Path(os.environ["HELD"]) / os.environ["RANK"]
+        path.write_text(json.dumps([held, sum(p.numel() for p in parameters)]))
 
     def on_step_begin(self, args, state, control, **kwargs):
         if str(state.global_step) == os.environ.get("KILL_AT"):
@@ -530,17 +532,18 @@ def test_fsdp2_spreads_the_weights_over_two_processes_and_trains_the_same(small,
     script += (*QUIET, *steps, "--per_device_train_batch_size", 4, "--save_strategy", "steps", "--save_steps", 2)
     port = ("--main_process_port", 20000 + os.getpid() % 20000)
     command = (*SHARDING, *port, *script, "--output_dir", tmp_path / "two")
-    killed = run_script(*command, check=False, KILL_AT="2")
+    held = [tmp_path / "held_by_the_killed", tmp_path / "held_by_the_resumed"]
+    for folder in held:
+        folder.mkdir()
+    killed = run_script(*command, check=False, KILL_AT="2", HELD=str(held[0]))
     assert killed.returncode != 0
     assert not (tmp_path / "two" / "run.json").exists()
-    said = run_script(*command, "--resume", "auto").stdout
-    assert "checkpoint-2" in said
+    assert "checkpoint-2" in run_script(*command, "--resume", "auto", HELD=str(held[1])).stdout
 
-    for output in (killed.stdout, said):
-        held = [list(map(int, line.split()[1:])) for line in output.splitlines() if line.startswith("HELD")]
-        assert len(held) == 2
-        assert sum(mine for mine, _ in held) == held[0][1] == held[1][1]
-        assert all(abs(mine / every - 0.5) < 0.05 for mine, every in held)
+    for folder in held:
+        first, second = (json.loads((folder / rank).read_text()) for rank in ("0", "1"))
+        assert first[0] + second[0] == first[1] == second[1]
+        assert all(abs(mine / every - 0.5) < 0.05 for mine, every in (first, second))
     train(small, tmp_path / "one", *steps)
     one, two = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "training_log.jsonl").open() if '"loss"' in line]
