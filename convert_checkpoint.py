@@ -78,9 +78,9 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     from fledge.checkpoints.probe_text import settle_by_text
     from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference, rounding
     from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
-    from fledge.checkpoints.reference import load_reference
+    from fledge.checkpoints.reference import code_beside, load_reference
     from fledge.checkpoints.structure import detect
-    from fledge.checkpoints.summary import facts_table, refuse_assumptions, trials_table, verdict
+    from fledge.checkpoints.summary import facts_table, leave_to_code, refuse_assumptions, trials_table, verdict
     from fledge.checkpoints.targets import refuse_unconvertible
     from fledge.custom import FledgeGPTConfig, hashes, open_as_strangers_do
     from fledge.memory import return_freed_memory
@@ -131,10 +131,13 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     proof, trials = {}, []
     if own:
         gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, own, own.avoid, own.tolerance)
+    code = None if own else code_beside(args.checkpoint, checkpoint)
     gpt, cut = fit_vocabulary(gpt, len(tokenizer), args.tokenizer or "in the checkpoint")
     if args.probe_text:
         print(f"Reading {args.probe_text} under every reading that is open ...", flush=True)
         gpt, proof["probe_text_loss"], trials = settle_by_text(gpt, facts, tokenizer, args.probe_text)
+        if code:
+            leave_to_code(facts, code[1])
     rivals = settle_what_cannot_matter(gpt, facts)
     print(facts_table(facts))
     if trials:
@@ -142,7 +145,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     gpt = without_unused(gpt)
     refuse_unconvertible(gpt)
     if not args.accept_assumptions:
-        refuse_assumptions(facts, rivals)
+        refuse_assumptions(facts, rivals, code, bool(args.probe_text))
     said = verdict(facts)
 
     token_ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}

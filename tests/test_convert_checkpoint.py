@@ -364,6 +364,13 @@ def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
     given += ["--mapping", tmp_path / "names.yaml"]
     status, _, error = run_here(monkeypatch, capsys, *given)
     assert_refused(status, error, ["Nothing shows 6 facts", "norm_placement pre (or post, sublayer)", "--reference"])
+    (tmp_path / "scratch_gpt.py").write_text(
+        (ROOT / "examples" / "scratch_gpt.py").read_text() + "\nraise SystemExit(7)"
+    )
+    status, _, error = run_here(monkeypatch, capsys, *given)
+    assert_refused(
+        status, error, ["scratch_gpt.py:ScratchGPT beside the checkpoint", f"--reference {tmp_path} settles"]
+    )
     assert not (tmp_path / "base").exists()
     status, out, error = run_here(monkeypatch, capsys, *given, "--accept_assumptions")
     assert status == 0, error

@@ -164,15 +164,18 @@ def read_source(path: Path) -> Source:
     return source
 
 
-def find_sources(root: Path) -> list[Source]:
-    """Every script and notebook under a folder, those nearest to it first.
+def find_sources(root: Path, most: int = MOST_FILES) -> list[Source]:
+    """Every script and notebook under a folder, those nearest to it first; folders that cannot be read are left out.
 
     Raises:
         UserError: there is none, or a file cannot be read.
     """
     found, folders = [], [root]
-    while folders and len(found) < MOST_FILES:
-        entries = sorted(folders.pop(0).iterdir())
+    while folders and len(found) < most:
+        try:
+            entries = sorted(folders.pop(0).iterdir())
+        except OSError:
+            continue
         found += [entry for entry in entries if entry.suffix in SUFFIXES and entry.is_file()]
         folders += [
             entry for entry in entries
@@ -181,7 +184,7 @@ def find_sources(root: Path) -> list[Source]:
     if not found:
         raise UserError(f"--reference {root} holds no .py or .ipynb file; name the file that defines the model.")
     sources = []
-    for path in found[:MOST_FILES]:
+    for path in found[:most]:
         with contextlib.suppress(UserError):  # one broken notebook beside the model's file
             sources.append(read_source(path))
     return sources

@@ -33,6 +33,7 @@ from fledge.checkpoints.arguments import (
     prefix_of,
 )
 from fledge.checkpoints.author_code import (
+    SUFFIXES,
     AuthorCode,
     AuthorModule,
     OpenName,
@@ -47,6 +48,8 @@ from fledge.checkpoints.loading import Checkpoint
 from fledge.cli import UserError
 
 MOST_CLASSES = 12
+MOST_BESIDE = 300
+"""Files that are read, unasked, to see whether the model's code lies beside a checkpoint."""
 MOST_CHANGES, MOST_RUNS = 200, 12
 HARMLESS_KINDS = ("dropout", "device", "padding", "context", "vocabulary", "vocabulary itself", "width", "layers")
 """What changes no logit while the shapes stay, or changes the shapes."""
@@ -131,6 +134,40 @@ def load_reference(
     return fitting[0]
 
 
+def code_beside(path: str, checkpoint: Checkpoint) -> tuple[Path, str] | None:
+    """The folder and `FILE:CLASS` of code that sets all outermost names of a checkpoint, found without running any.
+
+    Looked at are the checkpoint's folder, and the one that holds it if that has code of its own.
+    """
+    place = Path(path).resolve()
+    folder = place if place.is_dir() else place.parent
+    has_code = any(file.suffix in SUFFIXES and file.is_file() for file in folder.parent.iterdir())
+    for root in (folder, *([folder.parent] if has_code else ())):
+        with contextlib.suppress(UserError):
+            ranked = ranked_classes(find_sources(root, MOST_BESIDE), checkpoint)
+            if ranked and ranked[0][0] == 1:
+                _, source, name = ranked[0]
+                return root, f"{source.path.relative_to(root)}:{name}"
+    return None
+
+
+def ranked_classes(sources: list[Source], checkpoint: Checkpoint) -> list[tuple[float, Source, str]]:
+    """Classes with a forward, each with the share of the checkpoint's outermost names that it sets, the best first."""
+    outermost = _outermost(checkpoint)
+    by_name = {cls.name: cls for source in sources for cls in source.classes()}
+    ranked = []
+    for source in sources:
+        for cls in source.classes():
+            attributes, runs = _attributes(cls, by_name)
+            if runs and (shared := len(outermost & attributes) / len(outermost)) > 0.3:
+                ranked.append((shared, source, cls.name))
+    return sorted(ranked, key=lambda item: (-item[0], item[1].path.suffix == ".ipynb"))
+
+
+def _outermost(checkpoint: Checkpoint) -> set[str]:
+    return {name.split(".")[0] for name in checkpoint.tensors}
+
+
 class Files:
     """The author's files, and what they and the checkpoint say about the values that a module needs."""
 
@@ -165,19 +202,12 @@ class Files:
             return [(source, self.class_name)]
         if self.file:
             self._follow_imports()
-        outermost = {name.split(".")[0] for name in self.checkpoint.tensors}
-        by_name = {cls.name: cls for source in self.parsed.values() for cls in source.classes()}
-        ranked = []
-        for source in self.parsed.values():
-            for cls in source.classes():
-                attributes, runs = _attributes(cls, by_name)
-                if runs and (shared := len(outermost & attributes) / len(outermost)) > 0.3:
-                    ranked.append((shared, source, cls.name))
-        ranked.sort(key=lambda item: (-item[0], item[1].path.suffix == ".ipynb"))
+        ranked = ranked_classes([*self.parsed.values()], self.checkpoint)
         if not ranked:
             seen = sorted({cls.name for source in self.parsed.values() for cls in source.classes()})
+            wanted = sorted(_outermost(self.checkpoint))[:5]
             raise UserError(
-                f"--reference {self.spec}: no class there sets {', '.join(sorted(outermost)[:5])} as the file has "
+                f"--reference {self.spec}: no class there sets {', '.join(wanted)} as the file has "
                 f"them; found were {', '.join(seen[:8]) or 'no classes'}; name the file of the model{self.broken()}."
             )
         full = [item for item in ranked if item[0] == 1]

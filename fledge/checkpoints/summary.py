@@ -1,6 +1,9 @@
 """What a conversion rests on, in words: the table of facts, what is still assumed, and the sentence that judges it."""
 
+from pathlib import Path
+
 from fledge.checkpoints.facts import Fact, Status
+from fledge.checkpoints.probe_text import SOURCE as TEXT
 from fledge.checkpoints.probe_text import Trial
 from fledge.cli import UserError
 
@@ -49,13 +52,31 @@ def verdict(facts: list[Fact]) -> str:
     if names := by.pop("--reference", None):
         start = f"Proven against the author's module, which settles {', '.join(names)}."
     elif names := by.pop("--probe_text", None):
-        start = f"Proven; settled by text: {', '.join(names)}."
+        start = f"Converted; settled by text, as the weights were most likely trained: {', '.join(names)}."
     settled = "; ".join(f"by {source}: {', '.join(names)}" for source, names in by.items())
     return start + (f" Settled {settled}." if settled else "")
 
 
-def refuse_assumptions(facts: list[Fact], rivals: dict[str, list[object]]) -> None:
+def leave_to_code(facts: list[Fact], code: str) -> None:
+    """Takes back what text settled, because code that may have trained the model is at hand and was not asked.
+
+    Text shows how the weights were trained, which need not be what the code computes: authors change it afterwards.
+    """
+    for fact in facts:
+        if fact.source == TEXT and fact.status is Status.SETTLED:
+            fact.status, fact.detail = Status.ASSUMED, f"{fact.detail}; {code} was not asked"
+
+
+def refuse_assumptions(
+    facts: list[Fact], rivals: dict[str, list[object]], code: tuple[Path, str] | None = None, by_text: bool = False
+) -> None:
     """Stops a conversion that rests on assumptions.
+
+    Args:
+        facts: all that it rests on.
+        rivals: what else each could be.
+        code: the folder and `FILE:CLASS` of code beside the checkpoint that has its tensors, and was not run.
+        by_text: whether a text was read.
 
     Raises:
         UserError: which they are, what else each could be, and what settles them.
@@ -64,10 +85,23 @@ def refuse_assumptions(facts: list[Fact], rivals: dict[str, list[object]]) -> No
     if not assumed:
         return
     listed = "; ".join(_listed(fact, rivals.get(fact.name, [])) for fact in assumed)
+    folder, found = code or ("FOLDER", "")
+    evidence = f"What settles all of them is --reference {folder} with the code that trained the model"
+    if found:
+        evidence = (
+            f"{found} beside the checkpoint may be its code and was not run; --reference {folder} settles them by it"
+        )
+    if by_text and found:
+        evidence += ", and --accept_assumptions takes what the text favours."
+    elif by_text:
+        evidence += "; --accept_assumptions converts as it is."
+    else:
+        evidence += (
+            ", what settles most is --probe_text FILE with its training text; --accept_assumptions converts as it is."
+        )
     raise UserError(
         f"Nothing shows {len(assumed)} fact{'s' * (len(assumed) > 1)} that would change the logits, so that they are "
-        f"assumed: {listed}. What settles all of them is --reference FOLDER with the code that trained the model, what "
-        "settles most is --probe_text FILE with its training text; --accept_assumptions converts as it is."
+        f"assumed: {listed}. {evidence}"
     )
 
 

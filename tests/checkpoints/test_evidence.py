@@ -130,7 +130,10 @@ def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
     [
         ({}, "Proven: nothing that changes the logits is assumed."),
         ({"activation": "--activation"}, "Proven: nothing that changes the logits is assumed. Settled by checkpoint"),
-        ({"activation": "--probe_text"}, "Proven; settled by text: activation. Settled by checkpoint config: n_head."),
+        (
+            {"activation": "--probe_text"},
+            "Converted; settled by text, as the weights were most likely trained: activation. ",
+        ),
         ({"activation": "--reference"}, "Proven against the author's module, which settles activation. Settled by "),
         ({"activation": "--probe_text", "norm": "a guess"}, "Converted; assumed, not proven: norm 1."),
     ],

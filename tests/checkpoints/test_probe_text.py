@@ -10,6 +10,7 @@ from fledge.checkpoints.facts import Fact, Status
 from fledge.checkpoints.layouts import recognise
 from fledge.checkpoints.probe_text import Verdict, pair_loss, settle_by_text, text_losses, text_windows, unigram_loss
 from fledge.checkpoints.questions import Questions, regroup, settle_what_cannot_matter
+from fledge.checkpoints.summary import leave_to_code
 from fledge.cli import UserError
 
 LETTERS = "abcdefghijklmnop"
@@ -222,3 +223,25 @@ def test_fact_whose_values_all_give_the_same_logits_is_not_open():
     assert by_name["qkv_by_head"].status is Status.SETTLED
     assert rivals["attention_scale"] == ["none"]  # one head is as wide as the model
     assert by_name["activation"].assumed
+
+
+def test_text_never_outranks_the_authors_code(tmp_path):
+    """Authors change their code after training: code is asked what it computes, text how the weights were trained."""
+    gpt, facts = sharpened("student", **HEADS_TOLD, activation="relu")
+    for fact in facts:
+        if fact.name == "attention_scale":
+            fact.status, fact.source = Status.SETTLED, "--reference"
+    trained = replace(gpt, attention_scale=32**-0.5)
+    model, facts, _, _ = settled_by(gpt, facts, trained, tmp_path)
+    assert model.attention_scale == facts["attention_scale"].value == 8**-0.5
+    assert facts["attention_scale"].source == "--reference"
+    assert f"the text favours {32**-0.5}" in facts["attention_scale"].detail
+
+
+def test_text_settles_nothing_while_code_lies_beside():
+    settled = Fact("activation", "relu", Status.SETTLED, "--probe_text", "by 9 standard errors")
+    stated = Fact("norm_eps", 1e-5, Status.SETTLED, "--norm_eps")
+    leave_to_code([settled, stated], "model.py:GPT")
+    assert settled.assumed
+    assert "model.py:GPT was not asked" in settled.detail
+    assert not stated.assumed

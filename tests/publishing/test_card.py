@@ -183,6 +183,7 @@ def test_a_value_that_nobody_gives_is_an_error_not_a_blank():
     [
         ("Converted; assumed, not proven: activation gelu.", "converted on assumptions that nobody has proven"),
         ("Proven: nothing that changes the logits is assumed.", "converted with proof"),
+        ("Converted; settled by text, as the weights …: activation.", "converted as its training text shows"),
     ],
 )
 def test_card_says_what_a_conversion_rests_on(verdict, said, tiny, tmp_path):
