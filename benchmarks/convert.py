@@ -67,7 +67,7 @@ def convert(folder: Path) -> None:
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
     sys.path.insert(0, str(ROOT))
-    import convert_checkpoint
+    from fledge.scripts import convert_checkpoint
 
     sys.argv = ["convert_checkpoint.py", "--checkpoint", str(folder / "checkpoint.pt")]
     sys.argv += ["--tokenizer", str(folder / "tokenizer.json"), "--output_dir", str(folder / "base"), "--overwrite"]

@@ -163,8 +163,8 @@ def loss_of(model, windows) -> float:
 
 def convert(data: Path, case: Case, base: Path, tokenizer: Path | None, *more: object) -> str:
     """What the conversion says in a word, and whether what it wrote is right."""
-    import convert_checkpoint
     from fledge.cli import run
+    from fledge.scripts import convert_checkpoint
 
     command = ["convert_checkpoint.py", "--checkpoint", data / case.folder / case.checkpoint, "--output_dir", base]
     command += ["--tokenizer", tokenizer] if tokenizer else []

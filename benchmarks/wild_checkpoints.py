@@ -83,8 +83,8 @@ def convert(arguments: list[str], output: Path) -> tuple[str, str]:
 
 
 def _convert(arguments: list[str], output: Path, said_by: Path) -> None:
-    import convert_checkpoint
     from fledge.cli import run
+    from fledge.scripts import convert_checkpoint
 
     with (
         said_by.open("w", encoding="utf-8") as file,

@@ -11,10 +11,10 @@ from conftest import ROOT, load_scratch_gpt, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import convert_checkpoint
 import fledge
 from fledge.checkpoints import proof
 from fledge.cli import run
+from fledge.scripts import convert_checkpoint
 
 STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was lazy, and it slept all day."]
 SCRATCH = {"activation": "gelu_tanh", "attention_scale": 8**-0.5, "norm_eps": 1e-5, "embedding_scale": 1.0}

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from conftest import ROOT, run_script
 
-import evaluate_model
 from fledge.cli import UserError
 from fledge.encoding import open_prepared
 from fledge.evaluation import measuring, wording
@@ -19,6 +18,7 @@ from fledge.generation.answers import answer_all
 from fledge.generation.journal import Journal
 from fledge.generation.sampling import Sampling
 from fledge.models import load_model
+from fledge.scripts import evaluate_model
 from fledge.vocabulary import add_rows
 
 

@@ -11,13 +11,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small import MODELS, small_gpt2, small_tokenizer
 
-import evaluate_model
-import export
-import generate
-import train_sft
-import trim_vocabulary
 from fledge.cli import UserError, read_json
 from fledge.models import context_of, load_model, open_model
+from fledge.scripts import evaluate_model, export, generate, train_sft, trim_vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -26,14 +26,14 @@ SCRIPTS = {
     "trim_vocabulary": "TrimArguments",
     "pretrain": "PretrainArguments",
 }
-MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
+MODULES = {name: importlib.import_module(f"fledge.scripts.{name}") for name in SCRIPTS}
 TABLES = [
     *((getattr(module, SCRIPTS[name]), module.RANGES) for name, module in MODULES.items()),
     (sampling.Sampling, sampling.RANGES),
     (SmallModelConfig, settings.RANGES),
     (PretrainConfig, settings.RANGES),
     (ModelConfig, settings.RANGES),
-    (importlib.import_module("train_sft").RunArguments, settings.RANGES),
+    (importlib.import_module("fledge.scripts.train_sft").RunArguments, settings.RANGES),
 ]
 
 
@@ -113,7 +113,7 @@ def test_a_range_says_what_it_takes():
     ],
 )
 def test_a_key_that_would_be_ignored_or_fail_late_is_refused(arguments, said, tmp_path, monkeypatch):
-    train_sft = importlib.import_module("train_sft")
+    train_sft = importlib.import_module("fledge.scripts.train_sft")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     given = ["--model_name_or_path", tmp_path / "base", "--dataset", "none", "--output_dir", tmp_path / "m", *arguments]

@@ -15,13 +15,13 @@ def dataclasses_of(stage: str) -> list[type]:
     if stage in ("train", "train_lora"):
         from trl import ModelConfig
 
+        from fledge.scripts.train_sft import RunArguments
         from fledge.training.trainer import SmallModelConfig
-        from train_sft import RunArguments
 
         return [RunArguments, SmallModelConfig, ModelConfig]
     if stage == "pretrain":
         from fledge.pretraining.pretrainer import PretrainConfig
-        from pretrain import PretrainArguments
+        from fledge.scripts.pretrain import PretrainArguments
 
         return [PretrainArguments, PretrainConfig]
     module, name = {
@@ -33,7 +33,8 @@ def dataclasses_of(stage: str) -> list[type]:
         "generate": ("generate", "GenerateArguments"),
         "publish": ("publish", "PublishArguments"),
     }[stage]
-    return [getattr(importlib.import_module(module), name), *([Sampling] if stage in ("evaluate", "generate") else [])]
+    arguments = getattr(importlib.import_module(f"fledge.scripts.{module}"), name)
+    return [arguments, *([Sampling] if stage in ("evaluate", "generate") else [])]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

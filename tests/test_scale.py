@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT, run_script, write_records
 
-import prepare_dataset
+from fledge.scripts import prepare_dataset
 from fledge.tokenizers import load_tokenizer
 
 pytest.importorskip("datatrove")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from small import random_rows, small_gpt2, small_tokenizer, trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
 
-import train_sft
 from fledge.cli import run
 from fledge.encoding import IGNORED
 from fledge.folders import claimed, write_mark
+from fledge.scripts import train_sft
 from fledge.training.run_record import Progress
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -112,7 +112,7 @@ def kill(self, args, state, control, **kwargs):
     if state.global_step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 Progress.on_step_end = kill
-import train_sft
+from fledge.scripts import train_sft
 train_sft.main()
 """
 
@@ -499,8 +499,8 @@ def test_two_nodes_of_one_process_equal_one_process_with_twice_the_batch(small, 
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
 
 
-# train_sft.py, which writes down what each process holds when training begins, and is killed at a step if told to. Files,
-# because lines that two processes print at once may run into each other.
+# train_sft.py, which writes down what each process holds when training begins, and is killed at a step if told to.
+# Files, because lines that two processes print at once may run into each other.
 HOLDING = """
 import json, os, pathlib, runpy, sys
 from torch.distributed.tensor import DTensor

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-import train_tokenizer
 from fledge.cli import UserError, run
 from fledge.pretraining.corpus import END, pieces
+from fledge.scripts import train_tokenizer
 from fledge.tokenizers.training import HeldOut, report, train
 
 

@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import trim_vocabulary
 from fledge.cli import UserError, run
 from fledge.pretraining.corpus import pieces
+from fledge.scripts import trim_vocabulary
 from fledge.tokenizers.fast import characters_of_bytes
 from fledge.vocabulary import compare_trimmed, keep_rows, trim_tokenizer
 

@@ -8,7 +8,7 @@ import gc
 import sys
 from dataclasses import asdict, dataclass, field
 
-from fledge.cli import UserError, parse, run, write_json
+from fledge.cli import UserError, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.generation.sampling import Sampling
 
@@ -213,7 +213,3 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         print("It has code of its own: Fledge opens it as any model, and elsewhere it needs trust_remote_code=True.")
     print(said)
     print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters. Next: prepare_dataset.py")
-
-
-if __name__ == "__main__":
-    run(main)

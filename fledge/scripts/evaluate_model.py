@@ -12,7 +12,7 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, parse, read_json, run, write_json, writing
+from fledge.cli import UserError, parse, read_json, write_json, writing
 from fledge.folders import MARK, Output, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
@@ -255,7 +255,3 @@ def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
         for who, made in answers.items():
             ended = "" if made[i].stopped else " (did not stop)"
             print(f"  {who}: {textwrap.indent(made[i].text, '  ').strip()}{ended}")
-
-
-if __name__ == "__main__":
-    run(main)

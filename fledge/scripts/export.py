@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from fledge.cli import UserError, parse, run, writing
+from fledge.cli import UserError, parse, writing
 from fledge.folders import Output, check_inputs, claimed
 from fledge.hub import find_model
 from fledge.locks import locked
@@ -107,7 +107,3 @@ def to_onnx(output: Output, model, tokenizer, prompts: list[list[int]], texts: l
             raise UserError(f"onnxruntime computes other logits: {error:.1e} of the largest one; nothing was written.")
         print(f"Proven by onnxruntime: logits within {error:.1e} of the largest one, with the cache and without.")
     print(f"{output.path} runs in transformers.js and onnxruntime.")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from fledge.cli import UserError, parse, run, writing
+from fledge.cli import UserError, parse, writing
 from fledge.folders import check_inputs
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
@@ -225,7 +225,3 @@ def side_by_side(names: tuple[str, str], texts: tuple[str, str]) -> str:
     return (
         "\n".join(f"{left:<{width}} │ {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")) + "\n"
     )
-
-
-if __name__ == "__main__":
-    run(main)

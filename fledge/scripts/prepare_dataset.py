@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fledge.cli import UserError, check_hub_id, parse, run
+from fledge.cli import UserError, check_hub_id, parse
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
 from fledge.terminal import has_colours
@@ -232,7 +232,3 @@ def show(data: Path, count: int) -> None:
         row = rows["train"][number]
         print(f"--- row {number}: {len(row['input_ids'])} tokens, supervised {marks[0]}so{marks[1]}")
         print(marked(tokenizer, row["input_ids"], row["labels"], *marks))
-
-
-if __name__ == "__main__":
-    run(main)

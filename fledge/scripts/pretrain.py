@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, attempt, parse, run, write_json
+from fledge.cli import UserError, attempt, parse, write_json
 from fledge.folders import Output, check_inputs, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_tokenizer
@@ -195,7 +195,3 @@ def record(trainer, output: Output, seconds: float, told: tuple[dict, dict, int]
             print(f"Loss {way}; {made['bits_per_byte']:.4f} bits per byte on held-out text.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "loss"))
     print(f"Next: prepare_dataset.py --tokenizer {output.path}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, check_hub_id, parse, run, write_json
+from fledge.cli import UserError, check_hub_id, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.hub import download, find_model
 
@@ -158,7 +158,3 @@ def readable(size: int) -> str:
         if size >= bytes_:
             return f"{size / bytes_:.1f} {unit}"
     return f"{size} B"
-
-
-if __name__ == "__main__":
-    run(main)

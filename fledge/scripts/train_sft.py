@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, attempt, keep_origin, parse, run, write_json
+from fledge.cli import UserError, attempt, keep_origin, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
@@ -222,7 +222,3 @@ def record(trainer, output: Output, seconds: float, rows, trained: dict) -> None
             print(f"Loss {made['first_loss']:.3f} to {made['last_loss']:.3f}.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "completion loss"))
     print(f"{output.path} holds the model; its loss_curve.png shows the way. Next: evaluate_model.py")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -6,7 +6,7 @@ python train_tokenizer.py --data corpus.txt --vocab_size 8000 --output_dir token
 import sys
 from dataclasses import dataclass, field
 
-from fledge.cli import UserError, parse, run, write_json
+from fledge.cli import UserError, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
 
@@ -65,7 +65,3 @@ def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
     )
     print(f"The longest tokens: {', '.join(map(repr, record['longest_tokens'][:8]))}")
     print(f"Next: pretrain.py --tokenizer {args.output_dir}")
-
-
-if __name__ == "__main__":
-    run(main)

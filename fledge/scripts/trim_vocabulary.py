@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, keep_origin, parse, run, write_json
+from fledge.cli import UserError, keep_origin, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, check_ranges
@@ -110,7 +110,3 @@ def trim(args: TrimArguments, output: Output, source: Path) -> None:
         f"{record['same_tokens']:.1%} keep their tokens, and there the removed ones had {record['removed']:.2%} "
         f"of the probability; beyond that no log-probability moved by more than {record['largest_error']:.0e}."
     )
-
-
-if __name__ == "__main__":
-    run(main)

@@ -20,7 +20,7 @@ from datatrove.pipeline.base import PipelineStep
 from fledge.cli import UserError, parse, run, writing
 from fledge.folders import MARK, check_inputs, claimed, files_in, read_mark, write_mark
 from fledge.locks import locked
-from prepare_dataset import Plan, PrepareArguments, make_plan, write_dataset
+from fledge.scripts.prepare_dataset import Plan, PrepareArguments, make_plan, write_dataset
 
 STAGE = "recipes/scale/prepare.py"
 

@@ -35,7 +35,7 @@ def play() -> str:
 def run(script: str, *arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        import_module(script).main()
+        import_module(f"fledge.scripts.{script}").main()
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-import generate
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.generation.conversation import fit_beginning, fit_prompt
 from fledge.models import load_model
+from fledge.scripts import generate
 from fledge.templates import INPUT_MARK, add_template
 from fledge.tokenizers import load_tokenizer
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, pipeline
 
-import publish
 from fledge.generation.sampling import Sampling
+from fledge.scripts import publish
 
 KEYS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams"),
