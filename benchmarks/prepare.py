@@ -107,12 +107,16 @@ def conversations(corpus: Path, count: int) -> list[list[dict]]:
     import random
 
     from fledge.sources import load_source
-    from fledge.tasks import topic_ending
+    from fledge.tasks import load_task
+    from fledge.text.stories import COMPLETE
 
     records = load_source("tinystories_instruct").records(str(corpus))
     usable = (record for record in records if {"Summary", "Story"} <= record.keys())
-    complete = (record for record in usable if record["Story"].endswith(topic_ending.COMPLETE))
-    return [topic_ending.examples(record, random.Random(0))[0]["messages"] for record in islice(complete, count)]
+    complete = (record for record in usable if record["Story"].endswith(COMPLETE))
+    return [
+        load_task("topic_ending").examples(record, random.Random(0))[0]["messages"]
+        for record in islice(complete, count)
+    ]
 
 
 def prepare_with_trl(corpus: Path, tokenizer, count: int, num_proc: int | None) -> "Cost":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fledge.tasks.stories import sentences
+from fledge.text.stories import sentences
 
 COUNTS = ("one", "two")
 FEWEST_WORDS = 6  # of an answer; of five or fewer the task would ask for the very words

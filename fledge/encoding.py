@@ -17,13 +17,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError, read_json
-from fledge.templates import INPUT_MARK
+from fledge.messages import INPUT_MARK, Messages
 from fledge.tokenizers import open_tokenizer
 from fledge.tokenizers.fast import TextEncoder
 
 IGNORED = -100
 OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
-Messages = list[dict[str, str]]
 
 
 @dataclass

@@ -5,7 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fledge.encoding import IGNORED, OVERFLOW_POLICIES, Encoded, encode, encode_prompt, fit, prompt_text, shortest
-from fledge.templates import INPUT_MARK, load_template
+from fledge.messages import INPUT_MARK
+from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer
 
 END = "<|endoftext|>"

@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT, load_scratch_gpt, run_script, write_records
 
 from fledge.sources import load_source
-from fledge.tasks.topic_ending import examples
+from fledge.tasks import load_task
 
 EXAMPLES = ROOT / "examples"
 
@@ -30,6 +30,7 @@ def test_the_shipped_checkpoint_converts_with_proof(tmp_path):
 def test_the_shipped_records_are_small_and_hold_both_endings():
     file = EXAMPLES / "tales.txt.gz"
     assert file.stat().st_size <= 1_500_000
+    examples = load_task("topic_ending").examples
     made = [examples(record, random.Random(0)) for record in load_source("tinystories_instruct").records(str(file))]
     endings = [example["ending"] for (example,) in made]
     assert (endings.count("happy"), endings.count("sad")) == (2000, 1600)

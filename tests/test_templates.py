@@ -8,8 +8,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 from fledge.cli import UserError
 from fledge.encoding import IGNORED, encode, encode_prompt, prompt_text
-from fledge.tasks import TASKS, load_task
-from fledge.templates import FOLDER, INPUT_MARK, SPECIAL_TOKENS, add_template, load_template
+from fledge.messages import INPUT_MARK
+from fledge.tasks import load_task, task_names
+from fledge.templates import FOLDER, SPECIAL_TOKENS, add_template, load_template
 from fledge.tokenizers import load_tokenizer
 
 END = "<|endoftext|>"
@@ -86,10 +87,10 @@ def test_training_prompts_are_what_the_pipeline_sends(writer, shape):
         assert sent == [encoded.prompt_ids] == [encode_prompt(write.tokenizer, asked)]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", task_names())
 def test_a_task_asks_as_the_pipeline_does(writer, task):
     write, sent = writer
-    asked = load_task(task).EXAMPLE
+    asked = load_task(task).example
     sent.clear()
     write(asked, max_new_tokens=1, do_sample=False, pad_token_id=50256)
 

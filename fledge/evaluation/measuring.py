@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fledge.encoding import IGNORED, prompt_length
 from fledge.evaluation.intervals import Ratio, interval, means
 from fledge.evaluation.wording import Wording, distinct_2
-from fledge.generation.answers import Answer, answer_each
+from fledge.generation.answers import answer_each
 from fledge.generation.journal import Journal
 from fledge.generation.onednn import by_onednn
 from fledge.generation.sampling import Sampling
+from fledge.messages import Answer
 
 OF_REFERENCE = ("answer_tokens", "repetition", "copied", "distinct_2", "distinct_answers")
 TOKENS_AT_ONCE = 4096  # a forward's logits over 50,257 tokens are then 0.8 GB

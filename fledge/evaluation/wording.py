@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from fledge.generation.answers import Answer
-from fledge.templates import INPUT_MARK
+from fledge.messages import INPUT_MARK, Answer
 
 MEANING = {
     "eos_rate": "answers that the model ended itself",

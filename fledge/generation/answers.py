@@ -22,21 +22,13 @@ from transformers.generation.streamers import BaseStreamer
 from fledge.cli import UserError
 from fledge.generation.onednn import by_onednn
 from fledge.generation.sampling import Sampling
+from fledge.messages import Answer
 from fledge.models import context_of
 
 # Prompts read together. Their logits are kept at every place where one of them ends: the square of this, times V.
 PREFILL = 8
 # Most draws are among so few tokens; a whole vocabulary is sorted only for a draw that is not.
 LIKELIEST = (256, 4096)
-
-
-@dataclass
-class Answer:
-    """`stopped` says that the model ended by itself, with its end-of-text token, rather than at a limit."""
-
-    text: str
-    tokens: int
-    stopped: bool
 
 
 @dataclass

@@ -10,10 +10,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fledge.cli import UserError, writing
-from fledge.encoding import Messages
-from fledge.generation.answers import Answer, answer_each
+from fledge.generation.answers import answer_each
 from fledge.generation.journal import Journal
 from fledge.generation.sampling import Sampling
+from fledge.messages import Answer, Messages
 from fledge.sources.reading import blocks, suffix
 from fledge.sources.values import as_messages, as_text
 from fledge.terminal import progress

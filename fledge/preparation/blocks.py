@@ -18,7 +18,6 @@ from hashlib import blake2b
 from itertools import chain, islice
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,12 @@ from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
-from fledge.encoding import IGNORED, Encoded, Messages, encode, fit, shortest
+from fledge.encoding import IGNORED, Encoded, encode, fit, shortest
+from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
 from fledge.sources import Chunk, Source
 from fledge.sources.reading import SPLITS
-from fledge.tasks import RejectedRecord, load_task
+from fledge.tasks import RejectedRecord, Task, load_task
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
@@ -124,11 +124,11 @@ class Preparation:
         task, rows = load_task(self.task), []
         for example, whole in zip(writable, encoded, strict=True):
             messages = example["messages"]
-            found.counts["cuttable"] += task.MAY_CUT and shortest(messages) != messages
-            fitted = fit(self.tokenizer, messages, whole, self.max_length, self.overflow, task.MAY_CUT)
+            found.counts["cuttable"] += task.may_cut and shortest(messages) != messages
+            fitted = fit(self.tokenizer, messages, whole, self.max_length, self.overflow, task.may_cut)
             if fitted is None:
                 found.rejected[f"longer than {self.max_length} tokens"] += 1
-                found.remedies.update(self._remedies(messages, whole, task.MAY_CUT))
+                found.remedies.update(self._remedies(messages, whole, task.may_cut))
             elif fitted[0] != messages and task.answer_is_lost(messages, fitted[0]):
                 found.rejected[ANSWER_LOST] += 1
             else:
@@ -242,31 +242,26 @@ def prepare_blocks(preparation: Preparation, blocks: Callable[[], Iterator[Block
         prepare_blocks(preparation, blocks, num_proc)
 
 
-def written_columns(task: ModuleType) -> Features:
+def written_columns(task: Task) -> Features:
     """The columns of a row as people read it: `instruction` and `response` where a task always asks just once."""
     columns = columns_of(task)
-    if not task.ASKS_ONCE:
+    if not task.asks_once:
         return columns
     del columns["messages"]
     return Features({"instruction": Value("string"), "response": Value("string"), **columns})
 
 
-def columns_of(task: ModuleType) -> Features:
+def columns_of(task: Task) -> Features:
     """The columns of a row in a block."""
     kinds = {"string": Value("string"), "strings": List(Value("string"))}
     columns = {
         column: ClassLabel(names=list(kind)) if isinstance(kind, tuple) else kinds[kind]
-        for column, kind in task.COLUMNS.items()
+        for column, kind in task.columns.items()
     }
     return Features({"messages": List({"role": Value("string"), "content": Value("string")}), **columns})
 
 
-def classes_of(task: ModuleType) -> dict[str, tuple[str, ...]]:
-    """The class columns of a task with their labels."""
-    return {column: kind for column, kind in task.COLUMNS.items() if isinstance(kind, tuple)}
-
-
-def rows_table(task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]]) -> pa.Table:
+def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]]) -> pa.Table:
     """Examples and their ids as a table of the task's columns, then `input_ids` and `labels`."""
     features = columns_of(task)
     arrays = []
@@ -284,7 +279,7 @@ def rows_table(task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]]) -> 
 
 
 def facts_table(
-    task: ModuleType, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, eos_token_id: int
+    task: Task, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, eos_token_id: int
 ) -> pa.Table:
     """What curation and the budget report ask of each row; class columns as the number of their label, the source's
     own split as its number in `SPLITS`, -1 for none."""
@@ -300,7 +295,7 @@ def facts_table(
         "was_cut": [ids.was_cut for _, ids in rows],
     }
     table = pa.table({name: pa.array(values, FACTS[name]) for name, values in facts.items()})
-    for column, labels in classes_of(task).items():
+    for column, labels in task.classes.items():
         table = table.append_column(column, pa.array([labels.index(e[column]) for e, _ in rows], pa.int16()))
     return table
 

@@ -167,7 +167,7 @@ def model_card(
     budget, metrics = records["budget"], records["metrics"]
     task, tokenizer = load_task(budget["task"]), open_tokenizer(folder)
     firsts = [sample for sample in samples if sample["sample"] == 0][:SHOWN]
-    messages = samples[0]["messages"] if samples else task.EXAMPLE
+    messages = samples[0]["messages"] if samples else task.example
     measured = emissions(folder)
     custom_code = sorted(file.name for file in folder.glob("*_fledge_gpt.py"))
     results = [
@@ -207,7 +207,7 @@ def model_card(
         repo_id=repo_id,
         name=repo_id.split("/")[-1],
         parameters=count_parameters(folder),
-        purpose=task.PURPOSE,
+        purpose=task.purpose,
         messages=messages,
         prompt=prompt_text(tokenizer, messages),
         # What is left of the context: a model of this kind fails on a position past its last.

@@ -35,7 +35,7 @@ def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
             }
         ],
     )
-    asks_once = load_task(budget["task"]).ASKS_ONCE
+    asks_once = load_task(budget["task"]).asks_once
     return render(
         "dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, rows=rows, prompt=prompt, asks_once=asks_once
     )
@@ -149,29 +149,32 @@ def space_settings(
 
     name = read_json(model_dir / "budget.json", "train_sft.py", task=str)["task"]
     task = load_task(name)
-    asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [task.EXAMPLE]
+    asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [task.example]
     # An example stands alone: the later turn of a conversation does not.
     alone = [messages for messages in asked if sum(message["role"] == "user" for message in messages) == 1]
     examples = [messages[-1]["content"] for messages in alone[:EXAMPLES]]
     story = chat = None
     if name == "topic_ending":
+        from fledge.tasks.topic_ending import instruction, requested
+
         story = {
             "tab": "Story",
             "label": "Topic",
-            "placeholder": task.requested(task.EXAMPLE[-1]["content"])[0],
+            "placeholder": requested(task.example[-1]["content"])[0],
             "empty": "Please type a topic first.",
-            "instruction": task.instruction("{topic}", "{ending}"),
-            "endings": list(task.LABELS),
-            "examples": [list(task.requested(example)) for example in examples],
+            "instruction": instruction("{topic}", "{ending}"),
+            "endings": list(task.classes["ending"]),
+            "examples": [list(requested(example)) for example in examples],
         }
     elif name == "story_chat":
-        instruction = task.PHRASINGS["words"][0]
+        from fledge.tasks.story_chat import PHRASINGS
+
         story = {
             "tab": "Story",
             "label": "Words",
             "placeholder": "boat, brave, laugh",
             "empty": "Please type some words first.",
-            "instruction": instruction.replace("{words}", "{topic}"),
+            "instruction": PHRASINGS["words"][0].replace("{words}", "{topic}"),
             "endings": [],
             "examples": [["boat, brave, laugh"], ["cat, rain, window"]],
         }
@@ -187,9 +190,9 @@ def space_settings(
         "base": base_model,
         "trust_remote_code": any(model_dir.glob("modeling_*.py")),
         "title": repo_id.split("/")[-1],
-        "description": f"A language model trained to {task.PURPOSE}.",
+        "description": f"A language model trained to {task.purpose}.",
         "notice": NOTICE,
-        "system": [message for message in task.EXAMPLE if message["role"] == "system"],
+        "system": [message for message in task.example if message["role"] == "system"],
         "temperature": sampling.temperature,
         "decoding": {key: getattr(sampling, key) for key in ("top_k", "top_p", "repetition_penalty")},
         "length": sampling.max_new_tokens,

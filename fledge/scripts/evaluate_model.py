@@ -100,7 +100,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     ids, rows = encoded[args.split].select(range(count)).to_list(), text[args.split][:count]
     prompts = [row["input_ids"][: prompt_length(row["labels"])] for row in ids]
     each = [row for row in rows for _ in range(args.num_samples)]  # the row that each answer answers
-    scorer = task.Scorer(text["train"], [row for name in text if name != "train" for row in text[name]])
+    scorer = task.scorer(text["train"], [row for name in text if name != "train" for row in text[name]])
     wordings = wording.Wording(tokenizer, rows, text["train"])
 
     # Answers are written as they are made, beside an earlier evaluation, which stays until this one is complete.
@@ -147,7 +147,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
         }
         for i, row in enumerate(each)
     ]
-    meaning = {**task.MEANING, **wording.MEANING, **measuring.MEANING}
+    meaning = {**task.meaning, **wording.MEANING, **measuring.MEANING}
     extra = {}
     if args.judge_url:
         extra["llm_judge"] = ask_judge(args, samples, unfinished)
@@ -158,7 +158,6 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     names = ["instruction_following", *(name for name in meaning if name != "instruction_following")]
     for name in folders:
         ratios[name] |= intervals.means(scores[name], args.num_samples)
-    columns = {name: labels for name, labels in task.COLUMNS.items() if isinstance(labels, tuple)}
     metrics = {
         "task": budget["task"],
         "split": args.split,
@@ -170,7 +169,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
         "meaning": {name: meaning[name] for name in names},
         **intervals.compare(ratios["base"], ratios["model"], names),
         "reference": measuring.reference(wordings, [row["messages"][-1]["content"] for row in rows], ids),
-        "by": intervals.by_class(columns, rows, scores, args.num_samples),
+        "by": intervals.by_class(task.classes, rows, scores, args.num_samples),
         "loss_by_position": positions,
     }
     with output.staged() as folder:
@@ -181,7 +180,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
                 shutil.copy(kept, folder)
         write_json(folder / "metrics.json", metrics)
     pages = {"report.md": lambda: report.report(metrics)}
-    pages["report.html"] = lambda: report.page(metrics, samples, list(columns), folders)
+    pages["report.html"] = lambda: report.page(metrics, samples, list(task.classes), folders)
     for name, make in pages.items():
         output.add(name, lambda folder, name=name, make=make: (folder / name).write_text(make(), encoding="utf-8"))
     print("\n".join(["", report.table(metrics), *report.judged_by(metrics)]))

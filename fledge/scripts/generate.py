@@ -104,7 +104,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> None:
         if not tokenizer.chat_template and (args.interactive or args.ask or args.words):
             raise UserError(f"{name} is a base model without a chat template; give it a --prompt.")
     task = task_of(args, folder)
-    system = [message for message in task.EXAMPLE if message["role"] == "system"] if task else []
+    system = [message for message in task.example if message["role"] == "system"] if task else []
     messages = [*system, {"role": "user", "content": question(args)}]
 
     def ids_for(model, tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -185,14 +185,15 @@ def task_of(args, folder: Path):
 
 def question(args) -> str:
     """What is asked, as the task that knows such questions words it."""
-    from fledge.tasks import load_task
-    from fledge.templates import INPUT_MARK
+    from fledge.messages import INPUT_MARK
+    from fledge.tasks.story_chat import PHRASINGS
+    from fledge.tasks.topic_ending import instruction
 
     if args.topic:
-        return load_task("topic_ending").instruction(" ".join(args.topic.split()), args.ending)
+        return instruction(" ".join(args.topic.split()), args.ending)
     if args.words:
         words = ", ".join(word.strip() for word in args.words.split(",") if word.strip())
-        return load_task("story_chat").PHRASINGS["words"][0].format(words=words)
+        return PHRASINGS["words"][0].format(words=words)
     if args.story:
         try:
             return args.ask + INPUT_MARK + Path(args.story).read_text(encoding="utf-8").strip()

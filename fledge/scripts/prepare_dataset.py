@@ -11,12 +11,12 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, check_hub_id, parse
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
+from fledge.tasks import Task, load_task, task_names
 from fledge.terminal import has_colours
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class PrepareArguments:
     tokenizer: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     source: str = field(default="tinystories_instruct", metadata={"help": "the form of the data"})
-    task: str = field(default="topic_ending", metadata={"help": "what to make of a record"})
+    task: str = field(default="topic_ending", metadata={"help": f"what to make of a record: {', '.join(task_names())}"})
     columns: str | None = field(default=None, metadata={"help": "for --source columns: instruction=COLUMN,response=…"})
     template: str | None = field(default=None, metadata={"help": "the prompt's style; default: the task's own"})
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
@@ -69,7 +69,7 @@ class Plan:
 
     arguments: PrepareArguments
     source: "Source"
-    task: ModuleType
+    task: Task
     template: str
     shares: dict[str, float] | None
     max_shard_bytes: int
@@ -117,11 +117,10 @@ def make_plan(args: PrepareArguments) -> Plan:
     from datasets.utils.logging import disable_progress_bar
 
     from fledge.encoding import OVERFLOW_POLICIES
-    from fledge.preparation.blocks import Preparation, classes_of
+    from fledge.preparation.blocks import Preparation
     from fledge.preparation.curation import split_shares
     from fledge.preparation.shards import bytes_of
     from fledge.sources import load_source
-    from fledge.tasks import load_task
     from fledge.templates import add_template
     from fledge.tokenizers import open_tokenizer
     from fledge.tokenizers.fast import TextEncoder
@@ -132,15 +131,15 @@ def make_plan(args: PrepareArguments) -> Plan:
     max_shard_bytes = bytes_of(args.max_shard_size)
     source, task = load_source(args.source, args.columns), load_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
-    template = args.template or task.TEMPLATE
+    template = args.template or task.template
     add_template(tokenizer, template)
     max_length = tokenizer.model_max_length if args.max_length is None else args.max_length
     if not 0 < max_length <= tokenizer.model_max_length:
         raise UserError(f"--max_length {max_length} is outside 1 to {tokenizer.model_max_length}, the model's context.")
     if args.overflow not in OVERFLOW_POLICIES:
         raise UserError(f"--overflow {args.overflow} is unknown; choose one of {', '.join(OVERFLOW_POLICIES)}.")
-    if args.balance not in (None, *classes_of(task)):
-        columns = ", ".join(classes_of(task)) or "none"
+    if args.balance not in (None, *task.classes):
+        columns = ", ".join(task.classes) or "none"
         raise UserError(f"--balance {args.balance} is no column to balance; {args.task} has {columns}.")
     preparation = Preparation(
         source,
@@ -162,14 +161,14 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
         UserError: there is no row, or a split is empty or cannot be balanced.
     """
     from fledge.encoding import prompt_text
-    from fledge.preparation.blocks import classes_of, written_columns
+    from fledge.preparation.blocks import written_columns
     from fledge.preparation.budget import Budget
     from fledge.preparation.curation import assign_splits
     from fledge.preparation.duplicates import near_duplicates
     from fledge.preparation.shards import first_rows, write_splits
     from fledge.publishing.repositories import dataset_card
 
-    args, preparation, classes = plan.arguments, plan.preparation, classes_of(plan.task)
+    args, preparation, classes = plan.arguments, plan.preparation, plan.task.classes
     budget = Budget(
         args.source,
         args.task,
@@ -178,7 +177,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
         preparation.max_length,
         args.overflow,
         license=args.license or plan.source.license(args.data),
-        columns={column: list(kind) if column in classes else kind for column, kind in plan.task.COLUMNS.items()},
+        columns={column: list(kind) if column in classes else kind for column, kind in plan.task.columns.items()},
     )
     budget.count(facts)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())

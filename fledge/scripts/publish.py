@@ -129,7 +129,7 @@ def build(args: PublishArguments, folder: Path) -> None:
         names = (args.repo_id, args.license, args.language, args.base_model, args.dataset_repo_id)
         build_model(target, model_dir, evaluation_dir, *names)
         check_folder("model", target)
-        example = load_task(read_json(target / "budget.json", "train_sft.py", task=str)["task"]).EXAMPLE
+        example = load_task(read_json(target / "budget.json", "train_sft.py", task=str)["task"]).example
         print(f"The model reloads and answers: {check_model(target, example)!r}")
         if not evaluation_dir:
             print("The card has no figures, because the model is not evaluated; --evaluation DIR adds them.")

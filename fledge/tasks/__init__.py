@@ -1,35 +1,175 @@
-"""Tasks: a record → conversations, and how an answer is scored. One file a task; docs/data.md tells how to add one."""
+"""Tasks: what a model learns to do, and how its answers are scored. One file a task, and nothing else in this folder.
+
+To add a task, put a file with one subclass of `Task` here, or name a file of your own: `--task my_task.py`.
+docs/tasks.md shows a whole one.
+"""
 
 import importlib
+import importlib.util
+import pkgutil
+import random
+from abc import ABC, abstractmethod
+from functools import cache
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fledge.cli import UserError
+from fledge.messages import Answer, Messages
 
-if TYPE_CHECKING:
-    from fledge.generation.answers import Answer
-
-TASKS = ("topic_ending", "story_chat", "instructions")
+FOLLOWING = "instruction_following"
+KINDS = ("string", "strings")
 
 
 class RejectedRecord(Exception):
-    """A record that a task cannot use. The message is the reason, counted in the budget report."""
+    """A record that a task cannot use. The message is the reason, which the budget report counts."""
 
 
-class RuleScorer:
-    """Scores each answer by `score_one(row, answer)`: nothing is learned, so there is no judge to judge."""
+class Task(ABC):
+    """What is asked of a record, and how an answer to it is scored. Both are in one class, so they cannot drift apart.
 
-    def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
-        self.judge: dict = {}
-
-    def score(self, rows: list[dict], answers: "list[Answer]") -> list[dict[str, float]]:
-        return [self.score_one(row, answer) for row, answer in zip(rows, answers, strict=True)]
-
-
-def load_task(name: str) -> ModuleType:
-    """Raises:
-    UserError: there is no task of that name.
+    The name of a task is the name of its file. A subclass sets the attributes without a value, and defines `examples`
+    and `score`. A task whose scores need something that is learned from the training split also defines `scorer`.
     """
-    if name not in TASKS:
-        raise UserError(f"The task {name!r} is unknown; choose one of {', '.join(TASKS)}.")
-    return importlib.import_module(f"fledge.tasks.{name}")
+
+    template: str
+    """The prompt style used without `--template`: the name of a file in fledge/templates/."""
+
+    purpose: str
+    """Completes "a language model trained to …", on the model's card and the Space."""
+
+    example: Messages
+    """A conversation that ends with a user's message: the prompt of cards and of smoke tests when there is no dataset.
+
+    A system message in it is the system message of every conversation with the model.
+    """
+
+    columns: dict[str, tuple[str, ...] | str]
+    """The columns of a row beside its messages. A tuple holds the labels of a class; the other kinds are `"string"` and
+    `"strings"` (a list). Classes can be given to `--balance`, and the evaluation reports its figures by class."""
+
+    meaning: dict[str, str]
+    """Every metric that `score` may return, and `instruction_following`, each with the sentence that explains it."""
+
+    constraints: dict[str, float]
+    """The metrics that say whether an answer did what its prompt asks, and the least value that counts as done.
+
+    Higher is better for each of them. They are the rewards that a model can be trained with, one by one.
+    """
+
+    asks_once: bool = False
+    """Whether every example is one instruction and one answer, never a conversation. Such a dataset is written with the
+    columns `instruction` and `response` in place of `messages`."""
+
+    may_cut: bool = False
+    """Whether `--overflow cut_prompt` may shorten the text that a prompt is about; see `answer_is_lost`."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """The class columns with their labels."""
+        return {column: kind for column, kind in self.columns.items() if isinstance(kind, tuple)}
+
+    @abstractmethod
+    def examples(self, record: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
+        """Makes the examples of one record.
+
+        Each has `messages`, of which the last is the answer to learn, the task's columns, and `group`, a string:
+        examples of one group never lie in two splits. All chance comes from `rng`.
+
+        Raises:
+            RejectedRecord: the record gives no example. An example with a wrong answer is worse than none.
+        """
+
+    def score(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
+        """Scores the answer to a row's prompt, which is all of its messages but the last, the reference answer.
+
+        Returns a value in [0, 1] for each metric that the prompt calls for; any other metric is absent, not 0.
+        `instruction_following` is not among them: it follows from the constraints.
+        """
+        raise NotImplementedError
+
+    def scorer(self, train_rows: list[dict], unseen_rows: list[dict]) -> "Scorer":
+        """What scores the answers of a whole evaluation.
+
+        `train_rows` are the rows of the training split, from which a scorer may learn. `unseen_rows` are those of all
+        other splits, on which it is measured.
+        """
+        return Scorer(self)
+
+    def answer_is_lost(self, messages: Messages, shortened: Messages) -> bool:
+        """Whether the answer can no longer be given because the text that it is about was shortened (`may_cut`)."""
+        return False
+
+
+class Scorer:
+    """Scores answers one at a time with the task's own rule. Nothing is learned."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.judge: dict = {}
+        """What a learned judge is worth on rows that it has not seen; `metrics.json` holds it. Empty without one."""
+
+    def metrics(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
+        """The metrics of each answer, without `instruction_following`. A scorer with a judge overrides this."""
+        return [self.task.score(row, answer) for row, answer in zip(rows, answers, strict=True)]
+
+    def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
+        """All metrics of each answer.
+
+        `instruction_following` is 1 where every constraint that is scored is met and the answer stopped by itself.
+        """
+        scored = []
+        for metrics, answer in zip(self.metrics(rows, answers), answers, strict=True):
+            met = [metrics[name] >= least for name, least in self.task.constraints.items() if name in metrics]
+            scored.append({FOLLOWING: float(answer.stopped and all(met)), **metrics})
+        return scored
+
+
+def task_names() -> list[str]:
+    """The tasks that are shipped: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@cache
+def load_task(name: str) -> Task:
+    """Opens a shipped task by its name.
+
+    Raises:
+        UserError: there is no task of that name.
+    """
+    if name not in task_names():
+        raise UserError(f"The task {name!r} is unknown; choose one of {', '.join(task_names())}.")
+    return _task_in(importlib.import_module(f"{__name__}.{name}"))
+
+
+def _task_in(module: ModuleType) -> Task:
+    """The task that a module defines.
+
+    Raises:
+        UserError: it defines none or several, or one that is incomplete.
+    """
+    file = Path(module.__file__).name
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    kinds = [kind for kind in kinds if issubclass(kind, Task)]
+    if len(kinds) != 1:
+        raise UserError(
+            f"{file} defines {len(kinds) or 'no'} tasks; a task file has one subclass of fledge.tasks.Task."
+        )
+    kind = kinds[0]
+    missing = [name for name in Task.__annotations__ if not hasattr(kind, name)] + sorted(kind.__abstractmethods__)
+    if kind.score is Task.score and kind.scorer is Task.scorer:
+        missing.append("score")
+    if missing:
+        raise UserError(f"The task in {file} lacks {', '.join(missing)}; fledge/tasks/__init__.py says what each is.")
+    for column, labels in kind.columns.items():
+        if not isinstance(labels, tuple) and labels not in KINDS:
+            raise UserError(f"The column {column} of {file} is {labels!r}; give a tuple of labels or one of {KINDS}.")
+    if unknown := {FOLLOWING, *kind.constraints} - set(kind.meaning):
+        raise UserError(
+            f"The task in {file} does not say what {', '.join(sorted(unknown))} means; add it to `meaning`."
+        )
+    return kind()

@@ -1,51 +1,24 @@
 """Story chat: write a story, sum one up, and answer questions about it, alone or in a conversation about one story.
 
 The answers come from the record (TinyStories-Instruct) and from rules that answer only when they are sure
-(`fledge.tasks.stories`). Which phrasing asks, and what a conversation is made of, is drawn from the `rng` given.
+(`fledge.text.stories`). Which phrasing asks, and what a conversation is made of, is drawn from the `rng` given.
 """
 
 import hashlib
 import random
 import re
 
-from fledge.generation.answers import Answer
-from fledge.tasks import RejectedRecord, RuleScorer
-from fledge.tasks.overlap import exact_match, f1, rouge
-from fledge.tasks.stories import ends_happily, happenings, main_character, moral, sentences, speaks
-from fledge.tasks.topic_ending import COMPLETE, content_words
-from fledge.tasks.words import used
-from fledge.templates import INPUT_MARK
+from fledge.messages import INPUT_MARK, Answer
+from fledge.tasks import RejectedRecord, Task
+from fledge.text.overlap import exact_match, f1, rouge
+from fledge.text.stories import COMPLETE, ends_happily, happenings, main_character, moral, sentences, speaks
+from fledge.text.words import content_words, used
 
-TEMPLATE = "story_chat"
-ASKS_ONCE = False
-MAY_CUT = False  # a story that is cut makes the answers about it untrue
-PURPOSE = "write short stories, sum them up, and answer questions about them"
 SYSTEM = {
     "role": "system",
     "content": "You are a storyteller. You write short stories and answer questions about them.",
 }
 KINDS = ("summary", "moral", "words", "who", "what", "happy", "talk")
-COLUMNS = {
-    "kind": KINDS,
-    "form": ("single", "conversation"),
-    "words": "strings",
-    "features": "strings",
-}
-MEANING = {
-    "instruction_following": "meets every constraint its prompt states and stopped by end-of-text; what that is for "
-    "each kind of prompt stands in docs/tasks.md",
-    "rouge1": "single words shared with the reference summary or account (ROUGE-1, F-measure)",
-    "rouge2": "word pairs shared with it (ROUGE-2, F-measure)",
-    "rougeL": "longest common subsequence with it (ROUGE-L, F-measure)",
-    "grounded": "share of a summary's content words that its story has",
-    "moral_rougeL": "longest common subsequence with the moral that the story states (ROUGE-L, F-measure)",
-    "words_used": "share of the requested words that the story uses, in any inflection",
-    "all_words_used": "the story uses all requested words",
-    "dialogue": "somebody speaks in the story, where the prompt asks for dialogue",
-    "exact_match": "a question is answered with the reference's words, but for case, punctuation and articles",
-    "f1": "words shared with the reference answer to a question (harmonic mean of precision and recall)",
-    "no_role_leak": "no role token of the conversation stands in the answer",
-}
 
 # The first phrasing of each kind is the plain one, which `CAPABILITIES` asks with.
 PHRASINGS = {
@@ -72,46 +45,129 @@ SHARE_OF_YES = {"happy": 1 / 3, "talk": 1 / 2}
 LONGEST_CONVERSATION = 4  # answers
 
 
-def examples(record: dict, rng: random.Random) -> list[dict]:
-    """A TinyStories-Instruct record → an example of each kind that it supports, and a conversation of several of them.
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
-    Raises:
-        RejectedRecord: the record has no story, its story breaks off, or no answer about it is sure.
+
+_STORY = (
+    "Once upon a time, there was a small fox named Rusty. Rusty lived near a river and loved to skip stones. One day, "
+    "Rusty saw a duck who could not get out of the reeds. Rusty pulled the reeds apart with his teeth. "
+    '"Thank you," said the duck. "Come and swim with me!" Rusty was afraid of the water, but the duck showed him how '
+    "to paddle. At night they sat on the bank and watched the moon, and they were happy."
+)
+# The fixed prompts of `evaluate_model.py --capabilities`.
+CAPABILITIES = {
+    "summary": [SYSTEM, _user(PHRASINGS["summary"][0] + INPUT_MARK + _STORY)],
+    "words": [SYSTEM, _user(PHRASINGS["words"][0].format(words="boat, brave, laugh"))],
+    "who": [SYSTEM, _user(PHRASINGS["who"][0] + INPUT_MARK + _STORY)],
+    "what": [SYSTEM, _user(PHRASINGS["what"][0] + INPUT_MARK + _STORY)],
+}
+
+
+class StoryChat(Task):
+    """A record of TinyStories-Instruct gives an example of each kind that it supports, and a conversation of several.
+
+    The kinds are those of `PHRASINGS`.
     """
-    story = record.get("Story", "").strip()
-    if not story:
-        raise RejectedRecord("no story")
-    if not story.endswith(COMPLETE):
-        raise RejectedRecord("the story breaks off")
-    answers = _answers(record, story, rng)
-    words = _words_used(record, story)
-    features = ["dialogue"] if _lists(record, "Dialogue") and speaks(story) and rng.random() < 0.5 else []
-    group = hashlib.blake2b(" ".join(story.split()).encode(), digest_size=16).hexdigest()
 
-    def ask(kind: str, text: str = "") -> list[dict[str, str]]:
-        content = rng.choice(PHRASINGS[kind]) + (INPUT_MARK + text if text else "")
-        return [_user(content), {"role": "assistant", "content": answers[kind]}]
+    template = "story_chat"
+    purpose = "write short stories, sum them up, and answer questions about them"
+    example = CAPABILITIES["words"]
+    columns = {
+        "kind": KINDS,
+        "form": ("single", "conversation"),
+        "words": "strings",
+        "features": "strings",
+    }
+    meaning = {
+        "instruction_following": "meets every constraint its prompt states and stopped by end-of-text; docs/tasks.md "
+        "has the constraints of each kind of prompt",
+        "rouge1": "single words shared with the reference summary or account (ROUGE-1, F-measure)",
+        "rouge2": "word pairs shared with it (ROUGE-2, F-measure)",
+        "rougeL": "longest common subsequence with it (ROUGE-L, F-measure)",
+        "grounded": "share of a summary's content words that its story has",
+        "moral_rougeL": "longest common subsequence with the moral that the story states (ROUGE-L, F-measure)",
+        "words_used": "share of the requested words that the story uses, in any inflection",
+        "all_words_used": "the story uses all requested words",
+        "dialogue": "somebody speaks in the story, where the prompt asks for dialogue",
+        "exact_match": "a question is answered with the reference's words, but for case, punctuation and articles",
+        "f1": "words shared with the reference answer to a question (harmonic mean of precision and recall)",
+        "long_enough": "a story that was asked for has at least three sentences",
+        "short_enough": "a summary or an account is less than half as long as its prompt",
+        "no_role_leak": "no role token of the conversation stands in the answer",
+    }
+    constraints = {
+        "words_used": 1.0,
+        "dialogue": 1.0,
+        "long_enough": 1.0,
+        "grounded": 0.7,
+        "short_enough": 1.0,
+        "moral_rougeL": 0.5,
+        "exact_match": 1.0,
+        "no_role_leak": 1.0,
+    }
 
-    def example(kind: str, form: str, turns: list[dict[str, str]]) -> dict:
-        constraints = {"words": words, "features": features} if kind == "words" else {"words": [], "features": []}
-        return {"messages": [SYSTEM, *turns], "kind": kind, "form": form, **constraints, "group": group}
+    def examples(self, record: dict, rng: random.Random) -> list[dict]:
+        """The group of every example is the story.
 
-    made = [example(kind, "single", ask(kind, story)) for kind in answers]
-    written = []
-    if words:
-        request = rng.choice(PHRASINGS["words"]).format(words=", ".join(words)) + (DIALOGUE if features else "")
-        written = [_user(request), {"role": "assistant", "content": story}]
-        made.append(example("words", "single", written))
-    if len(answers) > 1:
-        kinds = rng.sample(list(answers), rng.randint(2, min(LONGEST_CONVERSATION, len(answers))))
-        # It goes on from a story that was just written, or begins with one that the user brings.
-        turns = written if written and rng.random() < 0.5 else []
-        for kind in kinds:
-            turns = turns + ask(kind, "" if turns else story)
-        made.append(example(kinds[-1], "conversation", turns))
-    if not made:
-        raise RejectedRecord("no answer about the story is sure")
-    return made
+        Raises:
+            RejectedRecord: the record has no story, its story breaks off, or no answer about it is sure.
+        """
+        story = record.get("Story", "").strip()
+        if not story:
+            raise RejectedRecord("no story")
+        if not story.endswith(COMPLETE):
+            raise RejectedRecord("the story breaks off")
+        answers = _answers(record, story, rng)
+        words = _words_used(record, story)
+        features = ["dialogue"] if _lists(record, "Dialogue") and speaks(story) and rng.random() < 0.5 else []
+        group = hashlib.blake2b(" ".join(story.split()).encode(), digest_size=16).hexdigest()
+
+        def ask(kind: str, text: str = "") -> list[dict[str, str]]:
+            content = rng.choice(PHRASINGS[kind]) + (INPUT_MARK + text if text else "")
+            return [_user(content), {"role": "assistant", "content": answers[kind]}]
+
+        def example(kind: str, form: str, turns: list[dict[str, str]]) -> dict:
+            constraints = {"words": words, "features": features} if kind == "words" else {"words": [], "features": []}
+            return {"messages": [SYSTEM, *turns], "kind": kind, "form": form, **constraints, "group": group}
+
+        made = [example(kind, "single", ask(kind, story)) for kind in answers]
+        written = []
+        if words:
+            request = rng.choice(PHRASINGS["words"]).format(words=", ".join(words)) + (DIALOGUE if features else "")
+            written = [_user(request), {"role": "assistant", "content": story}]
+            made.append(example("words", "single", written))
+        if len(answers) > 1:
+            kinds = rng.sample(list(answers), rng.randint(2, min(LONGEST_CONVERSATION, len(answers))))
+            # It goes on from a story that was just written, or begins with one that the user brings.
+            turns = written if written and rng.random() < 0.5 else []
+            for kind in kinds:
+                turns = turns + ask(kind, "" if turns else story)
+            made.append(example(kinds[-1], "conversation", turns))
+        if not made:
+            raise RejectedRecord("no answer about the story is sure")
+        return made
+
+    def score(self, row: dict, answer: Answer) -> dict[str, float]:
+        kind, text, reference = row["kind"], answer.text, row["messages"][-1]["content"]
+        scores = {"no_role_leak": float(not ROLE_TOKEN.search(text))}
+        if kind == "words":
+            found = used(row["words"], text)
+            scores |= {"words_used": sum(found) / len(found), "all_words_used": float(all(found))}
+            scores["long_enough"] = float(len(sentences(text)) >= 3)
+            if "dialogue" in row["features"]:
+                scores["dialogue"] = float(speaks(text) is True)
+        elif kind in ("summary", "what"):
+            given = " ".join(message["content"] for message in row["messages"][:-1])
+            wanted = content_words(text)
+            scores |= rouge(reference, text)
+            scores["grounded"] = len(wanted & content_words(given)) / len(wanted) if wanted else 0.0
+            scores["short_enough"] = float(2 * len(text) < len(given))
+        elif kind == "moral":
+            scores["moral_rougeL"] = rouge(reference, text)["rougeL"]
+        else:
+            scores |= {"exact_match": exact_match(reference, text), "f1": f1(reference, text)}
+        return scores
 
 
 def _answers(record: dict, story: str, rng: random.Random) -> dict[str, str]:
@@ -139,52 +195,3 @@ def _words_used(record: dict, story: str) -> list[str]:
     """The record's words that its story does use."""
     words = [word.strip() for word in record.get("Words", "").split(",") if word.strip()]
     return [word for word, is_used in zip(words, used(words, story), strict=True) if is_used]
-
-
-def _user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def _score(row: dict, answer: Answer) -> dict[str, float]:
-    kind, text, reference = row["kind"], answer.text, row["messages"][-1]["content"]
-    scores = {"no_role_leak": float(not ROLE_TOKEN.search(text))}
-    if kind == "words":
-        found = used(row["words"], text)
-        scores |= {"words_used": sum(found) / len(found), "all_words_used": float(all(found))}
-        if "dialogue" in row["features"]:
-            scores["dialogue"] = float(speaks(text) is True)
-        met = all(found) and scores.get("dialogue", 1) and len(sentences(text)) >= 3
-    elif kind in ("summary", "what"):
-        given = " ".join(message["content"] for message in row["messages"][:-1])
-        wanted = content_words(text)
-        scores |= rouge(reference, text)
-        scores["grounded"] = len(wanted & content_words(given)) / len(wanted) if wanted else 0.0
-        met = scores["grounded"] >= 0.7 and 2 * len(text) < len(given)
-    elif kind == "moral":
-        scores["moral_rougeL"] = rouge(reference, text)["rougeL"]
-        met = scores["moral_rougeL"] >= 0.5
-    else:
-        scores |= {"exact_match": exact_match(reference, text), "f1": f1(reference, text)}
-        met = scores["exact_match"]
-    follows = met and answer.stopped and scores["no_role_leak"]
-    return {"instruction_following": float(bool(follows)), **scores}
-
-
-class Scorer(RuleScorer):
-    score_one = staticmethod(_score)
-
-
-_STORY = (
-    "Once upon a time, there was a small fox named Rusty. Rusty lived near a river and loved to skip stones. One day, "
-    "Rusty saw a duck who could not get out of the reeds. Rusty pulled the reeds apart with his teeth. "
-    '"Thank you," said the duck. "Come and swim with me!" Rusty was afraid of the water, but the duck showed him how '
-    "to paddle. At night they sat on the bank and watched the moon, and they were happy."
-)
-# The fixed prompts of `evaluate_model.py --capabilities`.
-CAPABILITIES = {
-    "summary": [SYSTEM, _user(PHRASINGS["summary"][0] + INPUT_MARK + _STORY)],
-    "words": [SYSTEM, _user(PHRASINGS["words"][0].format(words="boat, brave, laugh"))],
-    "who": [SYSTEM, _user(PHRASINGS["who"][0] + INPUT_MARK + _STORY)],
-    "what": [SYSTEM, _user(PHRASINGS["what"][0] + INPUT_MARK + _STORY)],
-}
-EXAMPLE = CAPABILITIES["words"]

@@ -8,63 +8,20 @@ The data and its metric live here together, so that what is asked for and what i
 
 import random
 import re
-from typing import Any
 
 import numpy as np
 
 from fledge.cli import UserError
-from fledge.generation.answers import Answer
-from fledge.tasks import RejectedRecord
-
-TEMPLATE = "story"
-ASKS_ONCE = True
-LABELS = ("happy", "sad")
-COLUMNS = {"ending": LABELS}
-MAY_CUT = False  # a prompt without its ending asks for nothing
-PURPOSE = "write a short story about a given topic with a happy or a sad ending"
-MEANING = {
-    "ending_match": "the story ends as its prompt asks, by a classifier of endings",
-    "topic_words": "share of the topic's content words that occur in the story",
-    "instruction_following": "right ending, at least half of the topic's content words, and stopped by end-of-text",
-}
+from fledge.messages import Answer
+from fledge.tasks import RejectedRecord, Scorer, Task
+from fledge.text.stories import COMPLETE, last_sentences
+from fledge.text.words import content_words
 
 ERRORS_SHOWN = 5
-COMPLETE = (".", "!", "?", '"', "”", "'")
-FUNCTION_WORDS = frozenset(
-    """a about after all also an and are as at be because been before being but by can could day did do does each
-    every for from get gets got had has have he her hers him his how i if in into is it its just learn learns
-    little made make makes me more my named no not of off old on once one only or other our out over she so some
-    than that the their them then there they this time to too two up upon us very was we were what when where
-    which while who will with would you your""".split()  # noqa: SIM905
-)
 
 
 def instruction(topic: str, ending: str) -> str:
     return f"Write a story about: {topic}\nWith: {ending} ending"
-
-
-EXAMPLE = [{"role": "user", "content": instruction("A little boy found a red kite in the park.", "happy")}]
-
-
-def examples(record: dict[str, str], rng: random.Random) -> list[dict[str, Any]]:
-    """A TinyStories-Instruct record → messages, ending, and the topic by which splits are kept apart. No chance in it.
-
-    Raises:
-        RejectedRecord: the record lacks a summary or a story, or its story breaks off.
-    """
-    topic, story = " ".join(record.get("Summary", "").split()), record.get("Story", "")
-    if not topic:
-        raise RejectedRecord("no summary")
-    if not story:
-        raise RejectedRecord("no story")
-    if not story.endswith(COMPLETE):
-        raise RejectedRecord("the story breaks off")
-    ending = "sad" if "BadEnding" in record.get("Features", "") else "happy"
-    messages = [
-        {"role": "user", "content": instruction(topic, ending)},
-        {"role": "assistant", "content": story},
-    ]
-    return [{"messages": messages, "ending": ending, "group": topic}]
 
 
 def requested(text: str) -> tuple[str, str]:
@@ -79,23 +36,76 @@ def requested(text: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def score(text: str, answer: str, stopped: bool, judged_ending: str) -> dict[str, float]:
-    """Scores one answer to the instruction `text`; every value lies between 0 and 1."""
-    topic, ending = requested(text)
-    wanted, present = content_words(topic), content_words(answer)
-    share = len(wanted & present) / len(wanted) if wanted else 1.0
-    match = float(judged_ending == ending)
-    return {
-        "instruction_following": float(match and share >= 0.5 and stopped),
-        "ending_match": match,
-        "topic_words": share,
+class TopicEnding(Task):
+    """A record of TinyStories-Instruct gives one example: its summary is the topic, `BadEnding` makes it a sad one."""
+
+    template = "story"
+    purpose = "write a short story about a given topic with a happy or a sad ending"
+    example = [{"role": "user", "content": instruction("A little boy found a red kite in the park.", "happy")}]
+    columns = {"ending": ("happy", "sad")}
+    meaning = {
+        "ending_match": "the story ends as its prompt asks, by a classifier of endings",
+        "topic_words": "share of the topic's content words that occur in the story",
+        "instruction_following": "right ending, at least half of the topic's content words, and stopped by end-of-text",
     }
+    constraints = {"ending_match": 1.0, "topic_words": 0.5}
+    asks_once = True
+
+    def examples(self, record: dict, rng: random.Random) -> list[dict]:
+        """One example, the same for every `rng`. Its group is its topic.
+
+        Raises:
+            RejectedRecord: the record lacks a summary or a story, or its story breaks off.
+        """
+        topic, story = " ".join(record.get("Summary", "").split()), record.get("Story", "")
+        if not topic:
+            raise RejectedRecord("no summary")
+        if not story:
+            raise RejectedRecord("no story")
+        if not story.endswith(COMPLETE):
+            raise RejectedRecord("the story breaks off")
+        ending = "sad" if "BadEnding" in record.get("Features", "") else "happy"
+        messages = [
+            {"role": "user", "content": instruction(topic, ending)},
+            {"role": "assistant", "content": story},
+        ]
+        return [{"messages": messages, "ending": ending, "group": topic}]
+
+    def scorer(self, train_rows: list[dict], unseen_rows: list[dict]) -> "EndingScorer":
+        return EndingScorer(self, train_rows, unseen_rows)
 
 
-def content_words(text: str) -> set[str]:
-    """Lower-case words that carry meaning, with plain plural and past endings taken off."""
-    words = re.findall(r"[a-z]+", text.lower().replace("’", "'").replace("'s", ""))
-    return {re.sub(r"(?<=\w{3})(es|s|ed|ing|e)$", "", word) for word in words if word not in FUNCTION_WORDS}
+class EndingScorer(Scorer):
+    """Its judge of endings learns from the training rows and is measured on rows that it has not seen."""
+
+    def __init__(self, task: Task, train_rows: list[dict], unseen_rows: list[dict]):
+        super().__init__(task)
+        stories, endings = ([pick(row) for row in train_rows] for pick in (_story, _ending))
+        self.endings = EndingJudge(stories, endings)
+        self.judge = self.endings.measure(*([pick(row) for row in unseen_rows] for pick in (_story, _ending)))
+
+    def metrics(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
+        judged = self.endings.judge([answer.text for answer in answers])
+        return [
+            score(row["messages"][-2]["content"], answer.text, ending)
+            for row, answer, ending in zip(rows, answers, judged, strict=True)
+        ]
+
+
+def score(instruction: str, story: str, judged_ending: str) -> dict[str, float]:
+    """Whether a story has the ending and the words of the topic that an instruction asks for."""
+    topic, ending = requested(instruction)
+    wanted, present = content_words(topic), content_words(story)
+    share = len(wanted & present) / len(wanted) if wanted else 1.0
+    return {"ending_match": float(judged_ending == ending), "topic_words": share}
+
+
+def _story(row: dict) -> str:
+    return row["messages"][-1]["content"]
+
+
+def _ending(row: dict) -> str:
+    return row["ending"]
 
 
 class EndingJudge:
@@ -170,33 +180,9 @@ class EndingJudge:
         return sum(recalls) / len(recalls)
 
 
-def last_sentences(story: str) -> str:
-    return " ".join(re.split(r'(?<=[.!?"”])\s+', story.strip())[-4:])
-
-
 def _end_in_lower_case(story: str) -> str:
     return last_sentences(story).lower()
 
 
-class Scorer:
-    """Scores answers; its judge of endings learns from the training rows and is measured on rows it has not seen."""
-
-    def __init__(self, train_rows: list[dict], unseen_rows: list[dict]):
-        stories, endings = ([pick(row) for row in train_rows] for pick in (_story, _ending))
-        self.endings = EndingJudge(stories, endings)
-        self.judge = self.endings.measure(*([pick(row) for row in unseen_rows] for pick in (_story, _ending)))
-
-    def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
-        judged = self.endings.judge([answer.text for answer in answers])
-        return [
-            score(row["messages"][-2]["content"], answer.text, answer.stopped, ending)
-            for row, answer, ending in zip(rows, answers, judged, strict=True)
-        ]
-
-
-def _story(row: dict) -> str:
-    return row["messages"][-1]["content"]
-
-
-def _ending(row: dict) -> str:
-    return row["ending"]
+def _end_in_lower_case(story: str) -> str:
+    return last_sentences(story).lower()

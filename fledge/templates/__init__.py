@@ -5,13 +5,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
+from fledge.messages import INPUT_MARK
 from fledge.tokenizers.spelling import Spelling
 
 FOLDER = Path(__file__).parent
-
-# An instruction that comes with a text to work on is one message: f"{instruction}{INPUT_MARK}{input}". `alpaca` writes
-# the mark as it stands, the others write a line break for it.
-INPUT_MARK = "\n\n### Input:\n"
 
 # Tokens that a template writes and that its tokenizer therefore needs. prepare_dataset.py adds them.
 SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {"story_chat": ("<|system|>", "<|user|>", "<|assistant|>")}

@@ -10,10 +10,11 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
-from fledge.encoding import IGNORED, Messages, encode, open_prepared
+from fledge.encoding import IGNORED, encode, open_prepared
+from fledge.messages import INPUT_MARK, Messages
 from fledge.sources.reading import Chunk, row_chunks
 from fledge.sources.values import as_messages, as_text
-from fledge.templates import INPUT_MARK, add_template, contents
+from fledge.templates import add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
 CONVERSATIONS = ("messages", "conversations")

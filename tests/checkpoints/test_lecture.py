@@ -12,7 +12,7 @@ from conftest import run_script
 from hand_written import lecture
 
 from fledge.encoding import open_rows
-from fledge.tasks.stories import sentences
+from fledge.text.stories import sentences
 
 NAMES, WORDS = (
     ("ROMEO", "JULIET"),

@@ -14,8 +14,8 @@ from fledge.evaluation.wording import (
     unique,
     words,
 )
-from fledge.generation.answers import Answer
-from fledge.templates import INPUT_MARK, load_template
+from fledge.messages import INPUT_MARK, Answer
+from fledge.templates import load_template
 
 TEXTS = st.lists(st.text(alphabet="ab .\n", max_size=60), min_size=1, max_size=8)
 

@@ -8,9 +8,10 @@ from conftest import ROOT
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.generation.conversation import fit_beginning, fit_prompt
+from fledge.messages import INPUT_MARK
 from fledge.models import load_model
 from fledge.scripts import generate
-from fledge.templates import INPUT_MARK, add_template
+from fledge.templates import add_template
 from fledge.tokenizers import load_tokenizer
 
 

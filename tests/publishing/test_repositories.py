@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from fledge.encoding import encode_prompt
 from fledge.generation.sampling import Sampling
 from fledge.publishing.repositories import GRADIO, space_settings
-from fledge.tasks import TASKS
+from fledge.tasks import task_names
 
 INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"
 ALL = ("--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo")
@@ -188,7 +188,7 @@ def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
     assert json.loads((space / "settings.json").read_text(encoding="utf-8"))["trust_remote_code"] is False
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", task_names())
 def test_every_task_has_a_page_in_the_space(task, tmp_path):
     (tmp_path / "budget.json").write_text(json.dumps({"task": task}), encoding="utf-8")
     settings = space_settings(tmp_path, [], "a/b", None, Sampling(temperature=0.7))

@@ -5,19 +5,12 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from fledge.generation.answers import Answer
-from fledge.tasks import RejectedRecord
-from fledge.tasks.instructions import (
-    CATEGORIES,
-    MEANING,
-    Scorer,
-    examples,
-    last_number,
-    limits_met,
-    parses,
-    refused,
-)
+from fledge.messages import Answer
+from fledge.tasks import RejectedRecord, load_task
+from fledge.tasks.instructions import CATEGORIES, last_number, parses
+from fledge.text.limits import limits_met, refused
 
+TASK = load_task("instructions")
 LINES = (ROOT / "examples" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
 SHIPPED = [json.loads(line) for line in LINES]
 
@@ -32,7 +25,7 @@ def row_of(category: str, asked: str, reference: str) -> dict:
 
 
 def scored(row: dict, text: str, stopped: bool = True) -> dict[str, float]:
-    return Scorer([], []).score([row], [Answer(text, 1, stopped)])[0]
+    return TASK.scorer([], []).score([row], [Answer(text, 1, stopped)])[0]
 
 
 def test_the_shipped_examples_cover_every_kind():
@@ -71,14 +64,14 @@ def test_shipped_refusals_refuse_and_nothing_else_does():
 def test_the_shipped_answers_follow_their_own_instructions():
     for row in SHIPPED:
         record = {"instruction": row["instruction"], "input": row["input"], "output": row["response"]}
-        made = examples({**record, "category": row["category"]}, random.Random(0))[0]
+        made = TASK.examples({**record, "category": row["category"]}, random.Random(0))[0]
         assert scored(made, row["response"])["instruction_following"] == 1, row
 
 
 def test_an_input_stands_below_its_mark():
     record = {"instruction": "Sum up.", "input": "It rained.", "output": "Rain.", "category": "summarization"}
 
-    assert examples(record, random.Random(0)) == [
+    assert TASK.examples(record, random.Random(0)) == [
         {
             "messages": [
                 {"role": "user", "content": "Sum up.\n\n### Input:\nIt rained."},
@@ -98,7 +91,7 @@ def test_a_conversation_stays_as_it_is():
         {"role": "user", "content": "Bye"},
         {"role": "assistant", "content": "Bye."},
     ]
-    made = examples({"messages": messages}, random.Random(0))
+    made = TASK.examples({"messages": messages}, random.Random(0))
 
     assert made == [{"messages": messages, "category": "other", "group": "Hi"}]
 
@@ -109,7 +102,7 @@ def test_a_conversation_stays_as_it_is():
 )
 def test_a_category_is_one_of_those_declared(category, kept):
     record = {"instruction": "Why?", "output": "Because.", "category": category}
-    made = examples(record, random.Random(0))[0]["category"]
+    made = TASK.examples(record, random.Random(0))[0]["category"]
 
     assert made == kept
     assert made in CATEGORIES
@@ -117,7 +110,7 @@ def test_a_category_is_one_of_those_declared(category, kept):
 
 def test_questions_of_one_story_are_of_one_group():
     one, other = (
-        examples({"instruction": q, "input": t, "output": "x", "group": "Tale 1"}, random.Random(0))[0]
+        TASK.examples({"instruction": q, "input": t, "output": "x", "group": "Tale 1"}, random.Random(0))[0]
         for q, t in (("Who?", "Part one."), ("Why?", "Part two."))
     )
     assert one["group"] == other["group"] == "Tale 1"
@@ -139,7 +132,7 @@ def test_questions_of_one_story_are_of_one_group():
 )
 def test_an_unusable_record_is_rejected_with_its_reason(record, reason):
     with pytest.raises(RejectedRecord, match=reason):
-        examples(record, random.Random(0))
+        TASK.examples(record, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -255,5 +248,5 @@ def test_every_metric_has_a_meaning_and_occurs():
         ("open_qa", "Yes."), ("arithmetic", "1"), ("code", "x = 1"), ("refusal", "I can't do it."),
     )]  # fmt: skip
     seen = {name for row in rows for name in scored(row, "Yes.")}
-    assert seen == set(MEANING)
-    assert Scorer([], []).judge == {}
+    assert seen == set(TASK.meaning)
+    assert TASK.scorer([], []).judge == {}

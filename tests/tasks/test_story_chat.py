@@ -3,11 +3,11 @@ from collections import Counter
 
 import pytest
 
-from fledge.generation.answers import Answer
-from fledge.tasks import RejectedRecord
-from fledge.tasks.story_chat import CAPABILITIES, COLUMNS, EXAMPLE, KINDS, MEANING, PHRASINGS, SYSTEM, Scorer, examples
-from fledge.templates import INPUT_MARK
+from fledge.messages import INPUT_MARK, Answer
+from fledge.tasks import RejectedRecord, load_task
+from fledge.tasks.story_chat import CAPABILITIES, KINDS, PHRASINGS, SYSTEM
 
+TASK = load_task("story_chat")
 STORY = (
     "Once upon a time, there was a little girl named Lily. Lily had a red ball. One day, she lost it in the park. "
     '"Where is my ball?" Lily asked. A dog brought the ball back. Lily was happy and hugged the dog. '
@@ -26,7 +26,7 @@ RECORD = {
 
 
 def made_of(record: dict, draws: int = 40) -> list[dict]:
-    return [example for seed in range(draws) for example in examples(record, random.Random(seed))]
+    return [example for seed in range(draws) for example in TASK.examples(record, random.Random(seed))]
 
 
 def answers_to(record: dict, kind: str) -> set[str]:
@@ -117,7 +117,7 @@ def test_a_conversation_is_about_one_story_that_stands_in_it_once():
 
 
 def test_the_same_chance_makes_the_same_examples():
-    assert examples(RECORD, random.Random(7)) == examples(RECORD, random.Random(7))
+    assert TASK.examples(RECORD, random.Random(7)) == TASK.examples(RECORD, random.Random(7))
 
 
 def test_examples_of_one_story_are_of_one_group():
@@ -128,9 +128,9 @@ def test_examples_of_one_story_are_of_one_group():
 
 def test_rows_have_the_columns_that_the_task_declares():
     for row in made_of(RECORD):
-        assert set(row) == {"messages", "group", *COLUMNS}
-        assert row["kind"] in COLUMNS["kind"]
-        assert row["form"] in COLUMNS["form"]
+        assert set(row) == {"messages", "group", *TASK.columns}
+        assert row["kind"] in TASK.columns["kind"]
+        assert row["form"] in TASK.columns["form"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_rows_have_the_columns_that_the_task_declares():
 )
 def test_an_unusable_record_is_rejected_with_its_reason(record, reason):
     with pytest.raises(RejectedRecord, match=reason):
-        examples(record, random.Random(0))
+        TASK.examples(record, random.Random(0))
 
 
 def row_of(kind: str, reference: str, **columns) -> dict:
@@ -153,7 +153,7 @@ def row_of(kind: str, reference: str, **columns) -> dict:
 
 
 def scored(row: dict, text: str, stopped: bool = True) -> dict[str, float]:
-    return Scorer([], []).score([row], [Answer(text, 1, stopped)])[0]
+    return TASK.scorer([], []).score([row], [Answer(text, 1, stopped)])[0]
 
 
 WORDS = row_of("words", STORY, words=["run", "happy"], features=["dialogue"])
@@ -228,8 +228,8 @@ def test_role_tokens_are_found(text, leaks):
 def test_every_metric_has_a_meaning_and_occurs():
     rows = [WORDS, *(row_of(kind, "Yes.") for kind in KINDS if kind != "words")]
     seen = {name for row in rows for name in scored(row, "Yes.")}
-    assert seen == set(MEANING)
-    assert Scorer([], []).judge == {}
+    assert seen == set(TASK.meaning)
+    assert TASK.scorer([], []).judge == {}
 
 
 def test_the_capabilities_ask_with_the_plain_phrasing():
@@ -238,4 +238,4 @@ def test_the_capabilities_ask_with_the_plain_phrasing():
         assert messages[0] == SYSTEM
         assert messages[-1]["content"].startswith(PHRASINGS[kind][0].split("{")[0])
         assert messages[-1]["role"] == "user"
-    assert CAPABILITIES["words"] == EXAMPLE
+    assert CAPABILITIES["words"] == TASK.example

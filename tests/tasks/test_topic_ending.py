@@ -5,36 +5,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
-from fledge.generation.answers import Answer
-from fledge.tasks import RejectedRecord, load_task
-from fledge.tasks.topic_ending import (
-    EXAMPLE,
-    LABELS,
-    EndingJudge,
-    Scorer,
-    content_words,
-    examples,
-    instruction,
-    requested,
-    score,
-)
+from fledge.messages import Answer
+from fledge.tasks import RejectedRecord, Scorer, load_task, task_names
+from fledge.tasks.topic_ending import EndingJudge, instruction, requested, score
+from fledge.text.words import content_words
+
+TASK = load_task("topic_ending")
 
 
 def test_the_task_is_opened_by_its_name():
-    assert load_task("topic_ending").instruction is instruction
+    assert TASK.name == "topic_ending"
 
-    with pytest.raises(UserError, match="'poem' is unknown; choose one of topic_ending"):
+    with pytest.raises(UserError, match=f"'poem' is unknown; choose one of {', '.join(task_names())}"):
         load_task("poem")
 
 
 def made_of(record: dict[str, str]) -> dict:
-    (example,) = examples(record, random.Random(0))
+    (example,) = TASK.examples(record, random.Random(0))
     return example
 
 
 def test_the_instruction_reads_literally():
     assert instruction("A cat finds a hat.", "sad") == "Write a story about: A cat finds a hat.\nWith: sad ending"
-    assert requested(EXAMPLE[-1]["content"]) == ("A little boy found a red kite in the park.", "happy")
+    assert requested(TASK.example[-1]["content"]) == ("A little boy found a red kite in the park.", "happy")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +86,9 @@ def test_a_story_that_ends_a_sentence_is_complete(story):
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), st.sampled_from(LABELS))
+@given(
+    st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])), st.sampled_from(TASK.classes["ending"])
+)
 def test_the_request_is_read_back_from_any_instruction(topic, ending):
     assert requested(instruction(topic, ending)) == (topic, ending)
 
@@ -119,20 +114,27 @@ FULL, HALF, NONE = "The red kite flew over a park with an oak.", "A kite in a pa
 def test_following_needs_the_ending_the_topic_and_the_stop(answer, stopped, judged, follows, match, share):
     asked = instruction("A red kite and an oak in the park.", "happy")
 
-    assert score(asked, answer, stopped, judged) == {
+    assert scored(asked, answer, stopped, judged) == {
         "instruction_following": follows,
         "ending_match": match,
         "topic_words": share,
     }
 
 
+def scored(asked: str, answer: str, stopped: bool, judged: str) -> dict[str, float]:
+    """The scores of an answer whose ending is judged so."""
+    scorer = Scorer(TASK)
+    scorer.metrics = lambda rows, answers: [score(asked, answer.text, judged) for answer in answers]
+    return scorer.score([{}], [Answer(answer, 1, stopped)])[0]
+
+
 def test_the_sad_ending_is_matched_as_the_happy_one():
-    assert score(instruction("A kite.", "sad"), "The kite tore.", True, "sad")["instruction_following"] == 1
-    assert score(instruction("A kite.", "sad"), "The kite tore.", True, "happy")["instruction_following"] == 0
+    assert scored(instruction("A kite.", "sad"), "The kite tore.", True, "sad")["instruction_following"] == 1
+    assert scored(instruction("A kite.", "sad"), "The kite tore.", True, "happy")["instruction_following"] == 0
 
 
 def test_a_topic_without_content_words_is_always_met():
-    assert score(instruction("What she had.", "happy"), NONE, True, "happy")["topic_words"] == 1
+    assert score(instruction("What she had.", "happy"), NONE, "happy")["topic_words"] == 1
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_a_scorer_learns_from_train_and_is_measured_on_the_rest():
         return {"messages": [asked, {"role": "assistant", "content": story}], "ending": ending}
 
     train = [row(story, "happy") for story in HAPPY * 5] + [row(story, "sad") for story in SAD * 5]
-    scorer = Scorer(train, [row(HAPPY[0], "happy"), row(SAD[0], "sad")])
+    scorer = TASK.scorer(train, [row(HAPPY[0], "happy"), row(SAD[0], "sad")])
 
     assert (scorer.judge["accuracy"], scorer.judge["n"], scorer.judge["errors"]) == (1, 2, [])
     asked = [row(HAPPY[0], "happy"), row(HAPPY[0], "sad")]

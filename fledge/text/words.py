@@ -7,6 +7,13 @@ NIH's SPECIALIST lexicon (https://github.com/bjascob/LemmInflect). "A run" and "
 import re
 from functools import lru_cache
 
+FUNCTION_WORDS = frozenset(
+    """a about after all also an and are as at be because been before being but by can could day did do does each
+    every for from get gets got had has have he her hers him his how i if in into is it its just learn learns
+    little made make makes me more my named no not of off old on once one only or other our out over she so some
+    than that the their them then there they this time to too two up upon us very was we were what when where
+    which while who will with would you your""".split()  # noqa: SIM905
+)
 SUPPLETIVE = {"people": "person"}  # the lexicon has two words where a story has one
 
 
@@ -37,3 +44,9 @@ def used(requested: list[str], text: str) -> list[bool]:
         places = range(len(words) - len(wanted) + 1)
         found.append(bool(wanted) and any(all(w & words[at + i] for i, w in enumerate(wanted)) for at in places))
     return found
+
+
+def content_words(text: str) -> set[str]:
+    """Lower-case words that carry meaning, with plain plural and past endings taken off."""
+    words = re.findall(r"[a-z]+", text.lower().replace("’", "'").replace("'s", ""))
+    return {re.sub(r"(?<=\w{3})(es|s|ed|ing|e)$", "", word) for word in words if word not in FUNCTION_WORDS}

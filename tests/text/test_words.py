@@ -1,6 +1,6 @@
 import pytest
 
-from fledge.tasks.words import in_order, used
+from fledge.text.words import in_order, used
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Only what is surely meant counts. "Think of two words that mean the same" names 
 
 import re
 
-from fledge.tasks.stories import sentences
+from fledge.text.stories import sentences
 
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS = {word: number for number, word in enumerate(_WORDS, 1)}

@@ -5,14 +5,14 @@ import pytest
 from conftest import ROOT
 
 from fledge.sources.tinystories_instruct import END, parse_record
-from fledge.tasks.stories import ends_happily, happenings, main_character, moral, sentences, speaks
+from fledge.text.stories import ends_happily, happenings, main_character, moral, sentences, speaks
 
 
 def test_the_main_character_is_right_in_95_of_100_stories():
     """The sheet names 200 of the shipped stories by number and who, to a reader, each is about."""
     text = gzip.decompress((ROOT / "examples" / "tales.txt.gz").read_bytes()).decode()
     stories = [parse_record(f"\n{record.strip()}")["Story"] for record in text.split(END) if record.strip()]
-    sheet = (ROOT / "tests" / "tasks" / "main_characters.jsonl").read_text(encoding="utf-8").splitlines()
+    sheet = (ROOT / "tests" / "text" / "main_characters.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in sheet]
     assert len({row["record"] for row in rows}) == 200
     assert all(" ".join(stories[row["record"]].split()).startswith(row["begins"]) for row in rows)

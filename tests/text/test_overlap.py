@@ -2,7 +2,7 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from fledge.tasks.overlap import exact_match, f1, rouge, translation
+from fledge.text.overlap import exact_match, f1, rouge, translation
 
 PAIRS = [
     ("The cat sat on the mat.", "A cat was sitting on the mat."),

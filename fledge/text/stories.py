@@ -1,7 +1,7 @@
 """What can be read from a short story by rule: who it is about, what happens, its moral, whether anyone speaks.
 
 Every function answers only when it is sure and gives `None` otherwise: an instruction with a wrong answer is worse than
-none. `tests/tasks/main_characters.jsonl` holds what a person said about 200 stories.
+none. `tests/text/main_characters.jsonl` holds what a person said about 200 stories.
 """
 
 import re
@@ -11,6 +11,7 @@ SENTENCE_END = re.compile(
     r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)"
     r"""(?:(?<=[.!?])|(?<=[.!?]["”’']))\s+(?=["“‘']?[A-Z])"""
 )
+COMPLETE = (".", "!", "?", '"', "”", "'")  # how the last sentence of a whole story ends
 QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
 MORAL = re.compile(
     r"\bmoral of (?:the|this) story(?: is\b|:).*\w \w|^(?:The|Our) moral is\b"
@@ -71,6 +72,11 @@ def sentences(text: str) -> list[str]:
     """Splits at sentence ends; a quotation of several sentences stays with the sentence it stands in."""
     shielded = QUOTED.sub(lambda quote: re.sub(r"\s", "\0", quote[0]), text)
     return [" ".join(part.replace("\0", " ").split()) for part in SENTENCE_END.split(shielded) if part.strip()]
+
+
+def last_sentences(story: str) -> str:
+    """The last four sentences; here a closing quotation mark ends one, whatever follows."""
+    return " ".join(re.split(r'(?<=[.!?"”])\s+', story.strip())[-4:])
 
 
 def main_character(story: str) -> str | None:
