@@ -619,7 +619,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--limit", "4"], "The (validation|test) split is empty with 4 usable", id="too few to split"),
         pytest.param(["--limit", "100", "--balance", "ending"], "no example with ending sad", id="an ending missing"),
         pytest.param(["--source", "novels"], "'novels' is unknown; choose one of tinystories_instruct", id="source"),
-        pytest.param(["--task", "poem"], "'poem' is unknown; choose one of topic_ending", id="task"),
+        pytest.param(["--task", "poem"], "'poem' is unknown; choose one of instructions", id="task"),
         pytest.param(["--template", "haiku"], "'haiku' is unknown; choose one of alpaca, inst,", id="template"),
         pytest.param(["--balance", "length"], "--balance length is no column .* has ending", id="balance"),
         pytest.param(["--overflow", "fold"], "--overflow fold is unknown; choose one of drop,", id="overflow"),
