@@ -36,7 +36,7 @@ GPT2_SIZES = (50257, 50304)
 def vocabulary_size(checkpoint: Path) -> int | None:
     """How many tokens the model has; None where the checkpoint holds its vocabulary or nothing tells."""
     from fledge.checkpoints.loading import load_checkpoint
-    from fledge.checkpoints.structure import detect
+    from fledge.checkpoints.roles import detect
     from fledge.cli import UserError
 
     try:

@@ -19,6 +19,7 @@ POSITIONS = ("rotary", "sinusoidal", "alibi", "none")
 """How a model may know positions that has no tensor for them."""
 QKV_ORDERS = tuple("".join(order) for order in permutations("qkv"))
 """What the first, second and third of three matrices may be."""
+PARTS = {"q": "query", "k": "key", "v": "value"}
 ORDERS = ("qkv_order", *SWAPS)
 """Facts about which tensor is which, where only the order of definition proposes it."""
 
@@ -28,52 +29,72 @@ def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[s
 
     Heads are concatenated, fused projections split, (in, out) turned to (out, in). Where possible these are views.
     """
-    tensors, heads = {}, {}
+    read = {name: _read(name, source[name], name in structure.transposed) for name in structure.roles}
     embedding = next((name for name, role in structure.roles.items() if role == "token_embedding.weight"), None)
-    width = source[embedding].shape[-1] if embedding else 0
+    width = read[embedding].shape[-1] if embedding else 0
+    tensors, heads = {}, {}
     for name, role in structure.roles.items():
-        tensor = source[name].squeeze() if source[name].dim() > 2 else source[name]
-        if not tensor.dim():
-            raise UserError(f"{name} has the shape (), and no weight is a single number.")
-        tensor = tensor.T if name in structure.transposed and tensor.dim() == 2 else tensor
+        tensor = read[name]
         head = re.fullmatch(r"(.*\.(?:query|key|value))\.(\d+)\.(weight|bias)", role)
         fused = re.fullmatch(r"(blocks\.\d+)\.([qkv]{3})\.(weight|bias)", role)
         if head:
             heads.setdefault(f"{head[1]}.{head[3]}", {})[int(head[2])] = tensor
         elif fused:
-            key_rows, odd = divmod(len(tensor) - width, 2)
-            if key_rows <= 0 or odd:
-                raise UserError(f"{name} has {len(tensor)} rows, which query, key and value cannot share.")
-            pieces = tensor.split([width if letter == "q" else key_rows for letter in fused[2]])
-            for letter, piece in zip(fused[2], pieces, strict=True):
-                part = {"q": "query", "k": "key", "v": "value"}[letter]
-                tensors[f"{fused[1]}.{part}.{fused[3]}"] = piece
+            block, letters, kind = fused.groups()
+            parts = _split_fused(name, tensor, letters, width)
+            tensors |= {f"{block}.{part}.{kind}": piece for part, piece in parts.items()}
         elif role == "alibi.slopes":
             tensors[role] = tensor.flatten()
         elif role in tensors:
             raise UserError(f"Two tensors were taken for {role}, one of them {name}; name it in a --mapping.")
         else:
             tensors[role] = tensor
-    counts = {len(indices) for indices in heads.values()}
+    joined, count = _join_heads(heads)
+    return tensors | joined, count
+
+
+def _read(name: str, tensor: Tensor, transposed: bool) -> Tensor:
+    """A tensor of the source without dimensions of one, as (out, in)."""
+    tensor = tensor.squeeze() if tensor.dim() > 2 else tensor
+    if not tensor.dim():
+        raise UserError(f"{name} has the shape (), and no weight is a single number.")
+    return tensor.T if transposed and tensor.dim() == 2 else tensor
+
+
+def _split_fused(name: str, tensor: Tensor, letters: str, width: int) -> dict[str, Tensor]:
+    """The parts of a fused projection, whose `letters` (`qkv`) stand in the order of its rows."""
+    key_rows, odd = divmod(len(tensor) - width, 2)
+    if key_rows <= 0 or odd:
+        raise UserError(f"{name} has {len(tensor)} rows, which query, key and value cannot share.")
+    pieces = tensor.split([width if letter == "q" else key_rows for letter in letters])
+    return {PARTS[letter]: piece for letter, piece in zip(letters, pieces, strict=True)}
+
+
+def _join_heads(heads: Mapping[str, Mapping[int, Tensor]]) -> tuple[dict[str, Tensor], int | None]:
+    """Projections whose heads were saved one by one, and how many heads there are; None if there are none such."""
+    count = max((len(indices) for indices in heads.values()), default=None)
+    joined = {}
     for name, indices in heads.items():
-        if sorted(indices) != list(range(max(counts))):
+        if sorted(indices) != list(range(count)):
             raise UserError(
                 f"The attention heads of {name} are numbered {sorted(indices)}; every block needs them all."
             )
         if len({tensor.shape for tensor in indices.values()}) > 1:
             raise UserError(f"The attention heads of {name} have different shapes.")
-        tensors[name] = torch.cat([indices[h] for h in sorted(indices)])
-    return tensors, counts.pop() if counts else None
+        joined[name] = torch.cat([indices[h] for h in sorted(indices)])
+    return joined, count
 
 
 def check_shapes(tensors: dict[str, Tensor]) -> int:
-    """Every block there and all alike, every shape as its role demands. Returns the number of blocks.
+    """Checks that no block is missing, that all are alike, and each shape; returns the number of blocks.
 
     Raises:
         UserError: a tensor that is missing, or has another shape than the others demand.
     """
     layers = Counter(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
-    if not layers or sorted(layers) != list(range(len(layers))):
+    if not layers:
+        raise UserError("No numbered layers were found.")
+    if sorted(layers) != list(range(len(layers))):
         raise UserError(f"The checkpoint's layers are numbered {sorted(layers)}; they must run from 0 without a gap.")
     first = {name.removeprefix("blocks.0.") for name in tensors if name.startswith("blocks.0.")}
     mlp = "experts.0.mlp_in" if "router.weight" in first else "mlp_in"
@@ -131,8 +152,7 @@ def reordered(gpt: CanonicalGPT, fact: str, value: object, undo: bool = False) -
     query, key and value; a fact of `SWAPS` whether its two tensors are the other way round.
     """
     if fact == "qkv_order":
-        parts = {"q": "query", "k": "key", "v": "value"}
-        places = dict(zip(parts.values(), (parts[letter] for letter in value), strict=True))
+        places = {role: PARTS[letter] for role, letter in zip(PARTS.values(), value, strict=True)}
     else:
         places = dict(zip(SWAPS[fact], reversed(SWAPS[fact]), strict=True)) if value else {}
     places = {new: old for old, new in places.items()} if undo else places

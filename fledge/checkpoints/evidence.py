@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
-from fledge.checkpoints.facts import Fact, Status
+from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.proof import FLOAT64_TOLERANCE, probe_ids
 from fledge.checkpoints.questions import Questions, Values
 from fledge.cli import UserError
-
-SOURCE = "--reference"
 
 
 def settle_by_reference(
@@ -52,7 +50,7 @@ def settle_by_reference(
         if error <= tolerance:
             break
     else:
-        stated = ", ".join(f"{fact} ({fact.source})" for fact in facts if fact.stated)
+        stated = ", ".join(f"{fact} ({fact.said_by})" for fact in facts if fact.stated)
         raise UserError(
             "Your own module computes something else than these tensors mean to Fledge: logits differ by "
             f"{min(reached.values()):.1e} under the closest reading."
@@ -62,10 +60,10 @@ def settle_by_reference(
                 else " No reading that Fledge knows does what it does."
             )
         )
-    gpt = questions.adopt(values, SOURCE)
+    gpt = questions.adopt(values, Source.REFERENCE)
     for fact in facts:
         if fact.status is not Status.SHOWN and not fact.stated and fact.name != "context_length":  # no logit shows it
-            fact.status, fact.source, fact.detail = Status.SETTLED, SOURCE, f"logits within {error:.0e}"
+            fact.settle(Source.REFERENCE, f"logits within {error:.0e}")
     return gpt, error
 
 

@@ -1,10 +1,8 @@
 """Facts: what a model computes beyond what its tensors show, each with its status and its source."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
 from fledge.checkpoints.assembly import POSITIONS, QKV_ORDERS, SWAPS
 from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS
@@ -19,31 +17,65 @@ class Status(StrEnum):
     ASSUMED = "assumed"
 
 
-TENSORS, CONFIG, KNOWN = "tensors", "checkpoint config", "layout"
-DEFAULT, PRACTICE, GUESS = "layout default", "usual practice", "a guess"
+class Source(StrEnum):
+    """What shows a fact, who states it, or why it is assumed. The value is its name in reports."""
+
+    # Shown by the checkpoint.
+    TENSORS = "tensors"
+    NAMES = "names of tensors"
+    NO_NAMES = "no layout has these names"
+    # Stated by the user.
+    FLAG = "a flag"
+    MAPPING = "--mapping"
+    LAYOUT_FLAG = "--layout"
+    # Settled by what is known of the checkpoint.
+    CONFIG = "checkpoint config"
+    AUTHORS = "every known author"
+    TORCH_ATTENTION = "nn.MultiheadAttention"
+    # Settled by evidence.
+    REFERENCE = "--reference"
+    PROBE_TEXT = "--probe_text"
+    NO_EFFECT = "no effect"
+    # Assumed until evidence settles it.
+    DEFAULT = "layout default"
+    PRACTICE = "usual practice"
+    GUESS = "a guess"
+
+
 STATUSES = {
-    TENSORS: Status.SHOWN,
-    CONFIG: Status.SETTLED,
-    KNOWN: Status.SETTLED,
-    **dict.fromkeys((DEFAULT, PRACTICE, GUESS), Status.ASSUMED),
+    Source.TENSORS: Status.SHOWN,
+    Source.NAMES: Status.SHOWN,
+    Source.NO_NAMES: Status.SHOWN,
+    Source.DEFAULT: Status.ASSUMED,
+    Source.PRACTICE: Status.ASSUMED,
+    Source.GUESS: Status.ASSUMED,
 }
-"""Sources of facts before any evidence. A flag or a mapping is a source under its own name, and it settles its fact."""
+"""The status of a fact by its source, before any evidence; every other source settles its fact."""
 
 
 @dataclass
 class Fact:
-    """Something the proof rests on. `source` says on whose word, or by which evidence; `detail` how surely."""
+    """Something that the proof rests on.
+
+    `source` says who states it or which evidence settles it, and `detail` how certain that is. `layout` is the layout
+    whose authors the source `AUTHORS` means.
+    """
 
     name: str
     value: object
     status: Status
-    source: str
+    source: Source
     detail: str = ""
+    layout: str = ""
 
     @classmethod
-    def of(cls, name: str, value: object, source: str) -> "Fact":
+    def of(cls, name: str, value: object, source: Source) -> "Fact":
         """A fact with the status that its source gives it."""
         return cls(name, value, STATUSES.get(source, Status.SETTLED), source)
+
+    def settle(self, source: Source, detail: str = "") -> None:
+        """Records the evidence that settles the fact."""
+        self.status, self.source, self.detail = Status.SETTLED, source, detail
 
     @property
     def assumed(self) -> bool:
@@ -52,7 +84,24 @@ class Fact:
     @property
     def stated(self) -> bool:
         """Whether the user said so, in a flag or a mapping."""
-        return self.source.startswith("--") and self.source not in ("--reference", "--probe_text", "--layout")
+        return self.source in (Source.FLAG, Source.MAPPING)
+
+    @property
+    def said_by(self) -> str:
+        """The source as reports name it: `--n_head`, `every known author of nanogpt`."""
+        if self.source is Source.FLAG:
+            return f"--{self.name}"
+        return f"{self.source} of {self.layout}" if self.source is Source.AUTHORS else str(self.source)
+
+    def as_dict(self) -> dict[str, object]:
+        """The fact as `conversion.json` holds it."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "status": self.status,
+            "source": self.said_by,
+            "detail": self.detail,
+        }
 
     def __str__(self) -> str:
         return f"{self.name} {self.value:.6g}" if isinstance(self.value, float) else f"{self.name} {self.value}"
@@ -85,10 +134,6 @@ CONFIG_ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish"), "silu"),
 }
 
-BY_HEAD = re.compile(r"\.(query|key|value)\.(?:\{h\}|\d+)$")
-OUTSIDE = {"token_embedding", "position_embedding", "embedding_norm", "final_norm", "head"}
-INSIDE = {"norm_1", "qkv", "query", "key", "value", "output", "norm_2", "mlp_in", "mlp_gate", "mlp_out"}
-INSIDE |= {"norm_1_after", "norm_2_after", "query_norm", "key_norm"}
 SWITCHES = ("qkv_by_head", "causal", "parallel", "final_norm", "embedding_norm", "alibi", "qk_norm_after_rope")
 SWITCHES += ("renormalise_experts", *SWAPS)
 ALLOWED = {
@@ -105,55 +150,15 @@ ALLOWED = {
     **dict.fromkeys(SWITCHES, (True, False)),
 }
 CAPS = ("attention_cap", "logit_cap", "window", "rope_width")
-"""Numbers that a model may lack."""
+"""Facts with a number that a model may lack: None is a value too."""
 TOLD = ("n_head", "activation", "attention_scale", "norm_eps", "norm", "rope", "rope_theta", "context_length")
 TOLD += ("embedding_scale", "norm_placement", "norm_offset", "rope_direction", "qk_norm", "qk_norm_type")
 TOLD += ("experts_per_token", "qkv_order", "positions", *CAPS, *SWITCHES)
 """The facts that flags and `--mapping` may state."""
 WHOLE = ("n_head", "context_length", "window", "rope_width", "experts_per_token")
+"""Facts with a whole number."""
 LARGEST = 1e12
-"""No number that a fact can be is as large."""
-
-
-def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
-    """Reads `--mapping FILE.yaml`: canonical module → source module (`{n}` a layer, `{h}` a head), and facts by name.
-
-    Returns:
-        source module → canonical module, and the facts.
-
-    Raises:
-        UserError: not a YAML mapping, or a key that is neither a role nor a fact.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--mapping {file} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date with 13 months, or 1000 brackets
-        raise UserError(f"--mapping {file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--mapping {file} holds a {type(content).__name__}, not `role: source` lines.")
-    roles, facts = {}, {}
-    for key, value in content.items():
-        # Only queries, keys and values are saved by head.
-        inside = re.fullmatch(r"blocks\.(?:\{n\}|\d+)\.(\w+)", re.sub(BY_HEAD, r".\1", str(key)))
-        if key in TOLD and not (key in OUTSIDE and isinstance(value, str)):
-            # YAML 1.1 takes 1e-5 for a word: it wants 1.0e-5.
-            exponent = isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value)
-            facts[key] = Fact.of(key, float(value) if exponent else value, "--mapping")
-        elif isinstance(value, str) and (key in OUTSIDE or (inside and inside[1] in INSIDE)):
-            if sorted(re.findall(r"\{[nh]\}", key)) != sorted(re.findall(r"\{[nh]\}", value)):
-                raise UserError(
-                    f"--mapping {file} says {key}: {value}; {{n}} and {{h}} stand once in both or in neither."
-                )
-            roles[value] = key
-        else:
-            raise UserError(
-                f"--mapping {file} says {key}: {value}; a key is one of {', '.join(sorted(OUTSIDE))}, blocks.{{n}}. "
-                f"and one of {', '.join(sorted(INSIDE))}, or one of the facts {', '.join(TOLD)}."
-            )
-    return roles, facts
+"""Every number that a fact can have is smaller."""
 
 
 def from_config(config: Mapping[str, object], name: str) -> object:
@@ -163,26 +168,31 @@ def from_config(config: Mapping[str, object], name: str) -> object:
         return CONFIG_ACTIVATIONS.get(str(value).lower())
     if name == "renormalise_experts":
         return value if isinstance(value, bool) else None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return value if _is_number(value, (int, float)) else None
 
 
 def check_fact(fact: Fact) -> object:
-    """Its value, if it is one that the fact can have.
+    """Returns the fact's value if the fact can have it; a number is made a float unless it must be whole.
 
     Raises:
-        UserError: it is none.
+        UserError: the fact cannot have this value.
     """
     if fact.name in ALLOWED:
         if fact.value not in ALLOWED[fact.name]:
-            choices = ", ".join(str(choice).lower() for choice in ALLOWED[fact.name])
-            raise UserError(f"{fact.name} {fact.value} ({fact.source}) is unknown; choose one of {choices}.")
-    else:
-        if fact.value is None and fact.name in CAPS:
-            return None
-        whole = fact.name in WHOLE
-        number = isinstance(fact.value, int if whole else (int, float)) and not isinstance(fact.value, bool)
-        if not number or not (0 < fact.value < LARGEST or fact.source == GUESS):
-            raise UserError(f"{fact.name} {fact.value} ({fact.source}) must be a positive {'whole ' * whole}number.")
-        if not whole:
-            fact.value = float(fact.value)
+            allowed = ", ".join(str(value).lower() for value in ALLOWED[fact.name])
+            raise UserError(f"{fact.name} {fact.value} ({fact.said_by}) is unknown; choose one of {allowed}.")
+        return fact.value
+    if fact.value is None and fact.name in CAPS:
+        return None
+    whole = fact.name in WHOLE
+    in_range = _is_number(fact.value, int if whole else (int, float)) and 0 < fact.value < LARGEST
+    # A guessed context length of 0 means that nothing says how long it is.
+    if not in_range and not (fact.source is Source.GUESS and fact.value == 0):
+        raise UserError(f"{fact.name} {fact.value} ({fact.said_by}) must be a positive {'whole ' * whole}number.")
+    if not whole:
+        fact.value = float(fact.value)
     return fact.value
+
+
+def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

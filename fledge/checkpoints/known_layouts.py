@@ -1,91 +1,296 @@
-"""The layouts of code bases that many use: how their tensors are named, and what is known of what they compute.
+"""The layouts of code bases that many use: how they name their modules, and what is known of what they compute.
 
-To add one, add a `Layout`: names that only it has, and its defaults.
+To add one, add a `Layout` to `LAYOUTS`: its table of names, the parts of names that only it has, and its facts.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+from fledge.checkpoints.modules import split_ending
+
+# Tables: module of the source → module of the canonical GPT. {n} is a layer, {h} a head, {e} an expert.
+SCRATCH = {
+    "token_table": "token_embedding",
+    "position_table": "position_embedding",
+    "layers.{n}.norm_before_attention": "blocks.{n}.norm_1",
+    "layers.{n}.attention.to_query": "blocks.{n}.query",
+    "layers.{n}.attention.to_key": "blocks.{n}.key",
+    "layers.{n}.attention.to_value": "blocks.{n}.value",
+    "layers.{n}.attention.to_out": "blocks.{n}.output",
+    "layers.{n}.norm_before_feed_forward": "blocks.{n}.norm_2",
+    "layers.{n}.feed_forward.expand": "blocks.{n}.mlp_in",
+    "layers.{n}.feed_forward.shrink": "blocks.{n}.mlp_out",
+    "norm_at_end": "final_norm",
+    "to_vocab": "head",
+}
+BOOK = {
+    "tok_emb": "token_embedding",
+    "pos_emb": "position_embedding",
+    "trf_blocks.{n}.norm1": "blocks.{n}.norm_1",
+    "trf_blocks.{n}.att.W_query": "blocks.{n}.query",
+    "trf_blocks.{n}.att.W_key": "blocks.{n}.key",
+    "trf_blocks.{n}.att.W_value": "blocks.{n}.value",
+    "trf_blocks.{n}.att.out_proj": "blocks.{n}.output",
+    "trf_blocks.{n}.att.qkv": "blocks.{n}.qkv",  # the book's faster script
+    "trf_blocks.{n}.att.proj": "blocks.{n}.output",
+    "trf_blocks.{n}.norm2": "blocks.{n}.norm_2",
+    "trf_blocks.{n}.ff.layers.0": "blocks.{n}.mlp_in",
+    "trf_blocks.{n}.ff.layers.2": "blocks.{n}.mlp_out",
+    "final_norm": "final_norm",
+    "out_head": "head",
+}
+PER_HEAD = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.pos_embedding": "position_embedding",
+    "blocks.{n}.layer_norm1": "blocks.{n}.norm_1",
+    "blocks.{n}.mha.heads.{h}.q": "blocks.{n}.query.{h}",
+    "blocks.{n}.mha.heads.{h}.k": "blocks.{n}.key.{h}",
+    "blocks.{n}.mha.heads.{h}.v": "blocks.{n}.value.{h}",
+    "blocks.{n}.mha.out_proj": "blocks.{n}.output",
+    "blocks.{n}.layer_norm2": "blocks.{n}.norm_2",
+    "blocks.{n}.feed_forward.layers.0": "blocks.{n}.mlp_in",
+    "blocks.{n}.feed_forward.layers.2": "blocks.{n}.mlp_out",
+    "layer_norm": "final_norm",
+    "output_layer": "head",
+}
+GPT2 = {
+    "wte": "token_embedding",
+    "wpe": "position_embedding",
+    "h.{n}.ln_1": "blocks.{n}.norm_1",
+    "h.{n}.attn.c_attn": "blocks.{n}.qkv",
+    "h.{n}.attn.c_proj": "blocks.{n}.output",
+    "h.{n}.ln_2": "blocks.{n}.norm_2",
+    "h.{n}.mlp.c_fc": "blocks.{n}.mlp_in",
+    "h.{n}.mlp.c_proj": "blocks.{n}.mlp_out",
+    "ln_f": "final_norm",
+    "lm_head": "head",
+}
+MINGPT = {
+    "tok_emb": "token_embedding",
+    "pos_emb": "position_embedding",
+    "blocks.{n}.ln1": "blocks.{n}.norm_1",
+    "blocks.{n}.attn.query": "blocks.{n}.query",
+    "blocks.{n}.attn.key": "blocks.{n}.key",
+    "blocks.{n}.attn.value": "blocks.{n}.value",
+    "blocks.{n}.attn.proj": "blocks.{n}.output",
+    "blocks.{n}.ln2": "blocks.{n}.norm_2",
+    "blocks.{n}.mlp.0": "blocks.{n}.mlp_in",
+    "blocks.{n}.mlp.2": "blocks.{n}.mlp_out",
+    "ln_f": "final_norm",
+    "head": "head",
+}
+LECTURE = {
+    "token_embedding_table": "token_embedding",
+    "position_embedding_table": "position_embedding",
+    "blocks.{n}.ln1": "blocks.{n}.norm_1",
+    "blocks.{n}.sa.heads.{h}.query": "blocks.{n}.query.{h}",
+    "blocks.{n}.sa.heads.{h}.key": "blocks.{n}.key.{h}",
+    "blocks.{n}.sa.heads.{h}.value": "blocks.{n}.value.{h}",
+    "blocks.{n}.sa.proj": "blocks.{n}.output",
+    "blocks.{n}.ln2": "blocks.{n}.norm_2",
+    "blocks.{n}.ffwd.net.0": "blocks.{n}.mlp_in",
+    "blocks.{n}.ffwd.net.2": "blocks.{n}.mlp_out",
+    "ln_f": "final_norm",
+    "lm_head": "head",
+}
+STUDENT = {
+    "tok_emb": "token_embedding",
+    "pos_emb": "position_embedding",
+    "blocks.{n}.ln1": "blocks.{n}.norm_1",
+    "blocks.{n}.attn.qkv": "blocks.{n}.qkv",
+    "blocks.{n}.attn.proj": "blocks.{n}.output",
+    "blocks.{n}.ln2": "blocks.{n}.norm_2",
+    "blocks.{n}.ffn.0": "blocks.{n}.mlp_in",
+    "blocks.{n}.ffn.2": "blocks.{n}.mlp_out",
+    "ln_f": "final_norm",
+    "head": "head",
+}
+STORY_CHAT = {
+    "tok_emb": "token_embedding",
+    "blocks.{n}.ln_1": "blocks.{n}.norm_1",
+    "blocks.{n}.attn.wq": "blocks.{n}.query",
+    "blocks.{n}.attn.wk": "blocks.{n}.key",
+    "blocks.{n}.attn.wv": "blocks.{n}.value",
+    "blocks.{n}.attn.wo": "blocks.{n}.output",
+    "blocks.{n}.ln_2": "blocks.{n}.norm_2",
+    "blocks.{n}.mlp.w1": "blocks.{n}.mlp_gate",
+    "blocks.{n}.mlp.w2": "blocks.{n}.mlp_out",
+    "blocks.{n}.mlp.w3": "blocks.{n}.mlp_in",
+    "ln_f": "final_norm",
+    "head": "head",
+}
+LLAMA2_C = {
+    "tok_embeddings": "token_embedding",
+    "layers.{n}.attention_norm": "blocks.{n}.norm_1",
+    "layers.{n}.attention.wq": "blocks.{n}.query",
+    "layers.{n}.attention.wk": "blocks.{n}.key",
+    "layers.{n}.attention.wv": "blocks.{n}.value",
+    "layers.{n}.attention.wo": "blocks.{n}.output",
+    "layers.{n}.ffn_norm": "blocks.{n}.norm_2",
+    "layers.{n}.feed_forward.w1": "blocks.{n}.mlp_gate",
+    "layers.{n}.feed_forward.w2": "blocks.{n}.mlp_out",
+    "layers.{n}.feed_forward.w3": "blocks.{n}.mlp_in",
+    "norm": "final_norm",
+    "output": "head",
+}
+LLAMA = {
+    "embed_tokens": "token_embedding",
+    "layers.{n}.input_layernorm": "blocks.{n}.norm_1",
+    "layers.{n}.self_attn.q_proj": "blocks.{n}.query",
+    "layers.{n}.self_attn.k_proj": "blocks.{n}.key",
+    "layers.{n}.self_attn.v_proj": "blocks.{n}.value",
+    "layers.{n}.self_attn.o_proj": "blocks.{n}.output",
+    "layers.{n}.post_attention_layernorm": "blocks.{n}.norm_2",
+    "layers.{n}.mlp.gate_proj": "blocks.{n}.mlp_gate",
+    "layers.{n}.mlp.up_proj": "blocks.{n}.mlp_in",
+    "layers.{n}.mlp.down_proj": "blocks.{n}.mlp_out",
+    "norm": "final_norm",
+    "lm_head": "head",
+}
+MINIMIND = LLAMA | {
+    "layers.{n}.self_attn.q_norm": "blocks.{n}.query_norm",
+    "layers.{n}.self_attn.k_norm": "blocks.{n}.key_norm",
+    "layers.{n}.mlp.gate": "blocks.{n}.router",
+    "layers.{n}.mlp.experts.{e}.gate_proj": "blocks.{n}.experts.{e}.mlp_gate",
+    "layers.{n}.mlp.experts.{e}.up_proj": "blocks.{n}.experts.{e}.mlp_in",
+    "layers.{n}.mlp.experts.{e}.down_proj": "blocks.{n}.experts.{e}.mlp_out",
+}
+NANOCHAT = {
+    "wte": "token_embedding",
+    "h.{n}.attn.c_q": "blocks.{n}.query",
+    "h.{n}.attn.c_k": "blocks.{n}.key",
+    "h.{n}.attn.c_v": "blocks.{n}.value",
+    "h.{n}.attn.c_proj": "blocks.{n}.output",
+    "h.{n}.mlp.c_fc": "blocks.{n}.mlp_in",
+    "h.{n}.mlp.c_proj": "blocks.{n}.mlp_out",
+    "lm_head": "head",
+}
+LITGPT = {
+    "wte": "token_embedding",
+    "h.{n}.norm_1": "blocks.{n}.norm_1",
+    "h.{n}.attn.qkv": "blocks.{n}.qkv",
+    "h.{n}.attn.proj": "blocks.{n}.output",
+    "h.{n}.norm_2": "blocks.{n}.norm_2",
+    "h.{n}.mlp.fc": "blocks.{n}.mlp_in",
+    "h.{n}.mlp.fc_1": "blocks.{n}.mlp_gate",
+    "h.{n}.mlp.fc_2": "blocks.{n}.mlp_in",
+    "h.{n}.mlp.proj": "blocks.{n}.mlp_out",
+    "ln_f": "final_norm",
+    "lm_head": "head",
+}
+LLAMA_FACTS = {"activation": "silu", "norm": "rmsnorm"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What tells a layout, and what its author computes.
+    """How a code base names its modules, and what its authors compute.
 
-    `names` are parts of tensor names, `beside` entries of the file next to the weights, and `transposed` says that
-    matrices are stored (in, out).
+    A checkpoint has the layout if each of the `marks` is a part of one of its names, each of `beside` is an entry of
+    the file next to the weights, and its matrices are stored (in, out) exactly if `transposed` says so.
 
-    `facts` are assumptions until every tensor's name matches `exact`: then those that every known author of the layout
-    shares are settled. Those are all facts but `open`; and `open` ones too, if the config has the key `dated`.
+    Its names are exact if every one of them is in the table `names`, after a `prefix` or without it; biases are exact
+    only if the layout is `biased`. Exact names settle the `facts`, because all known authors share them. Not settled
+    are those in `open`, unless the config has the key `dated`, and no fact at all where authors of different code
+    chose the same names (`shared`).
+
+    `by_order` lists the facts about which tensor is which that the names do not tell (`fledge.checkpoints.structure`).
     """
 
-    names: tuple[str, ...]
+    names: Mapping[str, str]
+    marks: tuple[str, ...]
     facts: Mapping[str, object]
+    prefix: str = ""
+    biased: bool = True
     beside: tuple[str, ...] = ()
     transposed: bool = False
-    exact: str | None = None
+    by_order: frozenset[str] = frozenset()
+    shared: bool = False
     open: tuple[str, ...] = ()
     dated: str | None = None
+    patterns: dict[re.Pattern, str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "patterns", {pattern_of(source): role for source, role in self.names.items()})
+
+    def role(self, name: str) -> str | None:
+        """The canonical name of a tensor, or None if the table does not have it."""
+        path, kind = split_ending(name)
+        if kind == "bias" and not self.biased:
+            return None
+        path = path.removeprefix(self.prefix)
+        for pattern, role in self.patterns.items():
+            if found := pattern.fullmatch(path):
+                return f"{role.format(**found.groupdict())}.{kind}"
+        return None
+
+    def roles(self, names: Iterable[str]) -> dict[str, str] | None:
+        """The canonical name of each tensor, or None if one of them is not in the table."""
+        found = {name: self.role(name) for name in names}
+        return found if all(found.values()) else None
+
+    def fits(self, names: Iterable[str], beside: Iterable[str], transposed: bool) -> bool:
+        """Whether a checkpoint with these names, entries beside the weights, and orientation has this layout."""
+        marked = all(any(mark in name for name in names) for mark in self.marks)
+        return marked and {*self.beside} <= {*beside} and self.transposed == transposed
 
 
-LLAMA = {"activation": "silu", "norm": "rmsnorm"}
-NANO = r"(transformer\.)?(w[tp]e|h\.\d+\.(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj))|ln_f|lm_head)\..*"
+def pattern_of(source: str) -> re.Pattern:
+    """A pattern for the modules that `layers.{n}.attn.heads.{h}` stands for, with a group for each letter."""
+    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(source)))
+
+
 LAYOUTS = {
-    "scratch": Layout(
-        ("token_table", "feed_forward.expand"),
-        {"activation": "gelu_tanh"},
-        exact=r"(token_table|position_table|layers\.\d+\.(norm_before_\w+|attention\.to_\w+|feed_forward\.\w+)"
-        r"|norm_at_end|to_vocab)\..*",
-    ),
-    "book": Layout(
-        ("trf_blocks.0.att.",),
-        {"activation": "gelu_tanh"},
-        exact=r"(tok_emb|pos_emb|trf_blocks\.\d+\.(att\.(W_\w+|qkv|proj|out_proj)|ff\.layers\.[02]|norm[12])|final_norm"
-        r"|out_head)\..*",
-    ),
+    "scratch": Layout(SCRATCH, ("token_table", "feed_forward.expand"), {"activation": "gelu_tanh"}),
+    "book": Layout(BOOK, ("trf_blocks.0.att.",), {"activation": "gelu_tanh"}),
     "per_head": Layout(
-        ("mha.heads.0.q.", "feed_forward.layers.0"),
-        {"activation": "gelu"},
-        exact=r"(embeddings\.\w+|blocks\.\d+\.(layer_norm[12]|mha\.heads\.\d+\.[qkv]|mha\.out_proj"
-        r"|feed_forward\.layers\.[02])|layer_norm|output_layer)\..*",
-        open=("attention_scale",),
+        PER_HEAD, ("mha.heads.0.q.", "feed_forward.layers.0"), {"activation": "gelu"}, open=("attention_scale",)
     ),
-    "gpt2": Layout(("wte.", "h.0.attn.c_attn"), {"activation": "gelu_tanh"}, transposed=True, exact=NANO),
+    "gpt2": Layout(
+        GPT2, ("wte.", "h.0.attn.c_attn"), {"activation": "gelu_tanh"}, prefix="transformer.", transposed=True
+    ),
     "build_nanogpt": Layout(
-        ("wte.", "h.0.attn.c_attn"), {"activation": "gelu_tanh"}, beside=("step", "val_loss"), exact=NANO
+        GPT2,
+        ("wte.", "h.0.attn.c_attn"),
+        {"activation": "gelu_tanh"},
+        prefix="transformer.",
+        beside=("step", "val_loss"),
     ),
     "nanogpt": Layout(
+        GPT2,
         ("transformer.wte.", "h.0.attn.c_attn", "lm_head"),
         {"activation": "gelu"},
-        exact=NANO,
+        prefix="transformer.",
         open=("activation",),
-        dated="bias",  # it came to nanoGPT's model_args with its exact GELU, in 2023
+        dated="bias",  # this key came to nanoGPT's model_args with its exact GELU, in 2023
     ),
-    "mingpt": Layout(
-        ("tok_emb", "attn.key", "mlp.0", "ln_f"),
-        {"activation": "gelu"},
-        exact=r"pos_emb|(tok_emb|blocks\.\d+\.(ln[12]|attn\.(key|query|value|proj)|mlp\.[02])|ln_f|head)\..*",
+    "mingpt": Layout(MINGPT, ("tok_emb", "attn.key", "mlp.0", "ln_f"), {"activation": "gelu"}),
+    "lecture": Layout(
+        LECTURE, ("token_embedding_table", "position_embedding_table"), {"activation": "relu"}, shared=True
     ),
-    "lecture": Layout(("token_embedding_table", "position_embedding_table"), {"activation": "relu"}),
-    "student": Layout(("tok_emb", "attn.qkv", "ffn.0"), {"activation": "gelu"}),
+    "student": Layout(STUDENT, ("tok_emb", "attn.qkv", "ffn.0"), {"activation": "gelu"}, shared=True),
     "story_chat": Layout(
+        STORY_CHAT,
         ("attn.wq", "mlp.w1", "ln_1"),
         {"activation": "silu", "rope": "interleaved"},
-        exact=r"(tok_emb|blocks\.\d+\.(ln_[12]|attn\.w[qkvo]|mlp\.w[123])|ln_f|head)\..*",
+        by_order=frozenset({"gate_order"}),
     ),
     "llama2.c": Layout(
+        LLAMA2_C,
         ("tok_embeddings", "attention.wq", "feed_forward.w1"),
-        LLAMA | {"rope": "interleaved"},
-        exact=r"(tok_embeddings|layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123]|\w+_norm)|norm|output)\..*",
+        LLAMA_FACTS | {"rope": "interleaved"},
+        by_order=frozenset({"gate_order"}),
         open=("rope_theta", "norm_eps"),  # Meta's own models have these names and other numbers
         dated="max_seq_len",
     ),
-    "minimind": Layout(  # and Qwen3's own names
+    "minimind": Layout(  # Qwen3 has these names too
+        MINIMIND,
         ("self_attn.q_norm", "input_layernorm", "post_attention_layernorm"),
-        LLAMA | {"rope": "half", "rope_theta": 1e6, "qk_norm_type": "rmsnorm"},
-        exact=r"(model\.)?(embed_tokens|layers\.\d+\.(self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(experts\.\d+\.)?\w+_proj|mlp\.gate"
-        r"|\w+_layernorm)|norm|lm_head)\.weight",
+        LLAMA_FACTS | {"rope": "half", "rope_theta": 1e6, "qk_norm_type": "rmsnorm"},
+        prefix="model.",
+        biased=False,
         # Others write models of their own under these names.
         open=(
             *("rope", "rope_theta", "rope_direction", "rope_width", "norm", "norm_eps", "norm_placement", "parallel"),
@@ -95,18 +300,19 @@ LAYOUTS = {
         dated="architectures",
     ),
     "llama": Layout(
+        LLAMA,
         ("self_attn.q_proj", "mlp.gate_proj"),
-        LLAMA | {"rope": "half"},
-        exact=r"(embed_tokens|layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.\w+_proj|\w+_layernorm)|norm|lm_head)\..*",
+        LLAMA_FACTS | {"rope": "half"},
         open=("rope", "rope_theta", "norm_eps", "activation"),
         dated="architectures",
     ),
     "nanochat": Layout(  # of October 2025; later ones have lambdas and value embeddings
+        NANOCHAT,
         ("transformer.wte.", "h.0.attn.c_q.", "mlp.c_fc"),
         {
             "activation": "relu2",
             "norm": "rmsnorm",
-            "norm_eps": torch.finfo(torch.float32).eps,  # of F.rms_norm
+            "norm_eps": torch.finfo(torch.float32).eps,  # the default of F.rms_norm
             "rope": "half",
             "rope_direction": -1,
             "qk_norm": "head",
@@ -115,23 +321,29 @@ LAYOUTS = {
             "final_norm": True,
             "logit_cap": 15.0,
         },
-        exact=r"(transformer\.)?(wte|h\.\d+\.(attn\.c_(q|k|v|proj)|mlp\.c_(fc|proj))|lm_head)\.weight",
+        prefix="transformer.",
+        biased=False,
         open=("norm_eps", "rope_theta", "logit_cap"),
         dated="sequence_len",
     ),
     "litgpt": Layout(
+        LITGPT,
         ("transformer.wte.", "h.0.norm_1", "attn.proj"),
         {"activation": "silu", "rope": "half"},
-        exact=r"(transformer\.)?(wte|h\.\d+\.(norm_[12]|attn\.(qkv|proj)|mlp\.(fc|fc_[12]|proj))|ln_f|lm_head)\..*",
+        prefix="transformer.",
+        by_order=frozenset({"gate_order"}),
         # Its config chooses these.
         open=(
             *("activation", "norm", "norm_eps", "parallel", "qk_norm"),
             *("rope_theta", "rope_width", "embedding_scale", "logit_cap"),
         ),
     ),
-    "torch": Layout(("self_attn.in_proj_weight", "linear1"), {"activation": "relu", "norm_placement": "post"}),
+    # The layers of PyTorch; its users name the ends of the model, so that there is no table.
+    "torch": Layout(
+        {}, ("self_attn.in_proj_weight", "linear1"), {"activation": "relu", "norm_placement": "post"}, shared=True
+    ),
 }
 """In the order in which they are tried."""
 
-# Entries of a config by which an author computes what his layout does not.
 UNUSUAL = ("rope_scaling", "rope_adjustments", "sliding_window", "sliding_window_size", "window_pattern")
+"""Keys of a config by which an author computes something that the layout does not."""

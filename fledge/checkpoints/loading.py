@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -38,6 +39,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOKEN, ID = "(s|ch|chr|char|str|string|tok|token|word|vocab)s?", "(i|ix|id|idx|int|index)s?"
 TOKEN_IDS = re.compile(f"{TOKEN}_?(to|2)_?{ID}|{ID}_?(to|2)_?{TOKEN}")
 TOKEN_LISTS = ("vocab", "vocabulary", "chars")
+
+
+class LeftOut(StrEnum):
+    """Why something in the file is not a weight; other reasons name an entry or a type."""
+
+    BUFFER = "a buffer"
+    MASK = "a triangular mask"
+    NO_TENSOR = "not a tensor"
 
 
 @dataclass
@@ -261,7 +270,7 @@ def _weights(file: Path, state: Mapping) -> tuple[dict[str, Tensor], dict[str, s
         name = str(name)
         if not isinstance(value, Tensor):
             if name not in _configs(state):
-                left_out[name] = "not a tensor"
+                left_out[name] = LeftOut.NO_TENSOR
         elif reason := _why_not_a_weight(file, name, value):
             left_out[name] = reason
         else:
@@ -278,7 +287,7 @@ def _weights(file: Path, state: Mapping) -> tuple[dict[str, Tensor], dict[str, s
 def _why_not_a_weight(file: Path, name: str, tensor: Tensor) -> str | None:
     # nanoGPT calls its (1, 1, T, T) causal mask `attn.bias`.
     if BUFFERS.search(name) or (name.endswith("attn.bias") and tensor.dim() == 4):
-        return "a buffer"
+        return LeftOut.BUFFER
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         raise UserError(f"{file} holds {name!r} as a {tensor.device} {tensor.layout} tensor, not as plain numbers.")
     if tensor.numel() > max(LARGEST_UNSTORED, tensor.untyped_storage().nbytes() // tensor.element_size()):
@@ -287,7 +296,7 @@ def _why_not_a_weight(file: Path, name: str, tensor: Tensor) -> str | None:
             f"{tensor.untyped_storage().nbytes():,} bytes for it; save the model again with .contiguous() weights."
         )
     if tensor.dtype in FLOATS:
-        return "a triangular mask" if _is_triangular(tensor) else None
+        return LeftOut.MASK if _is_triangular(tensor) else None
     if tensor.is_floating_point() or tensor.is_quantized or (name.endswith("weight") and tensor.dim() == 2):
         raise UserError(
             f"{file} holds {name!r} as {tensor.dtype}, and quantised weights are not supported; save the model in "

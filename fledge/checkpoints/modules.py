@@ -4,39 +4,24 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
 
 from torch import Tensor
 
-ENDINGS = {
-    **dict.fromkeys(("weight", "scale", "gamma", "gain", "alpha", "g", "a_2", "w"), "weight"),
-    **dict.fromkeys(("bias", "shift", "beta", "offset", "b", "b_2"), "bias"),
-}
-POSITION = {"pos", "position", "positions", "positional", "wpe", "pe"}
-EMBEDDING = {"emb", "embed", "embedding", "embeddings", "wte", "tok", "token", "tokens", "word", "words"}
-FINAL = {"f", "final", "last", "end"}
-PROJECTIONS = {
-    **{
-        word: part
-        for part, words in {
-            "query": ("q", "query", "queries", "wq", "toquery", "toqueries"),
-            "key": ("k", "key", "keys", "wk", "tokey", "tokeys"),
-            "value": ("v", "value", "values", "val", "wv", "tovalue", "tovalues"),
-            "qkv": ("wqkv", "cattn", "inproj", "querykeyvalue"),
-        }.items()
-        for word in words
-    },
-    **{"".join(order): "".join(order) for order in permutations("qkv")},
-}
+from fledge.checkpoints.words import FINAL, OUTSIDE_OF_LAYERS, PROJECTIONS, WEIGHT_OR_BIAS
 
 
 @dataclass
 class Module:
-    """One module of the source, with the names and shapes of what it holds under `weight` and `bias`."""
+    """One module of the source, with the names and shapes of its tensors under the keys `weight` and `bias`."""
 
     path: str
     names: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The source's name of its first tensor."""
+        return next(iter(self.names.values()))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,11 +41,17 @@ class Module:
         return [int(number) for number in re.findall(r"\d+", self.path)]
 
     def count(self, words: set[str]) -> int:
+        """How many of the module's words are among these."""
         return sum(word in words for word in self.words)
 
     @property
     def projection(self) -> str | None:
+        """The role that its words give it in attention: `query`, `key`, `value`, or `qkv` in some order."""
         return next((PROJECTIONS[word] for word in self.words if word in PROJECTIONS), None)
+
+
+def listed(modules: list[Module]) -> str:
+    return ", ".join(module.name for module in modules)
 
 
 def modules_of(
@@ -86,7 +77,7 @@ def modules_of(
 
 def _is_outside(module: Module) -> bool:
     """Whether a module without any prefix is an end of the model, and not a part of its one layer."""
-    return bool(module.count(POSITION | EMBEDDING | {"lm", "logits", "unembed", "head"}) or FINAL & {*module.words})
+    return bool(module.count(OUTSIDE_OF_LAYERS) or FINAL & {*module.words})
 
 
 def prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -113,9 +104,10 @@ def layer_stack(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def split_ending(name: str) -> tuple[str, str]:
+    """The path of a tensor's module, and whether the tensor is its `weight` or its `bias`."""
     path, _, last = name.replace("/", ".").rpartition(".")
-    if last in ENDINGS and path:
-        return path, ENDINGS[last]
+    if last in WEIGHT_OR_BIAS and path:
+        return path, WEIGHT_OR_BIAS[last]
     for ending in ("weight", "bias"):
         if name.endswith(f"_{ending}"):  # nn.MultiheadAttention: in_proj_weight
             return name.removesuffix(f"_{ending}"), ending

@@ -21,12 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
-from fledge.checkpoints.facts import Fact, Status
+from fledge.checkpoints.facts import Fact, Source
 from fledge.checkpoints.questions import MATTERS, Questions, change_of
 from fledge.cli import UserError
 from fledge.tokenizers import encoding_of
 
-SOURCE = "--probe_text"
 CLEARLY = 4.0
 """Standard errors of the mean paired difference by which a reading must be worse to be ruled out."""
 AGREES = 3.0
@@ -244,7 +243,7 @@ def settle_by_text(
             losses_said = f"{loss:.3f} against {before:.3f} nats per token"
             fact.detail += f"; the text favours {other} ({losses_said}): the code may have changed after training"
         return gpt, before, []
-    gpt = questions.adopt(values, SOURCE)
+    gpt = questions.adopt(values, Source.PROBE_TEXT)
     used = f"{len(losses) * (windows.shape[1] - 1):,} tokens"
     for fact in facts:
         about = [(changes, verdict) for changes, verdict in verdicts if fact.name in changes and verdict.matters]
@@ -258,7 +257,7 @@ def _against_code(facts: list[Fact], now: Mapping[str, object], values: Mapping[
     return [
         fact
         for fact in facts
-        if fact.source == "--reference" and fact.name in values and values[fact.name] != now[fact.name]
+        if fact.source is Source.REFERENCE and fact.name in values and values[fact.name] != now[fact.name]
     ]
 
 
@@ -266,11 +265,11 @@ def _judge(fact: Fact, about: list[tuple[dict, Verdict]], used: str) -> None:
     """Settles an assumed fact if every other value was ruled out, and says how surely or what is left."""
     unsure = [changes for changes, verdict in about if not verdict.worse]
     if not about:  # parallel blocks are ruled out with pre-norm ones
-        fact.status, fact.source, fact.detail = Status.SETTLED, SOURCE, "no other value goes with what else is settled"
+        fact.settle(Source.PROBE_TEXT, "no other value goes with what else is settled")
         return
     if not unsure:
         surely = min(verdict.errors for _, verdict in about)
-        fact.status, fact.source, fact.detail = Status.SETTLED, SOURCE, f"by {surely:.0f} standard errors, {used}"
+        fact.settle(Source.PROBE_TEXT, f"by {surely:.0f} standard errors, {used}")
         return
     unsure.sort(key=len)
     left = dict.fromkeys(_said(changes) for changes in unsure if len(changes) == len(unsure[0]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fledge.checkpoints.assembly import ORDERS, POSITIONS, QKV_ORDERS, reordered, with_positions
 from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT, reference_logits
-from fledge.checkpoints.facts import KNOWN, SWITCHES, Fact, Status
+from fledge.checkpoints.facts import SWITCHES, Fact, Source, Status
 
 SCALES = {"head": lambda gpt: gpt.usual_scale, "width": lambda gpt: gpt.width**-0.5, "none": lambda gpt: 1.0}
 """Attention scales that authors use, as rules: the width of a head may be open too."""
@@ -188,7 +188,7 @@ class Questions:
             return now.attention_scale != then.attention_scale
         return True
 
-    def adopt(self, values: Values, source: str) -> CanonicalGPT:
+    def adopt(self, values: Values, source: Source) -> CanonicalGPT:
         """Writes the values into the facts; those that change rest on `source` from now on."""
         gpt = self.reading(values)
         for fact in self.facts:
@@ -228,7 +228,7 @@ def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str,
         ]
         rivals[fact.name] = [value for value, other in others if change_of(logits, other) > MATTERS]
         if not rivals[fact.name]:
-            fact.status, fact.source, fact.detail = Status.SETTLED, KNOWN, "every value gives the same logits"
+            fact.settle(Source.NO_EFFECT, "every value gives the same logits")
             del rivals[fact.name]
     return rivals
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from fledge.checkpoints.facts import Fact, Status
-from fledge.checkpoints.probe_text import SOURCE as TEXT
+from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.probe_text import Trial
 from fledge.cli import UserError
 
@@ -16,7 +15,7 @@ def facts_table(facts: list[Fact]) -> str:
     """One line a fact: its status, its value and its source."""
     lines = []
     for fact in facts:
-        source = "stated by you" if fact.stated else fact.source
+        source = "stated by you" if fact.stated else fact.said_by
         detail = f" ({fact.detail})" if fact.detail else ""
         value = f"{fact.value:.6g}" if isinstance(fact.value, float) else str(fact.value)
         lines.append(f"  {fact.status:<8} {fact.name:<16} {value:<12} {source}{detail}")
@@ -41,20 +40,20 @@ def verdict(facts: list[Fact]) -> str:
     """The last word on a conversion, which `conversion.json` and the model card repeat."""
     if assumed := [str(fact) for fact in facts if fact.assumed]:
         return f"Converted; assumed, not proven: {', '.join(assumed)}."
+    settled = [fact for fact in facts if fact.status is Status.SETTLED and fact.source is not Source.NO_EFFECT]
     by: dict[str, list[str]] = {}
-    for fact in facts:
-        if fact.status is Status.SETTLED and not fact.stated:
-            by.setdefault(fact.source, []).append(fact.name)
-    if stated := [str(fact) for fact in facts if fact.stated]:
+    for fact in settled:
+        if not fact.stated:
+            by.setdefault(fact.said_by, []).append(fact.name)
+    if stated := [str(fact) for fact in settled if fact.stated]:
         by["your word"] = stated
-    by.pop("layout", None)
     start = "Proven: nothing that changes the logits is assumed."
-    if names := by.pop("--reference", None):
+    if names := by.pop(Source.REFERENCE, None):
         start = f"Proven against the author's module, which settles {', '.join(names)}."
-    elif names := by.pop("--probe_text", None):
+    elif names := by.pop(Source.PROBE_TEXT, None):
         start = f"Converted; settled by text, as the weights were most likely trained: {', '.join(names)}."
-    settled = "; ".join(f"by {source}: {', '.join(names)}" for source, names in by.items())
-    return start + (f" Settled {settled}." if settled else "")
+    rest = "; ".join(f"by {source}: {', '.join(names)}" for source, names in by.items())
+    return start + (f" Settled {rest}." if rest else "")
 
 
 def leave_to_code(facts: list[Fact], code: str) -> None:
@@ -63,7 +62,7 @@ def leave_to_code(facts: list[Fact], code: str) -> None:
     Text shows how the weights were trained, which need not be what the code computes: authors change it afterwards.
     """
     for fact in facts:
-        if fact.source == TEXT and fact.status is Status.SETTLED:
+        if fact.source is Source.PROBE_TEXT and fact.status is Status.SETTLED:
             fact.status, fact.detail = Status.ASSUMED, f"{fact.detail}; {code} was not asked"
 
 

@@ -72,14 +72,15 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     import fledge
     from fledge.checkpoints.custom import represent
     from fledge.checkpoints.evidence import settle_by_reference
-    from fledge.checkpoints.facts import Fact, Status, read_mapping
-    from fledge.checkpoints.layouts import fit_vocabulary, recognise
+    from fledge.checkpoints.facts import Fact, Source, Status
     from fledge.checkpoints.loading import load_checkpoint
+    from fledge.checkpoints.mapping import read_mapping
     from fledge.checkpoints.probe_text import settle_by_text
     from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference, rounding
     from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
+    from fledge.checkpoints.recognition import fit_vocabulary, recognise
     from fledge.checkpoints.reference import code_beside, load_reference
-    from fledge.checkpoints.structure import detect
+    from fledge.checkpoints.roles import detect
     from fledge.checkpoints.summary import facts_table, leave_to_code, refuse_assumptions, trials_table, verdict
     from fledge.checkpoints.targets import refuse_unconvertible
     from fledge.custom import FledgeGPTConfig, hashes, open_as_strangers_do
@@ -100,7 +101,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     roles, told = read_mapping(args.mapping) if args.mapping else ({}, {})
     for name in ("n_head", "activation", "attention_scale", "norm_eps"):
         if getattr(args, name) is not None:
-            told[name] = Fact.of(name, getattr(args, name), f"--{name}")
+            told[name] = Fact.of(name, getattr(args, name), Source.FLAG)
     if args.inspect:
         structure = detect(checkpoint.tensors, roles)
         for name, tensor in checkpoint.tensors.items():
@@ -119,7 +120,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         print(*own.notes, sep="\n")
         if own.context_length:
             length, where = own.context_length
-            author_says = Fact("context_length", length, Status.SETTLED, "--reference", where)
+            author_says = Fact("context_length", length, Status.SETTLED, Source.REFERENCE, where)
     gpt, facts = recognise(checkpoint, args.layout, roles, told, author_says)
     if args.tokenizer is None and checkpoint.vocabulary is None:
         args.tokenizer, is_guess = find_beside(args.checkpoint, gpt.vocab_size)
@@ -164,7 +165,7 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     report = {
         "verdict": said,
         "source": checkpoint.source,
-        "facts": [asdict(fact) for fact in facts],
+        "facts": [fact.as_dict() for fact in facts],
         "alternatives": [asdict(trial) for trial in trials],
         "folds": folds,
         "left_out": checkpoint.left_out,

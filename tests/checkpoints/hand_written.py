@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import load_scratch_gpt
 from torch import Tensor, nn
 
-from fledge.checkpoints.facts import Fact
+from fledge.checkpoints.facts import Fact, Source
 from fledge.checkpoints.loading import Checkpoint
 
 VOCAB_SIZE, CONTEXT_LENGTH, WIDTH, HEADS, LAYERS = 61, 20, 24, 3, 2
@@ -681,4 +681,4 @@ def checkpoint_of(module: nn.Module, config: dict) -> Checkpoint:
 
 def stated(**facts: object) -> dict[str, Fact]:
     """Facts as flags state them."""
-    return {name: Fact.of(name, value, f"--{name}") for name, value in facts.items()}
+    return {name: Fact.of(name, value, Source.FLAG) for name, value in facts.items()}

@@ -21,8 +21,8 @@ from torch import nn
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
 from fledge.checkpoints.evidence import settle_by_reference
-from fledge.checkpoints.facts import Fact, Status
-from fledge.checkpoints.layouts import recognise
+from fledge.checkpoints.facts import Fact, Source, Status
+from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.reference import load_reference
 from fledge.checkpoints.summary import verdict
 from fledge.checkpoints.targets import to_target
@@ -88,7 +88,7 @@ def test_hidden_facts_are_settled_by_the_authors_module(variant, own):
     module, config = build(variant, heads=4)
     model, facts = settled(module, config, own(SOURCES[variant], checkpoint_of(module, config)))
     for name, value in HIDDEN.get(variant, {}).items():
-        assert (facts[name].value, facts[name].source) == (value, "--reference")
+        assert (facts[name].value, facts[name].source) == (value, Source.REFERENCE)
     assert not any(fact.assumed for fact in facts.values())
     ids = torch.arange(CONTEXT_LENGTH)[None]
     assert (reference_logits(model, ids) - own_logits(module, ids)).abs().max() <= 1e-9
@@ -105,7 +105,7 @@ FLIPPED = {
 def test_module_catches_each_fact_that_was_flipped(variant):
     module, config = build(variant)
     model, facts = recognise(checkpoint_of(module, {**config, "rms_norm_eps": None}))
-    for name in {fact.name for fact in facts if fact.source != "tensors"} & FLIPPED.keys():
+    for name in {fact.name for fact in facts if fact.source is not Source.TENSORS} & FLIPPED.keys():
         if name == "activation" and model.gated:
             continue
         author = replace(model, **{name: FLIPPED[name]})
@@ -129,24 +129,24 @@ def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
     ("sources", "said"),
     [
         ({}, "Proven: nothing that changes the logits is assumed."),
-        ({"activation": "--activation"}, "Proven: nothing that changes the logits is assumed. Settled by checkpoint"),
+        ({"activation": Source.FLAG}, "Proven: nothing that changes the logits is assumed. Settled by checkpoint"),
         (
             {"activation": "--probe_text"},
             "Converted; settled by text, as the weights were most likely trained: activation. ",
         ),
-        ({"activation": "--reference"}, "Proven against the author's module, which settles activation. Settled by "),
-        ({"activation": "--probe_text", "norm": "a guess"}, "Converted; assumed, not proven: norm 1."),
+        ({"activation": Source.REFERENCE}, "Proven against the author's module, which settles activation. Settled by "),
+        ({"activation": Source.PROBE_TEXT, "norm": Source.GUESS}, "Converted; assumed, not proven: norm 1."),
     ],
 )
 def test_verdict_names_the_evidence(sources, said):
-    given = {"n_head": "checkpoint config"} | sources if sources else {}
+    given = {"n_head": Source.CONFIG} | sources if sources else {}
     assert verdict([Fact.of(name, 1, source) for name, source in given.items()]).startswith(said)
 
 
 def test_context_that_only_the_authors_code_tells_is_taken():
     module, config = build("llama2c")
     without = checkpoint_of(module, {key: value for key, value in config.items() if value != CONTEXT_LENGTH})
-    said = Fact("context_length", 8, Status.SETTLED, "--reference", "block_size, m.py")
+    said = Fact("context_length", 8, Status.SETTLED, Source.REFERENCE, "block_size, m.py")
     with pytest.raises(UserError, match="context_length: N"):
         recognise(without)
     assert recognise(without, by_author=said)[0].context_length == 8
@@ -156,7 +156,7 @@ def test_context_that_only_the_authors_code_tells_is_taken():
 def test_projections_fused_by_head_are_settled_by_the_authors_module():
     module, config = by_head()
     _, facts = settled(module, config, lambda ids: own_logits(module, ids))
-    assert (facts["qkv_by_head"].value, facts["qkv_by_head"].source) == (True, "--reference")
+    assert (facts["qkv_by_head"].value, facts["qkv_by_head"].source) == (True, Source.REFERENCE)
 
 
 def test_heads_and_rotation_that_nobody_stated_are_settled_by_the_authors_module():
@@ -164,7 +164,7 @@ def test_heads_and_rotation_that_nobody_stated_are_settled_by_the_authors_module
     renamed = {name.replace("ln_", "norm_"): tensor for name, tensor in checkpoint_of(module, {}).tensors.items()}
     checkpoint = replace(checkpoint_of(module, {"max_seq_len": 20}), tensors=renamed, left_out={})
     model, facts = recognise(checkpoint)
-    assert {fact.name for fact in facts if fact.source == "a guess"} == {"n_head", "rope", "positions"}
+    assert {fact.name for fact in facts if fact.source is Source.GUESS} == {"n_head", "rope", "positions"}
     model, error = settle_by_reference(model, facts, lambda ids: own_logits(module, ids))
     assert (model.n_head, model.rope) == (HEADS, "interleaved")
     assert error <= 1e-9

@@ -4,9 +4,9 @@ from families import CONTEXT, FAMILIES, VOCAB
 from random_gpts import empty
 
 from fledge.checkpoints.canonical import reference_logits
-from fledge.checkpoints.layouts import recognise
 from fledge.checkpoints.loading import load_checkpoint
 from fledge.checkpoints.proof import prove_exact
+from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import to_target
 
 IDS = torch.randint(VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(1))

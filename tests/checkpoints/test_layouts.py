@@ -23,10 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.checkpoints.canonical import ACTIVATIONS, reference_logits
-from fledge.checkpoints.facts import CONFIG_KEYS, TOLD, Fact, Status, read_mapping
-from fledge.checkpoints.layouts import LAYOUTS, fit_vocabulary, recognise
+from fledge.checkpoints.facts import CONFIG_KEYS, TOLD, Fact, Source, Status
+from fledge.checkpoints.known_layouts import LAYOUTS
 from fledge.checkpoints.loading import Checkpoint, load_checkpoint
+from fledge.checkpoints.mapping import read_mapping
 from fledge.checkpoints.questions import regroup
+from fledge.checkpoints.recognition import fit_vocabulary, recognise
 from fledge.checkpoints.targets import obstacles
 from fledge.cli import UserError
 
@@ -119,16 +121,16 @@ def test_what_the_author_of_build_nanogpt_saves_beside_the_weights_tells_its_act
     content = {"model": module.state_dict(), "config": config, "step": 7, "val_loss": 3.2}
     torch.save(content, tmp_path / "model.pt")
     gpt, facts = recognise(load_checkpoint(str(tmp_path / "model.pt")))
-    assert facts[0] == Fact("layout", "build_nanogpt", Status.SHOWN, "names of tensors")
+    assert facts[0] == Fact("layout", "build_nanogpt", Status.SHOWN, Source.NAMES)
     assert logit_error(gpt, module) <= 1e-9
 
 
 def sources(*args, **keys) -> dict[str, str]:
-    return {fact.name: fact.source for fact in recognise(*args, **keys)[1]}
+    return {fact.name: fact.said_by for fact in recognise(*args, **keys)[1]}
 
 
 def statuses(*args, **keys) -> dict[str, tuple[Status, str]]:
-    return {fact.name: (fact.status, fact.source) for fact in recognise(*args, **keys)[1]}
+    return {fact.name: (fact.status, fact.said_by) for fact in recognise(*args, **keys)[1]}
 
 
 SHOWN = (Status.SHOWN, "tensors")
@@ -201,7 +203,7 @@ def test_final_norm_that_was_never_trained_is_a_question():
     tensors["ln_f.weight"], tensors["ln_f.bias"] = torch.ones(WIDTH), torch.zeros(WIDTH)
     gpt, facts = recognise(checkpoint(tensors))
     assert not gpt.final_norm
-    assert Fact.of("final_norm", False, "usual practice") in facts
+    assert Fact.of("final_norm", False, Source.PRACTICE) in facts
     tensors["ln_f.bias"] = torch.full((WIDTH,), 1e-6)
     assert recognise(checkpoint(tensors))[0].final_norm
 
@@ -245,7 +247,7 @@ def test_config_may_use_any_usual_word(name, keys):
     for key in keys.split():
         _, facts = recognise(checkpoint(weights("llama_half"), needed | {key: value}))
         expected = "gelu_tanh" if name == "activation" else value
-        assert Fact.of(name, expected, "checkpoint config") in facts
+        assert Fact.of(name, expected, Source.CONFIG) in facts
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_heads_saved_one_by_one_outrank_a_config_and_contradict_a_flag():
     per_head = checkpoint(weights("per_head"), {"num_heads": 2 * HEADS})
     gpt, facts = recognise(per_head, told=stated(n_head=HEADS))
     assert gpt.n_head == HEADS
-    assert Fact.of("n_head", HEADS, "tensors") in facts
+    assert Fact.of("n_head", HEADS, Source.TENSORS) in facts
     assert refusal(per_head, told=stated(n_head=4)) == f"--n_head says 4 heads; the tensors show {HEADS}."
 
 
@@ -301,7 +303,7 @@ def test_rotation_that_nobody_stated_is_asked_for():
     tensors = {name.replace("ln_", "norm_"): tensor for name, tensor in weights("story_chat").items()}
     config = {"n_heads": HEADS, "max_seq_len": CONTEXT_LENGTH}
     facts = recognise(checkpoint(tensors, config))[1]
-    assert Fact.of("rope", "interleaved", "a guess") in facts
+    assert Fact.of("rope", "interleaved", Source.GUESS) in facts
     for buffer, rope in (("freqs_cis", "interleaved"), ("blocks.0.attn.inv_freq", "half"), ("cos_cached", "half")):
         gpt, facts = recognise(checkpoint(tensors, config, {buffer: "a buffer"}))
         assert gpt.rope == rope
@@ -382,8 +384,8 @@ def test_value_that_a_fact_cannot_have_is_refused(name, value, said):
 )
 def test_fact_that_the_tensors_contradict_is_refused(variant, name, value, shown):
     module, config = build(variant)
-    recognise(checkpoint_of(module, config), told={name: Fact.of(name, shown, "--mapping")} if shown else {})
-    message = refusal(checkpoint_of(module, config), told={name: Fact.of(name, value, "--mapping")})
+    recognise(checkpoint_of(module, config), told={name: Fact.of(name, shown, Source.MAPPING)} if shown else {})
+    message = refusal(checkpoint_of(module, config), told={name: Fact.of(name, value, Source.MAPPING)})
     assert message == f"--mapping says {name}: {value}; the tensors show {shown}."
 
 
@@ -416,7 +418,7 @@ def test_layout_may_be_forced():
     book = checkpoint(weights("book"), {"n_heads": HEADS})
     gpt, facts = recognise(book, layout="lecture")
     assert gpt.activation == "relu"
-    assert facts[0] == Fact("layout", "lecture", Status.SHOWN, "--layout")
+    assert facts[0] == Fact("layout", "lecture", Status.SHOWN, Source.LAYOUT_FLAG)
     assert refusal(book, layout="gpt5") == f"--layout gpt5 is unknown; choose one of {', '.join(LAYOUTS)}."
 
 
@@ -513,10 +515,10 @@ def test_mapping_names_roles_and_facts(tmp_path):
     assert read_mapping(str(tmp_path / "layout.yaml")) == (
         {"wte": "token_embedding", "layers.{n}.heads.{h}.q": "blocks.{n}.query.{h}", "first_norm": "blocks.0.norm_1"},
         {
-            "n_head": Fact.of("n_head", 4, "--mapping"),
-            "attention_scale": Fact.of("attention_scale", 0.125, "--mapping"),
-            "norm_eps": Fact.of("norm_eps", 1e-6, "--mapping"),
-            "norm_placement": Fact.of("norm_placement", "pre", "--mapping"),
+            "n_head": Fact.of("n_head", 4, Source.MAPPING),
+            "attention_scale": Fact.of("attention_scale", 0.125, Source.MAPPING),
+            "norm_eps": Fact.of("norm_eps", 1e-6, Source.MAPPING),
+            "norm_placement": Fact.of("norm_placement", "pre", Source.MAPPING),
         },
     )
 

@@ -6,10 +6,10 @@ import torch
 from hand_written import build, checkpoint_of, stated
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
-from fledge.checkpoints.facts import Fact, Status
-from fledge.checkpoints.layouts import recognise
+from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.probe_text import Verdict, pair_loss, settle_by_text, text_losses, text_windows, unigram_loss
 from fledge.checkpoints.questions import Questions, regroup, settle_what_cannot_matter
+from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.summary import leave_to_code
 from fledge.cli import UserError
 
@@ -142,7 +142,7 @@ def test_a_layout_that_the_text_contradicts_gives_way(tmp_path):
     gpt, facts = sharpened("nanogpt")
     assert not any(fact.assumed for fact in facts)
     model, by_name, _, _ = settled_by(gpt, facts, replace(gpt, activation="relu"), tmp_path, windows=6000)
-    assert (model.activation, by_name["activation"].source) == ("relu", "--probe_text")
+    assert (model.activation, by_name["activation"].source) == ("relu", Source.PROBE_TEXT)
 
 
 def test_text_of_another_model_is_refused(tmp_path):
@@ -230,17 +230,17 @@ def test_text_never_outranks_the_authors_code(tmp_path):
     gpt, facts = sharpened("student", **HEADS_TOLD, activation="relu")
     for fact in facts:
         if fact.name == "attention_scale":
-            fact.status, fact.source = Status.SETTLED, "--reference"
+            fact.status, fact.source = Status.SETTLED, Source.REFERENCE
     trained = replace(gpt, attention_scale=32**-0.5)
     model, facts, _, _ = settled_by(gpt, facts, trained, tmp_path)
     assert model.attention_scale == facts["attention_scale"].value == 8**-0.5
-    assert facts["attention_scale"].source == "--reference"
+    assert facts["attention_scale"].source is Source.REFERENCE
     assert f"the text favours {32**-0.5}" in facts["attention_scale"].detail
 
 
 def test_text_settles_nothing_while_code_lies_beside():
-    settled = Fact("activation", "relu", Status.SETTLED, "--probe_text", "by 9 standard errors")
-    stated = Fact("norm_eps", 1e-5, Status.SETTLED, "--norm_eps")
+    settled = Fact("activation", "relu", Status.SETTLED, Source.PROBE_TEXT, "by 9 standard errors")
+    stated = Fact("norm_eps", 1e-5, Status.SETTLED, Source.FLAG)
     leave_to_code([settled, stated], "model.py:GPT")
     assert settled.assumed
     assert "model.py:GPT was not asked" in settled.detail

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fledge.checkpoints import proof
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
-from fledge.checkpoints.layouts import recognise
 from fledge.checkpoints.proof import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
@@ -20,6 +19,7 @@ from fledge.checkpoints.proof import (
     prove_written,
     reference,
 )
+from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import to_target
 from fledge.cli import UserError
 

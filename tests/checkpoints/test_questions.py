@@ -7,8 +7,8 @@ import torch
 from hand_written import build, checkpoint_of
 
 from fledge.checkpoints.canonical import reference_logits
-from fledge.checkpoints.layouts import recognise
 from fledge.checkpoints.questions import Questions
+from fledge.checkpoints.recognition import recognise
 
 
 @pytest.mark.parametrize("variant", ["story_chat", "student"])

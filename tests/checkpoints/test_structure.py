@@ -4,15 +4,18 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import NAMINGS, REFUSED, FlatGPT, Spec, gpt_of, naming, specs, tensors_of
-from hand_written import HEADS, WIDTH, build, own_logits, stated, weights_of
+from families import FAMILIES
+from hand_written import HEADS, VARIANTS, WIDTH, build, own_logits, stated, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.checkpoints.assembly import QKV_ORDERS
 from fledge.checkpoints.canonical import reference_logits
-from fledge.checkpoints.layouts import recognise
+from fledge.checkpoints.guessing import guess_roles
 from fledge.checkpoints.loading import Checkpoint
-from fledge.checkpoints.structure import Structure, detect
+from fledge.checkpoints.recognition import recognise
+from fledge.checkpoints.roles import detect, name_by_layout
+from fledge.checkpoints.structure import Structure
 from fledge.cli import UserError
 
 # The tensors of a block whose attention and MLP bear the words that most authors use, one layer and two heads.
@@ -338,9 +341,27 @@ def test_gate_that_nothing_tells_is_an_open_question():
 
 
 def test_square_mlp_with_a_gate_that_nothing_tells_is_asked():
-    assert refusal(with_mlp("w1 w3 w2", WIDTH)).startswith(
-        "blocks.0.mlp.w1.weight, blocks.0.mlp.w2.weight, blocks.0.mlp.w3.weight: which of them leads back"
+    assert refusal(with_mlp("a1 a3 a2", WIDTH)).startswith(
+        "blocks.0.mlp.a1.weight, blocks.0.mlp.a2.weight, blocks.0.mlp.a3.weight: which of them leads back"
     )
+
+
+# What a checkpoint of each known layout holds; torch_layers and mha have no table.
+TABLED = {name: weights_of(build(name)[0]) for name in VARIANTS} | {n: f.weights() for n, f in FAMILIES.items()}
+UNTABLED = {"torch_layers", "mha", "sinusoidal", "sinusoidal_scaled"}
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_table_of_a_layout_agrees_with_shapes_and_words(name):
+    known = name_by_layout(TABLED[name])
+    assert (known is None) == (name in UNTABLED)
+    assert detect(TABLED[name], {}) == guess_roles(TABLED[name], Structure())
+
+
+def test_mapping_of_every_name_may_not_hold_a_single_number():
+    roles = {"tok": "token_embedding", "l.{n}.q": "blocks.{n}.query"}
+    tensors = {"tok.weight": torch.tensor(1.0), "l.0.q.weight": torch.ones(4, 4)}
+    assert refusal(tensors, roles=roles) == "tok.weight has the shape (), and no weight is a single number."
 
 
 # Changes to nanoGPT's tensors, and what is said of them.
@@ -349,7 +370,7 @@ BROKEN = {
     "nothing in it": ({}, "No numbered layers with norms as wide as an embedding were found."),
     "no layers": (
         {name: tensor for name, tensor in NANO.items() if ".h." not in name},
-        "No numbered layers with norms as wide as an embedding were found.",
+        "No numbered layers were found.",
     ),
     "first layer gone": (
         {name: tensor for name, tensor in NANO.items() if ".h.0." not in name},
@@ -382,11 +403,11 @@ BROKEN = {
     ),
     "attention gone": (
         {name: tensor for name, tensor in NANO.items() if f"{H}.1.attn.c_attn" not in name},
-        "Layer 1 has no tensor that is known as query, key and value.",
+        "The checkpoint has no blocks.1.query, which every GPT has; name it in a --mapping.",
     ),
     "MLP gone": (
         {name: tensor for name, tensor in NANO.items() if f"{H}.1.mlp.c_fc" not in name},
-        "blocks.1 has 1 matrices besides the attention's, and an MLP two or three.",
+        "The checkpoint has no blocks.1.mlp_in, which every GPT has; name it in a --mapping.",
     ),
     "bias gone": (
         {name: tensor for name, tensor in NANO.items() if name != f"{H}.1.mlp.c_fc.bias"},

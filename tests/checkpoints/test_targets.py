@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
-from fledge.checkpoints.layouts import recognise
 from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference, rounding
+from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import TARGETS, fold_head_bias, refuse_unconvertible, to_target
 from fledge.cli import UserError
 
