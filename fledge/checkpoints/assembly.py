@@ -92,9 +92,7 @@ def check_shapes(tensors: dict[str, Tensor]) -> int:
         UserError: a tensor that is missing, or has another shape than the others demand.
     """
     layers = Counter(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
-    if not layers:
-        raise UserError("No numbered layers were found.")
-    if sorted(layers) != list(range(len(layers))):
+    if not layers or sorted(layers) != list(range(len(layers))):
         raise UserError(f"The checkpoint's layers are numbered {sorted(layers)}; they must run from 0 without a gap.")
     first = {name.removeprefix("blocks.0.") for name in tensors if name.startswith("blocks.0.")}
     mlp = "experts.0.mlp_in" if "router.weight" in first else "mlp_in"

@@ -1,5 +1,6 @@
 """Gives each tensor of a checkpoint its role: named by the user, or by a known layout, or else guessed."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -39,15 +40,29 @@ def name_by_hand(tensors: Mapping[str, Tensor], named: Mapping[str, str]) -> Str
 
 
 def name_by_layout(tensors: Mapping[str, Tensor]) -> Structure | None:
-    """The roles by the table of a known layout that has every name, or None if there is none."""
+    """The roles by the table of a known layout that has every name, or None if there is none.
+
+    If a layer lacks its attention or its MLP it is None too, because `guessing` says what is missing.
+    """
     for layout in LAYOUTS.values():
-        if roles := layout.roles(tensors):
+        if (roles := layout.roles(tensors)) and _is_whole(roles):
             structure = Structure(roles)
             given = {role.split(".")[-2] for role in roles.values()}
             structure.proposed = {fact for fact in layout.by_order if {*SWAPS[fact]} <= given}
             _orient(structure, tensors)
             return structure
     return None
+
+
+def _is_whole(roles: Mapping[str, str]) -> bool:
+    layers = defaultdict(set)
+    for role in roles.values():
+        if role.startswith("blocks."):
+            _, n, part, *_ = role.split(".")
+            layers[n].add(part)
+    return bool(layers) and all(
+        parts & {"query", "qkv"} and ({"mlp_in", "mlp_out"} <= parts or "experts" in parts) for parts in layers.values()
+    )
 
 
 def _orient(structure: Structure, tensors: Mapping[str, Tensor]) -> None:

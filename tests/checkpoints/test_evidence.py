@@ -131,7 +131,7 @@ def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
         ({}, "Proven: nothing that changes the logits is assumed."),
         ({"activation": Source.FLAG}, "Proven: nothing that changes the logits is assumed. Settled by checkpoint"),
         (
-            {"activation": "--probe_text"},
+            {"activation": Source.PROBE_TEXT},
             "Converted; settled by text, as the weights were most likely trained: activation. ",
         ),
         ({"activation": Source.REFERENCE}, "Proven against the author's module, which settles activation. Settled by "),

@@ -370,7 +370,7 @@ BROKEN = {
     "nothing in it": ({}, "No numbered layers with norms as wide as an embedding were found."),
     "no layers": (
         {name: tensor for name, tensor in NANO.items() if ".h." not in name},
-        "No numbered layers were found.",
+        "No numbered layers with norms as wide as an embedding were found.",
     ),
     "first layer gone": (
         {name: tensor for name, tensor in NANO.items() if ".h.0." not in name},
@@ -403,11 +403,11 @@ BROKEN = {
     ),
     "attention gone": (
         {name: tensor for name, tensor in NANO.items() if f"{H}.1.attn.c_attn" not in name},
-        "The checkpoint has no blocks.1.query, which every GPT has; name it in a --mapping.",
+        "Layer 1 has no tensor that is known as query, key and value.",
     ),
     "MLP gone": (
         {name: tensor for name, tensor in NANO.items() if f"{H}.1.mlp.c_fc" not in name},
-        "The checkpoint has no blocks.1.mlp_in, which every GPT has; name it in a --mapping.",
+        "blocks.1 has 1 matrices besides the attention's, and an MLP two or three.",
     ),
     "bias gone": (
         {name: tensor for name, tensor in NANO.items() if name != f"{H}.1.mlp.c_fc.bias"},
