@@ -12,12 +12,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, attempt, parse, write_json
 from fledge.folders import Output, check_inputs, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_tokenizer
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from fledge.pretraining.pretrainer import PretrainConfig, PretrainTrainer
 
 RANGES = {
     "n_layer": Range(at_least=1, at_most=1000),
@@ -84,79 +90,58 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     output_dir = Path(config.output_dir)
-    args.tokens_dir = args.tokens_dir or str(output_dir.with_name(f"{output_dir.name}-tokens"))
+    tokens_dir = Path(args.tokens_dir or output_dir.with_name(f"{output_dir.name}-tokens"))
     inputs = {"--data": args.data, "--validation_data": args.validation_data, "--tokenizer": args.tokenizer}
-    check_inputs(args.tokens_dir, "--tokens_dir", inputs)
-    inputs["--tokens_dir"] = args.tokens_dir
+    check_inputs(str(tokens_dir), "--tokens_dir", inputs)
+    inputs["--tokens_dir"] = str(tokens_dir)
     with claimed(output_dir, "pretrain.py", None, inputs, is_main=config.process_index == 0) as output:
-        pretrain(args, config, output)
+        pretrain(args, config, tokens_dir, output)
 
 
-def pretrain(args: PretrainArguments, config, output: Output) -> None:
+def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path, output: Output) -> None:
     import transformers
-    from transformers.trainer_callback import PrinterCallback
 
-    from fledge.pretraining.pretrainer import PretrainTrainer, Samples, new_gpt2, plan
-    from fledge.pretraining.tokens import Blocks, Corpus, open_tokens
-    from fledge.tokenizers import load_tokenizer, open_tokenizer
+    from fledge.pretraining.pretrainer import new_gpt2, plan
+    from fledge.pretraining.tokens import Corpus, open_tokens
     from fledge.training.lineage import go_on, settings_of
     from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
-    from fledge.training.run_record import Progress, shield_trackers
-    from fledge.training.settings import said_in_words
-    from fledge.training.sharding import CheckSharded, shard_on_cpus
-    from fledge.training.trainer import precision, use_all_threads
+    from fledge.training.trainer import precision, use_all_threads, with_values
 
-    config.output_dir = str(output.work)
+    # ------------------------------------------------------------ Load and check
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     threads = use_all_threads(config)
-    if is_of_hub(args.tokenizer) or (Path(args.tokenizer) / "tokenizer.json").exists():
-        tokenizer = open_tokenizer(args.tokenizer)
-    else:
-        tokenizer = load_tokenizer(args.tokenizer, args.context_length)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer in {args.tokenizer} has no end-of-text token; train one by train_tokenizer.py.")
+    config = with_values(config, output_dir=str(output.work))
+    tokenizer = open_vocabulary(args)
     held_out = args.validation_data or []
     corpus = Corpus(args.data, args.text_column, args.document_start, held_out, args.validation_share)
     transformers.set_seed(config.seed)
     model = new_gpt2(tokenizer, args.n_layer, args.n_head, args.n_embd, args.context_length)
-
-    tokens_dir = Path(args.tokens_dir)
     with config.main_process_first(desc="tokens"):
         tokens = open_tokens(tokens_dir, corpus, tokenizer)
-    train, validation = (Blocks(tokens_dir, name, tokens, args.context_length) for name in ("train", "validation"))
-    stop = StopOnSignal()
-    samples = Samples(tokenizer, args.sample_prompts, args.sample_tokens)
     sizes = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "context_length")}
     settings = settings_of(config, **sizes, data=tokens["fingerprint"])
     lineage = go_on(checkpoint, settings, args.resume_with_changes)
-    shard_on_cpus(config)
-    with said_in_words():
-        trainer = PretrainTrainer(
-            model=model,
-            args=config,
-            train_dataset=train,
-            eval_dataset=validation,
-            processing_class=tokenizer,
-            callbacks=[CheckSharded(), Progress(), samples, stop, lineage],
-            bytes_per_token=validation.bytes_per_token,
-        )
-    trainer.remove_callback(PrinterCallback)
-    shield_trackers(trainer)
+
+    # ------------------------------------------------------------ Plan
+    stop = StopOnSignal()
+    trainer = make_trainer(args, config, (model, tokenizer), (tokens_dir, tokens), [stop, lineage])
     estimate, lines = plan(trainer, tokens)
     if trainer.is_world_process_zero():
-        print(*lines, f"Precision {precision(config)}: {config.precision_reason}", sep="\n", flush=True)
-        if threads:
-            print(threads, flush=True)
+        lines += [f"Precision {precision(config)}: {config.precision_reason}", *([threads] if threads else [])]
+        print(*lines, sep="\n", flush=True)
     if args.dry_run:
         return
     output.check_room(4 * model.num_parameters())  # float32
     output.begin_work(checkpoint)  # only now, when all of the input is known to be good
     trainer.accelerator.wait_for_everyone()
 
+    # ------------------------------------------------------------ Train
     seen, start = tokens_seen(checkpoint), time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - start
     stop.leave_if_told(trainer.state)
+
+    # ------------------------------------------------------------ Save
     tokenizer.model_max_length = args.context_length
     save(trainer, output)
     if not trainer.was_evaluated:
@@ -167,7 +152,60 @@ def pretrain(args: PretrainArguments, config, output: Output) -> None:
     attempt("The end of tracking", trainer.accelerator.end_training)
 
 
-def save(trainer, output: Output) -> None:
+def open_vocabulary(args: PretrainArguments) -> "PreTrainedTokenizerBase":
+    """The tokenizer that `--tokenizer` names: a folder, a model of the Hub, or a vocabulary file.
+
+    Raises:
+        UserError: there is none, or it has no end-of-text token.
+    """
+    from fledge.tokenizers import load_tokenizer, open_tokenizer
+
+    if is_of_hub(args.tokenizer) or (Path(args.tokenizer) / "tokenizer.json").exists():
+        tokenizer = open_tokenizer(args.tokenizer)
+    else:
+        tokenizer = load_tokenizer(args.tokenizer, args.context_length)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer in {args.tokenizer} has no end-of-text token; train one by train_tokenizer.py.")
+    return tokenizer
+
+
+def make_trainer(
+    args: PretrainArguments,
+    config: "PretrainConfig",
+    untrained: tuple["GPT2LMHeadModel", "PreTrainedTokenizerBase"],
+    corpus: tuple[Path, dict],
+    callbacks: list["TrainerCallback"],
+) -> "PretrainTrainer":
+    """The trainer of an `untrained` model with its tokenizer on a `corpus`: the folder of token ids and its record."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from fledge.pretraining.pretrainer import PretrainTrainer, Samples
+    from fledge.pretraining.tokens import Blocks
+    from fledge.training.run_record import Progress, shield_trackers
+    from fledge.training.settings import said_in_words
+    from fledge.training.sharding import CheckSharded, shard_on_cpus
+
+    model, tokenizer = untrained
+    folder, tokens = corpus
+    train, validation = (Blocks(folder, name, tokens, args.context_length) for name in ("train", "validation"))
+    samples = Samples(tokenizer, args.sample_prompts, args.sample_tokens)
+    shard_on_cpus(config)
+    with said_in_words():
+        trainer = PretrainTrainer(
+            model=model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            callbacks=[CheckSharded(), Progress(), samples, *callbacks],
+            bytes_per_token=validation.bytes_per_token,
+        )
+    trainer.remove_callback(PrinterCallback)
+    shield_trackers(trainer)
+    return trainer
+
+
+def save(trainer: "PretrainTrainer", output: Output) -> None:
     """Puts model and tokenizer into place, before anything else may fail."""
     from fledge.training.trainer import finished
 
@@ -179,8 +217,8 @@ def save(trainer, output: Output) -> None:
             trainer.processing_class.save_pretrained(folder)
 
 
-def record(trainer, output: Output, seconds: float, told: tuple[dict, dict, int]) -> None:
-    """Adds to the finished base what tells how it was made; `told` is corpus, estimate and tokens seen before."""
+def record(trainer: "PretrainTrainer", output: Output, seconds: float, told: tuple[dict, dict, int]) -> None:
+    """Adds the log, the record and the picture of the loss; `told` is corpus, estimate and tokens seen before."""
     from fledge.pretraining.pretrainer import pretraining_record
     from fledge.training.run_record import save_curve, save_log
 

@@ -12,14 +12,23 @@ Besides the keys below, every key of TRL's SFTConfig and ModelConfig works under
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, attempt, keep_origin, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
 from fledge.ranges import check_ranges
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from fledge.training.trainer import InstructTrainer, SmallModelConfig
 
 
 @dataclass
@@ -78,109 +87,152 @@ def main():
     transformers.logging.disable_progress_bar()
     disable_progress_bar()
     if args.smoke:
-        smoke(config)
-        args.overwrite = True
+        args, config = replace(args, overwrite=True), smoke(config)
     check_processes(config)
     inputs = {"--dataset": args.dataset, "--model_name_or_path": model_args.model_name_or_path}
     with claimed(config.output_dir, "train_sft.py", None, inputs, is_main=config.process_index == 0) as output:
         train(args, config, model_args, output)
 
 
-def train(args: RunArguments, config, model_args, output: Output) -> None:
-    from transformers import EarlyStoppingCallback
-    from transformers.trainer_callback import PrinterCallback
+@dataclass
+class Inputs:
+    """The base and the dataset, checked to fit together."""
 
-    from fledge.models import context_of, fingerprint
-    from fledge.tokenizers import open_tokenizer
-    from fledge.training.dataset import check_supervised, cut_rows, longest_row, open_dataset
-    from fledge.training.lineage import fingerprint_of_rows, go_on, settings_of
+    base: Path
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"  # the dataset's: the base's with the template's special tokens
+    rows: "DatasetDict"
+    budget: dict | None  # a table has none
+    new_tokens: int
+    adapter: "LoraConfig | None"
+    notes: list[str]  # what the reader should know about the rows
+
+
+def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConfig", output: Output) -> None:
+    from fledge.training.lineage import go_on
     from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
-    from fledge.training.run_record import Progress, shield_trackers
-    from fledge.training.settings import said_in_words
-    from fledge.training.sharding import CheckSharded, shard_on_cpus
-    from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
-    from fledge.training.trainer import (
-        InstructTrainer,
-        check_fit,
-        fit_max_length,
-        open_base,
-        precision,
-        prepare_model,
-        use_all_threads,
-    )
+    from fledge.training.trainable import adapter_record
+    from fledge.training.trainer import limit_length, prepare_model, use_all_threads, with_values
     from fledge.training.trial import time_needed
+
+    # ------------------------------------------------------------ Load and check
+    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
+    notes = [use_all_threads(config)]
+    inputs = load_inputs(args, config.seed, model_args)
+    # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
+    config = with_values(config, output_dir=str(output.work))
+    config, cut = limit_length(config, inputs.model, inputs.rows)
+    lineage = go_on(checkpoint, settings(args, config, model_args, inputs), args.resume_with_changes)
+    output.check_room(4 * inputs.model.num_parameters())  # float32
+    output.begin_work(checkpoint)  # only now, when all of the input is known to be good
+
+    # ------------------------------------------------------------ Train
+    stop = StopOnSignal()
+    trainer = make_trainer(config, inputs, [stop, lineage])
+    notes += [prepare_model(trainer), *inputs.notes, *cut, time_needed(trainer, tokens_seen(checkpoint))]
+    trained = trained_parts(args) | {"new_tokens": inputs.new_tokens, "adapter": adapter_record(trainer.model)}
+    if trainer.is_world_process_zero():
+        announce(trainer, inputs.new_tokens, notes)
+        if args.resume:
+            print(f"Going on from {checkpoint}" if checkpoint else "A fresh start: there is no complete checkpoint")
+        sys.stdout.flush()
+    trainer.start_from(checkpoint)
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    stop.leave_if_told(trainer.state)
+    seconds = time.monotonic() - start
+
+    # ------------------------------------------------------------ Save
+    save(trainer, output, inputs)
+    if trainer.is_world_process_zero():
+        record(trainer, output, seconds, inputs, trained)
+    trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
+    attempt("The end of tracking", trainer.end)
+
+
+def load_inputs(args: RunArguments, seed: int, model_args: "ModelConfig") -> Inputs:
+    """Opens the base and the dataset, adds the template's new tokens to the base, and freezes what shall stay.
+
+    Raises:
+        UserError: one of them cannot be used, or they do not fit together.
+    """
+    from fledge.models import context_of
+    from fledge.tokenizers import open_tokenizer
+    from fledge.training.dataset import check_supervised, longest_row, open_dataset
+    from fledge.training.trainable import adapter_config, freeze
+    from fledge.training.trainer import check_fit, open_base
     from fledge.vocabulary import add_rows
 
-    # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
-    config.output_dir = str(output.work)
-    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
-    threads = use_all_threads(config)
-
     base, model = open_base(model_args, args.dropout)
-    context = context_of(model.config)
     own = open_tokenizer(base)
-    budget, tokenizer, rows, lines = open_dataset(args.dataset, own, args.template, context, config.seed)
+    budget, tokenizer, rows, notes = open_dataset(args.dataset, own, args.template, context_of(model.config), seed)
     check_supervised(rows)
     check_fit(model, own, tokenizer, longest_row(rows))
-    lines += fit_max_length(config, context)
-    lines += [] if config.packing else cut_rows(rows, config.max_length)
     new_tokens = add_rows(model, tokenizer)
     adapter = adapter_config(model_args, model, new_tokens)
     if adapter and (args.freeze_layers or args.freeze_modules):
         raise UserError("An adapter freezes all that it does not add; leave out --freeze_layers and --freeze_modules.")
     freeze(model, args.freeze_layers, args.freeze_modules, new_tokens)
-    output.check_room(4 * model.num_parameters())  # float32
+    return Inputs(base, model, tokenizer, rows, budget, new_tokens, adapter, notes)
+
+
+def settings(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConfig", inputs: Inputs) -> dict:
+    """Everything that the weights of this run depend on. A resumed run is compared with it."""
+    from fledge.models import fingerprint
+    from fledge.training.lineage import fingerprint_of_rows, settings_of
+
     adapting = {key: value for key, value in asdict(model_args).items() if model_args.use_peft and "lora" in key}
     adapting |= {key: getattr(model_args, key) for key in ("use_peft", "use_dora")}
-    trained = {"dropout": args.dropout, "freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules}
-    made_from = {"base": fingerprint(base), "data": fingerprint_of_rows(rows["train"])}
-    settings = settings_of(config, **trained, **adapting, **made_from)
-    lineage = go_on(checkpoint, settings, args.resume_with_changes)
-    output.begin_work(checkpoint)  # only now, when all of the input is known to be good
+    made_from = {"base": fingerprint(inputs.base), "data": fingerprint_of_rows(inputs.rows["train"])}
+    return settings_of(config, **trained_parts(args), **adapting, **made_from)
 
-    stop = StopOnSignal()
-    callbacks = [CheckSharded(), Progress(), stop, lineage]
+
+def trained_parts(args: RunArguments) -> dict:
+    return {"dropout": args.dropout, "freeze_layers": args.freeze_layers, "freeze_modules": args.freeze_modules}
+
+
+def make_trainer(config: "SmallModelConfig", inputs: Inputs, callbacks: list) -> "InstructTrainer":
+    from transformers import EarlyStoppingCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    from fledge.training.run_record import Progress, shield_trackers
+    from fledge.training.settings import said_in_words
+    from fledge.training.sharding import CheckSharded, shard_on_cpus
+    from fledge.training.trainer import InstructTrainer
+
+    callbacks = [CheckSharded(), Progress(), *callbacks]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     shard_on_cpus(config)
     with said_in_words():
         trainer = InstructTrainer(
-            model=model,
+            model=inputs.model,
             args=config,
-            train_dataset=rows["train"],
-            eval_dataset=rows["validation"] if config.eval_strategy != "no" else None,
-            processing_class=tokenizer,
-            peft_config=adapter,
+            train_dataset=inputs.rows["train"],
+            eval_dataset=inputs.rows["validation"] if config.eval_strategy != "no" else None,
+            processing_class=inputs.tokenizer,
+            peft_config=inputs.adapter,
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)
     shield_trackers(trainer)
-    loss = prepare_model(trainer)
-    trained |= {"new_tokens": new_tokens, "adapter": adapter_record(trainer.model)}
-    trial = time_needed(trainer, tokens_seen(checkpoint))
-    if trainer.is_world_process_zero():
-        print(trained_share(trainer.model))
-        if new_tokens:
-            print(f"New tokens {new_tokens}: the dataset's template has them, and the model learns them")
-        print(f"Processes {config.world_size}; precision {precision(config)}: {config.precision_reason}")
-        print(*[line for line in (threads, loss, *lines, trial) if line], sep="\n")
-        if args.resume:
-            print(f"Going on from {checkpoint}" if checkpoint else "A fresh start: there is no complete checkpoint")
-        sys.stdout.flush()
-    trainer.start_from(checkpoint)
-
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    stop.leave_if_told(trainer.state)
-    seconds = time.monotonic() - start
-    save(trainer, output, base, budget)
-    if trainer.is_world_process_zero():
-        record(trainer, output, seconds, rows, trained)
-    trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
-    attempt("The end of tracking", trainer.end)
+    return trainer
 
 
-def save(trainer, output: Output, base: Path, budget: dict | None) -> None:
+def announce(trainer: "InstructTrainer", new_tokens: int, notes: list[str | None]) -> None:
+    """Prints what will be trained, with what was chosen automatically and why."""
+    from fledge.training.trainable import trained_share
+    from fledge.training.trainer import precision
+
+    print(trained_share(trainer.model))
+    if new_tokens:
+        print(f"New tokens {new_tokens}: the dataset's template has them, and the model learns them")
+    config = trainer.args
+    print(f"Processes {config.world_size}; precision {precision(config)}: {config.precision_reason}")
+    print(*filter(None, notes), sep="\n")
+
+
+def save(trainer: "InstructTrainer", output: Output, inputs: Inputs) -> None:
     """Puts the model into place: the weights first, and nothing that may fail for another reason than the disk."""
     from peft import PeftModel
 
@@ -198,9 +250,9 @@ def save(trainer, output: Output, base: Path, budget: dict | None) -> None:
         model = finished(trainer, **Sampling().decoding())
         model.save_pretrained(folder, state_dict=None if adapter else weights)
         trainer.processing_class.save_pretrained(folder)
-        keep_origin(base, folder)
-        if budget:
-            write_json(folder / "budget.json", budget)
+        keep_origin(inputs.base, folder)
+        if inputs.budget:
+            write_json(folder / "budget.json", inputs.budget)
         curves, emissions = output.work / "runs", output.work / "emissions.csv"  # what trackers have been writing
         if curves.is_dir():
             attempt(f"{output.path / 'runs'}", lambda: shutil.copytree(curves, folder / "runs"))
@@ -208,13 +260,13 @@ def save(trainer, output: Output, base: Path, budget: dict | None) -> None:
             attempt(f"{output.path / 'emissions.csv'}", lambda: shutil.copy(emissions, folder))
 
 
-def record(trainer, output: Output, seconds: float, rows, trained: dict) -> None:
-    """Adds to the finished model what tells how it was made."""
+def record(trainer: "InstructTrainer", output: Output, seconds: float, inputs: Inputs, trained: dict) -> None:
+    """Adds the log, the record of the run and the picture of the loss to the finished model."""
     from fledge.training.run_record import run_record, save_curve, save_log
 
     history = trainer.state.log_history
     output.add("training_log.jsonl", lambda folder: save_log(history, folder))
-    made = attempt("The record of the run", lambda: run_record(trainer, seconds, rows, trained))
+    made = attempt("The record of the run", lambda: run_record(trainer, seconds, inputs.rows, trained))
     if made:
         output.add("run.json", lambda folder: write_json(folder / "run.json", made))
         print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")

@@ -8,13 +8,20 @@ the removed tokens had; any other text is written with smaller tokens, of which 
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, keep_origin, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, check_ranges
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 RANGES = {"min_count": AT_LEAST_ONE}
 
@@ -43,65 +50,37 @@ def main():
 def trim(args: TrimArguments, output: Output, source: Path) -> None:
     import copy
 
-    import numpy as np
-    import torch
     import transformers
 
-    from fledge.models import context_of, load_model
+    from fledge.models import load_model
     from fledge.pretraining.corpus import pieces
-    from fledge.tokenizers import encoding_of
     from fledge.tokenizers.training import HeldOut
-    from fledge.vocabulary import compare_trimmed, keep_rows, trim_tokenizer
+    from fledge.vocabulary import keep_rows, trim_tokenizer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+    # ------------------------------------------------------------ Load and trim
     model, tokenizer = load_model(args.model)
     model = model.cpu()
-
-    # Held-out text is not counted: it is what the result is measured on.
+    # Held-out text is not counted: the result is measured on it.
     held_out = HeldOut(pieces(args.data, args.text_column))
-    counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
-    for text in held_out:
-        with encoding_of("The text"):
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        np.add.at(counts, ids, 1)
-    used = np.nonzero(counts >= args.min_count)[0].tolist()
+    used = used_tokens(tokenizer, held_out, args.min_count)
     trimmed, old_ids = trim_tokenizer(tokenizer, used)
     small = copy.deepcopy(model)
     keep_rows(small, old_ids)
     print(f"{len(used):,} of {len(tokenizer):,} tokens occur; with bytes and merges {len(old_ids):,} stay.", flush=True)
 
-    length = 2 * context_of(model.config)  # characters: half a context or so
-    texts = [text[:length] for text in held_out.text[:200]]
-    texts = [text for text in texts if len(trimmed.encode(text)) < context_of(model.config)]
-    if not texts:
-        raise UserError("No held-out text fits the model's context, so nothing can be measured; give other --data.")
-    record = compare_trimmed((model, tokenizer), (small, trimmed), old_ids, texts)
-    record = {
-        "tokens_before": len(tokenizer),
-        "tokens_after": len(old_ids),
-        "parameters_before": model.num_parameters(),
-        "parameters_after": small.num_parameters(),
-        "min_count": args.min_count,
-        "held_out": held_out.is_unseen,
-        **record,
-    }
-    for name, net in (("before", model), ("after", small)):
-        hidden, times = torch.randn(256, net.get_input_embeddings().embedding_dim), []
-        with torch.no_grad():
-            for _ in range(5):
-                start = time.perf_counter()
-                net.get_output_embeddings()(hidden)
-                times.append(time.perf_counter() - start)
-        record[f"head_milliseconds_{name}"] = round(1000 * min(times), 3)
+    # ------------------------------------------------------------ Measure and save
+    measured = measure((model, tokenizer), (small, trimmed), old_ids, held_out.text)
+    record = {"min_count": args.min_count, "held_out": held_out.is_unseen, **measured}
     with output.staged() as folder:
         small.save_pretrained(folder)
         trimmed.save_pretrained(folder)
         keep_origin(source, folder)
         write_json(folder / "trimming.json", record)
     print(
-        f"{record['parameters_before']:,} to {record['parameters_after']:,} parameters; "
-        f"the head takes "
+        f"{record['parameters_before']:,} to {record['parameters_after']:,} parameters; the head takes "
         f"{record['head_milliseconds_before']} and then {record['head_milliseconds_after']} ms for 256 tokens."
     )
     print(
@@ -110,3 +89,56 @@ def trim(args: TrimArguments, output: Output, source: Path) -> None:
         f"{record['same_tokens']:.1%} keep their tokens, and there the removed ones had {record['removed']:.2%} "
         f"of the probability; beyond that no log-probability moved by more than {record['largest_error']:.0e}."
     )
+
+
+def used_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], min_count: int) -> list[int]:
+    """The ids that occur at least `min_count` times in `texts`, ascending."""
+    import numpy as np
+
+    from fledge.tokenizers import encoding_of
+
+    counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
+    for text in texts:
+        with encoding_of("The text"):
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        np.add.at(counts, ids, 1)
+    return np.nonzero(counts >= min_count)[0].tolist()
+
+
+def measure(before: "ModelAndTokenizer", after: "ModelAndTokenizer", old_ids: list[int], texts: list[str]) -> dict:
+    """Sizes, bits per byte, the largest error and the time of the head, before and after trimming.
+
+    Raises:
+        UserError: no text fits the context.
+    """
+    from fledge.models import context_of
+    from fledge.vocabulary import compare_trimmed
+
+    context = context_of(before[0].config)
+    begun = [text[: 2 * context] for text in texts[:200]]  # characters: half a context or so
+    short = [text for text in begun if len(after[1].encode(text)) < context]
+    if not short:
+        raise UserError("No held-out text fits the model's context, so nothing can be measured; give other --data.")
+    return {
+        "tokens_before": len(before[1]),
+        "tokens_after": len(old_ids),
+        "parameters_before": before[0].num_parameters(),
+        "parameters_after": after[0].num_parameters(),
+        **compare_trimmed(before, after, old_ids, short),
+        "head_milliseconds_before": head_milliseconds(before[0]),
+        "head_milliseconds_after": head_milliseconds(after[0]),
+    }
+
+
+def head_milliseconds(model: "PreTrainedModel") -> float:
+    """The time of the output head for 256 tokens, the best of five."""
+    import torch
+
+    hidden, head = torch.randn(256, model.get_input_embeddings().embedding_dim), model.get_output_embeddings()
+    times = []
+    with torch.no_grad():
+        for _ in range(5):
+            start = time.perf_counter()
+            head(hidden)
+            times.append(time.perf_counter() - start)
+    return round(1000 * min(times), 3)

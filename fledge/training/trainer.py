@@ -1,5 +1,6 @@
 """What Fledge adds to TRL's `SFTTrainer`: defaults for small models, automatic choices with reasons, safe stops."""
 
+import copy
 import math
 import os
 import time
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import DatasetDict
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -24,6 +26,7 @@ from fledge.hub import find_model
 from fledge.memory import keep_freed_memory
 from fledge.models import check_vocabulary, context_of, open_config, open_model
 from fledge.training.attention import LONGEST, NAME, attend_by_rows
+from fledge.training.dataset import cut_rows
 from fledge.training.lineage import load_optimizer
 from fledge.training.loss import has_plain_logits, score_supervised_only
 from fledge.training.resuming import newest_checkpoint, tokens_seen
@@ -109,12 +112,26 @@ def use_all_threads(config: SmallModelConfig) -> str | None:
     return f"Threads {threads}: accelerate launch leaves a process one, and this machine has more"
 
 
-def smoke(config: SmallModelConfig) -> None:
-    """Makes three steps of a recipe, with an evaluation and a checkpoint, in a folder of its own."""
-    config.output_dir = f"{config.output_dir}-smoke"
-    config.max_steps, config.logging_steps, config.eval_steps, config.save_steps = 3, 1, 3, 3
-    config.eval_strategy = "no" if config.eval_strategy == "no" else "steps"
-    config.save_strategy = "no" if config.save_strategy == "no" else "steps"
+def with_values(config: SmallModelConfig, **values) -> SmallModelConfig:
+    """A copy of a checked configuration with other `values`."""
+    changed = copy.copy(config)
+    for name, value in values.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def smoke(config: SmallModelConfig) -> SmallModelConfig:
+    """The configuration of three steps of a recipe, with an evaluation and a checkpoint, in a folder of its own."""
+    return with_values(
+        config,
+        output_dir=f"{config.output_dir}-smoke",
+        max_steps=3,
+        logging_steps=1,
+        eval_steps=3,
+        save_steps=3,
+        eval_strategy="no" if config.eval_strategy == "no" else "steps",
+        save_strategy="no" if config.save_strategy == "no" else "steps",
+    )
 
 
 def open_base(arguments: ModelConfig, dropout: float) -> tuple[Path, PreTrainedModel]:
@@ -130,15 +147,23 @@ def open_base(arguments: ModelConfig, dropout: float) -> tuple[Path, PreTrainedM
     return base, open_model(base, name=name, **dict.fromkeys(rates, dropout), **attention)
 
 
-def fit_max_length(config: SmallModelConfig, context: int) -> list[str]:
-    """Limits max_length to the model's `context`, and returns lines that say what was done."""
+def limit_length(
+    config: SmallModelConfig, model: PreTrainedModel, rows: DatasetDict
+) -> tuple[SmallModelConfig, list[str]]:
+    """The configuration with a `max_length` that `model` can hold, and lines that say what is cut.
+
+    Raises:
+        UserError: no row keeps a supervised token.
+    """
+    context = context_of(model.config)
+    lines = []
     if config.max_length is not None and config.max_length > context:
-        asked, config.max_length = config.max_length, context
-        return [f"Rows of {context} tokens at most: max_length was {asked}, and the model's context is no longer"]
+        lines.append(f"Rows of {context} tokens at most, the model's context: max_length was {config.max_length}")
+        config = with_values(config, max_length=context)
     if config.packing and config.max_length is None:
-        config.max_length = context
-        return [f"Packed into rows of {context} tokens, the model's context"]
-    return []
+        lines.append(f"Packed into rows of {context} tokens, the model's context")
+        config = with_values(config, max_length=context)
+    return config, lines if config.packing else lines + cut_rows(rows, config.max_length)
 
 
 def check_processes(config: TrainingArguments) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from small import small_gpt2, small_tokenizer
@@ -19,7 +20,7 @@ from fledge.training.trainer import (
     check_fit,
     check_processes,
     choose_bf16,
-    fit_max_length,
+    limit_length,
     use_all_threads,
 )
 
@@ -132,9 +133,11 @@ def test_fewer_processes_than_the_launcher_was_told_are_refused(variables, world
 )
 def test_rows_are_never_longer_than_the_context(given, limited, said, tmp_path):
     config = SmallModelConfig(output_dir=str(tmp_path), **given)
-    lines = fit_max_length(config, 40)
-    assert config.max_length == limited
+    rows = DatasetDict({"train": Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2]}])})
+    changed, lines = limit_length(config, small_gpt2(), rows)
+    assert changed.max_length == limited
     assert (said in lines[0]) if said else not lines
+    assert config.max_length == given.get("max_length")
 
 
 def test_early_stopping_keeps_checkpoints_where_it_evaluates(tmp_path):
