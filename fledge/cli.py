@@ -37,11 +37,17 @@ def parse(
     """
     import yaml
     from trl import TrlParser
+    from typing_extensions import override
 
+    from fledge.guards import check_overrides
+
+    @check_overrides
     class Parser(TrlParser):
+        @override
         def error(self, message: str):
             raise UserError(f"{message}; --help lists every key.")
 
+        @override
         def set_defaults_with_config(self, **recipe):
             recipe = {key: texts.get(key, value) for key, value in recipe.items() if value is not None}
             # argparse converts and checks a default that is text, and no other.

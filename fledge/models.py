@@ -101,6 +101,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
+def attention_of(model: PreTrainedModel) -> str | None:
+    """The name of the attention that a model computes with, or `None` where transformers no longer tells it here."""
+    return getattr(model.config, "_attn_implementation", None)
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 over a model's weights."""
     digest = hashlib.sha256()

@@ -321,8 +321,9 @@ class AuthorModule(types.ModuleType):
         self._making.add(name)
         device, PLACE.device = PLACE.device, "cpu"
         try:
-            for statement in self._source.bindings[name]:
-                self._run(statement, name)
+            with torch.device("cpu"):
+                for statement in self._source.bindings[name]:
+                    self._run(statement, name)
         finally:
             PLACE.device = device
             self._making.discard(name)

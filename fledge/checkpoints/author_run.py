@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 
 from fledge.checkpoints.arguments import Shapes
 from fledge.checkpoints.author_code import PLACE
@@ -42,8 +41,6 @@ class Tamed(TorchFunctionMode):
             return args[0] if args else kwargs["tensor"]
         args = tuple(self._here(argument) for argument in args)
         kwargs = {key: self._here(value) for key, value in kwargs.items()}
-        if func in _device_constructors() and kwargs.get("device") is None:
-            kwargs["device"] = PLACE.device
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
@@ -99,6 +96,7 @@ def author_runs(device: str = "cpu", widen: str | None = None) -> Iterator[None]
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
             torch.random.fork_rng(devices=[]),
+            torch.device(device),  # what is made without a device
             Tamed(widen),
         ):
             warnings.simplefilter("ignore")

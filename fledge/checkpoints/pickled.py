@@ -59,7 +59,7 @@ class Record:
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> Tensor:
     """As torch's own, but a tensor that is larger than what is stored of it is refused."""
-    untyped, dtype = storage._untyped_storage, storage.dtype
+    untyped, dtype = storage.untyped(), storage.dtype
     last = offset + sum((dim - 1) * step for dim, step in zip(size, stride, strict=True) if dim)
     count = 1
     for dim in size:

@@ -160,10 +160,12 @@ def _streamed(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator
 
     A 160M-parameter model in float64 would be 1.3 GB beside its source. Embeddings are widened after the lookup.
     """
-    handles, scaled = [], [module for module in model.modules() if "embed_scale" in module._buffers]
+    handles = []
+    scaled = [part for part in model.modules() if "embed_scale" in dict(part.named_buffers(recurse=False))]
     for module in scaled:  # Gemma's embedding keeps the root of the width in float32
         module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
-    experts, model.config._experts_implementation = model.config._experts_implementation, "eager"  # of any dtype
+    experts = model.get_experts_implementation()
+    model.set_experts_implementation("eager")  # of any dtype
     embedding = model.get_input_embeddings()
     tied = next(f"{prefix}.weight" for prefix, module in model.named_modules() if module is embedding)
     for prefix, module in model.named_modules():
@@ -176,11 +178,11 @@ def _streamed(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator
                 key = f"{prefix}.{name}"
                 tensor = weights[key if key in weights else tied]
                 tensor = tensor if isinstance(module, nn.Embedding) else tensor.double()
-                module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
 
         def release(module, inputs, output, own=own):
             for name in own:
-                module._parameters[name] = nn.Parameter(module._parameters[name].to("meta"), requires_grad=False)
+                setattr(module, name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
             return output.double() if isinstance(module, nn.Embedding) else output
 
         handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(release)]
@@ -191,7 +193,7 @@ def _streamed(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator
             handle.remove()
         for module in scaled:
             module.embed_scale = module.embed_scale.float()
-        model.config._experts_implementation = experts
+        model.set_experts_implementation(experts)
         model.tie_weights()  # or a tied head would be counted as one more matrix
 
 

@@ -109,7 +109,7 @@ class FledgeGPTAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, attend_eagerly)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(getattr(config, "_attn_implementation", "eager"), attend_eagerly)
         attend = attend if config.attention_cap is None else attend_eagerly
         dropout = config.dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, mask, scaling=config.attention_scale, dropout=dropout)

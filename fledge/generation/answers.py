@@ -18,12 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
+from typing_extensions import override
 
 from fledge.cli import UserError
 from fledge.generation.onednn import by_onednn
 from fledge.generation.sampling import Sampling
+from fledge.guards import check_overrides
 from fledge.messages import Answer
-from fledge.models import context_of
+from fledge.models import attention_of, context_of
 
 # Prompts read together. Their logits are kept at every place where one of them ends: the square of this, times V.
 PREFILL = 8
@@ -42,6 +44,7 @@ class _Row:
     random: np.random.Generator
 
 
+@check_overrides
 class _Slots(Cache):
     """Keys and values (rows, heads, capacity, head width) of each layer. Row i's tokens lie at 0 … lengths[i] − 1."""
 
@@ -53,26 +56,30 @@ class _Slots(Cache):
         self.lengths: Tensor | None = None  # (rows,) during a step, None while prompts are read in
         self.longest = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        if layer == len(self.buffers):
+    @override
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        keys, values = key_states, value_states
+        if layer_idx == len(self.buffers):
             rows, capacity = self.shape
             shape = rows, keys.shape[1], capacity, keys.shape[3]
             # Zeros, not whatever memory held: a masked NaN is still a NaN.
             self.buffers.append((keys.new_zeros(shape), values.new_zeros(shape)))
         rows, _, length, _ = keys.shape
         if self.lengths is None:
-            for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
+            for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
                 buffer[self.first : self.first + rows, :, :length] = new
             return keys, values
         each = torch.arange(rows, device=keys.device)
-        for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
+        for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
             buffer[each, :, self.lengths] = new[:, :, 0]
-        held_keys, held_values = self.buffers[layer]
+        held_keys, held_values = self.buffers[layer_idx]
         return held_keys[:rows, :, : self.longest + 1], held_values[:rows, :, : self.longest + 1]
 
+    @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.lengths is None else self.longest
 
+    @override
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
@@ -209,7 +216,7 @@ def _step(model: PreTrainedModel, cache: _Slots, rows: list[_Row]) -> Tensor:
     if min(lengths) < cache.longest:
         places = torch.arange(cache.longest + 1, device=model.device)
         mask = (places <= cache.lengths[:, None])[:, None, None]
-        if model.config._attn_implementation == "eager":  # it adds the mask to the scores
+        if attention_of(model) in ("eager", None):  # eager attention adds the mask to the scores; sdpa takes both kinds
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
     return (
         model(

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import blake2b
@@ -12,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
-from datasets import DatasetInfo, Features
-from datasets.utils.py_utils import convert_file_size_to_int
+from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, load_from_disk
 
 from fledge.cli import UserError
 from fledge.encoding import with_messages
@@ -28,10 +29,11 @@ def bytes_of(size: str) -> int:
     Raises:
         UserError: not a size.
     """
-    try:
-        return max(1, convert_file_size_to_int(size))
-    except ValueError as error:
-        raise UserError(f"--max_shard_size {size} is no size; write it as 500MB or 2GB.") from error
+    found = re.fullmatch(r"(\d+) ?([KMGT])(i?)B", size.strip(), re.IGNORECASE)
+    if not found:
+        raise UserError(f"--max_shard_size {size} is no size; write it as 500MB or 2GB.")
+    number, prefix, binary = found.groups()
+    return max(1, int(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1))
 
 
 def parquet_writer(file: Path, schema: pa.Schema) -> pa.parquet.ParquetWriter:
@@ -147,6 +149,13 @@ def _describe_arrow(folder: Path, files: list[Path]) -> None:
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     info = dict(sorted(asdict(DatasetInfo(features=TOKENS)).items()))
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
+    try:
+        load_from_disk(str(folder))
+    except Exception:  # a release of datasets that describes rows in another way, which it then does itself
+        rows, whole = [Dataset.from_file(str(file)) for file in files], folder.with_name(f"{folder.name}.whole")
+        concatenate_datasets(rows).save_to_disk(str(whole))
+        shutil.rmtree(folder)
+        whole.rename(folder)
 
 
 def first_rows(folder: Path, split: str, count: int) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import types
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GPT2Config,
@@ -19,9 +20,11 @@ from transformers import (
     default_data_collator,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from typing_extensions import override
 
 from fledge.cli import UserError
 from fledge.encoding import IGNORED
+from fledge.guards import check_overrides
 from fledge.memory import keep_freed_memory
 from fledge.training.lineage import load_optimizer
 from fledge.training.loss import ScoreTokens
@@ -130,6 +133,7 @@ def flops_per_token(model: PreTrainedModel) -> int:
     return 6 * (blocks + head.numel()) + 12 * config.n_layer * config.n_embd * config.n_positions
 
 
+@check_overrides
 class PretrainTrainer(Trainer):
     """Trainer that counts tokens under TRL's name and evaluates in bits per byte."""
 
@@ -140,6 +144,7 @@ class PretrainTrainer(Trainer):
             score_in_cache(self.model)
             keep_freed_memory()
 
+    @override
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         args = self.args
         if args.muon and self.optimizer is None:
@@ -151,12 +156,15 @@ class PretrainTrainer(Trainer):
             self.optimizer = MuonWithAdamW(self.model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
         return super().create_optimizer(model)
 
+    @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
 
+    @override
     def log(self, logs: dict, *arguments) -> None:
         super().log(logs | {"num_tokens": self.state.num_input_tokens_seen}, *arguments)
 
+    @override
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss over every token of the validation split, once, in nats a token and in bits a byte of text.
@@ -172,7 +180,7 @@ class PretrainTrainer(Trainer):
             rows = [blocks[k] for k in range(begin, min(begin + size, len(blocks)))]
             if is_idle := not rows:  # every process runs as often as the others
                 rows = [blocks[0]]
-            batch = self._prepare_inputs(default_data_collator(rows))
+            batch = send_to_device(default_data_collator(rows), self.args.device)
             with self.accelerator.autocast():
                 loss = self.model_wrapped(**batch, num_items_in_batch=1).loss
             if not is_idle:
@@ -197,16 +205,18 @@ class PretrainTrainer(Trainer):
     def seconds_a_step(self) -> float:
         """Forward and backward of one step on this device, by a short trial that leaves no trace."""
         rows = [self.train_dataset[k % len(self.train_dataset)] for k in range(self.args.train_batch_size)]
-        batch = self._prepare_inputs(default_data_collator(rows))
+        batch = send_to_device(default_data_collator(rows), self.args.device)
         return seconds_of(self, lambda: self.model(**batch).loss, 2) * self.args.gradient_accumulation_steps
 
 
+@check_overrides
 class Samples(TrainerCallback):
     """After each evaluation: bits per byte, and how the model goes on from a beginning."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int):
         self.tokenizer, self.prompts, self.tokens = tokenizer, prompts, tokens
 
+    @override
     @torch.no_grad()
     def on_evaluate(self, args, state, control, metrics, model, **kwargs):
         if not state.is_world_process_zero:

@@ -67,7 +67,6 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     import transformers
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.core_model_loading import revert_weight_conversion
 
     import fledge
     from fledge.checkpoints.custom import represent
@@ -84,10 +83,12 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     from fledge.checkpoints.summary import facts_table, leave_to_code, refuse_assumptions, trials_table, verdict
     from fledge.checkpoints.targets import refuse_unconvertible
     from fledge.custom import FledgeGPTConfig, hashes, open_as_strangers_do
+    from fledge.guards import borrow
     from fledge.memory import return_freed_memory
     from fledge.tokenizers import load_tokenizer
     from fledge.tokenizers.beside import find_beside
 
+    revert_weight_conversion = borrow("transformers.core_model_loading", "revert_weight_conversion")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

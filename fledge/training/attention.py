@@ -6,8 +6,6 @@ in a core's cache and take half the time up to a length of 512, backward include
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from fledge.training.loss import CACHED, slices
 
@@ -58,7 +56,7 @@ def causal_rows(module, query, key, value, attention_mask, dropout=0.0, scaling=
     # Autocast gives the fused kernel its type too, whatever rotary positions made of the queries.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     if not fits or dtype != torch.bfloat16 or not 1 < query.size(2) <= LONGEST:
-        return sdpa_attention_forward(
+        return AttentionInterface()["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
@@ -68,5 +66,5 @@ def causal_rows(module, query, key, value, attention_mask, dropout=0.0, scaling=
 def attend_by_rows(model: PreTrainedModel) -> None:
     """Makes `model` attend by `causal_rows`. `model.set_attn_implementation("sdpa")` undoes it."""
     AttentionInterface.register(NAME, causal_rows)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
     model.set_attn_implementation(NAME)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from typing_extensions import override
 
 from fledge.cli import UserError, read_json
+from fledge.guards import check_overrides
 from fledge.training.settings import said_in_words
 
 # Keys of transformers and TRL that leave the weights as they are: where a run writes and reports, how fast it reads.
@@ -25,6 +28,7 @@ WITHOUT_EFFECT = re.compile(
 )
 
 
+@check_overrides
 @dataclass
 class Lineage(TrainerCallback, ExportableState):
     """Puts `settings` into the state of every checkpoint, and `parts`: from which step on what was changed.
@@ -36,9 +40,11 @@ class Lineage(TrainerCallback, ExportableState):
     settings: dict
     parts: list[dict] = field(default_factory=lambda: [{"first_step": 0}])
 
+    @override
     def state(self) -> dict:
         return {"args": {"settings": self.settings, "parts": self.parts}, "attributes": {}}
 
+    @override
     def on_train_begin(self, args, state, control, **kwargs):
         # A checkpoint that was saved without has no place for it, and Trainer looks for one.
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -93,6 +99,10 @@ def go_on(checkpoint: str | None, settings: dict, may_change: bool) -> Lineage:
     return Lineage(settings, [*made.parts, part])
 
 
+def lineage_of(trainer: Trainer) -> Lineage:
+    return next(call for call in trainer.callback_handler.callbacks if isinstance(call, Lineage))
+
+
 def load_optimizer(trainer: Trainer, load, checkpoint: str | None) -> None:
     """Loads the optimizer's and the schedule's state by `load`, and keeps the run's own settings if they were changed.
 
@@ -103,15 +113,17 @@ def load_optimizer(trainer: Trainer, load, checkpoint: str | None) -> None:
     own = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
     with said_in_words():
         load(checkpoint)
-    lineage = next(call for call in trainer.callback_handler.callbacks if isinstance(call, Lineage))
-    if not lineage.has_changes:
+    if not lineage_of(trainer).has_changes:
         return
     schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)  # accelerate wraps it
     for group, settings in zip(trainer.optimizer.param_groups, own, strict=True):
         group.update(settings)
+    if not isinstance(schedule, LambdaLR):  # one that follows the loss has no rate to compute
+        return
     schedule.base_lrs = [group["initial_lr"] for group in trainer.optimizer.param_groups]
-    schedule._last_lr = [
+    rates = [
         rate * share(schedule.last_epoch) for rate, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
     ]
-    for group, rate in zip(trainer.optimizer.param_groups, schedule._last_lr, strict=True):
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    schedule._last_lr = rates  # what the log says of the next step; the rates themselves are the groups'

@@ -6,12 +6,15 @@ few rows at a time, which stay in a core's cache. That is as fast as a compiled 
 """
 
 import functools
+import inspect
 import types
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from transformers.utils import ModelOutput
 
 from fledge.encoding import IGNORED
 
@@ -66,6 +69,17 @@ def project_and_score(
             torch.addmm(bias, hidden[rows], weight.T, out=logits)
         score_logits(logits, targets[rows], scores[:, rows], with_gradient)
     return kept if with_gradient else None
+
+
+@dataclass
+class TokenScores(ModelOutput):
+    """What `SFTTrainer` reads of a forward with `fused_lm_head=True`; scores are (B, T − 1), 0 where nothing counts."""
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
 
 
 class ScoreTokens(torch.autograd.Function):
@@ -130,10 +144,16 @@ def has_plain_logits(config: PretrainedConfig) -> bool:
     return not any(config.get_text_config().to_dict().get(mark) for mark in (*marks, "output_router_logits"))
 
 
+def has_fused_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether `SFTTrainer` has put into `model` the forward that `score_supervised_only` replaces."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "fused_lm_head" in inspect.signature(inner.forward, follow_wrapped=False).parameters
+
+
 def score_supervised_only(model: PreTrainedModel) -> None:
     """Replaces TRL's fused head in `model`, after `add_fused_lm_head` (SFTTrainer calls it) has added it.
 
-    `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns a `FusedCausalLMOutput`:
+    `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns `TokenScores`:
     per-token scores of shape (B, T − 1), zero where the label is ignored, and `loss`, their negative sum over
     `num_items_in_batch` (by default over the supervised tokens here). Any `Trainer` may call it so; through
     `DistributedDataParallel` too. Without `fused_lm_head` the forward is the model's own.
@@ -154,7 +174,7 @@ def score_supervised_only(model: PreTrainedModel) -> None:
         scores = ScoreTokens.apply(hidden[mask], head.weight, head.bias, labels[:, 1:][mask], 3)
         log_probs, entropy, is_top1 = (row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return FusedCausalLMOutput(
+        return TokenScores(
             loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
         )
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from typing_extensions import override
 
 from fledge.cli import UserError
 from fledge.folders import Output
+from fledge.guards import check_overrides
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -60,6 +62,7 @@ def tokens_seen(checkpoint: str | None) -> int:
     return state["num_input_tokens_seen"]
 
 
+@check_overrides
 class StopOnSignal(TrainerCallback):
     """SIGTERM, which a batch system sends before it takes a machine away, ends training after the step, saved.
 
@@ -69,12 +72,14 @@ class StopOnSignal(TrainerCallback):
     def __init__(self):
         self.was_told = False
 
+    @override
     def on_train_begin(self, args, state, control, **kwargs):
         self.earlier = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number, frame):
         self.was_told = True
 
+    @override
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:
             told = torch.tensor(int(self.was_told), device=args.device)
@@ -83,6 +88,7 @@ class StopOnSignal(TrainerCallback):
         if self.was_told and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
+    @override
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self.earlier)
 

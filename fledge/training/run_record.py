@@ -15,19 +15,24 @@ import torch
 from datasets import DatasetDict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
+from typing_extensions import override
 
 from fledge.cpu import describe
-from fledge.training.lineage import Lineage
+from fledge.guards import check_overrides
+from fledge.training.lineage import lineage_of
 from fledge.training.trainer import InstructTrainer, precision
 
 
+@check_overrides
 class Progress(TrainerCallback):
     """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
 
+    @override
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = self.last_time = time.monotonic()
         self.first_step, self.last_tokens = state.global_step, state.num_input_tokens_seen
 
+    @override
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
@@ -99,7 +104,7 @@ def run_record(trainer: InstructTrainer, seconds: float, rows: DatasetDict, trai
     """Everything that made the run: data, which parameters `trained`, and what `outcome` tells."""
     return {
         "rows": {name: len(split) for name, split in rows.items()},
-        "data_fingerprint": rows["train"]._fingerprint,
+        "data_fingerprint": lineage_of(trainer).settings["data"],
         "trained": trained,
         **outcome(trainer, seconds, SFTConfig, trainer.tokens_before),
         "best_validation_loss": trainer.state.best_metric,
@@ -136,7 +141,7 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
     return {
         "hyperparameters": hyperparameters,
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "parts": next(call.parts for call in trainer.callback_handler.callbacks if isinstance(call, Lineage)),
+        "parts": lineage_of(trainer).parts,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 3),
         "first_loss": training[0] if training else None,

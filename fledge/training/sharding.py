@@ -7,8 +7,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
+from typing_extensions import override
 
 from fledge.cli import UserError
+from fledge.guards import check_overrides, missing
 
 
 def told_to_shard(config: TrainingArguments) -> str | None:
@@ -39,14 +41,19 @@ def shard_on_cpus(config: TrainingArguments) -> None:
     precision = config.mixed_precision
     if precision != "no":
         plugin.set_mixed_precision(precision)
-    state = AcceleratorState(precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+    try:
+        state = AcceleratorState(precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+    except TypeError as error:
+        raise missing("accelerate", "AcceleratorState(_from_accelerator)") from error
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
+@check_overrides
 class CheckSharded(TrainerCallback):
     """Stops, before the first step, a run that was told to shard and holds everything in every process."""
 
+    @override
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         told = told_to_shard(args)
         by_deepspeed = AcceleratorState().distributed_type == DistributedType.DEEPSPEED

@@ -19,16 +19,18 @@ from transformers import (
     TrainingArguments,
 )
 from trl import ModelConfig, SFTConfig, SFTTrainer
+from typing_extensions import override
 
 from fledge.cli import UserError
 from fledge.cpu import cores, multiplies_bf16
+from fledge.guards import check_overrides, missing
 from fledge.hub import find_model
 from fledge.memory import keep_freed_memory
-from fledge.models import check_vocabulary, context_of, open_config, open_model
+from fledge.models import attention_of, check_vocabulary, context_of, open_config, open_model
 from fledge.training.attention import LONGEST, NAME, attend_by_rows
 from fledge.training.dataset import cut_rows
 from fledge.training.lineage import load_optimizer
-from fledge.training.loss import has_plain_logits, score_supervised_only
+from fledge.training.loss import has_fused_head, has_plain_logits, score_supervised_only
 from fledge.training.resuming import newest_checkpoint, tokens_seen
 from fledge.training.settings import check_training, said_in_words
 from fledge.training.sharding import check_deepspeed
@@ -213,6 +215,7 @@ def check_fit(
         )
 
 
+@check_overrides
 class InstructTrainer(SFTTrainer):
     """TRL's trainer, which stops at the first loss or gradient that is no number, and logs what people read.
 
@@ -220,18 +223,27 @@ class InstructTrainer(SFTTrainer):
     """
 
     def start_from(self, checkpoint: str | None) -> None:
-        """Goes on counting tokens where the interrupted run stopped."""
+        """Goes on counting tokens where the interrupted run stopped.
+
+        Raises:
+            UserError: TRL no longer counts them under this name.
+        """
+        if "_total_train_tokens" not in vars(self):
+            raise missing("trl", "SFTTrainer._total_train_tokens")
         self._total_train_tokens = tokens_seen(checkpoint)
 
+    @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
 
+    @override
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.first_ids = inputs["input_ids"][0, :24]
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse("loss", loss)
         return loss
 
+    @override
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # its scaler skips such a step by itself
@@ -249,6 +261,7 @@ class InstructTrainer(SFTTrainer):
             + (f"go on from {saved.name} with --resume auto." if saved else "start again.")
         )
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now, tokens = time.monotonic(), self._total_train_tokens
@@ -260,11 +273,13 @@ class InstructTrainer(SFTTrainer):
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 100))
         super().log(logs, start_time)
 
+    @override
     def train(self, *arguments, **keywords):
         self.tokens_before = self._total_train_tokens
         self.last_logged = time.monotonic(), self.tokens_before
         return super().train(*arguments, **keywords)
 
+    @override
     def _save_checkpoint(self, model, trial):
         self.state.num_input_tokens_seen = self._total_train_tokens
         try:
@@ -285,6 +300,8 @@ def prepare_model(trainer: SFTTrainer) -> str:
         head = model.get_output_embeddings()
         if not hasattr(head, "bias"):  # peft's wrapper around new tokens passes on the weight alone
             head.bias = head.token_adapter.base_layer.bias
+    if not has_fused_head(model):
+        return "Loss: TRL's own, because this release of TRL has no fused head to replace"
     if trainer.args.device.type not in ("cpu", "mps"):
         return "Loss: TRL's fused head, which projects supervised positions only on this device"
     keep_freed_memory()
@@ -292,7 +309,7 @@ def prepare_model(trainer: SFTTrainer) -> str:
         return "Loss: TRL's head, because this architecture scales or caps its logits"
     score_supervised_only(model)
     line = "Loss: supervised positions only, padding without a mask"
-    if trainer.args.bf16 and trainer.args.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if trainer.args.bf16 and trainer.args.device.type == "cpu" and attention_of(model) == "sdpa":
         attend_by_rows(model)
         line += f"; attention row by row up to a length of {LONGEST}"
     return line
@@ -303,7 +320,7 @@ def finished(trainer: Trainer, **decoding) -> PreTrainedModel:
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model
     model.config.use_cache = True  # TRL switches it off for training
-    if model.config._attn_implementation == NAME:
+    if attention_of(model) == NAME:
         model.set_attn_implementation("sdpa")
     tokenizer = trainer.processing_class
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import Trainer
 
+from fledge.training.loss import has_fused_head
 from fledge.training.sharding import told_to_shard
 
 # Tokens of a trial: under a second on two cores at the quickstart's size, and large enough for threads to be used.
@@ -51,9 +53,15 @@ def time_needed(trainer: Trainer, tokens_seen: int) -> str | None:
     mean, total = pc.mean(lengths).as_py(), pc.sum(lengths).as_py()
     nearest = pc.array_sort_indices(pc.abs(pc.subtract(lengths.combine_chunks(), mean)))
     chosen = nearest[: max(1, min(args.train_batch_size, int(TRIAL / mean)))].to_pylist()
-    batch = trainer._prepare_inputs(trainer.data_collator([rows[k] for k in chosen]))
+    batch = send_to_device(trainer.data_collator([rows[k] for k in chosen]), args.device)
     tokens = sum(lengths[k].as_py() for k in chosen)
-    seconds = seconds_of(trainer, lambda: -trainer.model(**batch, fused_lm_head=True).log_probs.sum() / tokens, 1)
+
+    def loss_of() -> Tensor:
+        if has_fused_head(trainer.model):
+            return -trainer.model(**batch, fused_lm_head=True).log_probs.sum() / tokens
+        return trainer.model(**batch).loss
+
+    seconds = seconds_of(trainer, loss_of, 1)
     speed = tokens / seconds * args.world_size
     a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * mean
     needed = args.max_steps * a_step if args.max_steps > 0 else args.num_train_epochs * total
