@@ -1,4 +1,4 @@
-"""The canonical GPT: one form for every hand-written layout, and the reference forward that says what it means.
+"""The canonical GPT: one form for every hand-written layout, and the forward pass that says what it means.
 
 Every field of `CanonicalGPT` except `tensors` may be a fact of the same name; `dataclasses.replace` sets it. In short:
 
@@ -132,7 +132,7 @@ class CanonicalGPT:
         return max((len(self.tensors[name]) for name in self.tensors if name.endswith(".router.weight")), default=0)
 
 
-def reference_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+def canonical_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The model as its author meant it, in plain PyTorch: ids (B, T) → logits (B, T, V) in `dtype`.
 
     Written out from the definitions (Vaswani et al. 2017, eq. 1; Radford et al. 2019, section 2.3; RMSNorm: Zhang and
@@ -140,7 +140,7 @@ def reference_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.
     eq. 6; experts: Jiang et al. 2024, section 2.1) and sharing nothing with transformers, so that agreement with the
     converted model means something. Weights are widened one at a time.
     """
-    return Reference(gpt, dtype).logits(ids)
+    return Forward(gpt, dtype).logits(ids)
 
 
 def alibi_slopes(n_head: int) -> Tensor:
@@ -151,7 +151,7 @@ def alibi_slopes(n_head: int) -> Tensor:
     return torch.tensor([*slopes, *between[: n_head - n]])
 
 
-class Reference:
+class Forward:
     """The parts of the forward pass; x and h are (B, T, D), queries, keys and values (B, heads, T, w)."""
 
     def __init__(self, gpt: CanonicalGPT, dtype: torch.dtype):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.proof import FLOAT64_TOLERANCE, probe_ids
 from fledge.checkpoints.questions import Questions, Values
@@ -39,10 +39,10 @@ def settle_by_reference(
     probes = [(ids, own(ids)) for ids in probe_ids(gpt, avoid)]
 
     def largest(values: Values) -> float:
-        return reference_error(questions.reading(values), probes).max().item()
+        return author_error(questions.reading(values), probes).max().item()
 
     def mean(values: Values) -> float:
-        return reference_error(questions.reading(values), probes[1:]).mean().item()
+        return author_error(questions.reading(values), probes[1:]).mean().item()
 
     reached = {}
     for values in _descents(questions, mean):
@@ -88,14 +88,14 @@ def _descents(questions: Questions, error: Callable[[Values], float]) -> Iterato
         yield values
 
 
-def reference_error(gpt: CanonicalGPT, own: list[tuple[Tensor, Tensor]]) -> Tensor:
+def author_error(gpt: CanonicalGPT, own: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Largest |Δ logit| in float64 for each probe (N,) between the canonical GPT and the author's logits.
 
     Some authors' forward returns the last position alone; then that one is compared.
     """
     errors = []
     for ids, expected in own:
-        logits = reference_logits(gpt, ids)[:, -expected.shape[1] :]
+        logits = canonical_logits(gpt, ids)[:, -expected.shape[1] :]
         if logits.shape != expected.shape:
             raise UserError(f"--reference gives logits {tuple(expected.shape)} where {tuple(logits.shape)} are due.")
         errors.append((logits - expected).abs().max())

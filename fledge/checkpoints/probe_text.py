@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import Fact, Source
 from fledge.checkpoints.questions import MATTERS, Questions, change_of
 from fledge.cli import UserError
@@ -119,7 +119,7 @@ class Race:
         pair = frozenset(chosen.items()), frozenset(other.items())
         if pair not in self.compared:
             readings = (self.questions.reading(one) for one in (chosen, other))
-            p, q = (reference_logits(reading, self.sample, torch.float32) for reading in readings)
+            p, q = (canonical_logits(reading, self.sample, torch.float32) for reading in readings)
             p_log, q_log = p.log_softmax(-1), q.log_softmax(-1)
             divergence = (p_log.exp() * (p_log - q_log)).sum(-1).mean().nan_to_num(math.inf).item()
             self.compared[pair] = divergence, change_of(p, q) > MATTERS
@@ -292,7 +292,7 @@ def text_losses(gpt: CanonicalGPT, windows: Tensor) -> Tensor:
     rows = max(1, BATCH_NUMBERS // ((windows.shape[1] - 1) * gpt.vocab_size))
     losses = []
     for batch in windows.split(min(rows, 256)):
-        logits = reference_logits(gpt, batch[:, :-1], torch.float32)
+        logits = canonical_logits(gpt, batch[:, :-1], torch.float32)
         losses.append(F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(1))
     return torch.cat(losses)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.targets.folds import ACROSS_ROTATION
 from fledge.cli import UserError
 
@@ -43,9 +43,9 @@ def probe_ids(gpt: CanonicalGPT, avoid: Collection[int] = ()) -> list[Tensor]:
     return ids
 
 
-def reference(gpt: CanonicalGPT) -> list[tuple[Tensor, Tensor]]:
+def probes_of(gpt: CanonicalGPT) -> list[tuple[Tensor, Tensor]]:
     """Probes with their reference logits in float64."""
-    return [(ids, reference_logits(gpt, ids)) for ids in probe_ids(gpt)]
+    return [(ids, canonical_logits(gpt, ids)) for ids in probe_ids(gpt)]
 
 
 def prove_exact(
@@ -63,7 +63,7 @@ def prove_exact(
     """
     tolerance = ROTATION_TOLERANCE if ACROSS_ROTATION in folds else FLOAT64_TOLERANCE
     with _streamed(model, weights), _InFloat64():
-        relative, _ = _compare(probes, model)
+        relative, _ = _logit_error(probes, model)
     if not relative <= tolerance:
         raise UserError(
             f"The conversion is wrong: logits differ by {relative:.1e} of the largest in float64, "
@@ -101,7 +101,7 @@ def _equal(written, tensor: Tensor) -> bool:
 
 def rounding(gpt: CanonicalGPT, probes: list[tuple[Tensor, Tensor]]) -> float:
     """What float32 alone costs this model: largest |Δ logit| of its own reading, as a share of the largest |logit|."""
-    errors = [(reference_logits(gpt, ids, torch.float32) - expected).abs().max().item() for ids, expected in probes]
+    errors = [(canonical_logits(gpt, ids, torch.float32) - expected).abs().max().item() for ids, expected in probes]
     largest = max(expected.abs().max().item() for _, expected in probes)
     return max(errors) / largest if largest else max(errors)
 
@@ -118,7 +118,7 @@ def prove_saved(
         UserError: the error is above `FLOAT32_TOLERANCE`, or what this model's rounding allows.
     """
     allowed = max(FLOAT32_TOLERANCE, min(4 * float32_rounding, 10 * FLOAT32_TOLERANCE))
-    relative, equal = _compare(probes, model)
+    relative, equal = _logit_error(probes, model)
     if not relative <= allowed:
         raise UserError(f"The saved model differs by {relative:.1e} of its largest logit, {allowed:.1g} allowed.")
     return {"max_relative_error": relative, "argmax_equal": equal}
@@ -143,7 +143,7 @@ def prove_greedy(gpt: CanonicalGPT, model: PreTrainedModel, new_tokens: int = 16
         return 0
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count}
     ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-    logits = reference_logits(gpt, ids[:, :-1])[0, prompt.shape[1] - 1 :]
+    logits = canonical_logits(gpt, ids[:, :-1])[0, prompt.shape[1] - 1 :]
     chosen = logits.gather(1, ids[0, prompt.shape[1] :, None])[:, 0]
     short = (logits.amax(-1) - chosen) / logits.abs().amax()
     if not short.max() <= 2 * FLOAT32_TOLERANCE:
@@ -214,7 +214,7 @@ class _InFloat64(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _compare(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> tuple[float, float]:
+def _logit_error(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> tuple[float, float]:
     """Largest |Δ logit| as a share of the largest |logit|, and the share of equal arg max."""
     worst, equal, positions = 0.0, 0, 0
     for ids, expected in probes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.assembly import ORDERS, POSITIONS, QKV_ORDERS, reordered, with_positions
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import SWITCHES, Fact, Source, Status
 
 SCALES = {"head": lambda gpt: gpt.usual_scale, "width": lambda gpt: gpt.width**-0.5, "none": lambda gpt: 1.0}
@@ -217,14 +217,14 @@ def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str,
     """
     questions = Questions(gpt, facts)
     ids = torch.randint(gpt.vocab_size, (2, min(32, gpt.context_length)), generator=torch.Generator().manual_seed(0))
-    logits = reference_logits(gpt, ids)
+    logits = canonical_logits(gpt, ids)
     rivals = {}
     for fact in facts:
         if not fact.assumed:
             continue
         changes = [changes for changes in questions.singles(questions.now) if changes.keys() == {fact.name}]
         others = [
-            (one[fact.name], reference_logits(questions.reading({**questions.now, **one}), ids)) for one in changes
+            (one[fact.name], canonical_logits(questions.reading({**questions.now, **one}), ids)) for one in changes
         ]
         rivals[fact.name] = [value for value, other in others if change_of(logits, other) > MATTERS]
         if not rivals[fact.name]:

@@ -6,11 +6,24 @@ python convert_checkpoint.py --checkpoint model.pt --inspect
 
 import gc
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from fledge.checkpoints.author_run import Author
+    from fledge.checkpoints.canonical import CanonicalGPT
+    from fledge.checkpoints.facts import Fact
+    from fledge.checkpoints.loading import Checkpoint
+    from fledge.checkpoints.probe_text import Trial
 
 
 @dataclass
@@ -50,6 +63,49 @@ class ConvertArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier conversion in output_dir"})
 
 
+@dataclass
+class Loaded:
+    """What the user gives: the checkpoint, and the roles and facts that flags and --mapping state."""
+
+    checkpoint: "Checkpoint"
+    roles: dict[str, str]
+    told: dict[str, "Fact"]
+
+
+@dataclass
+class Reading:
+    """What the checkpoint means: the canonical GPT, the facts that it rests on, and the evidence for them.
+
+    `rivals` are the other values of assumed facts, `beside` is code beside the checkpoint that may be the author's and
+    was not run, and `proof` collects the figures of every step.
+    """
+
+    gpt: "CanonicalGPT"
+    facts: "list[Fact]"
+    tokenizer: "PreTrainedTokenizerFast"
+    folds: list[str]
+    probe_text: str | None
+    beside: tuple[Path, str] | None
+    trials: "list[Trial]" = field(default_factory=list)
+    rivals: dict[str, list[object]] = field(default_factory=dict)
+    proof: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Converted:
+    """The model of transformers: its weights, and what it is held against.
+
+    `probes` are token ids with the canonical GPT's logits, and `rounding` is what float32 alone costs these logits.
+    """
+
+    model: "PreTrainedModel"
+    weights: "dict[str, Tensor]"
+    folds: list[str]
+    probes: "list[tuple[Tensor, Tensor]]"
+    rounding: float
+    has_own_code: bool
+
+
 def main():
     (args,) = parse(sys.argv[1:], ConvertArguments, description=__doc__)
     if args.inspect or args.dry_run:
@@ -63,36 +119,63 @@ def main():
 
 def convert(args: ConvertArguments, output: Output | None) -> None:
     """Reads, proves and writes; without an `output` it only reads, or proves."""
-    import torch
     import transformers
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    import fledge
-    from fledge.checkpoints.custom import represent
-    from fledge.checkpoints.evidence import settle_by_reference
-    from fledge.checkpoints.facts import Fact, Source, Status
-    from fledge.checkpoints.loading import load_checkpoint
-    from fledge.checkpoints.mapping import read_mapping
-    from fledge.checkpoints.probe_text import settle_by_text
-    from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference, rounding
-    from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
-    from fledge.checkpoints.recognition import fit_vocabulary, recognise
-    from fledge.checkpoints.reference import code_beside, load_reference
-    from fledge.checkpoints.roles import detect
-    from fledge.checkpoints.summary import facts_table, leave_to_code, refuse_assumptions, trials_table, verdict
-    from fledge.checkpoints.targets import refuse_unconvertible
-    from fledge.custom import FledgeGPTConfig, hashes, open_as_strangers_do
-    from fledge.guards import borrow
     from fledge.memory import return_freed_memory
-    from fledge.tokenizers import load_tokenizer
-    from fledge.tokenizers.beside import find_beside
 
-    revert_weight_conversion = borrow("transformers.core_model_loading", "revert_weight_conversion")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
     return_freed_memory()
+
+    ###############
+    # Load
+    ###############
+    loaded = load(args)
+    if args.inspect:
+        return inspect(loaded)
+
+    ########################################
+    # Settle what the tensors do not show
+    ########################################
+    reading = settle(args, loaded)
+    check(args, reading)
+
+    ###############
+    # Prove
+    ###############
+    converted = prove(args, reading)
+    report = report_of(loaded, reading, converted)
+    if output is None:
+        error = reading.proof["float64_max_error"]
+        print(f"{report['verdict']} {error:.1e} in float64. Nothing was written: --dry_run.")
+        return
+
+    ###################################
+    # Save, and prove what was saved
+    ###################################
+    with output.staged() as folder:
+        write(reading, converted, folder)
+        # The reloaded model takes the place of the first one in memory.
+        loaded.checkpoint.tensors.clear()
+        del reading.gpt, converted.model, converted.weights
+        gc.collect()
+        reading.proof |= reload(converted, folder)
+        write_json(folder / "conversion.json", report)
+    print(summary(reading.proof))
+    if reading.probe_text:
+        print(f"Loss on {reading.probe_text}: {reading.proof['probe_text_loss']:.3f} nats per token.")
+    if converted.has_own_code:
+        print("It has code of its own: Fledge opens it as any model, and elsewhere it needs trust_remote_code=True.")
+    print(report["verdict"])
+    print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters. Next: prepare_dataset.py")
+
+
+def load(args: ConvertArguments) -> Loaded:
+    """Loads the checkpoint, and what flags and --mapping say about it."""
+    from fledge.checkpoints.facts import Fact, Source
+    from fledge.checkpoints.loading import load_checkpoint
+    from fledge.checkpoints.mapping import read_mapping
+
     checkpoint = load_checkpoint(args.checkpoint)
     print(f"Read {len(checkpoint.tensors)} tensors from {args.checkpoint}, left out {len(checkpoint.left_out)}.")
     if kind := checkpoint.source.get("class"):
@@ -101,117 +184,190 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         )
     roles, told = read_mapping(args.mapping) if args.mapping else ({}, {})
     for name in ("n_head", "activation", "attention_scale", "norm_eps"):
-        if getattr(args, name) is not None:
-            told[name] = Fact.of(name, getattr(args, name), Source.FLAG)
-    if args.inspect:
-        structure = detect(checkpoint.tensors, roles)
-        for name, tensor in checkpoint.tensors.items():
-            stored = "  stored (in, out)" if name in structure.transposed else ""
-            print(f"  {name:<50} {tuple(tensor.shape)!s:<18} {structure.roles.get(name, '?')}{stored}")
-        for name, why in checkpoint.left_out.items():
-            print(f"  {name:<50} left out: {why}")
-        for problem in [*structure.refusals, *structure.problems]:
-            print(problem)
-        return
+        if (value := vars(args)[name]) is not None:
+            told[name] = Fact.of(name, value, Source.FLAG)
+    return Loaded(checkpoint, roles, told)
 
-    own, author_says = None, None
-    if args.reference:
-        heads = {name: fact.value for name, fact in told.items() if name == "n_head"}
-        own = load_reference(args.reference, args.reference_kwargs, checkpoint, heads)
-        print(*own.notes, sep="\n")
-        if own.context_length:
-            length, where = own.context_length
-            author_says = Fact("context_length", length, Status.SETTLED, Source.REFERENCE, where)
-    gpt, facts = recognise(checkpoint, args.layout, roles, told, author_says)
-    if args.tokenizer is None and checkpoint.vocabulary is None:
-        args.tokenizer, is_guess = find_beside(args.checkpoint, gpt.vocab_size)
-        print(f"Tokenizer: {args.tokenizer}, found beside the checkpoint")
-        if is_guess:
-            print(f"  its {gpt.vocab_size} characters, sorted: a guess at the vocabulary, which reading a text checks")
-            args.probe_text = args.probe_text or args.tokenizer
-    tokenizer = load_tokenizer(args.tokenizer, gpt.context_length, checkpoint.vocabulary)
-    proof, trials = {}, []
-    if own:
-        gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, own, own.avoid, own.tolerance)
-    code = None if own else code_beside(args.checkpoint, checkpoint)
-    gpt, cut = fit_vocabulary(gpt, len(tokenizer), args.tokenizer or "in the checkpoint")
-    if args.probe_text:
-        print(f"Reading {args.probe_text} under every reading that is open ...", flush=True)
-        gpt, proof["probe_text_loss"], trials = settle_by_text(gpt, facts, tokenizer, args.probe_text)
-        if code:
-            leave_to_code(facts, code[1])
+
+def inspect(loaded: Loaded) -> None:
+    """Prints each tensor with the role that it was taken for, and what stands in the way."""
+    from fledge.checkpoints.roles import detect
+
+    structure = detect(loaded.checkpoint.tensors, loaded.roles)
+    for name, tensor in loaded.checkpoint.tensors.items():
+        stored = "  stored (in, out)" if name in structure.transposed else ""
+        print(f"  {name:<50} {tuple(tensor.shape)!s:<18} {structure.roles.get(name, '?')}{stored}")
+    for name, why in loaded.checkpoint.left_out.items():
+        print(f"  {name:<50} left out: {why}")
+    for problem in [*structure.refusals, *structure.problems]:
+        print(problem)
+
+
+def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
+    """Reads the checkpoint as a canonical GPT, and settles its facts by the author's code and by text."""
+    from fledge.checkpoints.evidence import settle_by_reference
+    from fledge.checkpoints.facts import Fact, Source, Status
+    from fledge.checkpoints.probe_text import settle_by_text
+    from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
+    from fledge.checkpoints.recognition import fit_vocabulary, recognise
+    from fledge.checkpoints.reference import code_beside
+    from fledge.checkpoints.summary import leave_to_code
+    from fledge.tokenizers import load_tokenizer
+
+    checkpoint, proof, trials = loaded.checkpoint, {}, []
+    author = open_author(args, loaded)
+    length = author.context_length if author else None
+    by_author = Fact("context_length", length[0], Status.SETTLED, Source.REFERENCE, length[1]) if length else None
+    gpt, facts = recognise(checkpoint, args.layout, loaded.roles, loaded.told, by_author)
+    name, probe_text = find_tokenizer(args, loaded, gpt.vocab_size)
+    tokenizer = load_tokenizer(name, gpt.context_length, checkpoint.vocabulary)
+    beside = None if author else code_beside(args.checkpoint, checkpoint)
+    if author:
+        gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, author, author.avoid, author.tolerance)
+    gpt, folds = fit_vocabulary(gpt, len(tokenizer), name or "in the checkpoint")
+    if probe_text:
+        print(f"Reading {probe_text} under every reading that is open ...", flush=True)
+        gpt, proof["probe_text_loss"], trials = settle_by_text(gpt, facts, tokenizer, probe_text)
+        if beside:
+            leave_to_code(facts, beside[1])
     rivals = settle_what_cannot_matter(gpt, facts)
-    print(facts_table(facts))
-    if trials:
-        print(trials_table(trials))
-    gpt = without_unused(gpt)
-    refuse_unconvertible(gpt)
-    if not args.accept_assumptions:
-        refuse_assumptions(facts, rivals, code, bool(args.probe_text))
-    said = verdict(facts)
+    return Reading(without_unused(gpt), facts, tokenizer, folds, probe_text, beside, trials, rivals, proof)
 
-    token_ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    config, weights, folds = represent(gpt, token_ids, args.target, args.allow_custom_code)
-    own_code = isinstance(config, FledgeGPTConfig)
-    folds = [*cut, *folds]
+
+def open_author(args: ConvertArguments, loaded: Loaded) -> "Author | None":
+    """The author's own module, if --reference names its code."""
+    from fledge.checkpoints.reference import load_reference
+
+    if not args.reference:
+        return None
+    heads = {name: fact.value for name, fact in loaded.told.items() if name == "n_head"}
+    author = load_reference(args.reference, args.reference_kwargs, loaded.checkpoint, heads)
+    print(*author.notes, sep="\n")
+    return author
+
+
+def find_tokenizer(args: ConvertArguments, loaded: Loaded, vocab_size: int) -> tuple[str | None, str | None]:
+    """The tokenizer to load, None for the vocabulary in the checkpoint, and the text to read, if any."""
+    from fledge.tokenizers.beside import find_beside
+
+    if args.tokenizer is not None or loaded.checkpoint.vocabulary is not None:
+        return args.tokenizer, args.probe_text
+    found, is_guess = find_beside(args.checkpoint, vocab_size)
+    print(f"Tokenizer: {found}, found beside the checkpoint")
+    if not is_guess:
+        return found, args.probe_text
+    print(f"  its {vocab_size} characters, sorted: a guess at the vocabulary, which reading a text checks")
+    return found, args.probe_text or found
+
+
+def check(args: ConvertArguments, reading: Reading) -> None:
+    """Prints what the conversion rests on, and refuses a model that cannot be converted or rests on assumptions."""
+    from fledge.checkpoints.summary import facts_table, refuse_assumptions, trials_table
+    from fledge.checkpoints.targets import refuse_unconvertible
+
+    print(facts_table(reading.facts))
+    if reading.trials:
+        print(trials_table(reading.trials))
+    refuse_unconvertible(reading.gpt)
+    if not args.accept_assumptions:
+        refuse_assumptions(reading.facts, reading.rivals, reading.beside, bool(reading.probe_text))
+
+
+def prove(args: ConvertArguments, reading: Reading) -> Converted:
+    """Represents the canonical GPT as a model of transformers, and proves in float64 that both compute the same."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from fledge.checkpoints.custom import represent
+    from fledge.checkpoints.proof import probes_of, prove_exact, rounding
+    from fledge.custom import FledgeGPTConfig
+
+    config, weights, folds = represent(reading.gpt, token_ids(reading), args.target, args.allow_custom_code)
+    folds = [*reading.folds, *folds]
     for fold in folds:
         print(f"  {fold}")
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     print("Proving: the same logits in float64 ...", flush=True)
-    probes = reference(gpt)
-    proof["float64_max_error"] = prove_exact(probes, model, weights, folds)
-    float32_rounding = rounding(gpt, probes)
-    proof["positions"] = sum(ids.numel() for ids, _ in probes)
-    report = {
-        "verdict": said,
-        "source": checkpoint.source,
-        "facts": [fact.as_dict() for fact in facts],
-        "alternatives": [asdict(trial) for trial in trials],
-        "folds": folds,
-        "left_out": checkpoint.left_out,
-        "target": type(model).__name__,
-        "custom_code": hashes() if own_code else None,
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
-        "context_length": gpt.context_length,
-        "vocab_size": gpt.vocab_size,
-        "proof": proof,
+    probes = probes_of(reading.gpt)
+    reading.proof["float64_max_error"] = prove_exact(probes, model, weights, folds)
+    reading.proof["positions"] = sum(ids.numel() for ids, _ in probes)
+    cost = rounding(reading.gpt, probes)
+    return Converted(model, weights, folds, probes, cost, isinstance(config, FledgeGPTConfig))
+
+
+def token_ids(reading: Reading) -> dict[str, int | None]:
+    return {f"{role}_token_id": getattr(reading.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+
+
+def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[str, object]:
+    """The content of conversion.json; `proof` fills up until it is written."""
+    import torch
+    import transformers
+
+    import fledge
+    from fledge.checkpoints.summary import verdict
+    from fledge.custom import hashes
+
+    return {
+        "verdict": verdict(reading.facts),
+        "source": loaded.checkpoint.source,
+        "facts": [fact.as_dict() for fact in reading.facts],
+        "alternatives": [asdict(trial) for trial in reading.trials],
+        "folds": converted.folds,
+        "left_out": loaded.checkpoint.left_out,
+        "target": type(converted.model).__name__,
+        "custom_code": hashes() if converted.has_own_code else None,
+        "parameters": sum(tensor.numel() for tensor in converted.weights.values()),
+        "context_length": reading.gpt.context_length,
+        "vocab_size": reading.gpt.vocab_size,
+        "proof": reading.proof,
         "versions": {
             "fledge": fledge.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    if args.dry_run:
-        print(f"{said} {proof['float64_max_error']:.1e} in float64. Nothing was written: --dry_run.")
-        return
 
-    with output.staged() as folder:
-        for name in weights:  # one after the other, so that what was folded in float64 goes at once
-            weights[name] = weights[name].float().contiguous()
-        model.load_state_dict(weights, assign=True, strict=False)
-        model.tie_weights()
-        proof["greedy_tokens"] = prove_greedy(gpt, model)
-        token_ids = {name: i for name, i in token_ids.items() if i is not None}
-        # A base is asked as the model that is made of it.
-        model.generation_config = GenerationConfig(**token_ids, **Sampling().decoding())
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        print("Proving: the same from the saved folder ...", flush=True)
-        prove_written(folder / "model.safetensors", revert_weight_conversion(model, weights))
-        del gpt, checkpoint, weights, model  # what is loaded now takes their place in memory
-        gc.collect()
-        reloaded = open_as_strangers_do(folder) if own_code else AutoModelForCausalLM.from_pretrained(folder)
-        proof |= prove_saved(probes, reloaded, float32_rounding)
-        write_json(folder / "conversion.json", report)
-    print(
+
+def write(reading: Reading, converted: Converted, folder: Path) -> None:
+    """Writes the model in float32 with its tokenizer, and proves its greedy tokens and what was written."""
+    from transformers import GenerationConfig
+
+    from fledge.checkpoints.proof import prove_greedy, prove_written
+    from fledge.guards import borrow
+
+    revert_weight_conversion = borrow("transformers.core_model_loading", "revert_weight_conversion")
+    model, weights = converted.model, converted.weights
+    for name in weights:  # one after the other, so that what was folded in float64 goes at once
+        weights[name] = weights[name].float().contiguous()
+    model.load_state_dict(weights, assign=True, strict=False)
+    model.tie_weights()
+    reading.proof["greedy_tokens"] = prove_greedy(reading.gpt, model)
+    ids = {name: i for name, i in token_ids(reading).items() if i is not None}
+    # A base is asked as the model that is made of it.
+    model.generation_config = GenerationConfig(**ids, **Sampling().decoding())
+    model.save_pretrained(folder)
+    reading.tokenizer.save_pretrained(folder)
+    print("Proving: the same from the saved folder ...", flush=True)
+    prove_written(folder / "model.safetensors", revert_weight_conversion(model, weights))
+
+
+def reload(converted: Converted, folder: Path) -> dict[str, float]:
+    """Opens the saved folder and proves that its model computes the same in float32."""
+    from transformers import AutoModelForCausalLM
+
+    from fledge.checkpoints.proof import prove_saved
+    from fledge.custom import open_as_strangers_do
+
+    opened = open_as_strangers_do(folder) if converted.has_own_code else AutoModelForCausalLM.from_pretrained(folder)
+    return prove_saved(converted.probes, opened, converted.rounding)
+
+
+def summary(proof: Mapping[str, object]) -> str:
+    return (
         f"Logits agree within {proof['float64_max_error']:.1e} in float64; {proof['max_relative_error']:.1e} of the "
         f"largest logit after reloading, arg max equal at {proof['argmax_equal']:.2%} of {proof['positions']} "
         f"positions, {proof['greedy_tokens']} greedy tokens the same."
     )
-    if "probe_text_loss" in proof:
-        print(f"Loss on {args.probe_text}: {proof['probe_text_loss']:.3f} nats per token.")
-    if own_code:
-        print("It has code of its own: Fledge opens it as any model, and elsewhere it needs trust_remote_code=True.")
-    print(said)
-    print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters. Next: prepare_dataset.py")

@@ -19,7 +19,7 @@ from hand_written import (
 )
 from torch import nn
 
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.evidence import settle_by_reference
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.recognition import recognise
@@ -91,7 +91,7 @@ def test_hidden_facts_are_settled_by_the_authors_module(variant, own):
         assert (facts[name].value, facts[name].source) == (value, Source.REFERENCE)
     assert not any(fact.assumed for fact in facts.values())
     ids = torch.arange(CONTEXT_LENGTH)[None]
-    assert (reference_logits(model, ids) - own_logits(module, ids)).abs().max() <= 1e-9
+    assert (canonical_logits(model, ids) - own_logits(module, ids)).abs().max() <= 1e-9
 
 
 FLIPPED = {
@@ -110,7 +110,7 @@ def test_module_catches_each_fact_that_was_flipped(variant):
             continue
         author = replace(model, **{name: FLIPPED[name]})
         found, error = settle_by_reference(
-            model, copied := [replace(fact) for fact in facts], functools.partial(reference_logits, author)
+            model, copied := [replace(fact) for fact in facts], functools.partial(canonical_logits, author)
         )
         assert (error <= 1e-9, getattr(found, name)) == (True, FLIPPED[name])
         assert all(not fact.assumed for fact in copied)

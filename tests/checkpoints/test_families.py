@@ -3,7 +3,7 @@ import torch
 from families import CONTEXT, FAMILIES, VOCAB
 from random_gpts import empty
 
-from fledge.checkpoints.canonical import reference_logits
+from fledge.checkpoints.canonical import canonical_logits
 from fledge.checkpoints.loading import load_checkpoint
 from fledge.checkpoints.proof import prove_exact
 from fledge.checkpoints.recognition import recognise
@@ -24,7 +24,7 @@ def test_known_family_is_recognised_and_held_exactly(name, tmp_path):
     gpt, facts = recognise(opened(tmp_path / "model.pt", family))
     assert facts[0].value == family.layout
     assert {fact.name: fact.value for fact in facts if fact.assumed} == family.asked
-    assert (reference_logits(gpt, IDS) - expected).abs().max() <= 1e-9
+    assert (canonical_logits(gpt, IDS) - expected).abs().max() <= 1e-9
     config, weights, folds = to_target(gpt, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
     assert config.model_type == family.target
     assert prove_exact([(IDS, expected)], empty(config), weights, folds) <= 1e-7

@@ -22,7 +22,7 @@ from hand_written import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.checkpoints.canonical import ACTIVATIONS, reference_logits
+from fledge.checkpoints.canonical import ACTIVATIONS, canonical_logits
 from fledge.checkpoints.facts import CONFIG_KEYS, TOLD, Fact, Source, Status
 from fledge.checkpoints.known_layouts import LAYOUTS
 from fledge.checkpoints.loading import Checkpoint, load_checkpoint
@@ -74,7 +74,7 @@ def told_of(variant):
 
 
 def logit_error(gpt, module) -> float:
-    return (reference_logits(gpt, IDS) - own_logits(module, IDS)).abs().max().item()
+    return (canonical_logits(gpt, IDS) - own_logits(module, IDS)).abs().max().item()
 
 
 def refusal(*args, **keys) -> str:
@@ -438,7 +438,7 @@ def test_head_is_tied_when_it_equals_the_embedding_or_was_not_saved(saved_head, 
 def test_tensors_keep_the_precision_of_the_checkpoint(dtype):
     gpt, _ = recognise(checkpoint({name: tensor.to(dtype) for name, tensor in weights("lecture").items()}))
     assert {tensor.dtype for tensor in gpt.tensors.values()} == {dtype}
-    assert reference_logits(gpt, IDS).dtype == torch.float64
+    assert canonical_logits(gpt, IDS).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_rows_that_only_pad_the_vocabulary_are_cut(rows, variant):
     fitted, said = fit_vocabulary(gpt, 257, "gpt2")
     assert said == [f"The last {rows - 257} of {rows} embedding rows, which pad the vocabulary, are cut off."]
     assert fitted.vocab_size == 257
-    assert (reference_logits(fitted, IDS) - own_logits(module, IDS)[..., :257]).abs().max() <= 1e-9
+    assert (canonical_logits(fitted, IDS) - own_logits(module, IDS)[..., :257]).abs().max() <= 1e-9
 
 
 def test_vocabulary_that_fits_is_left_alone():

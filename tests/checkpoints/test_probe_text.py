@@ -5,7 +5,7 @@ import pytest
 import torch
 from hand_written import build, checkpoint_of, stated
 
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.probe_text import Verdict, pair_loss, settle_by_text, text_losses, text_windows, unigram_loss
 from fledge.checkpoints.questions import Questions, regroup, settle_what_cannot_matter
@@ -46,7 +46,7 @@ def written_by(gpt: CanonicalGPT, windows: int) -> str:
     generator = torch.Generator().manual_seed(2)
     ids = torch.arange(gpt.vocab_size).repeat(2 * windows // gpt.vocab_size)[:, None]
     for _ in range(CONTEXT):
-        shares = reference_logits(gpt, ids, torch.float32)[:, -1].softmax(-1)
+        shares = canonical_logits(gpt, ids, torch.float32)[:, -1].softmax(-1)
         ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator)], dim=1)
     stock = {first: [row.tolist() for row in ids if row[0] == first] for first in range(gpt.vocab_size)}
     text = [0]
@@ -111,7 +111,7 @@ def test_heads_and_fused_rows_that_hide_each_other_are_found(tmp_path):
     model, by_name, _, _ = settled_by(gpt, facts, true, tmp_path)
     assert (model.n_head, by_name["qkv_by_head"].value) == (8, True)
     ids = torch.arange(CONTEXT)[None]
-    assert (reference_logits(model, ids) - reference_logits(true, ids)).abs().max() < 1e-9
+    assert (canonical_logits(model, ids) - canonical_logits(true, ids)).abs().max() < 1e-9
 
 
 def test_what_text_cannot_tell_stays_assumed(tmp_path):
@@ -182,7 +182,7 @@ def test_windows_share_no_prediction_and_lie_all_over_the_text(tokens, length, m
 def test_losses_are_the_cross_entropy_of_each_window():
     gpt, _ = sharpened("llama_half")
     windows = torch.randint(gpt.vocab_size, (3, 12), generator=torch.Generator().manual_seed(1))
-    logits = reference_logits(gpt, windows[:, :-1])
+    logits = canonical_logits(gpt, windows[:, :-1])
     expected = -logits.log_softmax(-1).gather(-1, windows[:, 1:, None])[..., 0].mean(1)
     assert torch.allclose(text_losses(gpt, windows).double(), expected, atol=1e-4)
 

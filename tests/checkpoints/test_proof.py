@@ -8,16 +8,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fledge.checkpoints import proof
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.proof import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
     probe_ids,
+    probes_of,
     prove_exact,
     prove_greedy,
     prove_saved,
     prove_written,
-    reference,
 )
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import to_target
@@ -51,7 +51,7 @@ def converted(variant: str = "per_head", **sizes: int):
     module, config = build(variant, **sizes)
     gpt, _ = recognise(checkpoint_of(module, config), told=stated(**HIDDEN.get(variant, {})))
     config, weights, _ = to_target(gpt, TOKEN_IDS)
-    return gpt, reference(gpt), config, {name: tensor.clone() for name, tensor in weights.items()}
+    return gpt, probes_of(gpt), config, {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def empty(config) -> PreTrainedModel:
@@ -232,8 +232,8 @@ def test_probes_touch_every_position_and_are_the_same_on_every_run(context_lengt
     assert probes[0][0, -1] == 99
     assert probes[0][0, 0] == (0 if context_length > 1 else 99)
     assert all(torch.equal(*pair) for pair in zip(probes, probe_ids(gpt), strict=True))
-    for ids, logits in reference(gpt):
-        assert torch.equal(logits, reference_logits(gpt, ids))
+    for ids, logits in probes_of(gpt):
+        assert torch.equal(logits, canonical_logits(gpt, ids))
 
 
 def test_probe_of_a_large_model_is_shorter_than_its_context(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.checkpoints.assembly import QKV_ORDERS
-from fledge.checkpoints.canonical import reference_logits
+from fledge.checkpoints.canonical import canonical_logits
 from fledge.checkpoints.guessing import guess_roles
 from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.recognition import recognise
@@ -115,7 +115,7 @@ def logit_error(gpt: FlatGPT, tensors=None, roles=None, told=None) -> float:
     found, _ = recognise(Checkpoint(tensors or gpt.state_dict(), {}, {}, {}), roles=roles, told=told)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(spec.vocab_size, (2, spec.context_length), generator=generator)
-    return (reference_logits(found, ids) - gpt.double()(ids)).abs().max().item()
+    return (canonical_logits(found, ids) - gpt.double()(ids)).abs().max().item()
 
 
 def refusal(tensors, n_head=HEADS, roles=None) -> str:
@@ -489,7 +489,7 @@ def test_architectures_beyond_gpt2_are_read_for_what_they_compute(variant):
         return
     gpt, _ = recognise(Checkpoint(tensors, config, {}, {}), told=stated(activation="gelu", **SAID[variant]))
     ids = torch.randint(gpt.vocab_size, (2, gpt.context_length), generator=torch.Generator().manual_seed(1))
-    assert (reference_logits(gpt, ids) - own_logits(module, ids)).abs().max() <= 1e-9
+    assert (canonical_logits(gpt, ids) - own_logits(module, ids)).abs().max() <= 1e-9
 
 
 WORDS = {word for words in NAMINGS for name in words for word in name.format(0).split(".")} | {"0", "1", "bias", "x"}

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
-from fledge.checkpoints.proof import prove_exact, prove_greedy, prove_saved, prove_written, reference, rounding
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
+from fledge.checkpoints.proof import probes_of, prove_exact, prove_greedy, prove_saved, prove_written, rounding
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import TARGETS, fold_head_bias, refuse_unconvertible, to_target
 from fledge.cli import UserError
@@ -84,7 +84,7 @@ def test_every_variant_is_held_exactly(variant):
     model = empty(config)
     assert (type(model).__name__, folds) == CONVERTED[variant]
     assert config.tie_word_embeddings is (variant in TIED)
-    probes = reference(gpt)
+    probes = probes_of(gpt)
     assert all((expected - own_logits(module, ids)).abs().max() <= 1e-9 for ids, expected in probes)
     assert prove_exact(probes, model, weights) <= 1e-9
 
@@ -97,7 +97,7 @@ def test_saved_model_is_the_hand_written_one(variant, tmp_path):
     config, weights, _ = to_target(gpt, TOKEN_IDS)
     filled(config, weights, torch.float32).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    probes = reference(gpt)
+    probes = probes_of(gpt)
     proof = prove_saved(probes, model, rounding(gpt, probes))
     assert proof["max_relative_error"] <= 1e-5
     assert proof["argmax_equal"] == 1
@@ -140,7 +140,7 @@ def test_target_holds_every_such_gpt_exactly(target, data):
     config, weights, folds = to_target(gpt, dict.fromkeys(TOKEN_IDS, 0), target)
     model = empty(config)
     assert config.model_type == target
-    assert prove_exact([(ids, reference_logits(gpt, ids))], model, weights, folds) <= 1e-7
+    assert prove_exact([(ids, canonical_logits(gpt, ids))], model, weights, folds) <= 1e-7
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -156,7 +156,7 @@ def test_saved_model_of_each_class_answers_and_trains(target, data):
         weights = {name: tensor.float() for name, tensor in weights.items()}
         prove_written(Path(folder) / "model.safetensors", revert_weight_conversion(written, weights))
         model = AutoModelForCausalLM.from_pretrained(folder)
-    probes = reference(gpt)
+    probes = probes_of(gpt)
     assert prove_saved(probes, model, rounding(gpt, probes))["argmax_equal"] > 0.9
     assert prove_greedy(gpt, model) == max(0, min(16, gpt.context_length - 1))
     ids = torch.randint(gpt.vocab_size, (2, gpt.context_length), generator=torch.Generator().manual_seed(1))

@@ -6,7 +6,7 @@ from any_gpts import CONTEXT, VOCAB, any_gpts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fledge.checkpoints.canonical import CanonicalGPT, reference_logits
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.custom import to_custom
 from fledge.cli import UserError
 from fledge.custom import FILES, FledgeGPTConfig, check_custom_code, open_as_strangers_do
@@ -38,7 +38,7 @@ def error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 @many
 @given(any_gpts())
 def test_each_architecture_computes_what_the_reference_does(gpt):
-    expected = reference_logits(gpt, IDS)
+    expected = canonical_logits(gpt, IDS)
     with torch.no_grad():
         assert error(filled(gpt)(IDS, use_cache=False).logits, expected) < TOLERANCE
 

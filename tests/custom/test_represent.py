@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from transformers import AutoModelForCausalLM
 
 from fledge.checkpoints.custom import represent
-from fledge.checkpoints.proof import prove_exact, prove_greedy, reference
+from fledge.checkpoints.proof import probes_of, prove_exact, prove_greedy
 from fledge.cli import UserError
 from fledge.custom import FledgeGPTConfig
 
@@ -24,7 +24,7 @@ def test_every_architecture_is_held_and_proven(gpt):
     config, weights, folds = represent(gpt, TOKEN_IDS, "auto", True)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    prove_exact(reference(gpt), model, weights, folds)
+    prove_exact(probes_of(gpt), model, weights, folds)
     model.load_state_dict({name: x.float().contiguous() for name, x in weights.items()}, assign=True, strict=False)
     model.tie_weights()
     prove_greedy(gpt, model, new_tokens=3)
