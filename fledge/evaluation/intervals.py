@@ -1,12 +1,18 @@
-"""How sure one can be of a metric: bootstrap over prompts, the same draws for both models, so that pairs stay pairs."""
+"""How sure one can be of a metric: its 95% confidence interval over prompts.
 
+A share of prompts gets Wilson's interval, which holds at 0 and 100% as well. Everything else gets the BCa bootstrap
+over prompts (Efron 1987). Several answers to one prompt are one unit. Two models are compared prompt by prompt.
+"""
+
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 RESAMPLES = 2000
+NUMBERS_AT_ONCE = 1_000_000  # of a bootstrap: 8 MB
+NO_SHARES = ("completion_loss", "perplexity", "bits_per_byte", "answer_tokens", "judge_score")
 
 
 @dataclass
@@ -14,93 +20,120 @@ class Ratio:
     """A metric as a ratio of sums over prompts: `numerator` (P,) over `denominator` (P,), both float64.
 
     A mean has the number of scored answers as its denominator, a weighted mean the weights. A prompt whose denominator
-    is 0 has no part in the metric.
+    is 0 has no part in the metric. `is_share` says that the metric lies between 0 and 1 for every prompt.
     """
 
     numerator: np.ndarray
     denominator: np.ndarray
     transform: Callable = np.positive
+    is_share: bool = True
 
     def of(self, prompts: np.ndarray) -> "Ratio":
-        return Ratio(self.numerator[prompts], self.denominator[prompts], self.transform)
+        """The metric of some prompts only."""
+        return Ratio(self.numerator[prompts], self.denominator[prompts], self.transform, self.is_share)
 
-    def value(self, counts: np.ndarray) -> np.ndarray:
-        """The metric when prompt i is drawn `counts[..., i]` times."""
-        return self.transform(counts @ self.numerator / (counts @ self.denominator))
+    def value(self, prompts: np.ndarray | slice = slice(None), axis: int = -1) -> np.ndarray:
+        """The metric of `prompts`, which may hold many draws of prompts, one along each other axis."""
+        return self.transform(self.numerator[prompts].sum(axis) / self.denominator[prompts].sum(axis))
 
+    @property
+    def of_each(self) -> np.ndarray:
+        """(P,) the metric of each prompt by itself."""
+        return self.transform(self.numerator / self.denominator)
 
-@lru_cache(maxsize=4)
-def _draws(prompts: int) -> np.ndarray:
-    """How often each prompt is drawn in each resample (RESAMPLES, P); the same for every metric."""
-    return np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES).astype(float)
+    @property
+    def trials(self) -> int:
+        """Of how many equally weighted prompts the metric knows as much (Kish's effective sample size)."""
+        return int(self.denominator.sum() ** 2 / (self.denominator**2).sum() + 1e-9)
 
 
 def interval(metric: Ratio) -> dict[str, float] | None:
-    """The metric with its 95% confidence interval by the percentile bootstrap over prompts; None without a prompt."""
-    return _with_quantiles(metric.denominator > 0, lambda counts, kept: metric.of(kept).value(counts))
+    """The metric with its 95% confidence interval and the number of prompts that have a part in it; None for none."""
+    prompts = np.flatnonzero(metric.denominator > 0)
+    if not len(prompts):
+        return None
+    transform, metric = metric.transform, replace(metric.of(prompts), transform=np.positive)
+    value = float(metric.value())
+    is_constant = np.ptp(metric.of_each) < 1e-12
+    if metric.is_share and (is_constant or _is_proportion(metric)):
+        low, high = wilson(value * metric.trials, metric.trials)
+    elif is_constant:  # nothing varies, and nothing says how far it could
+        low = high = value
+    else:
+        low, high = bca(metric.value, len(prompts))
+    ends = {"value": value, "low": low, "high": high}
+    return {name: float(transform(end)) for name, end in ends.items()} | {"n": len(prompts)}
 
 
 def paired_difference(base: Ratio, model: Ratio) -> dict[str, float] | None:
-    """Model minus base on the prompts that both have, which is surer than the two intervals apart."""
-    return _with_quantiles(
-        (base.denominator > 0) & (model.denominator > 0),
-        lambda counts, kept: model.of(kept).value(counts) - base.of(kept).value(counts),
-    )
+    """Model minus base on the prompts that both have, which is surer than the two intervals apart.
 
-
-def _with_quantiles(taking_part: np.ndarray, value: Callable) -> dict[str, float] | None:
-    kept = np.flatnonzero(taking_part)
-    if not len(kept):
+    When the difference is the same on every prompt, no bootstrap can tell how sure it is. Shares then get the
+    difference of their two Wilson intervals (Newcombe 1998, method 10 without the pairing, which is the wider one).
+    """
+    both = np.flatnonzero((base.denominator > 0) & (model.denominator > 0))
+    if not len(both):
         return None
-    low, high = np.quantile(value(_draws(len(kept)), kept), [0.025, 0.975])
-    return {"value": float(value(np.ones(len(kept)), kept)), "low": float(low), "high": float(high), "n": len(kept)}
+    base, model = base.of(both), model.of(both)
+    value = float(model.value() - base.value())
+    low = high = value
+    if np.ptp(model.of_each - base.of_each) >= 1e-12:
+        low, high = bca(lambda prompts, axis: model.value(prompts, axis) - base.value(prompts, axis), len(both))
+    elif base.is_share:
+        of_base, of_model = interval(base), interval(model)
+        low -= math.hypot(of_model["value"] - of_model["low"], of_base["high"] - of_base["value"])
+        high += math.hypot(of_model["high"] - of_model["value"], of_base["value"] - of_base["low"])
+    return {"value": value, "low": low, "high": high, "n": len(both)}
 
 
-def means(scores: list[dict[str, float]], num_samples: int) -> dict[str, Ratio]:
-    """Scores of answers, `num_samples` of each prompt in turn → each metric; absent scores take no part."""
+def _is_proportion(metric: Ratio) -> bool:
+    """Whether every prompt counts the same and is either met or missed."""
+    return np.ptp(metric.denominator) == 0 and set(metric.of_each.tolist()) <= {0.0, 1.0}
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's score interval (1927). A broken number of successes gets the wider interval of its two neighbours."""
+    from scipy.stats import binomtest
+
+    fewest, most = math.floor(successes + 1e-9), math.ceil(successes - 1e-9)
+    low = binomtest(fewest, trials).proportion_ci(method="wilson").low
+    high = binomtest(most, trials).proportion_ci(method="wilson").high
+    return float(low), float(high)
+
+
+def bca(statistic: Callable, count: int) -> tuple[float, float]:
+    """The BCa bootstrap interval of `statistic(prompts, axis)` over `count` prompts, the same draws every time."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (np.arange(count),),
+        statistic,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, NUMBERS_AT_ONCE // count),
+        method="BCa",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def means(scores: list[dict[str, float]], num_samples: int, weights: np.ndarray | None = None) -> dict[str, Ratio]:
+    """Scores of answers, `num_samples` of each prompt in turn → each metric; absent scores take no part.
+
+    `weights` (P,) says how much each prompt counts; without it all count the same.
+    """
     names = dict.fromkeys(name for score in scores for name in score)
-    table = {name: np.array([score.get(name, np.nan) for score in scores]).reshape(-1, num_samples) for name in names}
-    return {
-        name: Ratio(np.nansum(values, 1), (~np.isnan(values)).sum(1).astype(float)) for name, values in table.items()
-    }
+    found = {}
+    for name in names:
+        values = np.array([score.get(name, np.nan) for score in scores]).reshape(-1, num_samples)
+        scale = np.ones(len(values)) if weights is None else weights
+        scored = (~np.isnan(values)).sum(1)
+        found[name] = Ratio(np.nansum(values, 1) * scale, scored * scale, is_share=name not in NO_SHARES)
+    return found
 
 
 def preference(points: list[list[float]]) -> dict[str, float] | None:
     """How often the model's answer is preferred: the mean over prompts of the points, 0 to 1, that each was given."""
-    return interval(Ratio(*(np.array([float(f(of_pair)) for of_pair in points]) for f in (sum, len))))
-
-
-def compare(base: dict[str, Ratio], model: dict[str, Ratio], names: list[str]) -> dict[str, dict[str, dict]]:
-    """Every metric of `names` for both models and as a paired difference, each with its interval."""
-    found = {"base": {}, "model": {}, "difference": {}}
-    for name in names:
-        for who, of_model in (("base", base), ("model", model)):
-            if name in of_model and (metric := interval(of_model[name])):
-                found[who][name] = metric
-        if name in found["base"] and name in found["model"] and (delta := paired_difference(base[name], model[name])):
-            found["difference"][name] = delta
-    return found
-
-
-def by_class(
-    columns: dict[str, tuple[str, ...]], rows: list[dict], scores: dict[str, list[dict[str, float]]], num_samples: int
-) -> dict[str, dict[str, dict]]:
-    """column → class → {"prompts": how many, "base": metrics, "model": metrics}; only classes that occur.
-
-    `rows` has one row a prompt, `scores[who]` one an answer.
-    """
-    found = {}
-    for column, labels in columns.items():
-        found[column] = {}
-        for label in labels:
-            kept = [i for i, row in enumerate(rows) if row[column] == label]
-            if kept:
-                found[column][label] = {"prompts": len(kept)}
-                for who, of_model in scores.items():
-                    of_label = [of_model[i * num_samples + j] for i in kept for j in range(num_samples)]
-                    found[column][label][who] = {
-                        name: metric
-                        for name, ratio in means(of_label, num_samples).items()
-                        if (metric := interval(ratio))
-                    }
-    return found
+    totals = np.array([float(sum(of_prompt)) for of_prompt in points])
+    counts = np.array([float(len(of_prompt)) for of_prompt in points])
+    return interval(Ratio(totals, counts))

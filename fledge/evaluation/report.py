@@ -9,13 +9,17 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fledge.cli import UserError
-from fledge.evaluation.intervals import preference
+from fledge.evaluation.figures import HEADLINE
+from fledge.evaluation.intervals import NO_SHARES, preference
 
 TEMPLATES = Path(__file__).parents[2] / "model_card"
-NO_SHARES = ("completion_loss", "perplexity", "bits_per_byte", "answer_tokens", "judge_score")
 LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
 WHO = {"base": "base", "model": "instruct"}
 NEUTRAL = ("answer_tokens", "distinct_2")
+HELD_AGAINST = (
+    "Chance: the same answers of instruct, scored against the instructions of other prompts. Reference: the held-out "
+    "answers, scored as if a model had written them."
+)
 
 
 def templates(**settings) -> Environment:
@@ -38,27 +42,47 @@ def title(name: str) -> str:
     return name.replace("_", " ")
 
 
+def share(metric: dict[str, float] | None) -> str:
+    """`48.9%`, nothing for nothing."""
+    return "" if metric is None else f"{metric['value']:.1%}"
+
+
+def beside(metrics: dict, who: str = "model", name: str = HEADLINE) -> str:
+    """A figure with what it is to be held against: `67% (chance 49%, reference 99%)`."""
+    chance = metrics["chance"][who].get(name)
+    held = f"chance {chance['value']:.0%}" if chance else f"no chance level: {metrics['no_chance'][name]}"
+    return f"{metrics[who][name]['value']:.0%} ({held}, reference {metrics['reference'][name]['value']:.0%})"
+
+
 def table(metrics: dict) -> str:
-    """Base beside instruct as a Markdown table that also reads well in a terminal."""
-    return _aligned(
-        [
-            ("metric", "base", "instruct", "difference"),
-            *(
-                (title(name), *(show(name, metrics[part].get(name)) for part in ("base", "model", "difference")))
-                for name in metrics["model"]
-            ),
-        ]
-    )
-
-
-def table_by(by: dict, name: str = "instruction_following") -> str:
-    """One metric for each class of each column that the task names; `by` is the key `by` of `metrics.json`."""
-    rows = [("only", "prompts", "base", "instruct")]
-    for column, labels in by.items():
-        for label, of_label in labels.items():
-            shown = (show(name, of_label[who].get(name)) for who in ("base", "model"))
-            rows.append((f"{column} = {label}", str(of_label["prompts"]), *shown))
+    """Base beside instruct as a Markdown table that also reads well in a terminal; chance is that of instruct."""
+    rows = [("metric", "base", "instruct", "difference", "chance", "reference")]
+    for name in metrics["model"]:
+        parts = (show(name, metrics[part].get(name)) for part in ("base", "model", "difference"))
+        ends = (
+            show(name, found.get(name)).split(" (")[0] for found in (metrics["chance"]["model"], metrics["reference"])
+        )
+        rows.append((title(name), *parts, *ends))
     return _aligned(rows)
+
+
+def table_by(metrics: dict, name: str = HEADLINE) -> str:
+    """One metric for all prompts and for each class, beside chance, the references and answers without a model."""
+    rows = [("only", "prompts", "base", "instruct", "chance", "reference", *map(title, metrics["baselines"]))]
+    for label, of_label in classes(metrics):
+        shown = [show(name, of_label[who].get(name)) for who in ("base", "model")]
+        held = [of_label["chance"], of_label["reference"], *of_label["baselines"].values()]
+        rows.append((label, str(of_label["prompts"]), *shown, *(share(found.get(name)) for found in held)))
+    return _aligned(rows)
+
+
+def classes(metrics: dict) -> list[tuple[str, dict]]:
+    """All prompts, then the classes of each column: what to call them, and their figures as `by` holds them."""
+    whole = {key: metrics[key] for key in ("base", "model", "reference", "baselines")}
+    found = [("all", {"prompts": metrics["num_prompts"], "chance": metrics["chance"]["model"], **whole})]
+    for column, labels in metrics["by"].items():
+        found += [(f"{column} = {label}", of_label) for label, of_label in labels.items()]
+    return found
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
@@ -100,6 +124,54 @@ def judged_by(metrics: dict) -> list[str]:
     return sentences
 
 
+def cautions(metrics: dict) -> list[str]:
+    """What the figures do not show, a sentence each: no better than chance, or than answers without a model."""
+    sentences = []
+    for who, called in WHO.items():
+        at_chance = [
+            title(name) for name, chance in metrics["chance"][who].items() if _reaches(metrics[who][name], chance)
+        ]
+        if at_chance:
+            sentences.append(
+                f"No better than chance: {called}'s {', '.join(at_chance)} "
+                f"({'their intervals reach' if len(at_chance) > 1 else 'its interval reaches'} what the same answers "
+                "score against other prompts' instructions)."
+            )
+    if HEADLINE in metrics["no_chance"]:
+        sentences.append(f"Instruction following has no chance level here: {metrics['no_chance'][HEADLINE]}.")
+    matched = []
+    for label, of_label in classes(metrics):
+        for baseline, found in of_label["baselines"].items():
+            if _reaches(of_label["model"][HEADLINE], found[HEADLINE]):
+                matched.append(f"{title(baseline)} ({label}: {share(found[HEADLINE])})")
+    if matched:
+        sentences.append(
+            f"Instruct follows instructions no better than an answer without a model: {', '.join(matched)}."
+        )
+    return sentences
+
+
+def _reaches(metric: dict[str, float], level: dict[str, float]) -> bool:
+    return metric["low"] <= level["value"]
+
+
+def headroom(metrics: dict) -> list[str]:
+    """What choosing among several answers can gain, a sentence for each model; none with one answer a prompt."""
+    sentences = []
+    for who, found in metrics.get("headroom", {}).items():
+        tries = [
+            f"{share(metric)} within {name.removeprefix('pass@')}" for name, metric in found.items() if "@" in name
+        ]
+        undecided = 1 - found["all_right"]["value"] - found["all_wrong"]["value"]
+        sentences.append(
+            f"Headroom of {WHO[who]}: an answer that follows comes in {', '.join(tries)} of {metrics['num_samples']} "
+            f"answers (pass@k). Of the prompts {share(found['all_right'])} have only right answers and "
+            f"{share(found['all_wrong'])} only wrong ones; choosing or rewards can gain at once on the other "
+            f"{abs(undecided):.1%}."
+        )
+    return sentences
+
+
 def preferred(judged: dict) -> str:
     shown = show("preference", judged["preference"])
     return f"instruct preferred {shown}, undecided counting half" if shown else "no preference"
@@ -110,16 +182,20 @@ def _last(llm: dict) -> str:
 
 
 def report(metrics: dict) -> str:
-    """`report.md`: the table, who judged, and what each metric means."""
+    """`report.md`: the table, what it does not show, who judged, and what each metric means."""
     parts = [
         "# Base against instruct",
-        f"{asked(metrics)}; 95% intervals by the bootstrap over prompts.",
+        f"{asked(metrics)}; 95% intervals over prompts. Instruction following: base {beside(metrics, 'base')}, "
+        f"instruct {beside(metrics)}.",
         table(metrics),
+        HELD_AGAINST,
+        *cautions(metrics),
+        *headroom(metrics),
         *judged_by(metrics),
+        "Instruction following, also class by class and by answers that need no model:",
+        table_by(metrics),
+        "\n".join(f"- {title(name)}: {metrics['meaning'][name]}" for name in metrics["model"]),
     ]
-    if metrics["by"]:
-        parts += ["Instruction following, class by class:", table_by(metrics["by"])]
-    parts.append("\n".join(f"- {title(name)}: {metrics['meaning'][name]}" for name in metrics["model"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,7 +263,13 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
         metrics=metrics,
         names={who: "/".join(Path(folder).parts[-2:]) for who, folder in names.items()},
         asked=asked(metrics),
+        beside={who: share(found[HEADLINE]) for who, found in metrics["chance"].items() if HEADLINE in found},
+        held_against=HELD_AGAINST,
+        cautions=cautions(metrics),
+        headroom=headroom(metrics),
+        classes=classes(metrics),
         show=show,
+        share=share,
         title=title,
         shares=[name for name in metrics["model"] if name not in NO_SHARES],
         lower_is_better=LOWER_IS_BETTER,
