@@ -1,8 +1,9 @@
-"""Base against instruct on the same held-out prompts: losses, scores, and how sure one can be of them."""
+"""What a model does with held-out prompts: its loss on the references, and its own answers."""
 
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,39 +11,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.encoding import IGNORED, prompt_length
-from fledge.evaluation.intervals import Ratio, interval, means
-from fledge.evaluation.wording import Wording, distinct_2
+from fledge.encoding import IGNORED
+from fledge.evaluation.intervals import Ratio
+from fledge.evaluation.prompts import Prompts
+from fledge.evaluation.wording import distinct_2
 from fledge.generation.answers import answer_each
 from fledge.generation.journal import Journal
 from fledge.generation.onednn import by_onednn
 from fledge.generation.sampling import Sampling
 from fledge.messages import Answer
+from fledge.terminal import progress
 
-OF_REFERENCE = ("answer_tokens", "repetition", "copied", "distinct_2", "distinct_answers")
 TOKENS_AT_ONCE = 4096  # a forward's logits over 50,257 tokens are then 0.8 GB
 MEANING = {
-    "distinct_2": "different word pairs over all word pairs of all answers",
     "completion_loss": "nats per token of the held-out answers, end-of-text included",
     "perplexity": "exp of the completion loss",
     "bits_per_byte": "bits for a held-out answer and its end, per byte of its text",
 }
 
 
+@dataclass
+class Answered:
+    """What one model did with the prompts: its answers, `num_samples` to each in turn, and what is known of them.
+
+    `ratios` begins with the metrics of losses and of all answers together; scoring adds `scores` and their metrics.
+    """
+
+    answers: list[Answer]
+    loss_by_position: list[dict[str, float]]
+    ratios: dict[str, Ratio]
+    scores: list[dict[str, float]] = field(default_factory=list)
+
+
 def loss_ratios(nats: list[Tensor], texts: list[str]) -> dict[str, Ratio]:
     """Completion loss, perplexity and bits per byte from the nats of each row's supervised tokens and their text."""
     total = np.array([row.double().sum().item() for row in nats])
-    tokens, size = (np.array([float(len(part)) for part in parts]) for parts in (nats, [t.encode() for t in texts]))
+    tokens = np.array([float(len(row)) for row in nats])
+    size = np.array([float(len(text.encode())) for text in texts])
     return {
-        "completion_loss": Ratio(total, tokens),
-        "perplexity": Ratio(total, tokens, np.exp),
-        "bits_per_byte": Ratio(total / np.log(2), size),
+        "completion_loss": Ratio(total, tokens, is_share=False),
+        "perplexity": Ratio(total, tokens, np.exp, is_share=False),
+        "bits_per_byte": Ratio(total / np.log(2), size, is_share=False),
     }
 
 
 def distinct_ratio(texts: list[str], num_samples: int) -> Ratio:
     """Distinct-2 over all texts, with each prompt's part in it."""
-    return Ratio(*np.array(distinct_2(texts), dtype=float).reshape(-1, num_samples, 2).sum(1).T)
+    parts = np.array(distinct_2(texts), dtype=float)  # (texts, 2): different pairs, all pairs
+    different, pairs = parts.reshape(-1, num_samples, 2).sum(axis=1).T
+    return Ratio(different, pairs)
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
@@ -84,28 +101,48 @@ def completion_nats(
 
 def loss_by_position(rows: list[dict[str, list[int]]], nats: list[Tensor]) -> list[dict[str, float]]:
     """Mean nats of answer tokens by their place in the answer: 1, 2, 3-4, 5-8, … each with its count `n`."""
-    sums, counts = {}, {}
-    for row, row_nats in zip(rows, nats, strict=True):
-        place, places = 0, []
-        for label in row["labels"][1:]:
-            place = place + 1 if label != IGNORED else 0
-            places += [place] * (place > 0)
-        bins = np.ceil(np.log2(places)).astype(int)
-        for exponent in np.unique(bins).tolist():
-            sums[exponent] = sums.get(exponent, 0.0) + row_nats.numpy()[bins == exponent].sum(dtype=float)
-            counts[exponent] = counts.get(exponent, 0) + int((bins == exponent).sum())
+    places = np.array([place for row in rows for place in _places(row["labels"][1:])])
+    values = np.concatenate([row.double().numpy() for row in nats])
+    bins = np.ceil(np.log2(places)).astype(int)
     return [
-        {"first": 2 ** (e - 1) + 1 if e else 1, "last": 2**e, "nats": sums[e] / counts[e], "n": counts[e]}
-        for e in sorted(sums)
+        {
+            "first": 2 ** (exponent - 1) + 1 if exponent else 1,
+            "last": 2**exponent,
+            "nats": float(values[bins == exponent].mean()),
+            "n": int((bins == exponent).sum()),
+        }
+        for exponent in np.unique(bins).tolist()
     ]
 
 
-def reference(wordings: Wording, texts: list[str], rows: list[dict[str, list[int]]]) -> dict[str, dict[str, float]]:
-    """What the held-out answers themselves reach, for the metrics that do not compare with them."""
-    lengths = [len(row["input_ids"]) - prompt_length(row["labels"]) for row in rows]
-    written = [Answer(text, length, stopped=True) for text, length in zip(texts, lengths, strict=True)]
-    metrics = means(wordings.score(written), 1) | {"distinct_2": distinct_ratio(texts, 1)}
-    return {name: found for name, metric in metrics.items() if name in OF_REFERENCE and (found := interval(metric))}
+def _places(labels: list[int]) -> list[int]:
+    """For each supervised label its place in its answer, from 1."""
+    places, place = [], 0
+    for label in labels:
+        place = place + 1 if label != IGNORED else 0
+        if place:
+            places.append(place)
+    return places
+
+
+def measure(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    sampling: Sampling,
+    batch_size: int,
+    journal: Journal,
+    who: str,
+) -> Answered:
+    """The losses of a model on the held-out answers, and its own answers; progress is shown in the terminal."""
+    with progress(f"{who}: loss", len(prompts.rows)) as tell:
+        nats = completion_nats(model, prompts.tokenizer, prompts.encoded, tell)
+    with progress(f"{who}: answers", len(prompts.rows) * prompts.num_samples) as tell:
+        answers = answer_prompts(
+            model, prompts.tokenizer, prompts.ids, sampling, prompts.num_samples, batch_size, journal, who, tell
+        )
+    ratios = loss_ratios(nats, [supervised_text(prompts.tokenizer, row) for row in prompts.encoded])
+    ratios["distinct_2"] = distinct_ratio([answer.text for answer in answers], prompts.num_samples)
+    return Answered(answers, loss_by_position(prompts.encoded, nats), ratios)
 
 
 def answer_prompts(

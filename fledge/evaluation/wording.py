@@ -15,6 +15,7 @@ MEANING = {
     "repetition": "share of an answer's runs of four words that have already occurred in it",
     "copied": "share of an answer's words inside a run of eight words that a training answer has too",
     "distinct_answers": "answers that no other answer equals word for word",
+    "distinct_2": "different word pairs over all word pairs of all answers",
 }
 REPEATED_RUN = 4
 COPIED_RUN = 8
@@ -89,7 +90,10 @@ class Wording:
         self.openings = instruction_openings([row["messages"] for row in train_rows])
 
     def score(self, answers: list[Answer]) -> list[dict[str, float]]:
-        """One value a metric of `MEANING` for each answer; `copied` is absent for one of fewer than eight words."""
+        """The metrics of `MEANING` for each answer, but distinct-2, which belongs to all answers together.
+
+        `copied` is absent for an answer of fewer than eight words.
+        """
         texts = [answer.text for answer in answers]
         scores = []
         for answer, share, is_unique in zip(answers, copied(texts, self.training), unique(texts), strict=True):

@@ -12,7 +12,7 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, parse, read_json, write_json, writing
+from fledge.cli import UserError, parse, write_json, writing
 from fledge.folders import MARK, Output, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
@@ -76,102 +76,115 @@ def main():
 
 
 def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
+    """Asks, scores, judges, reports. Answers are kept as they are made, beside an earlier evaluation, which stays until
+    this one is complete."""
     import transformers
 
-    from fledge.encoding import open_prepared, open_rows, prompt_length
-    from fledge.evaluation import intervals, measuring, report, wording
-    from fledge.generation.journal import Journal
-    from fledge.models import fingerprint, load_model
-    from fledge.tasks import load_task
-    from fledge.vocabulary import add_rows
+    from fledge.evaluation import report
+    from fledge.evaluation.measuring import measure
+    from fledge.evaluation.prompts import read_prompts
+    from fledge.evaluation.scoring import MEANING, Scoring, figures
+    from fledge.evaluation.wording import Wording
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    data, unfinished = Path(args.dataset), output.work
-    rated = [report.read_ratings(file) for file in args.ratings or []]
-    task_name = read_json(data / "budget.json", "prepare_dataset.py", task=str)["task"]
-    budget, tokenizer, encoded = open_prepared(data)
-    if args.split not in encoded:
-        raise UserError(f"{data} has no split {args.split!r}; it has {', '.join(encoded)}.")
-    task, text = load_task(task_name), open_rows(data)
-    count = min(args.num_prompts, len(encoded[args.split]))
-    if not count:
-        raise UserError(f"The {args.split} split of {data} is empty; prepare more data or name another --split.")
-    ids, rows = encoded[args.split].select(range(count)).to_list(), text[args.split][:count]
-    prompts = [row["input_ids"][: prompt_length(row["labels"])] for row in ids]
-    each = [row for row in rows for _ in range(args.num_samples)]  # the row that each answer answers
-    scorer = task.scorer(text["train"], [row for name in text if name != "train" for row in text[name]])
-    wordings = wording.Wording(tokenizer, rows, text["train"])
+    ratings = [report.read_ratings(file) for file in args.ratings or []]
+    prompts = read_prompts(Path(args.dataset), args.split, args.num_prompts, args.num_samples)
+    scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
+    scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
+    models = open_models(args, prompts.tokenizer)
+    journal = open_journal(args, sampling, prompts.ids, output)
 
-    # Answers are written as they are made, beside an earlier evaluation, which stays until this one is complete.
-    folders = {"base": args.base, "model": args.model}
-    models = {name: load_model(folder) for name, folder in folders.items()}
-    for name, (model, own) in models.items():
+    answered = {who: measure(model, prompts, sampling, args.batch_size, journal, who) for who, model in models.items()}
+    for model in answered.values():
+        model.scores = scoring.score(model.answers)
+
+    samples = side_by_side(prompts, answered)
+    meaning, judged = prompts.task.meaning | MEANING, {"judge": scorer.judge}
+    if args.judge_url:
+        judged["llm_judge"] = ask_judge(args, samples, output.work)
+        meaning["judge_score"] = f"0 to 100 from {args.judge_model}, the mean over the answers that have a score"
+    if ratings:
+        judged["human"] = report.fold_ratings(ratings, samples)
+
+    headline = report.HEADLINE
+    metrics = {
+        "task": prompts.task.name,
+        "split": args.split,
+        "num_prompts": len(prompts.rows),
+        "num_samples": args.num_samples,
+        "sampling": asdict(sampling),
+        **judged,
+        **figures(scoring, answered, {headline: meaning[headline]} | meaning),
+    }
+    save(metrics, samples, {"base": args.base, "model": args.model}, list(prompts.task.classes), output)
+    said = [report.table(metrics), *report.cautions(metrics), *report.headroom(metrics), *report.judged_by(metrics)]
+    print("\n".join(["", *said]))
+    print(f"\n{report.asked(metrics)}, 95% intervals. Instruction following: {report.beside(metrics)}.")
+    print(f"{output.path}/report.html shows every answer.\nNext: generate.py")
+
+
+def open_models(args: EvaluateArguments, tokenizer) -> dict:
+    """`base` and `model`, with rows for the tokens that a template has brought.
+
+    Raises:
+        UserError: a model has another vocabulary than the dataset.
+    """
+    from fledge.models import load_model
+    from fledge.vocabulary import add_rows
+
+    models = {}
+    for who, folder in (("base", args.base), ("model", args.model)):
+        models[who], own = load_model(folder)
         if not own.get_vocab().items() <= tokenizer.get_vocab().items():
             raise UserError(
-                f"{folders[name]} has another vocabulary than {data}; evaluate the models it was prepared for."
+                f"{folder} has another vocabulary than {args.dataset}; evaluate the models it was prepared for."
             )
-        add_rows(model, tokenizer)  # a template may have brought tokens that the base does not know
+        add_rows(models[who], tokenizer)
+    return models
+
+
+def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list[int]], output: Output):
+    """The journal of answers, with those that an earlier run made from the same weights, prompts and settings."""
+    from fledge.evaluation.measuring import fingerprint_of_prompts
+    from fledge.generation.journal import Journal
+    from fledge.models import fingerprint
+
     made_with = {
-        **{f"--{name}": fingerprint(find_model(folder)) for name, folder in folders.items()},
-        "--dataset or --num_prompts": measuring.fingerprint_of_prompts(prompts),
+        "--base": fingerprint(find_model(args.base)),
+        "--model": fingerprint(find_model(args.model)),
+        "--dataset or --num_prompts": fingerprint_of_prompts(prompts),
         "--num_samples": args.num_samples,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
     }
     begin_or_resume(output, args.resume)
-    journal = Journal(unfinished / "answers.jsonl", made_with)
+    return Journal(output.work / "answers.jsonl", made_with)
 
-    answers, scores, ratios, positions = {}, {}, {}, {}
-    for name, (model, _) in models.items():
-        with progress(f"{name}: loss", count) as tell:
-            nats = measuring.completion_nats(model, tokenizer, ids, tell)
-        with progress(f"{name}: answers", len(each)) as tell:
-            made = measuring.answer_prompts(
-                model, tokenizer, prompts, sampling, args.num_samples, args.batch_size, journal, name, tell
-            )
-        of_words = wordings.score(made)
-        answers[name], positions[name] = made, measuring.loss_by_position(ids, nats)
-        scores[name] = [of_task | common for of_task, common in zip(scorer.score(each, made), of_words, strict=True)]
-        ratios[name] = measuring.loss_ratios(nats, [measuring.supervised_text(tokenizer, row) for row in ids])
-        ratios[name]["distinct_2"] = measuring.distinct_ratio([answer.text for answer in made], args.num_samples)
 
-    samples = [
-        {
-            "prompt": i // args.num_samples,
-            "sample": i % args.num_samples,
-            "instruction": row["messages"][-2]["content"],
-            "reference": row["messages"][-1]["content"],
-            **row,
-            "messages": row["messages"][:-1],
-            **{name: vars(answers[name][i]) | {"scores": scores[name][i]} for name in folders},
-        }
-        for i, row in enumerate(each)
-    ]
-    meaning = {**task.meaning, **wording.MEANING, **measuring.MEANING}
-    extra = {}
-    if args.judge_url:
-        extra["llm_judge"] = ask_judge(args, samples, unfinished)
-        meaning["judge_score"] = f"0 to 100 from {args.judge_model}, the mean over the answers that have a score"
-    if rated:
-        extra["human"] = report.fold_ratings(rated, samples)
+def side_by_side(prompts, answered: dict) -> list[dict]:
+    """The lines of `samples.jsonl`: a prompt, its row, and the answer of each model with its scores."""
+    samples = []
+    for number, row in enumerate(prompts.row_of_each_answer):
+        made = {who: vars(model.answers[number]) | {"scores": model.scores[number]} for who, model in answered.items()}
+        samples.append(
+            {
+                "prompt": number // prompts.num_samples,
+                "sample": number % prompts.num_samples,
+                "instruction": row["messages"][-2]["content"],
+                "reference": row["messages"][-1]["content"],
+                **row,
+                "messages": row["messages"][:-1],
+                **made,
+            }
+        )
+    return samples
 
-    names = ["instruction_following", *(name for name in meaning if name != "instruction_following")]
-    for name in folders:
-        ratios[name] |= intervals.means(scores[name], args.num_samples)
-    metrics = {
-        "task": budget["task"],
-        "split": args.split,
-        "num_prompts": count,
-        "num_samples": args.num_samples,
-        "sampling": asdict(sampling),
-        "judge": scorer.judge,
-        **extra,
-        "meaning": {name: meaning[name] for name in names},
-        **intervals.compare(ratios["base"], ratios["model"], names),
-        "reference": measuring.reference(wordings, [row["messages"][-1]["content"] for row in rows], ids),
-        "by": intervals.by_class(task.classes, rows, scores, args.num_samples),
-        "loss_by_position": positions,
-    }
+
+def save(metrics: dict, samples: list[dict], folders: dict[str, str], columns: list[str], output: Output) -> None:
+    """Puts the complete evaluation in place at once. A page that cannot be made or written takes nothing with it."""
+    from fledge.evaluation import report
+
+    unfinished = output.work
     with output.staged() as folder:
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
@@ -180,12 +193,9 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
                 shutil.copy(kept, folder)
         write_json(folder / "metrics.json", metrics)
     pages = {"report.md": lambda: report.report(metrics)}
-    pages["report.html"] = lambda: report.page(metrics, samples, list(task.classes), folders)
+    pages["report.html"] = lambda: report.page(metrics, samples, columns, folders)
     for name, make in pages.items():
         output.add(name, lambda folder, name=name, make=make: (folder / name).write_text(make(), encoding="utf-8"))
-    print("\n".join(["", report.table(metrics), *report.judged_by(metrics)]))
-    print(f"\n{report.asked(metrics)}, 95% intervals. {output.path}/report.html shows every answer.")
-    print("Next: generate.py")
 
 
 def begin_or_resume(output: Output, resume: bool) -> None:

@@ -1,0 +1,78 @@
+"""What an evaluation asks: the first prompts of one split of a prepared dataset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from fledge.cli import UserError, read_json
+from fledge.encoding import open_prepared, open_rows, prompt_length
+from fledge.messages import Answer
+from fledge.tasks import Task, load_task
+
+
+@dataclass
+class Prompts:
+    """The prompts that both models answer, `num_samples` times each, and the rows that a scorer may learn from.
+
+    `rows` (P,) have messages and columns, of which the last message is the held-out answer; `encoded` (P,) has the
+    `input_ids` and `labels` of the same rows.
+    """
+
+    task: Task
+    split: str
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[dict]
+    encoded: list[dict[str, list[int]]]
+    train_rows: list[dict]
+    unseen_rows: list[dict]
+    num_samples: int
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """(P,) what the models read."""
+        return [row["input_ids"][: prompt_length(row["labels"])] for row in self.encoded]
+
+    @property
+    def row_of_each_answer(self) -> list[dict]:
+        """(P * num_samples,) the row that each answer belongs to."""
+        return [row for row in self.rows for _ in range(self.num_samples)]
+
+    @property
+    def references(self) -> list[Answer]:
+        """(P,) the held-out answers as if a model had written them. One that was cut did not stop."""
+        eos = self.tokenizer.eos_token_id
+        return [
+            Answer(
+                row["messages"][-1]["content"],
+                len(ids["labels"]) - prompt_length(ids["labels"]),
+                ids["labels"][-1] == eos,
+            )
+            for row, ids in zip(self.rows, self.encoded, strict=True)
+        ]
+
+
+def read_prompts(data: Path, split: str, num_prompts: int, num_samples: int) -> Prompts:
+    """Opens what `prepare_dataset.py` wrote.
+
+    Raises:
+        UserError: there is no such dataset or split, the split is empty, or the task is unknown.
+    """
+    task = load_task(read_json(data / "budget.json", "prepare_dataset.py", task=str)["task"])
+    _, tokenizer, encoded = open_prepared(data)
+    if split not in encoded:
+        raise UserError(f"{data} has no split {split!r}; it has {', '.join(encoded)}.")
+    count = min(num_prompts, len(encoded[split]))
+    if not count:
+        raise UserError(f"The {split} split of {data} is empty; prepare more data or name another --split.")
+    rows = open_rows(data)
+    return Prompts(
+        task=task,
+        split=split,
+        tokenizer=tokenizer,
+        rows=rows[split][:count],
+        encoded=encoded[split].select(range(count)).to_list(),
+        train_rows=rows["train"],
+        unseen_rows=[row for name, of_split in rows.items() if name != "train" for row in of_split],
+        num_samples=num_samples,
+    )

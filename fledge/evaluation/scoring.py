@@ -1,0 +1,114 @@
+"""Answers are scored by their task, and held against chance, the references, and answers that need no model."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fledge.evaluation import measuring, wording
+from fledge.evaluation.chance import ALONE, PERMUTATIONS, SAME, against_others, dependent, permutations
+from fledge.evaluation.figures import HEADLINE, by_class, differences, with_intervals
+from fledge.evaluation.headroom import headroom
+from fledge.evaluation.intervals import Ratio, means
+from fledge.evaluation.measuring import Answered, distinct_ratio
+from fledge.evaluation.prompts import Prompts
+from fledge.evaluation.wording import Wording
+from fledge.messages import Answer
+from fledge.tasks import Scorer
+
+MEANING = {**wording.MEANING, **measuring.MEANING}
+ON_REFERENCES = "it is measured on the held-out answers"
+NOT_ASKED = "the judge is asked about the prompt's own instruction only"
+
+
+@dataclass
+class Scoring:
+    """Scores any answers to the prompts: the models', the references, and those that need no model."""
+
+    prompts: Prompts
+    scorer: Scorer
+    wordings: Wording
+    weights: np.ndarray = field(init=False)
+    """(P,) how much each prompt counts in the task's metrics"""
+
+    def __post_init__(self):
+        self.weights = np.array(self.prompts.task.weights(self.prompts.rows), dtype=float)
+
+    def score(self, answers: list[Answer]) -> list[dict[str, float]]:
+        """Every score of each answer, as many answers to each prompt in turn as there are."""
+        rows = [row for row in self.prompts.rows for _ in range(len(answers) // len(self.prompts.rows))]
+        of_words = self.wordings.score(answers)
+        return [of_task | common for of_task, common in zip(self.scorer.score(rows, answers), of_words, strict=True)]
+
+    def ratios(self, scores: list[dict[str, float]]) -> dict[str, Ratio]:
+        """Each metric of scored answers. The task's own weigh the prompts as the task says."""
+        names, count = self.prompts.task.meaning, len(scores) // len(self.prompts.rows)
+        of_task = [{name: value for name, value in score.items() if name in names} for score in scores]
+        common = [{name: value for name, value in score.items() if name not in names} for score in scores]
+        return means(of_task, count, self.weights) | means(common, count)
+
+    def of_baselines(self) -> dict[str, dict[str, Ratio]]:
+        """The task's metrics of the answers that its baselines give."""
+        prompts, found = self.prompts, {}
+        for name, baseline in prompts.task.baselines.items():
+            texts = baseline.answers(prompts.rows, prompts.train_rows, prompts.task.kind)
+            answers = [Answer(text, len(prompts.tokenizer.tokenize(text)) + 1, stopped=True) for text in texts]
+            found[name] = self.ratios(self.scorer.score(prompts.rows, answers))
+        return found
+
+    def of_chance(
+        self, answers: dict[str, list[Answer]], scores: dict[str, list[dict[str, float]]]
+    ) -> tuple[dict[str, dict[str, Ratio]], set[str]]:
+        """The task's metrics of everybody's answers against other prompts' instructions.
+
+        Returned as well are the metrics for which that makes a difference to anybody; the others say nothing.
+        """
+        rows, task = self.prompts.rows, self.prompts.task
+        most = max(1, PERMUTATIONS // self.prompts.num_samples)
+        others = permutations(rows, [task.kind(row) for row in rows], most)
+        found, names = {}, set()
+        for who, of_who in answers.items():
+            count = len(of_who) // len(rows)
+            found[who], permuted = against_others(self.scorer, rows, of_who, count, others, self.weights)
+            names |= dependent(scores[who], permuted)
+        return found, names
+
+    def why_no_chance(self, name: str, permuted: dict[str, Ratio]) -> str:
+        """Why a metric has no chance level; `permuted` are the metrics against other prompts' instructions."""
+        if name in measuring.MEANING:
+            return ON_REFERENCES
+        if name == "judge_score":
+            return NOT_ASKED
+        return ALONE if name in self.prompts.task.meaning and name not in permuted else SAME
+
+
+def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, str]) -> dict:
+    """What `metrics.json` says of both models and of what they are held against; `meaning` names every metric."""
+    prompts, names = scoring.prompts, list(meaning)
+    references = prompts.references
+    answers = {who: model.answers for who, model in models.items()} | {"reference": references}
+    scores = {who: model.scores for who, model in models.items()} | {"reference": scoring.score(references)}
+    of_answers = {who: scoring.ratios(of_who) for who, of_who in scores.items()}
+    ratios = {who: model.ratios | of_answers[who] for who, model in models.items()}
+    reference = of_answers["reference"] | {"distinct_2": distinct_ratio([answer.text for answer in references], 1)}
+    permuted, have_chance = scoring.of_chance(answers, scores)
+    chance = {who: {name: of[name] for name in of if name in have_chance} for who, of in permuted.items()}
+    baselines = scoring.of_baselines()
+    found = {
+        "meaning": meaning | {name: prompts.task.baselines[name].meaning for name in baselines},
+        **{who: with_intervals(of, names) for who, of in ratios.items()},
+        "difference": differences(ratios["base"], ratios["model"], names),
+        "chance": {who: with_intervals(chance[who], names) for who in models},
+        "reference": with_intervals(reference, names),
+        "baselines": {name: with_intervals(of, names) for name, of in baselines.items()},
+    }
+    without = [name for name in found["model"] if name not in found["chance"]["model"]]
+    found["no_chance"] = {name: scoring.why_no_chance(name, permuted["model"]) for name in without}
+    if prompts.num_samples > 1:
+        found["headroom"] = {
+            who: headroom([score[HEADLINE] for score in scores[who]], prompts.num_samples, scoring.weights)
+            for who in models
+        }
+    beside = {"chance": chance["model"], "reference": reference}
+    of_models = {who: of_answers[who] for who in models}
+    found["by"] = by_class(prompts.task.classes, prompts.rows, of_models, beside, baselines)
+    return found | {"loss_by_position": {who: model.loss_by_position for who, model in models.items()}}
