@@ -94,7 +94,7 @@ def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, st
     chance = {who: {name: of[name] for name in of if name in have_chance} for who, of in permuted.items()}
     baselines = scoring.of_baselines()
     found = {
-        "meaning": meaning | {name: prompts.task.baselines[name].meaning for name in baselines},
+        "meaning": meaning | {name: baseline.meaning for name, baseline in prompts.task.baselines.items()},
         **{who: with_intervals(of, names) for who, of in ratios.items()},
         "difference": differences(ratios["base"], ratios["model"], names),
         "chance": {who: with_intervals(chance[who], names) for who in models},

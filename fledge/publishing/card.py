@@ -5,16 +5,22 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import UndefinedError
 from safetensors import safe_open
 
 from fledge.cli import ORIGINS, UserError, read_json
+from fledge.evaluation.intervals import NO_SHARES
 from fledge.evaluation.report import (
+    HELD_AGAINST,
     LOWER_IS_BETTER,
     NEUTRAL,
-    NO_SHARES,
+    WHO,
     asked,
+    beside,
+    cautions,
+    headroom,
     judged_by,
     table,
     table_by,
@@ -22,6 +28,9 @@ from fledge.evaluation.report import (
     title,
 )
 from fledge.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
 
 STAGES = {
     "conversion": "convert_checkpoint.py",
@@ -158,48 +167,18 @@ def model_card(
     dataset_repo_id: str | None,
 ) -> str:
     """The README of the model repository in `folder`, from what lies there and from the answers of the evaluation."""
-    from huggingface_hub import EvalResult, ModelCardData
-
-    from fledge.encoding import encode_prompt, prompt_text
-    from fledge.tasks import load_task
-    from fledge.tokenizers import open_tokenizer
-
-    budget, metrics = records["budget"], records["metrics"]
-    task, tokenizer = load_task(budget["task"]), open_tokenizer(folder)
     firsts = [sample for sample in samples if sample["sample"] == 0][:SHOWN]
-    messages = samples[0]["messages"] if samples else task.example
-    measured = emissions(folder)
-    custom_code = sorted(file.name for file in folder.glob("*_fledge_gpt.py"))
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset_repo_id or budget["task"],
-            dataset_name=f"{budget['task']} from {budget['source']}",
-            dataset_split=metrics["split"],
-            metric_type=name,
-            metric_name=title(name),
-            metric_value=round(metric["value"], 4),
-            metric_args={"interval_95": [round(metric["low"], 4), round(metric["high"], 4)], "n": metric["n"]},
-        )
-        for name, metric in (metrics["model"] if metrics else {}).items()
-    ]
-    origin = ["from-scratch"] if records["conversion"] or records["pretraining"] else []
-    metadata = ModelCardData(
+    files = files_beside(folder)
+    metadata = card_metadata(
+        repo_id=repo_id,
+        records=records,
+        firsts=firsts,
+        sampling=sampling,
+        license_id=license_id,
         language=language,
-        license=license_id,
-        library_name="transformers",
-        pipeline_tag="text-generation",
         base_model=base_model,
-        datasets=[dataset_repo_id] if dataset_repo_id else None,
-        tags=["fledge", "trl", "sft", "instruction-tuning", *origin, budget["task"].replace("_", "-")]
-        + ["custom_code"] * bool(custom_code),
-        model_name=repo_id.split("/")[-1],
-        eval_results=results or None,
-        co2_eq_emissions=measured
-        and {"emissions": round(measured["grams"], 3), "source": "codecarbon", "training_type": "fine-tuning"},
-        widget=[{"messages": sample["messages"], "output": {"text": sample["model"]["text"]}} for sample in firsts]
-        or None,
-        inference={"parameters": sampling.decoding()},  # what the page's widget draws by
+        dataset_repo_id=dataset_repo_id,
+        files=files,
     )
     return render(
         "model.md.jinja",
@@ -207,30 +186,114 @@ def model_card(
         repo_id=repo_id,
         name=repo_id.split("/")[-1],
         parameters=count_parameters(folder),
-        purpose=task.purpose,
-        messages=messages,
-        prompt=prompt_text(tokenizer, messages),
-        # What is left of the context: a model of this kind fails on a position past its last.
-        max_new_tokens=min(
-            sampling.max_new_tokens, tokenizer.model_max_length - len(encode_prompt(tokenizer, messages))
-        ),
-        eos_token=tokenizer.eos_token,
-        drawn=drawn(sampling),
-        unusual=unusual(sampling),
+        **how_to_use(folder, records["budget"], samples, sampling),
         shown=[(sample["messages"][-1]["content"], sample["model"]["text"]) for sample in firsts],
-        failures=failures(samples, metrics["meaning"]) if metrics else [],
-        asked=asked(metrics) if metrics else "",
-        judged_by=judged_by(metrics) if metrics else [],
-        tables=[table(metrics), *([table_by(metrics["by"])] if metrics["by"] else [])] if metrics else [],
+        **what_was_measured(records["metrics"], samples),
         base_model=base_model,
         dataset_repo_id=dataset_repo_id,
         license_id=license_id,
-        emissions=measured,
-        custom_code=custom_code,
-        has_curve=(folder / "loss_curve.png").exists(),
-        has_adapter=(folder / "adapter").is_dir(),
-        exports=sorted(
-            file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix in (".gguf", ".onnx")
-        ),
+        **files,
         **records,
     )
+
+
+def card_metadata(
+    *, repo_id, records, firsts, sampling, license_id, language, base_model, dataset_repo_id, files
+) -> "ModelCardData":
+    """What the Hub reads of a card: the YAML block at its head."""
+    from huggingface_hub import ModelCardData
+
+    budget, measured = records["budget"], files["emissions"]
+    origin = ["from-scratch"] if records["conversion"] or records["pretraining"] else []
+    return ModelCardData(
+        language=language,
+        license=license_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        datasets=[dataset_repo_id] if dataset_repo_id else None,
+        tags=["fledge", "trl", "sft", "instruction-tuning", *origin, budget["task"].replace("_", "-")]
+        + ["custom_code"] * bool(files["custom_code"]),
+        model_name=repo_id.split("/")[-1],
+        eval_results=results(budget, records["metrics"], dataset_repo_id) or None,
+        co2_eq_emissions=measured
+        and {"emissions": round(measured["grams"], 3), "source": "codecarbon", "training_type": "fine-tuning"},
+        widget=[{"messages": sample["messages"], "output": {"text": sample["model"]["text"]}} for sample in firsts]
+        or None,
+        inference={"parameters": sampling.decoding()},  # what the page's widget draws by
+    )
+
+
+def results(budget: dict, metrics: dict | None, dataset_repo_id: str | None) -> list["EvalResult"]:
+    """Every metric of the model as the Hub lists it, with its interval, chance and reference."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for name, metric in (metrics["model"] if metrics else {}).items():
+        levels = {"chance": metrics["chance"]["model"].get(name), "reference": metrics["reference"].get(name)}
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset_repo_id or budget["task"],
+                dataset_name=f"{budget['task']} from {budget['source']}",
+                dataset_split=metrics["split"],
+                metric_type=name,
+                metric_name=title(name),
+                metric_value=round(metric["value"], 4),
+                metric_args={
+                    "interval_95": [round(metric["low"], 4), round(metric["high"], 4)],
+                    "n": metric["n"],
+                    **{key: round(level["value"], 4) for key, level in levels.items() if level},
+                },
+            )
+        )
+    return found
+
+
+def how_to_use(folder: Path, budget: dict, samples: list[dict], sampling: Sampling) -> dict:
+    """A prompt, how it is written out, and how its answer is drawn."""
+    from fledge.encoding import encode_prompt, prompt_text
+    from fledge.tasks import load_task
+    from fledge.tokenizers import open_tokenizer
+
+    task, tokenizer = load_task(budget["task"]), open_tokenizer(folder)
+    messages = samples[0]["messages"] if samples else task.example
+    # A model of this kind fails on a position past its last.
+    room = tokenizer.model_max_length - len(encode_prompt(tokenizer, messages))
+    return {
+        "purpose": task.purpose,
+        "messages": messages,
+        "prompt": prompt_text(tokenizer, messages),
+        "max_new_tokens": min(sampling.max_new_tokens, room),
+        "eos_token": tokenizer.eos_token,
+        "drawn": drawn(sampling),
+        "unusual": unusual(sampling),
+    }
+
+
+def what_was_measured(metrics: dict | None, samples: list[dict]) -> dict:
+    """The evaluation in words and tables; nothing of it without one."""
+    if metrics is None:
+        return {"evaluation": None, "failures": []}
+    return {
+        "evaluation": {
+            "asked": asked(metrics),
+            "headline": {called: beside(metrics, who) for who, called in WHO.items()},
+            "remarks": [HELD_AGAINST, *cautions(metrics), *headroom(metrics), *judged_by(metrics)],
+            "table": table(metrics),
+            "by_class": table_by(metrics),
+        },
+        "failures": failures(samples, metrics["meaning"]),
+    }
+
+
+def files_beside(folder: Path) -> dict:
+    """What lies in the repository beside the weights."""
+    exports = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix in (".gguf", ".onnx")]
+    return {
+        "emissions": emissions(folder),
+        "custom_code": sorted(file.name for file in folder.glob("*_fledge_gpt.py")),
+        "has_curve": (folder / "loss_curve.png").exists(),
+        "has_adapter": (folder / "adapter").is_dir(),
+        "exports": sorted(exports),
+    }

@@ -16,6 +16,7 @@ from typing import Any
 
 from fledge.cli import UserError
 from fledge.messages import Answer, Messages
+from fledge.text.baselines import BASELINES, Baseline
 
 FOLLOWING = "instruction_following"
 KINDS = ("string", "strings")
@@ -64,6 +65,9 @@ class Task(ABC):
     may_cut: bool = False
     """Whether `--overflow cut_prompt` may shorten the text that a prompt is about; see `answer_is_lost`."""
 
+    baselines: dict[str, Baseline] = BASELINES
+    """Answers that need no model, by name. The evaluation scores them and shows them beside the model."""
+
     @property
     def name(self) -> str:
         return type(self).__module__.rpartition(".")[2]
@@ -99,6 +103,17 @@ class Task(ABC):
         other splits, on which it is measured.
         """
         return Scorer(self)
+
+    def kind(self, row: dict[str, Any]) -> str:
+        """What kind of thing a row asks for, such as a summary or a name.
+
+        Chance compares an answer with prompts of the same kind, since an answer of another kind proves nothing.
+        """
+        return ""
+
+    def weights(self, rows: list[dict[str, Any]]) -> list[float]:
+        """How much each of the rows that are evaluated counts in the task's metrics."""
+        return [1.0] * len(rows)
 
     def answer_is_lost(self, messages: Messages, shortened: Messages) -> bool:
         """Whether the answer can no longer be given because the text that it is about was shortened (`may_cut`)."""

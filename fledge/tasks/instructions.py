@@ -107,6 +107,9 @@ class Instructions(Task):
             scores["limits_met"] = float(within)
         return scores
 
+    def kind(self, row: dict) -> str:
+        return row["category"]
+
     def answer_is_lost(self, messages: Messages, shortened: Messages) -> bool:
         """Whether an answer stood word for word in the prompt, and no longer does."""
         before, after = (

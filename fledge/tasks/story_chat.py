@@ -7,6 +7,7 @@ The answers come from the record (TinyStories-Instruct) and from rules that answ
 import hashlib
 import random
 import re
+from collections import Counter
 
 from fledge.messages import INPUT_MARK, Answer
 from fledge.tasks import RejectedRecord, Task
@@ -168,6 +169,19 @@ class StoryChat(Task):
         else:
             scores |= {"exact_match": exact_match(reference, text), "f1": f1(reference, text)}
         return scores
+
+    def kind(self, row: dict) -> str:
+        return row["kind"]
+
+    def weights(self, rows: list[dict]) -> list[float]:
+        """Yes and no weigh the same among the questions of a kind that has both, so always "Yes." is right in half."""
+        asked = Counter((row["kind"], row["messages"][-1]["content"]) for row in rows if row["kind"] in SHARE_OF_YES)
+        weights = []
+        for row in rows:
+            of_kind = [count for (kind, _), count in asked.items() if kind == row["kind"]]
+            own = asked[row["kind"], row["messages"][-1]["content"]]
+            weights.append(sum(of_kind) / len(of_kind) / own if of_kind else 1.0)
+        return weights
 
 
 def _answers(record: dict, story: str, rng: random.Random) -> dict[str, str]:

@@ -66,6 +66,13 @@ def test_metrics_file_has_both_models_with_intervals(tiny):
         for key in ("instruction_following", "ending_match", "eos_rate", "perplexity", "completion_loss"):
             assert metrics[name][key].keys() == {"value", "low", "high", "n"}
             assert metrics[name][key]["low"] <= metrics[name][key]["value"] <= metrics[name][key]["high"]
+    for name, chance in metrics["chance"]["model"].items():
+        assert chance["value"] <= metrics["reference"][name]["value"]
+    assert metrics["reference"]["instruction_following"]["value"] > 0.9
+    assert {"ending_match", "topic_words"} <= metrics["chance"]["model"].keys()
+    assert metrics["no_chance"]["eos_rate"] == "it does not depend on the instruction"
+    assert metrics["no_chance"].keys() | metrics["chance"]["model"].keys() == metrics["model"].keys()
+    assert metrics["baselines"]["copied_prompt"]["topic_words"]["value"] == 1.0
     assert metrics["model"]["completion_loss"]["high"] < metrics["base"]["completion_loss"]["low"]
     assert metrics["model"]["eos_rate"]["value"] > metrics["base"]["eos_rate"]["value"]
 

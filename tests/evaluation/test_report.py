@@ -6,8 +6,11 @@ import pytest
 
 from fledge.evaluation.report import (
     answers_id,
+    beside,
+    cautions,
     curves,
     fold_ratings,
+    headroom,
     histogram,
     page,
     read_ratings,
@@ -31,6 +34,12 @@ def scores(met: float) -> dict:
 
 def made(text: str, met: float) -> dict:
     return {"text": text, "tokens": 40 + len(text), "stopped": True, "scores": scores(met)}
+
+
+def of_class(first_sentence: float) -> dict:
+    following = {"instruction_following": metric(0.6)}
+    parts = dict.fromkeys(("base", "model", "chance", "reference"), following)
+    return {"prompts": 2, **parts, "baselines": {"first_sentence": {"instruction_following": metric(first_sentence)}}}
 
 
 @pytest.fixture
@@ -66,12 +75,18 @@ def metrics() -> dict:
             "calibration": [{"said_sad": 0.037, "was_sad": 0.05, "n": 434}],
             "errors": [HOSTILE],
         },
-        "meaning": {name: f"what {name} means" for name in names},
+        "meaning": {name: f"what {name} means" for name in (*names, "first_sentence")},
         "base": {name: metric(value) for name, value in names.items()},
         "model": {name: metric(value + 0.2) for name, value in names.items()},
         "difference": {"instruction_following": metric(0.2), "completion_loss": metric(-0.3)},
-        "reference": {"topic_words": metric(0.7)},
-        "by": {"ending": {"happy": {"prompts": 2, "base": {"instruction_following": metric(0.5)}, "model": {}}}},
+        "chance": {
+            "base": {"instruction_following": metric(0.1), "topic_words": metric(0.45)},
+            "model": {"instruction_following": metric(0.49), "topic_words": metric(0.65)},
+        },
+        "no_chance": {"completion_loss": "it is measured on the held-out answers"},
+        "reference": {"instruction_following": metric(0.99), "topic_words": metric(0.7)},
+        "baselines": {"first_sentence": {"instruction_following": metric(0.3)}},
+        "by": {"ending": {"happy": of_class(0.65), "sad": of_class(0.2)}},
         "loss_by_position": {
             who: [{"first": 1, "last": 1, "nats": top, "n": 3}, {"first": 2, "last": 2, "nats": 1.0, "n": 3}]
             for who, top in (("base", 4.0), ("model", 0.5))
@@ -90,7 +105,7 @@ def test_shares_are_percentages_and_the_rest_is_not():
 def test_a_metric_that_one_model_has_alone_leaves_the_other_cell_empty(metrics):
     del metrics["base"]["topic_words"]
     cells = [cell.strip() for cell in table(metrics).split("\n")[3].split("|")[1:-1]]
-    assert cells == ["topic words", "", "70.0% (60.0 to 80.0)", ""]
+    assert cells == ["topic words", "", "70.0% (60.0 to 80.0)", "", "65.0%", "70.0%"]
     assert len({len(line) for line in table(metrics).split("\n")}) == 1
 
 
@@ -100,6 +115,38 @@ def test_the_report_says_what_everything_means_and_who_judged(metrics):
     assert "right on 99.3% of 434 unseen stories" in text
     assert "- topic words: what topic_words means" in text
     assert re.search(r"ending = happy +\| 2 ", text)
+
+
+def test_a_figure_stands_beside_chance_and_reference(metrics):
+    assert beside(metrics) == "60% (chance 49%, reference 99%)"
+    assert "base 40% (chance 10%, reference 99%), instruct 60% (chance 49%, reference 99%)." in report(metrics)
+    del metrics["chance"]["model"]["instruction_following"]
+    metrics["no_chance"]["instruction_following"] = "it does not depend on the instruction"
+    assert beside(metrics) == "60% (no chance level: it does not depend on the instruction, reference 99%)"
+
+
+def test_a_figure_at_chance_or_at_a_baseline_says_so(metrics):
+    said = cautions(metrics)
+    assert [sentence.partition(" (")[0] for sentence in said] == [
+        "No better than chance: base's topic words",
+        "No better than chance: instruct's instruction following, topic words",
+        "Instruct follows instructions no better than an answer without a model: first sentence",
+    ]
+    assert "first sentence (ending = happy: 65.0%)" in said[-1]
+    for who in ("base", "model"):
+        metrics["chance"][who] = {name: metric(0.05) for name in metrics["chance"][who]}
+    metrics["by"] = {}
+    assert cautions(metrics) == []
+
+
+def test_headroom_is_a_sentence(metrics):
+    assert headroom(metrics) == []
+    names = {"pass@1": 0.5, "pass@2": 0.7, "all_right": 0.3, "all_wrong": 0.1}
+    metrics["headroom"] = {"model": {name: metric(value) for name, value in names.items()}}
+    (said,) = headroom(metrics)
+    assert "50.0% within 1, 70.0% within 2 of 1 answers" in said
+    assert "30.0% have only right answers and 10.0% only wrong ones" in said
+    assert said.endswith("on the other 60.0%.")
 
 
 def test_answers_without_a_score_are_said(metrics):
@@ -180,6 +227,8 @@ def test_in_a_browser(browser, metrics, samples, tmp_path):
         tab.goto(file.as_uri())
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert "owned" not in tab.title().removeprefix("Base against instruct: ")
+        tops = {round(tab.locator(f".figure .{who}").bounding_box()["y"]) for who in ("base", "model")}
+        assert len(tops) == 1
     assert tab.locator("article").count() == 3
     assert tab.locator("article img, article b").count() == 0
 
