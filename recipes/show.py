@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from fledge.cli import read_json, run
-from fledge.evaluation.report import judged_by, table
+from fledge.evaluation.report import beside, cautions, judged_by, table
 
 HEADINGS = {"happy.txt": "A happy ending", "sad.txt": "A sad ending", "answer.txt": "An answer"}
 
@@ -18,8 +18,9 @@ def main():
     runs = Path("runs", name)
     metrics = read_json(runs / "evaluation/metrics.json", "evaluate_model.py")
     print("\n" + "=" * 100)
-    print(f"Base against instruct, {metrics['num_prompts']} held-out prompts, 95% intervals\n")
-    print("\n".join([table(metrics), *judged_by(metrics)]))
+    print(f"Base against instruct, {metrics['num_prompts']} held-out prompts, 95% intervals")
+    print(f"Instruction following: base {beside(metrics, 'base')}, instruct {beside(metrics)}\n")
+    print("\n".join([table(metrics), *cautions(metrics), *judged_by(metrics)]))
     for file, heading in HEADINGS.items():
         if (runs / file).exists():
             print(f"\n{heading}")

@@ -226,7 +226,7 @@ def test_an_empty_split_is_refused(evaluate, tmp_path, monkeypatch):
         splits["test"] = splits["test"].select([])
         return budget, tokenizer, splits
 
-    monkeypatch.setattr("fledge.encoding.open_prepared", with_an_empty_test_split)
+    monkeypatch.setattr("fledge.evaluation.prompts.open_prepared", with_an_empty_test_split)
     with pytest.raises(UserError, match=r"The test split of .* is empty"):
         evaluate(tmp_path / "out")
 

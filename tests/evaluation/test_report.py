@@ -129,7 +129,7 @@ def test_a_figure_at_chance_or_at_a_baseline_says_so(metrics):
     said = cautions(metrics)
     assert [sentence.partition(" (")[0] for sentence in said] == [
         "No better than chance: base's topic words",
-        "No better than chance: instruct's instruction following, topic words",
+        "No better than chance: instruct's topic words",
         "Instruct follows instructions no better than an answer without a model: first sentence",
     ]
     assert "first sentence (ending = happy: 65.0%)" in said[-1]
