@@ -236,7 +236,7 @@ def test_a_dataset_of_an_unknown_task_is_refused(evaluate, tiny, tmp_path):
     shutil.copytree(tiny.data, data)
     budget = json.loads((data / "budget.json").read_text(encoding="utf-8")) | {"task": "juggling"}
     (data / "budget.json").write_text(json.dumps(budget))
-    with pytest.raises(UserError, match="'juggling' is unknown"):
+    with pytest.raises(UserError, match="prepared for 'juggling', which is no shipped task; name its file with --task"):
         evaluate(tmp_path / "out", "--dataset", data)
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from fledge.cli import UserError, read_json
 from fledge.encoding import open_prepared, open_rows, prompt_length
 from fledge.messages import Answer
-from fledge.tasks import Task, load_task
+from fledge.tasks import Task, open_task, task_names
 
 
 @dataclass
@@ -52,13 +52,13 @@ class Prompts:
         ]
 
 
-def read_prompts(data: Path, split: str, num_prompts: int, num_samples: int) -> Prompts:
-    """Opens what `prepare_dataset.py` wrote.
+def read_prompts(data: Path, task_file: str | None, split: str, num_prompts: int, num_samples: int) -> Prompts:
+    """Opens what `prepare_dataset.py` wrote. `task_file` is what --task names, for a task that is not shipped.
 
     Raises:
-        UserError: there is no such dataset or split, the split is empty, or the task is unknown.
+        UserError: there is no such dataset or split, the split is empty, or `task_of` refuses.
     """
-    task = load_task(read_json(data / "budget.json", "prepare_dataset.py", task=str)["task"])
+    task = task_of(data, task_file)
     _, tokenizer, encoded = open_prepared(data)
     if split not in encoded:
         raise UserError(f"{data} has no split {split!r}; it has {', '.join(encoded)}.")
@@ -76,3 +76,21 @@ def read_prompts(data: Path, split: str, num_prompts: int, num_samples: int) -> 
         unseen_rows=[row for name, of_split in rows.items() if name != "train" for row in of_split],
         num_samples=num_samples,
     )
+
+
+def task_of(data: Path, task_file: str | None) -> Task:
+    """The task that a dataset was prepared for.
+
+    Raises:
+        UserError: it is not shipped and --task does not name its file, or --task names another one.
+    """
+    prepared_for = read_json(data / "budget.json", "prepare_dataset.py", task=str)["task"]
+    if task_file is None and prepared_for not in task_names():
+        raise UserError(
+            f"{data} was prepared for {prepared_for!r}, which is no shipped task; name its file with --task "
+            f"{prepared_for}.py, and its code is run."
+        )
+    task = open_task(task_file or prepared_for)
+    if task.name != prepared_for:
+        raise UserError(f"--task {task_file} is the task {task.name}; {data} was prepared for {prepared_for}.")
+    return task

@@ -31,7 +31,7 @@ from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
 from fledge.sources import Chunk, Source
 from fledge.sources.reading import SPLITS
-from fledge.tasks import RejectedRecord, Task, load_task
+from fledge.tasks import RejectedRecord, Task, open_task
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
@@ -83,7 +83,7 @@ class Preparation:
         UserError: a record that the source cannot read.
         UnequalIds: see `TextEncoder`.
         """
-        task, found = load_task(self.task), Found()
+        task, found = open_task(self.task), Found()
         rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], None, self.tokenizer.eos_token_id)], []
         numbered = enumerate(self.source.parse(block.chunk)[: block.limit])
         while records := list(islice(numbered, RECORDS)):
@@ -92,7 +92,7 @@ class Preparation:
                 found.counts["read"] += 1
                 try:
                     # Chance is the record's own, so that its examples do not depend on the records before it.
-                    made = task.examples(record, random.Random(f"{self.seed} {block.name} {number}"))
+                    made = task.checked_examples(record, random.Random(f"{self.seed} {block.name} {number}"))
                 except RejectedRecord as reason:
                     found.rejected[str(reason)] += 1
                     continue
@@ -121,7 +121,7 @@ class Preparation:
                 writable.append(example)
         with encoding_of("A record"):
             encoded = encode(self.tokenizer, [example["messages"] for example in writable], self.encoder)
-        task, rows = load_task(self.task), []
+        task, rows = open_task(self.task), []
         for example, whole in zip(writable, encoded, strict=True):
             messages = example["messages"]
             found.counts["cuttable"] += task.may_cut and shortest(messages) != messages

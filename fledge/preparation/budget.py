@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,7 @@ class Budget:
     splits: dict[str, dict] = field(default_factory=dict)
     license: str | None = None
     columns: dict[str, str | list[str]] = field(default_factory=dict)  # a kind, or the labels of a class
+    about_task: dict[str, Any] = field(default_factory=dict)  # see `Task.about`
 
     def count(self, facts: Facts) -> None:
         """Takes over what was read and what was left out of it on the way to rows."""

@@ -253,15 +253,14 @@ def results(budget: dict, metrics: dict | None, dataset_repo_id: str | None) -> 
 def how_to_use(folder: Path, budget: dict, samples: list[dict], sampling: Sampling) -> dict:
     """A prompt, how it is written out, and how its answer is drawn."""
     from fledge.encoding import encode_prompt, prompt_text
-    from fledge.tasks import load_task
     from fledge.tokenizers import open_tokenizer
 
-    task, tokenizer = load_task(budget["task"]), open_tokenizer(folder)
-    messages = samples[0]["messages"] if samples else task.example
+    about, tokenizer = budget["about_task"], open_tokenizer(folder)
+    messages = samples[0]["messages"] if samples else about["example"]
     # A model of this kind fails on a position past its last.
     room = tokenizer.model_max_length - len(encode_prompt(tokenizer, messages))
     return {
-        "purpose": task.purpose,
+        "purpose": about["purpose"],
         "messages": messages,
         "prompt": prompt_text(tokenizer, messages),
         "max_new_tokens": min(sampling.max_new_tokens, room),

@@ -21,8 +21,6 @@ def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
     """The README of a dataset folder, from its budget report, some of its rows, and the prompt of the first of them."""
     from huggingface_hub import DatasetCardData
 
-    from fledge.tasks import load_task
-
     metadata = DatasetCardData(
         language=None if budget["source"] == "columns" else "en",
         license=budget["license"],
@@ -35,7 +33,7 @@ def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
             }
         ],
     )
-    asks_once = load_task(budget["task"]).asks_once
+    asks_once = budget["about_task"]["asks_once"]
     return render(
         "dataset.md.jinja", metadata=metadata.to_yaml(), budget=budget, rows=rows, prompt=prompt, asks_once=asks_once
     )
@@ -145,25 +143,24 @@ def space_settings(
     model_dir: Path, samples: list[dict], repo_id: str, base_model: str | None, sampling: Sampling
 ) -> dict:
     """What the Space's app.py reads: the models, which pages it shows, and how a visitor's words become a prompt."""
-    from fledge.tasks import load_task
-
-    name = read_json(model_dir / "budget.json", "train_sft.py", task=str)["task"]
-    task = load_task(name)
-    asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [task.example]
+    budget = read_json(model_dir / "budget.json", "train_sft.py", task=str, about_task=dict)
+    name, about = budget["task"], budget["about_task"]
+    asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [about["example"]]
     # An example stands alone: the later turn of a conversation does not.
     alone = [messages for messages in asked if sum(message["role"] == "user" for message in messages) == 1]
     examples = [messages[-1]["content"] for messages in alone[:EXAMPLES]]
     story = chat = None
     if name == "topic_ending":
+        from fledge.tasks import load_task
         from fledge.tasks.topic_ending import instruction, requested
 
         story = {
             "tab": "Story",
             "label": "Topic",
-            "placeholder": requested(task.example[-1]["content"])[0],
+            "placeholder": requested(about["example"][-1]["content"])[0],
             "empty": "Please type a topic first.",
             "instruction": instruction("{topic}", "{ending}"),
-            "endings": list(task.classes["ending"]),
+            "endings": list(load_task(name).classes["ending"]),
             "examples": [list(requested(example)) for example in examples],
         }
     elif name == "story_chat":
@@ -190,9 +187,9 @@ def space_settings(
         "base": base_model,
         "trust_remote_code": any(model_dir.glob("modeling_*.py")),
         "title": repo_id.split("/")[-1],
-        "description": f"A language model trained to {task.purpose}.",
+        "description": f"A language model trained to {about['purpose']}.",
         "notice": NOTICE,
-        "system": [message for message in task.example if message["role"] == "system"],
+        "system": [message for message in about["example"] if message["role"] == "system"],
         "temperature": sampling.temperature,
         "decoding": {key: getattr(sampling, key) for key in ("top_k", "top_p", "repetition_penalty")},
         "length": sampling.max_new_tokens,

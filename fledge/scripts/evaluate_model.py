@@ -28,6 +28,9 @@ class EvaluateArguments:
     model: str = field(metadata={"help": "the folder that train_sft.py wrote, or a model of the Hub"})
     base: str | None = field(default=None, metadata={"help": "the base that it was trained from, likewise"})
     dataset: str | None = field(default=None, metadata={"help": "the folder that prepare_dataset.py wrote"})
+    task: str | None = field(
+        default=None, metadata={"help": "the Python file of a task of your own, whose code is run; others are known"}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     split: str = field(default="test", metadata={"help": "the split to ask from (default test)"})
     num_prompts: int = field(default=200, metadata={"help": "prompts to answer (default 200, or all there are)"})
@@ -89,7 +92,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     ratings = [report.read_ratings(file) for file in args.ratings or []]
-    prompts = read_prompts(Path(args.dataset), args.split, args.num_prompts, args.num_samples)
+    prompts = read_prompts(Path(args.dataset), args.task, args.split, args.num_prompts, args.num_samples)
     scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
     scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
     models = open_models(args, prompts.tokenizer)

@@ -103,8 +103,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> None:
     for name, (_, tokenizer) in zip(names, models, strict=True):
         if not tokenizer.chat_template and (args.interactive or args.ask or args.words):
             raise UserError(f"{name} is a base model without a chat template; give it a --prompt.")
-    task = task_of(args, folder)
-    system = [message for message in task.example if message["role"] == "system"] if task else []
+    system = system_of(args, folder)
     messages = [*system, {"role": "user", "content": question(args)}]
 
     def ids_for(model, tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -170,17 +169,18 @@ def check(args) -> None:
         raise UserError("--compare answers a single prompt; it goes with neither --interactive nor --prompts_file.")
 
 
-def task_of(args, folder: Path):
-    """The task that the model was trained for (`None` if unknown); warns when it is asked for another one's."""
+def system_of(args, folder: Path) -> list[dict[str, str]]:
+    """The system message that the model was trained with, if any; warns when it is asked for another task's."""
     from fledge.cli import read_json
-    from fledge.tasks import load_task
 
-    budget = folder / "budget.json"
-    name = read_json(budget, "train_sft.py", task=str)["task"] if budget.exists() else None
+    file = folder / "budget.json"
+    if not file.exists():
+        return []
+    budget = read_json(file, "train_sft.py", task=str, about_task=dict)
     wanted = "topic_ending" if args.topic else "story_chat" if args.words else None
-    if name and wanted and name != wanted:
-        print(f"{args.model} was trained on the task {name}, and this asks for {wanted}.", file=sys.stderr)
-    return load_task(name) if name else None
+    if wanted and budget["task"] != wanted:
+        print(f"{args.model} was trained on the task {budget['task']}, and this asks for {wanted}.", file=sys.stderr)
+    return [message for message in budget["about_task"]["example"] if message["role"] == "system"]
 
 
 def question(args) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fledge.cli import UserError, check_hub_id, parse
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
-from fledge.tasks import Task, load_task, task_names
+from fledge.tasks import Task, open_task, task_names
 from fledge.terminal import has_colours
 
 if TYPE_CHECKING:
@@ -41,7 +41,13 @@ class PrepareArguments:
     tokenizer: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     source: str = field(default="tinystories_instruct", metadata={"help": "the form of the data"})
-    task: str = field(default="topic_ending", metadata={"help": f"what to make of a record: {', '.join(task_names())}"})
+    task: str = field(
+        default="topic_ending",
+        metadata={
+            "help": f"what to make of a record: {', '.join(task_names())} (default topic_ending), or a Python file "
+            "with a task of your own, whose code is run"
+        },
+    )
     columns: str | None = field(default=None, metadata={"help": "for --source columns: instruction=COLUMN,response=…"})
     template: str | None = field(default=None, metadata={"help": "the prompt's style; default: the task's own"})
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
@@ -129,7 +135,7 @@ def make_plan(args: PrepareArguments) -> Plan:
     transformers.logging.set_verbosity_error()
     shares = None if args.split == "source" else split_shares(args.split)
     max_shard_bytes = bytes_of(args.max_shard_size)
-    source, task = load_source(args.source, args.columns), load_task(args.task)
+    source, task = load_source(args.source, args.columns), open_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
     template = args.template or task.template
     add_template(tokenizer, template)
@@ -140,7 +146,7 @@ def make_plan(args: PrepareArguments) -> Plan:
         raise UserError(f"--overflow {args.overflow} is unknown; choose one of {', '.join(OVERFLOW_POLICIES)}.")
     if args.balance not in (None, *task.classes):
         columns = ", ".join(task.classes) or "none"
-        raise UserError(f"--balance {args.balance} is no column to balance; {args.task} has {columns}.")
+        raise UserError(f"--balance {args.balance} is no column to balance; {task.name} has {columns}.")
     preparation = Preparation(
         source,
         args.task,
@@ -171,13 +177,14 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     args, preparation, classes = plan.arguments, plan.preparation, plan.task.classes
     budget = Budget(
         args.source,
-        args.task,
+        plan.task.name,
         plan.template,
         args.seed,
         preparation.max_length,
         args.overflow,
         license=args.license or plan.source.license(args.data),
         columns={column: list(kind) if column in classes else kind for column, kind in plan.task.columns.items()},
+        about_task=plan.task.about,
     )
     budget.count(facts)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())

@@ -116,7 +116,6 @@ def build(args: PublishArguments, folder: Path) -> None:
     from fledge.cli import read_json
     from fledge.publishing.preflight import check_folder, check_model
     from fledge.publishing.repositories import build_dataset, build_model, build_space, download_records
-    from fledge.tasks import load_task
 
     evaluation_dir = Path(args.evaluation) if args.evaluation else None
     if args.dataset_repo_id:
@@ -129,7 +128,7 @@ def build(args: PublishArguments, folder: Path) -> None:
         names = (args.repo_id, args.license, args.language, args.base_model, args.dataset_repo_id)
         build_model(target, model_dir, evaluation_dir, *names)
         check_folder("model", target)
-        example = load_task(read_json(target / "budget.json", "train_sft.py", task=str)["task"]).example
+        example = read_json(target / "budget.json", "train_sft.py", about_task=dict)["about_task"]["example"]
         print(f"The model reloads and answers: {check_model(target, example)!r}")
         if not evaluation_dir:
             print("The card has no figures, because the model is not evaluated; --evaluation DIR adds them.")

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import pkgutil
 import random
+import sys
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
@@ -77,6 +78,11 @@ class Task(ABC):
         """The class columns with their labels."""
         return {column: kind for column, kind in self.columns.items() if isinstance(kind, tuple)}
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What later stages need to know, as `budget.json` holds it: they need not run the code of a task."""
+        return {"purpose": self.purpose, "asks_once": self.asks_once, "example": self.example}
+
     @abstractmethod
     def examples(self, record: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
         """Makes the examples of one record.
@@ -87,6 +93,26 @@ class Task(ABC):
         Raises:
             RejectedRecord: the record gives no example. An example with a wrong answer is worse than none.
         """
+
+    def checked_examples(self, record: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
+        """The examples of a record, which have what `examples` is to give them.
+
+        Raises:
+            RejectedRecord: the record gives no example.
+            UserError: an example lacks a column or has another one, or its class is none that the task names.
+        """
+        made = self.examples(record, rng)
+        wanted = {"messages", "group", *self.columns}
+        for example in made:
+            if example.keys() != wanted:
+                raise UserError(
+                    f"The task {self.name} made an example of {', '.join(sorted(example))}; it declares "
+                    f"{', '.join(sorted(wanted))}."
+                )
+            for column, labels in self.classes.items():
+                if example[column] not in labels:
+                    raise UserError(f"The task {self.name} made the {column} {example[column]!r}; it names {labels}.")
+        return made
 
     def score(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
         """Scores the answer to a row's prompt, which is all of its messages but the last, the reference answer.
@@ -136,9 +162,18 @@ class Scorer:
         """All metrics of each answer.
 
         `instruction_following` is 1 where every constraint that is scored is met and the answer stopped by itself.
+
+        Raises:
+            UserError: a metric has no meaning, or a value outside 0 to 1.
         """
         scored = []
         for metrics, answer in zip(self.metrics(rows, answers), answers, strict=True):
+            for name, value in metrics.items():
+                if name not in self.task.meaning or not 0 <= value <= 1:
+                    raise UserError(
+                        f"The task {self.task.name} scored an answer {value} in {name}; give a value from 0 to 1, and "
+                        "say in `meaning` what it is."
+                    )
             met = [metrics[name] >= least for name, least in self.task.constraints.items() if name in metrics]
             scored.append({FOLLOWING: float(answer.stopped and all(met)), **metrics})
         return scored
@@ -157,8 +192,37 @@ def load_task(name: str) -> Task:
         UserError: there is no task of that name.
     """
     if name not in task_names():
-        raise UserError(f"The task {name!r} is unknown; choose one of {', '.join(task_names())}.")
+        raise UserError(
+            f"The task {name!r} is unknown; choose one of {', '.join(task_names())}, or a Python file of your own with "
+            "--task."
+        )
     return _task_in(importlib.import_module(f"{__name__}.{name}"))
+
+
+@cache
+def open_task(named: str) -> Task:
+    """Opens what --task names: a shipped task, or a Python file, whose code is run.
+
+    Files are opened only where a person named them, never because a dataset or a model says so.
+
+    Raises:
+        UserError: there is no such task or file, the file cannot be run, or it defines no whole task.
+    """
+    if not named.endswith(".py"):
+        return load_task(named)
+    file = Path(named)
+    if not file.is_file():
+        raise UserError(f"--task {named} is no file; name a Python file, or choose one of {', '.join(task_names())}.")
+    if file.stem in task_names() or not file.stem.isidentifier():
+        raise UserError(f"--task {named} needs another name: an identifier that no shipped task has.")
+    spec = importlib.util.spec_from_file_location(f"{__name__}.{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file's own code raises
+        raise UserError(f"--task {named} cannot be run: {type(error).__name__}: {error}.") from error
+    return _task_in(module)
 
 
 def _task_in(module: ModuleType) -> Task:

@@ -28,8 +28,8 @@ def translation(reference: str, answer: str) -> dict[str, float]:
     import sacrebleu
 
     return {
-        "bleu": sacrebleu.sentence_bleu(answer, [reference], use_effective_order=True).score / 100,
-        "chrf": sacrebleu.sentence_chrf(answer, [reference]).score / 100,
+        "bleu": min(1.0, sacrebleu.sentence_bleu(answer, [reference], use_effective_order=True).score / 100),
+        "chrf": min(1.0, sacrebleu.sentence_chrf(answer, [reference]).score / 100),
     }
 
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from fledge.encoding import encode_prompt
 from fledge.generation.sampling import Sampling
 from fledge.publishing.repositories import GRADIO, space_settings
-from fledge.tasks import task_names
+from fledge.tasks import load_task, task_names
 
 INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"
 ALL = ("--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo")
@@ -190,7 +190,9 @@ def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
 
 @pytest.mark.parametrize("task", task_names())
 def test_every_task_has_a_page_in_the_space(task, tmp_path):
-    (tmp_path / "budget.json").write_text(json.dumps({"task": task}), encoding="utf-8")
+    (tmp_path / "budget.json").write_text(
+        json.dumps({"task": task, "about_task": load_task(task).about}), encoding="utf-8"
+    )
     settings = space_settings(tmp_path, [], "a/b", None, Sampling(temperature=0.7))
     assert settings["story"] or settings["chat"]
     assert settings["temperature"] == 0.7
@@ -202,7 +204,8 @@ def test_every_task_has_a_page_in_the_space(task, tmp_path):
 
 
 def test_an_example_of_the_space_stands_alone(tmp_path):
-    (tmp_path / "budget.json").write_text('{"task": "story_chat"}', encoding="utf-8")
+    budget = {"task": "story_chat", "about_task": load_task("story_chat").about}
+    (tmp_path / "budget.json").write_text(json.dumps(budget), encoding="utf-8")
     turns = [("user", "Tell a story."), ("assistant", "Once."), ("user", "Who is it about?")]
     talk, single = ([{"role": r, "content": c} for r, c in some] for some in (turns, turns[:1]))
     samples = [{"sample": 0, "messages": messages} for messages in (talk, single, talk)]
