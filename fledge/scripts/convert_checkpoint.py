@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from fledge.checkpoints.author_run import Author
+    from fledge.checkpoints.author.call import Author
     from fledge.checkpoints.canonical import CanonicalGPT
     from fledge.checkpoints.facts import Fact
     from fledge.checkpoints.loading import Checkpoint
@@ -205,12 +205,12 @@ def inspect(loaded: Loaded) -> None:
 
 def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
     """Reads the checkpoint as a canonical GPT, and settles its facts by the author's code and by text."""
+    from fledge.checkpoints.author.candidates import code_beside
     from fledge.checkpoints.evidence import settle_by_reference
     from fledge.checkpoints.facts import Fact, Source, Status
     from fledge.checkpoints.probe_text import settle_by_text
     from fledge.checkpoints.questions import settle_what_cannot_matter, without_unused
     from fledge.checkpoints.recognition import fit_vocabulary, recognise
-    from fledge.checkpoints.reference import code_beside
     from fledge.checkpoints.summary import leave_to_code
     from fledge.tokenizers import load_tokenizer
 
@@ -236,7 +236,7 @@ def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
 
 def open_author(args: ConvertArguments, loaded: Loaded) -> "Author | None":
     """The author's own module, if --reference names its code."""
-    from fledge.checkpoints.reference import load_reference
+    from fledge.checkpoints.author.reference import load_reference
 
     if not args.reference:
         return None

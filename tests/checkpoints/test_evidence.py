@@ -19,11 +19,11 @@ from hand_written import (
 )
 from torch import nn
 
+from fledge.checkpoints.author.reference import load_reference
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.evidence import settle_by_reference
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.recognition import recognise
-from fledge.checkpoints.reference import load_reference
 from fledge.checkpoints.summary import verdict
 from fledge.checkpoints.targets import to_target
 from fledge.cli import UserError

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fledge.checkpoints.author.reference import load_reference
 from fledge.checkpoints.loading import Checkpoint
-from fledge.checkpoints.reference import load_reference
 from fledge.cli import UserError
 
 V, D, T, LAYERS, HEADS = 13, 12, 8, 2, 3

@@ -1,113 +1,18 @@
-"""The author's module at work: on the CPU, without dropout, in float64, whatever its forward takes and returns."""
+"""The author's module at work: how its forward is called, and the logits in what it returns."""
 
-import contextlib
 import inspect
-import io
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from fledge.checkpoints.arguments import Shapes
-from fledge.checkpoints.author_code import PLACE
+from fledge.checkpoints.author.kinds import Shapes
+from fledge.checkpoints.author.sandbox import author_runs
 from fledge.checkpoints.proof import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE
 from fledge.cli import UserError
-
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Tamed(TorchFunctionMode):
-    """Keeps the author's code on one device, without dropout, and at full precision.
-
-    `widen` says which tensors stay in float64: "doubles", those that are and that the code would round to float32, or
-    "all", those too that it makes in float32.
-    """
-
-    def __init__(self, widen: str | None = None):
-        super().__init__()
-        self.widen = widen
-
-    def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func in (Tensor.cuda, Tensor.pin_memory):
-            return args[0].to(PLACE.device) if PLACE.device == "cpu" else args[0]
-        if PLACE.device == "meta" and getattr(func, "__name__", "") in FILLED:
-            return args[0] if args else kwargs["tensor"]
-        args = tuple(self._here(argument) for argument in args)
-        kwargs = {key: self._here(value) for key, value in kwargs.items()}
-        if func in DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0} | ({"is_causal": args[5]} if len(args) > 5 else {})
-        if self.widen:
-            args, kwargs = self._wide(func, args, kwargs)
-            if func in CASTS:
-                return self._cast(func, args)
-        return func(*args, **kwargs)
-
-    def _here(self, value: object) -> object:
-        is_device = isinstance(value, torch.device) or (
-            isinstance(value, str) and re.fullmatch(r"(cuda|mps|xpu|cpu)(:\d+)?", value)
-        )
-        return PLACE.device if is_device else value
-
-    def _wide(self, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        narrowed = self.widen == "all" or (args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64)
-        if narrowed:
-            args = tuple(torch.float64 if _is_narrow(value) else value for value in args)
-            kwargs = {key: torch.float64 if _is_narrow(value) else value for key, value in kwargs.items()}
-        return args, kwargs
-
-    def _cast(self, func: Callable, args: tuple) -> Tensor:
-        if args[0].dtype == torch.float64 or self.widen == "all":
-            return args[0].double()
-        return func(*args)
-
-
-DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
-FILLED = {
-    "normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_",
-    "xavier_normal_", "orthogonal_", "zeros_", "ones_", "constant_", "zero_", "fill_",
-}  # fmt: skip
-"""What only sets the numbers of a tensor, which on the meta device has none."""
-CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-
-
-def _is_narrow(value: object) -> bool:
-    return isinstance(value, torch.dtype) and value in NARROW
-
-
-@contextlib.contextmanager
-def author_runs(device: str = "cpu", widen: str | None = None) -> Iterator[None]:
-    """Runs the author's code without its output, its random numbers and its compilation reaching anything else."""
-    compiler, before, dtype = torch.compile, PLACE.device, torch.get_default_dtype()
-    torch.compile, PLACE.device = _not_compiled, device
-    try:
-        if widen == "all":
-            torch.set_default_dtype(torch.float64)
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            torch.random.fork_rng(devices=[]),
-            torch.device(device),  # what is made without a device
-            Tamed(widen),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.compile, PLACE.device = compiler, before
-        torch.set_default_dtype(dtype)
-
-
-def _not_compiled(model: Callable | None = None, **options) -> Callable:
-    return model if model is not None else lambda function: function
 
 
 # What a forward may want beside the ids (B, T), by words of the argument's name; the first that works is taken.

@@ -1,0 +1,79 @@
+"""The arguments of a constructor: plain values, or an object that holds all of them."""
+
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from fledge.checkpoints.author.kinds import kind_of
+from fledge.checkpoints.author.modules import AuthorModule
+from fledge.checkpoints.author.stand_ins import OpenName, StandIn
+from fledge.checkpoints.author.statements import PLAIN
+
+OBJECT = re.compile(
+    r"(^|_)(config|configuration|cfg|conf|args|hparams|hps?|params|opts?|options|settings)$|config", re.I
+)
+"""Names of a constructor's argument that holds all others."""
+
+
+class OpenField(OpenName, AttributeError, KeyError):
+    """A field of the config that nobody gave; code that has a default for it never sees this."""
+
+
+class Config(dict):
+    """A config that a constructor may read as `config["emb_dim"]` or as `config.emb_dim`."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+    def __missing__(self, name: str):
+        raise OpenField(name)
+
+
+def value_of(name: str, values: Mapping[str, object]) -> object:
+    if name not in values:
+        raise OpenName(name)
+    return values[name]
+
+
+def config_type(parameter: inspect.Parameter, module: AuthorModule) -> type | None:
+    """The class of an argument that holds other values: the author's own, or `Config`; None for a plain value."""
+    hint = parameter.annotation
+    if isinstance(hint, str) and hint.isidentifier():
+        with contextlib.suppress(AttributeError, OpenName):
+            hint = getattr(module, hint)
+    default = parameter.default
+    if not isinstance(hint, type) and dataclasses.is_dataclass(type(default)):
+        hint = type(default)
+    if isinstance(hint, type) and hint is not parameter.empty and hint.__module__.startswith("fledge_reference"):
+        return None if issubclass(hint, nn.Module) else hint
+    scalar = hint in (int, float, bool, str) or isinstance(default, (int, float, bool))
+    return Config if OBJECT.search(parameter.name) and not scalar and not isinstance(hint, StandIn) else None
+
+
+def config_of(kind: type, values: dict[str, object]) -> object:
+    if kind is Config:
+        return Config(values)
+    if dataclasses.is_dataclass(kind):
+        given = {}
+        fields = [entry.name for entry in dataclasses.fields(kind) if entry.init]
+        for entry in dataclasses.fields(kind):
+            missing = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+            if entry.init and entry.name in values:
+                given[entry.name] = values[entry.name]
+            elif entry.init and (missing or (isinstance(entry.default, PLAIN) and kind_of(entry.name))):
+                default = inspect.Parameter.empty if missing else entry.default
+                raise OpenName(entry.name, default, kind.__name__, fields)
+        return kind(**given)
+    names = [name for name, p in inspect.signature(kind).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    made = kind(**{name: value_of(name, values) for name in names})
+    for name, value in values.items():
+        if hasattr(made, name) and not callable(getattr(made, name)):
+            with contextlib.suppress(AttributeError):  # a property
+                setattr(made, name, value)
+    return made

@@ -1,0 +1,63 @@
+"""What takes the place of values, packages and options that are not at hand while the author's code is read."""
+
+import argparse
+import inspect
+import types
+
+from torch import nn
+
+
+class OpenName(Exception):
+    """A name whose value only the author's data or command line would show, or that may be another than its default.
+
+    `owner` and `fields` say of which class, with which fields, it is one.
+    """
+
+    def __init__(
+        self, name: str, default: object = inspect.Parameter.empty, owner: str = "", fields: list | None = None
+    ):
+        super().__init__(name)
+        self.name, self.default, self.owner, self.fields = name, default, owner, fields or []
+
+
+class StandIn:
+    """Takes the place of a package that is not installed, and fails only when it is used."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self.__name__ = name
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return StandIn(f"{self._name}.{name}")
+
+    def __call__(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and isinstance(args[0], (type, types.FunctionType)):  # a decorator
+            return args[0]
+        raise ImportError(f"{self._name} is not installed")
+
+    def __getitem__(self, key):  # an annotation
+        return self
+
+    __or__ = __ror__ = __getitem__
+
+    def __mro_entries__(self, bases: tuple) -> tuple:  # a base class, such as lightning's
+        return (nn.Module,) if "Module" in self._name and nn.Module not in bases else ()
+
+
+class Defaults(argparse.ArgumentParser):
+    """What a script's options are when nobody gives any; a required one is None."""
+
+    def parse_args(self, *args, **kwargs):
+        return argparse.Namespace(**{action.dest: action.default for action in self._actions if action.dest != "help"})
+
+    def parse_known_args(self, *args, **kwargs):
+        return self.parse_args(), []
+
+
+ARGPARSE = types.ModuleType("argparse")
+
+
+def refuse(*args):
+    raise RuntimeError("the model's code asks for input or wants to end the program")
