@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fledge.commands import in_commands
+
 # A base has one of these, or neither when another tool made it.
 ORIGINS = ("conversion.json", "pretraining.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,6 +48,10 @@ def parse(
         @override
         def error(self, message: str):
             raise UserError(f"{message}; --help lists every key.")
+
+        @override
+        def format_help(self) -> str:
+            return in_commands(super().format_help())
 
         @override
         def set_defaults_with_config(self, **recipe):
@@ -163,7 +169,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {in_commands(str(error))}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"{Path(sys.argv[0]).name}: interrupted.", file=sys.stderr)

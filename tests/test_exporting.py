@@ -273,7 +273,7 @@ def test_bad_keys(monkeypatch, arguments, message):
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "find_spec", lambda package: None)
     monkeypatch.setattr(sys, "argv", ["export.py", "--model", "m", "--to", "onnx", "--output", str(tmp_path / "x")])
-    with pytest.raises(UserError, match=r"needs onnx, onnxscript, onnxruntime; `pip install 'fledge\[export\]'`"):
+    with pytest.raises(UserError, match=r"needs onnx, onnxscript, onnxruntime; `pip install 'fledge-gpt\[export\]'`"):
         export.main()
 
 

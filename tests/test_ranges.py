@@ -106,7 +106,7 @@ def test_a_range_says_what_it_takes():
         (["--trust_remote_code", "true"], "--trust_remote_code True would have no effect"),
         (["--dropout", "nan"], "--dropout nan is out of range"),
         (["--lora_r", "0"], "--lora_r 0 is out of range"),
-        (["--report_to", "trackio"], r"pip install 'fledge\[track\]'"),
+        (["--report_to", "trackio"], r"pip install 'fledge-gpt\[track\]'"),
         (["--report_to", "nothing"], "pip install nothing"),
         (["--push_to_hub", "true"], "publish.py sends the model"),
         (["--deepspeed", '{"zero_optimization": {"stage": 2}}'], "(?i)deepspeed"),

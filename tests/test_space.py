@@ -18,7 +18,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {ending} {0} <|endoftext|> **not bold**"
 ENDED = re.compile(r"^\d+ tokens, (ended by the model|broken off at the limit)\.$")
 
-gradio = pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'fledge[demo]'")
+gradio = pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'fledge-gpt[demo]'")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from fledge.cli import UserError
 from fledge.evaluation.figures import HEADLINE
 from fledge.evaluation.intervals import NO_SHARES, preference
 
-TEMPLATES = Path(__file__).parents[2] / "model_card"
+# In the package of a wheel; at the root of a checkout.
+TEMPLATES = next(place / "model_card" for place in Path(__file__).parents[1:3] if (place / "model_card").is_dir())
 LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
 WHO = {"base": "base", "model": "instruct"}
 NEUTRAL = ("answer_tokens", "distinct_2")

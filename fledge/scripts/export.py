@@ -32,7 +32,7 @@ def main():
     if args.to not in NEEDED:
         raise UserError(f"--to {args.to} is unknown; choose gguf or onnx.")
     if missing := [package for package in NEEDED[args.to] if find_spec(package) is None]:
-        raise UserError(f"Export to {args.to} needs {', '.join(missing)}; `pip install 'fledge[export]'` brings it.")
+        raise UserError(f"Export to {args.to} needs {', '.join(missing)}; `pip install 'fledge-gpt[export]'` brings it.")
     output = Path(args.output)
     if args.to == "onnx":
         with claimed(output, "export.py", args.overwrite, {"--model": args.model}, "--output") as folder:

@@ -116,7 +116,7 @@ def make_plan(args: PrepareArguments) -> Plan:
         check_hub_id("--push_to_hub", args.push_to_hub)
     check_ranges(args, RANGES)
     if args.near_duplicates and not importlib.util.find_spec("rensa"):
-        raise UserError("--near_duplicates needs the package rensa; pip install 'fledge[dedup]'.")
+        raise UserError("--near_duplicates needs the package rensa; pip install 'fledge-gpt[dedup]'.")
     args.num_proc = (os.cpu_count() or 1) if args.num_proc is None else args.num_proc
 
     import transformers

@@ -183,9 +183,11 @@ def peak_memory_mib() -> int | None:
 
 def commit() -> str | None:
     """The commit of the code that ran, when it ran from a checkout."""
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    command = ["git", "rev-parse", "--show-prefix", "--short=12", "HEAD"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    # An installed package may lie in somebody else's repository, in its .venv.
+    in_repository, _, name = found.stdout.strip().partition("\n")
+    return name if found.returncode == 0 and in_repository == "fledge/training/" else None

@@ -100,7 +100,7 @@ def check_training(config: TrainingArguments) -> None:
         raise UserError("--push_to_hub sends unchecked checkpoints; train without it, and publish.py sends the model.")
     wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
     for tracker in set(wanted) - {"none", "all", *get_available_reporting_integrations()}:
-        package = "'fledge[track]'" if tracker in TRACK else tracker
+        package = "'fledge-gpt[track]'" if tracker in TRACK else tracker
         raise UserError(
             f"--report_to {tracker} needs a package that is missing; pip install {package}, or leave it out."
         )

@@ -81,7 +81,7 @@ def test_a_base_draws_as_the_model_made_of_it(tiny):
 
 
 def test_the_space_draws_as_was_measured_for_model_and_base(published, tiny, monkeypatch):
-    pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'fledge[demo]'")
+    pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'fledge-gpt[demo]'")
     folder, sampling = published
     spec = importlib.util.spec_from_file_location("app", folder / "space" / "app.py")
     app = importlib.util.module_from_spec(spec)

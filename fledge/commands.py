@@ -1,0 +1,60 @@
+"""The stages by the three names a person may start them by: a script, a command of `fledge`, a function of `fledge`."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+
+# The name of the command, which with _ for - is that of the function → the script and its module in fledge/scripts.
+COMMANDS = {
+    "convert": "convert_checkpoint",
+    "prepare": "prepare_dataset",
+    "train": "train_sft",
+    "evaluate": "evaluate_model",
+    "generate": "generate",
+    "export": "export",
+    "publish": "publish",
+    "train-tokenizer": "train_tokenizer",
+    "pretrain": "pretrain",
+    "trim": "trim_vocabulary",
+}
+COMMAND_OF = {script: name for name, script in COMMANDS.items()}
+# A script in a sentence or an example, not a file of that name in another folder.
+NAMED = re.compile(rf"(?<![\w./-])(python |launch |COUNT )?({'|'.join(COMMAND_OF)})\.py\b")
+
+
+@contextlib.contextmanager
+def started_as(name: str, arguments: list[str]) -> Iterator[None]:
+    """Lets a script's `main` find `arguments`, and its messages say that it is `name`, as in `fledge train`."""
+    before, sys.argv = sys.argv, [name, *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def command(script: str) -> str:
+    """What to type for `script` (`train_sft.py`), in the way in which this process was started.
+
+    `fledge train` beside another command of `fledge`, `fledge.train` in Python, else `python train_sft.py`.
+    """
+    name = COMMAND_OF[script.removesuffix(".py")]
+    if sys.argv[0].startswith("fledge "):
+        return f"fledge {name}"
+    if sys.argv[0].startswith("fledge."):
+        return f"fledge.{name.replace('-', '_')}"
+    return f"python {script}"
+
+
+def in_commands(text: str) -> str:
+    """`text` with each script that it names as `command` names it."""
+
+    def typed(match: re.Match) -> str:
+        before, script = match[1] or "", f"{match[2]}.py"
+        said = command(script)
+        if said.startswith("python "):
+            return match[0]
+        launched = before in ("launch ", "COUNT ")  # accelerate launch, torchrun --nproc_per_node COUNT
+        return f"{before}-m {said}" if launched else said
+
+    return NAMED.sub(typed, text)
