@@ -2,6 +2,35 @@
 
 import os
 
+from fledge.api import (
+    Written,
+    convert,
+    evaluate,
+    export,
+    generate,
+    prepare,
+    pretrain,
+    publish,
+    train,
+    train_tokenizer,
+    trim,
+)
+from fledge.cli import UserError
+
+__all__ = [
+    "UserError",
+    "Written",
+    "convert",
+    "evaluate",
+    "export",
+    "generate",
+    "prepare",
+    "pretrain",
+    "publish",
+    "train",
+    "train_tokenizer",
+    "trim",
+]
 __version__ = "0.1.0"
 
 # How often a thread that waits for others looks again before it sleeps. OpenMP's own 300,000 take milliseconds, which

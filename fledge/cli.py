@@ -5,6 +5,7 @@ Only the standard library and TRL's light parser are imported here, so that `--h
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -163,8 +164,10 @@ def _split_config(argument: str) -> list[str]:
 def run(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a `UserError` becomes one sentence on stderr and exit status 2.
 
-    A reader of the output that goes away ends it quietly.
+    A reader of the output that goes away ends it quietly, and what the output's encoding lacks becomes a question mark.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # on Windows a file or pipe is not UTF-8
     try:
         try:
             main()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, parse, write_json
+from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.generation.sampling import Sampling
 
@@ -106,15 +107,18 @@ class Converted:
     has_own_code: bool
 
 
-def main():
+def main() -> Path | None:
+    """Returns the folder it wrote."""
     (args,) = parse(sys.argv[1:], ConvertArguments, description=__doc__)
     if args.inspect or args.dry_run:
-        return convert(args, None)
+        convert(args, None)
+        return None
     if not args.output_dir:
         raise UserError("--output_dir is missing; name the folder to write, or pass --dry_run or --inspect.")
     inputs = {f"--{name}": vars(args)[name] for name in ("checkpoint", "tokenizer", "mapping", "probe_text")}
     with claimed(args.output_dir, "convert_checkpoint.py", args.overwrite, inputs) as output:
         convert(args, output)
+    return output.path
 
 
 def convert(args: ConvertArguments, output: Output | None) -> None:
@@ -167,7 +171,8 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
     if converted.has_own_code:
         print("It has code of its own: Fledge opens it as any model, and elsewhere it needs trust_remote_code=True.")
     print(report["verdict"])
-    print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters. Next: prepare_dataset.py")
+    print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters.")
+    print(f"Next: {command('prepare_dataset.py')}")
 
 
 def load(args: ConvertArguments) -> Loaded:

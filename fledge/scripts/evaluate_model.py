@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fledge.cli import UserError, parse, write_json, writing
+from fledge.commands import command
 from fledge.folders import MARK, Output, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
@@ -62,20 +63,23 @@ class EvaluateArguments:
             raise UserError("--judge_pairs needs --judge_url and --judge_model.")
 
 
-def main():
+def main() -> Path | None:
+    """Returns the folder it wrote."""
     args, sampling = parse(sys.argv[1:], EvaluateArguments, Sampling, description=__doc__)
     sampling.check()
     args.check()
     for name in filter(None, (args.model, args.base)):
         find_model(name)
     if args.capabilities:
-        return show_capabilities(args, sampling)
+        show_capabilities(args, sampling)
+        return None
     inputs = {f"--{name}": vars(args)[name] for name in ("model", "base", "dataset", "ratings")}
     with claimed(args.output_dir, "evaluate_model.py", None, inputs) as output:
         if output.owns_work and not (args.overwrite or args.resume):
             raise UserError(f"{output.path} holds an unfinished evaluation; --resume goes on, --overwrite begins anew.")
         output.check(args.overwrite or args.resume)
         evaluate(args, sampling, output)
+    return output.path
 
 
 def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
@@ -124,7 +128,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     said = [report.table(metrics), *report.cautions(metrics), *report.headroom(metrics), *report.judged_by(metrics)]
     print("\n".join(["", *said]))
     print(f"\n{report.asked(metrics)}, 95% intervals. Instruction following: {report.beside(metrics)}.")
-    print(f"{output.path}/report.html shows every answer.\nNext: generate.py")
+    print(f"{output.path}/report.html shows every answer.\nNext: {command('generate.py')}")
 
 
 def open_models(args: EvaluateArguments, tokenizer) -> dict:

@@ -27,16 +27,20 @@ class ExportArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier export"})
 
 
-def main():
+def main() -> Path:
+    """Returns the file or folder it wrote."""
     (args,) = parse(sys.argv[1:], ExportArguments, description=__doc__)
     if args.to not in NEEDED:
         raise UserError(f"--to {args.to} is unknown; choose gguf or onnx.")
     if missing := [package for package in NEEDED[args.to] if find_spec(package) is None]:
-        raise UserError(f"Export to {args.to} needs {', '.join(missing)}; `pip install 'fledge-gpt[export]'` brings it.")
+        raise UserError(
+            f"Export to {args.to} needs {', '.join(missing)}; `pip install 'fledge-gpt[export]'` brings it."
+        )
     output = Path(args.output)
     if args.to == "onnx":
         with claimed(output, "export.py", args.overwrite, {"--model": args.model}, "--output") as folder:
-            return export(args, lambda *model: to_onnx(folder, *model))
+            export(args, lambda *model: to_onnx(folder, *model))
+            return output
     check_inputs(output, "--output", {"--model": args.model})
     if output.exists() and not (args.overwrite and output.is_file()):
         raise UserError(f"{output} is already there; name another --output or pass --overwrite.")
@@ -45,6 +49,7 @@ def main():
     find_model(args.model)
     with locked(output.resolve(), "--output"):
         export(args, lambda *model: to_gguf(args, *model))
+    return output
 
 
 def is_ours(file: Path) -> bool:

@@ -52,7 +52,8 @@ class GenerateArguments:
     stats: bool = field(default=False, metadata={"help": "say tokens a second, and how many answers ended themselves"})
 
 
-def main():
+def main() -> list[str]:
+    """Returns the answers that it printed or wrote."""
     args, sampling = parse(sys.argv[1:], GenerateArguments, Sampling, description=__doc__)
     sampling.check()
     check(args)
@@ -65,7 +66,7 @@ def main():
             check_inputs(args.output_file, "--output_file", inputs)
             stack.enter_context(locked(Path(args.output_file).resolve(), "--output_file"))
             check_output_file(Path(args.output_file), args.overwrite)
-        answer(args, sampling, folder)
+        return answer(args, sampling, folder)
 
 
 def check_output_file(file: Path, overwrite: bool) -> None:
@@ -86,7 +87,8 @@ def check_output_file(file: Path, overwrite: bool) -> None:
         raise UserError(f"{file} was not written by generate.py and will not be replaced; name another --output_file.")
 
 
-def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> None:
+def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[str]:
+    """The answers to what is asked; they are also printed, or written to --output_file. None of a conversation."""
     import transformers
     from transformers import TextStreamer
 
@@ -121,10 +123,14 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> None:
 
     if args.interactive:
         converse(*models[0], system, sampling, show_stats)
-    elif args.prompts_file:
+        return []
+    if args.prompts_file:
         with show_stats() as answers:
             answers += answer_file(args, *models[0], sampling, lambda asked: ids_for(*models[0], [*system, *asked]))
-    elif args.compare:
+        # An earlier run may have made some of them.
+        with Path(args.output_file).open(encoding="utf-8") as lines:
+            return [json.loads(line)["text"] for line in lines]
+    if args.compare:
         # A base model is asked as its instruct model is, with the template that it lacks.
         (_, one), (_, other) = models
         models = [(m, t if t.chat_template else other if t is one else one) for m, t in models]
@@ -137,15 +143,16 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> None:
             columns.append([answer.text for answer in answers])
         for texts in zip(*columns, strict=True):
             print(side_by_side((args.model, args.compare), texts))
-    else:
-        model, tokenizer = models[0]
-        ids = ids_for(model, tokenizer, messages)
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_samples == 1 else None
-        with show_stats() as answers:
-            answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed, streamer)
-        if not streamer:
-            for number, answer in enumerate(answers, 1):
-                print(f"--- {number}\n{answer.text}\n")
+        return [text for texts in columns for text in texts]
+    model, tokenizer = models[0]
+    ids = ids_for(model, tokenizer, messages)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_samples == 1 else None
+    with show_stats() as answers:
+        answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed, streamer)
+    if not streamer:
+        for number, answer in enumerate(answers, 1):
+            print(f"--- {number}\n{answer.text}\n")
+    return [answer.text for answer in answers]
 
 
 def check(args) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, check_hub_id, parse
+from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
 from fledge.tasks import Task, open_task, task_names
@@ -82,13 +83,15 @@ class Plan:
     preparation: "Preparation"
 
 
-def main():
+def main() -> Path:
+    """Returns the folder it wrote."""
     (args,) = parse(sys.argv[1:], PrepareArguments, description=__doc__)
     inputs = {"--data": args.data, "--tokenizer": args.tokenizer}
     with claimed(args.output_dir, "prepare_dataset.py", args.overwrite, inputs) as output:
         prepare(args, output)
     if args.push_to_hub:
         push(Path(args.output_dir), args.push_to_hub, args.private)
+    return output.path
 
 
 def prepare(args: PrepareArguments, output: Output) -> None:
@@ -105,7 +108,7 @@ def prepare(args: PrepareArguments, output: Output) -> None:
     print(budget.markdown())
     if args.show:
         show(Path(args.output_dir), args.show)
-    print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: train_sft.py")
+    print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: {command('train_sft.py')}")
 
 
 def make_plan(args: PrepareArguments) -> Plan:

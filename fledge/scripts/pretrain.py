@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, attempt, parse, write_json
+from fledge.commands import command
 from fledge.folders import Output, check_inputs, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_tokenizer
@@ -72,7 +73,8 @@ def is_of_hub(tokenizer: str) -> bool:
     return tokenizer != "gpt2" and not Path(tokenizer).exists()
 
 
-def main():
+def main() -> Path:
+    """Returns the folder it wrote."""
     if {"-h", "--help"} & set(sys.argv):  # transformers' own keys take seconds to import
         parse(sys.argv[1:], PretrainArguments, description=__doc__)
     arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
@@ -96,6 +98,7 @@ def main():
     inputs["--tokens_dir"] = str(tokens_dir)
     with claimed(output_dir, "pretrain.py", None, inputs, is_main=config.process_index == 0) as output:
         pretrain(args, config, tokens_dir, output)
+    return output.path
 
 
 def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path, output: Output) -> None:
@@ -232,4 +235,4 @@ def record(trainer: "PretrainTrainer", output: Output, seconds: float, told: tup
             way = f"{made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}) to {made['last_loss']:.3f}"
             print(f"Loss {way}; {made['bits_per_byte']:.4f} bits per byte on held-out text.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "loss"))
-    print(f"Next: prepare_dataset.py --tokenizer {output.path}")
+    print(f"Next: {command('prepare_dataset.py')} --tokenizer {output.path}")

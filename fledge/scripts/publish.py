@@ -66,7 +66,8 @@ def check(args: PublishArguments) -> None:
         raise UserError("--create_pr opens a pull request against main; leave out --revision.")
 
 
-def main():
+def main() -> Path | None:
+    """Returns the folder it wrote, unless that was only made to be sent."""
     (args,) = parse(sys.argv[1:], PublishArguments, description=__doc__)
     check(args)
     output_dir = args.output_dir
@@ -77,7 +78,9 @@ def main():
     with contextlib.ExitStack() as stack:
         if not output_dir:
             output_dir = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='fledge-'))}/publication"
-        publish(args, stack.enter_context(claimed(output_dir, "publish.py", args.overwrite, inputs)))
+        output = stack.enter_context(claimed(output_dir, "publish.py", args.overwrite, inputs))
+        publish(args, output)
+    return output.path if output.path.exists() else None
 
 
 def publish(args: PublishArguments, output: Output) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, attempt, keep_origin, parse, write_json
+from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
@@ -62,7 +63,8 @@ class RunArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
 
 
-def main():
+def main() -> Path:
+    """Returns the folder it wrote."""
     if {"-h", "--help"} & set(sys.argv):  # TRL's own keys take seconds to import
         parse(sys.argv[1:], BaseArguments, RunArguments, description=__doc__)
     arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
@@ -92,6 +94,7 @@ def main():
     inputs = {"--dataset": args.dataset, "--model_name_or_path": model_args.model_name_or_path}
     with claimed(config.output_dir, "train_sft.py", None, inputs, is_main=config.process_index == 0) as output:
         train(args, config, model_args, output)
+    return output.path
 
 
 @dataclass
@@ -273,4 +276,4 @@ def record(trainer: "InstructTrainer", output: Output, seconds: float, inputs: I
         if made["first_loss"] is not None:  # --logging_strategy no
             print(f"Loss {made['first_loss']:.3f} to {made['last_loss']:.3f}.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "completion loss"))
-    print(f"{output.path} holds the model; its loss_curve.png shows the way. Next: evaluate_model.py")
+    print(f"{output.path} holds the model; its loss_curve.png shows the way. Next: {command('evaluate_model.py')}")

@@ -5,8 +5,10 @@ python train_tokenizer.py --data corpus.txt --vocab_size 8000 --output_dir token
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fledge.cli import UserError, parse, write_json
+from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
 
@@ -31,7 +33,8 @@ class TokenizerArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier tokenizer in output_dir"})
 
 
-def main():
+def main() -> Path:
+    """Returns the folder it wrote."""
     (args,) = parse(sys.argv[1:], TokenizerArguments, description=__doc__)
     check_ranges(args, RANGES)
     extra = args.special_tokens
@@ -42,6 +45,7 @@ def main():
         )
     with claimed(args.output_dir, "train_tokenizer.py", args.overwrite, {"--data": args.data}) as output:
         make_tokenizer(args, output)
+    return output.path
 
 
 def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
@@ -64,4 +68,4 @@ def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
         + f"; {record['vocabulary_used']:.0%} of the vocabulary occurs."
     )
     print(f"The longest tokens: {', '.join(map(repr, record['longest_tokens'][:8]))}")
-    print(f"Next: pretrain.py --tokenizer {args.output_dir}")
+    print(f"Next: {command('pretrain.py')} --tokenizer {args.output_dir}")

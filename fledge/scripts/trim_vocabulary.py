@@ -38,13 +38,15 @@ class TrimArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier trimmed model in output_dir"})
 
 
-def main():
+def main() -> Path:
+    """Returns the folder it wrote."""
     (args,) = parse(sys.argv[1:], TrimArguments, description=__doc__)
     check_ranges(args, RANGES)
     source = find_model(args.model)
     inputs = {"--model": args.model, "--data": args.data}
     with claimed(args.output_dir, "trim_vocabulary.py", args.overwrite, inputs) as output:
         trim(args, output, source)
+    return output.path
 
 
 def trim(args: TrimArguments, output: Output, source: Path) -> None:
