@@ -1,7 +1,12 @@
-"""The proof that a converted model computes what its source computed."""
+"""The proof that a converted model computes what the canonical GPT computes.
+
+The same token ids, the probes, go through both. The logits must agree in float64 before anything is written, and in
+float32 after the saved folder is opened again.
+"""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,42 +26,46 @@ ROTATION_TOLERANCE = 1e-7
 FLOAT32_TOLERANCE = 1e-5
 """Largest |Δ logit| in float32, as a share of the largest |logit|. A wrong GELU is about 5e-4 off."""
 READ_AT_ONCE = 1 << 22
-"""Numbers of a file in memory at a time."""
+"""Numbers of a file that are in memory at a time."""
 PROBE_WORK = 4e9
 """Parameters times positions that a probe may cost: a small model is probed at every position of its context."""
+
+Probes = list[tuple[Tensor, Tensor]]
+"""Token ids (B, T), each with the canonical GPT's logits (B, T, V) in float64."""
 
 
 def probe_ids(gpt: CanonicalGPT, avoid: Collection[int] = ()) -> list[Tensor]:
     """Token ids (B, T) that touch a spread of the vocabulary; the same on every run.
 
     One row is as long as the context where the model is small enough; the first and the last token of the vocabulary
-    are in it. Ids to `avoid`, such as padding, are replaced by another.
+    are in it. Four rows are at most eight tokens long. Ids to `avoid`, such as padding, are replaced by another.
     """
     parameters = sum(tensor.numel() for tensor in gpt.tensors.values())
-    long = min(gpt.context_length, max(32, int(PROBE_WORK / parameters)))
+    length = min(gpt.context_length, max(32, int(PROBE_WORK / parameters)))
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(gpt.vocab_size, shape, generator=generator) for shape in ((1, long), (4, min(8, long)))]
-    ids[0][0, 0], ids[0][0, -1] = 0, gpt.vocab_size - 1
+    long = torch.randint(gpt.vocab_size, (1, length), generator=generator)
+    long[0, 0], long[0, -1] = 0, gpt.vocab_size - 1
+    short = torch.randint(gpt.vocab_size, (4, min(8, length)), generator=generator)
     other = next((i for i in range(gpt.vocab_size) if i not in avoid), 0)
-    for avoided in avoid:
-        ids = [torch.where(row == avoided, other, row) for row in ids]
-    return ids
+    for ids in (long, short):
+        for avoided in avoid:
+            ids[ids == avoided] = other
+    return [long, short]
 
 
-def probes_of(gpt: CanonicalGPT) -> list[tuple[Tensor, Tensor]]:
-    """Probes with their reference logits in float64."""
+def probes_of(gpt: CanonicalGPT) -> Probes:
+    """The probes of a model, with its logits."""
     return [(ids, canonical_logits(gpt, ids)) for ids in probe_ids(gpt)]
 
 
 def prove_exact(
-    probes: list[tuple[Tensor, Tensor]],
-    model: PreTrainedModel,
-    weights: Mapping[str, Tensor],
-    folds: Sequence[str] = (),
+    probes: Probes, model: PreTrainedModel, weights: Mapping[str, Tensor], folds: Sequence[str] = ()
 ) -> float:
-    """Largest |Δ logit| against the reference of `model`, on the meta device, running with `weights` in float64.
+    """Proves that `model`, on the meta device, computes the logits of the probes with `weights` in float64.
 
-    It is a share of the largest |logit|: gains of a million make logits, and their rounding, a million times as large.
+    Returns:
+        The largest |Δ logit| as a share of the largest |logit|: gains of a million make logits, and their rounding, a
+        million times as large.
 
     Raises:
         UserError: it is above `FLOAT64_TOLERANCE`, or after a fold past a rotation `ROTATION_TOLERANCE`.
@@ -73,7 +82,7 @@ def prove_exact(
 
 
 def prove_written(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """Reads a safetensors file back: each tensor must be what `weights` says, rows that no probe touches among them.
+    """Proves that a safetensors file holds exactly `weights`, rows that no probe touches among them.
 
     It is read a few rows at a time, and opened anew for each tensor, so that no tensor is in memory a second time.
 
@@ -83,36 +92,35 @@ def prove_written(file: Path, weights: Mapping[str, Tensor]) -> None:
     with safe_open(file, framework="pt") as written:
         names = set(written.keys())
     for name in sorted(names | weights.keys()):
-        if name in names and name in weights:
-            with safe_open(file, framework="pt") as written:
-                if _equal(written.get_slice(name), weights[name]):
-                    continue
-        raise UserError(f"{file} reads back another {name} than was written; is the disk sound?")
+        if name not in names or name not in weights or not _is_written(file, name, weights[name]):
+            raise UserError(f"{file} reads back another {name} than was written; is the disk sound?")
 
 
-def _equal(written, tensor: Tensor) -> bool:
-    """Whether a tensor in a file is `tensor`, both of one dtype."""
-    if tuple(written.get_shape()) != tuple(tensor.shape):
-        return False
-    rows = max(1, READ_AT_ONCE // max(1, tensor[:1].numel()))
-    pieces = range(0, len(tensor), rows)
-    return all(torch.equal(written[begin : begin + rows], tensor[begin : begin + rows]) for begin in pieces)
+def _is_written(file: Path, name: str, tensor: Tensor) -> bool:
+    """Whether the tensor `name` in a file is `tensor`, both of one dtype."""
+    with safe_open(file, framework="pt") as opened:
+        written = opened.get_slice(name)
+        if tuple(written.get_shape()) != tuple(tensor.shape):
+            return False
+        rows = max(1, READ_AT_ONCE // max(1, tensor[:1].numel()))
+        starts = range(0, len(tensor), rows)
+        return all(torch.equal(written[start : start + rows], tensor[start : start + rows]) for start in starts)
 
 
-def rounding(gpt: CanonicalGPT, probes: list[tuple[Tensor, Tensor]]) -> float:
-    """What float32 alone costs this model: largest |Δ logit| of its own reading, as a share of the largest |logit|."""
+def rounding(gpt: CanonicalGPT, probes: Probes) -> float:
+    """What float32 alone costs this model: largest |Δ logit| of its own forward, as a share of the largest |logit|."""
     errors = [(canonical_logits(gpt, ids, torch.float32) - expected).abs().max().item() for ids, expected in probes]
-    largest = max(expected.abs().max().item() for _, expected in probes)
-    return max(errors) / largest if largest else max(errors)
+    return _share(max(errors), probes)
 
 
-def prove_saved(
-    probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel, float32_rounding: float = 0.0
-) -> dict[str, float]:
-    """Largest |Δ logit| of the reloaded float32 `model`, relative to the largest logit, and the share of equal arg max.
+def prove_saved(probes: Probes, model: PreTrainedModel, float32_rounding: float = 0.0) -> dict[str, float]:
+    """Proves that the reloaded float32 `model` computes the logits of the probes.
 
     `float32_rounding` is the model's own (`rounding`). Where it is large, four times as much is allowed, at most ten
     times the usual tolerance, which is still far from a wrong GELU.
+
+    Returns:
+        The largest |Δ logit| as a share of the largest |logit|, and the share of positions with the same arg max.
 
     Raises:
         UserError: the error is above `FLOAT32_TOLERANCE`, or what this model's rounding allows.
@@ -126,10 +134,10 @@ def prove_saved(
 
 @torch.no_grad()
 def prove_greedy(gpt: CanonicalGPT, model: PreTrainedModel, new_tokens: int = 16) -> int:
-    """Lets `model` continue a prompt greedily, with its cache, and asks the reference about each choice.
+    """Proves that `model` continues a prompt greedily, with its cache, as the canonical GPT does.
 
-    A choice is right if no other token has a reference logit larger by more than float32 allows (`FLOAT32_TOLERANCE`),
-    which equal logits of random weights need.
+    A choice is right if no other token has a canonical logit larger by more than float32 allows (`FLOAT32_TOLERANCE`),
+    because random weights may give equal logits.
 
     Returns:
         How many tokens were checked.
@@ -165,27 +173,14 @@ def _streamed(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator
     for module in scaled:  # Gemma's embedding keeps the root of the width in float32
         module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
     experts = model.get_experts_implementation()
-    model.set_experts_implementation("eager")  # of any dtype
+    model.set_experts_implementation("eager")  # it computes in any dtype
     embedding = model.get_input_embeddings()
     tied = next(f"{prefix}.weight" for prefix, module in model.named_modules() if module is embedding)
     for prefix, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        if not own:
-            continue
-
-        def widen(module, inputs, prefix=prefix, own=own):
-            for name in own:
-                key = f"{prefix}.{name}"
-                tensor = weights[key if key in weights else tied]
-                tensor = tensor if isinstance(module, nn.Embedding) else tensor.double()
-                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-
-        def release(module, inputs, output, own=own):
-            for name in own:
-                setattr(module, name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
-            return output.double() if isinstance(module, nn.Embedding) else output
-
-        handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(release)]
+        if own := [name for name, _ in module.named_parameters(recurse=False)]:
+            parameters = {name: weights.get(f"{prefix}.{name}", weights.get(tied)) for name in own}
+            handles.append(module.register_forward_pre_hook(partial(_widen, parameters)))
+            handles.append(module.register_forward_hook(partial(_release, own)))
     try:
         yield
     finally:
@@ -195,6 +190,18 @@ def _streamed(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator
             module.embed_scale = module.embed_scale.float()
         model.set_experts_implementation(experts)
         model.tie_weights()  # or a tied head would be counted as one more matrix
+
+
+def _widen(parameters: Mapping[str, Tensor], module: nn.Module, inputs: object) -> None:
+    for name, tensor in parameters.items():
+        widened = tensor if isinstance(module, nn.Embedding) else tensor.double()
+        setattr(module, name, nn.Parameter(widened, requires_grad=False))
+
+
+def _release(names: list[str], module: nn.Module, inputs: object, output: object) -> object:
+    for name in names:
+        setattr(module, name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
+    return output.double() if isinstance(module, nn.Embedding) else output
 
 
 class _InFloat64(TorchFunctionMode):
@@ -214,14 +221,19 @@ class _InFloat64(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _logit_error(probes: list[tuple[Tensor, Tensor]], model: PreTrainedModel) -> tuple[float, float]:
-    """Largest |Δ logit| as a share of the largest |logit|, and the share of equal arg max."""
-    worst, equal, positions = 0.0, 0, 0
+def _logit_error(probes: Probes, model: PreTrainedModel) -> tuple[float, float]:
+    """Largest |Δ logit| as a share of the largest |logit|, and the share of positions with the same arg max."""
+    model.eval()
+    errors, equal, positions = [], 0, 0
     for ids, expected in probes:
-        logits = model.eval()(input_ids=ids, use_cache=False).logits.double()
-        error = (logits - expected).abs().max().item()
-        worst = max(worst, error) if error == error else error  # a NaN stays a NaN
-        equal += (logits.argmax(-1) == expected.argmax(-1)).sum().item()
+        logits = model(input_ids=ids, use_cache=False).logits.double()
+        errors.append((logits - expected).abs().max())
+        equal += int((logits.argmax(-1) == expected.argmax(-1)).sum())
         positions += ids.numel()
+    return _share(torch.stack(errors).max().item(), probes), equal / positions  # a NaN stays a NaN
+
+
+def _share(error: float, probes: Probes) -> float:
+    """An error as a share of the largest |logit|, or the error itself if all logits are zero."""
     largest = max(logits.abs().max().item() for _, logits in probes)
-    return worst / largest if largest else worst, equal / positions
+    return error / largest if largest else error
