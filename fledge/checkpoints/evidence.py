@@ -1,4 +1,4 @@
-"""The author's own module: the best evidence for what a checkpoint computes, because it decides every fact at once."""
+"""Facts settled by the author's own module: the best evidence, because its logits decide every fact at once."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import Fact, Source, Status
-from fledge.checkpoints.proof import FLOAT64_TOLERANCE, probe_ids
+from fledge.checkpoints.proof import FLOAT64_TOLERANCE, Probes, probe_ids
 from fledge.checkpoints.questions import Questions, Values
 from fledge.cli import UserError
 
@@ -16,7 +16,7 @@ from fledge.cli import UserError
 def settle_by_reference(
     gpt: CanonicalGPT,
     facts: list[Fact],
-    own: Callable[[Tensor], Tensor],
+    author: Callable[[Tensor], Tensor],
     avoid: Collection[int] = (),
     tolerance: float = FLOAT64_TOLERANCE,
 ) -> tuple[CanonicalGPT, float]:
@@ -25,7 +25,7 @@ def settle_by_reference(
     Args:
         gpt: the checkpoint as it is read so far.
         facts: what that rests on; updated in place.
-        own: the author's module, token ids (B, T) → logits (B, T or 1, V).
+        author: the author's module, token ids (B, T) → logits (B, T or 1, V).
         avoid: ids that it treats apart, as padding.
         tolerance: the largest |Δ logit| that counts as equal.
 
@@ -33,68 +33,79 @@ def settle_by_reference(
         The model and its largest |Δ logit|.
 
     Raises:
-        UserError: there are none such; either the module computes something no reading has, or a stated fact is wrong.
+        UserError: no reading computes the same: the module has something that no reading has, or a stated fact is
+            wrong.
     """
     questions = Questions(gpt, facts)
-    probes = [(ids, own(ids)) for ids in probe_ids(gpt, avoid)]
+    probes = [(ids, author(ids)) for ids in probe_ids(gpt, avoid)]
 
-    def largest(values: Values) -> float:
-        return author_error(questions.reading(values), probes).max().item()
-
-    def mean(values: Values) -> float:
+    def mean_error(values: Values) -> float:
+        """The error that descends, over the short probes alone, which cost less."""
         return author_error(questions.reading(values), probes[1:]).mean().item()
 
-    reached = {}
-    for values in _descents(questions, mean):
-        reached[frozenset(values.items())] = error = largest(values)
+    closest = math.inf
+    for values in _descents(questions, mean_error):
+        error = author_error(questions.reading(values), probes).max().item()
+        closest = min(closest, error)
         if error <= tolerance:
             break
     else:
-        stated = ", ".join(f"{fact} ({fact.said_by})" for fact in facts if fact.stated)
-        raise UserError(
-            "Your own module computes something else than these tensors mean to Fledge: logits differ by "
-            f"{min(reached.values()):.1e} under the closest reading."
-            + (
-                f" Is what you stated right: {stated}?"
-                if stated
-                else " No reading that Fledge knows does what it does."
-            )
-        )
+        raise UserError(_no_reading(facts, closest))
     gpt = questions.adopt(values, Source.REFERENCE)
     for fact in facts:
-        if fact.status is not Status.SHOWN and not fact.stated and fact.name != "context_length":  # no logit shows it
+        # No logit shows the context length.
+        if fact.status is not Status.SHOWN and not fact.stated and fact.name != "context_length":
             fact.settle(Source.REFERENCE, f"logits within {error:.0e}")
     return gpt, error
 
 
-def _descents(questions: Questions, error: Callable[[Values], float]) -> Iterator[Values]:
-    """Where steps that lower the error most lead: from the present reading, then from each first step there is.
+def _no_reading(facts: list[Fact], closest: float) -> str:
+    stated = ", ".join(f"{fact} ({fact.said_by})" for fact in facts if fact.stated)
+    question = f"Is what you stated right: {stated}?" if stated else "No reading that Fledge knows does what it does."
+    return (
+        "Your own module computes something else than these tensors mean to Fledge: logits differ by "
+        f"{closest:.1e} under the closest reading. {question}"
+    )
 
-    A step changes one fact, or two where no single one helps: two wrong facts may hide each other.
+
+def _descents(questions: Questions, error: Callable[[Values], float]) -> Iterator[Values]:
+    """The readings to which steps that lower the error most lead.
+
+    They start from the present reading, and then from each reading that is one change away. A step changes one fact,
+    or two if no single change helps, because two wrong facts may hide each other.
     """
     yield questions.now
-    starts = [questions.now, *({**questions.now, **changes} for changes in questions.singles(questions.now))]
+    starts = [questions.now, *(questions.now | changes for changes in questions.singles(questions.now))]
     for start in starts:
         values, now = start, error(start)
         while now > FLOAT64_TOLERANCE:
-            for moves in (questions.singles, questions.pairs):
-                tried = [(error(other), other) for other in ({**values, **changes} for changes in moves(values))]
-                best = min(tried, key=lambda item: item[0], default=(math.inf, values))
-                if best[0] < now:
-                    break
-            else:
+            lower = _step(questions, values, now, error)
+            if lower is None:
                 break
-            now, values = best
+            values, now = lower
         yield values
 
 
-def author_error(gpt: CanonicalGPT, own: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _step(
+    questions: Questions, values: Values, now: float, error: Callable[[Values], float]
+) -> tuple[Values, float] | None:
+    """The best change of one fact, or else of two, if it lowers the error."""
+    for moves in (questions.singles, questions.pairs):
+        tried = [values | changes for changes in moves(values)]
+        errors = [error(other) for other in tried]
+        best = min(range(len(tried)), key=errors.__getitem__, default=None)
+        if best is not None and errors[best] < now:
+            return tried[best], errors[best]
+    return None
+
+
+def author_error(gpt: CanonicalGPT, probes: Probes) -> Tensor:
     """Largest |Δ logit| in float64 for each probe (N,) between the canonical GPT and the author's logits.
 
     Some authors' forward returns the last position alone; then that one is compared.
     """
     errors = []
-    for ids, expected in own:
+    for ids, expected in probes:
         logits = canonical_logits(gpt, ids)[:, -expected.shape[1] :]
         if logits.shape != expected.shape:
             raise UserError(f"--reference gives logits {tuple(expected.shape)} where {tuple(logits.shape)} are due.")

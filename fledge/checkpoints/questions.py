@@ -1,6 +1,5 @@
 """The questions that tensors leave open: which facts are asked of a model, and what each answer would make of it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -19,8 +18,11 @@ CAPS = (None, 15.0, 30.0, 50.0)
 MATTERS = 1e-4
 """A fact is open only if another value changes a logit by more than this share of the largest one."""
 
+Values = dict[str, object]
+"""The values of facts, by name."""
 
-def asked(gpt: CanonicalGPT) -> dict[str, object]:
+
+def asked(gpt: CanonicalGPT) -> Values:
     """The facts that could be otherwise in a model with these tensors, each with what most authors do."""
     tensors = gpt.tensors
     names = {"attention_scale": gpt.usual_scale, "activation": "silu" if gpt.gated else "gelu", "norm_eps": 1e-5}
@@ -106,9 +108,6 @@ def regroup(gpt: CanonicalGPT, into_thirds: bool = False) -> CanonicalGPT:
     return replace(gpt, tensors=tensors)
 
 
-Values = Mapping[str, object]
-
-
 @dataclass
 class Questions:
     """A recognised model, and what its facts could be instead.
@@ -119,7 +118,7 @@ class Questions:
 
     gpt: CanonicalGPT
     facts: list[Fact]
-    now: dict[str, object] = field(init=False)
+    now: Values = field(init=False)
     choices: dict[str, list] = field(init=False)
     open: set[str] = field(init=False)
 
@@ -155,18 +154,19 @@ class Questions:
         gpt = with_positions(gpt, positions) if positions else gpt
         return replace(gpt, attention_scale=SCALES[scale](gpt) if scale in SCALES else scale)
 
-    def singles(self, values: Values) -> list[dict[str, object]]:
-        """Every change of one fact. Heads and how projections are fused say together which rows belong together."""
+    def singles(self, values: Values) -> list[Values]:
+        """Every change of one fact; heads also change together with how projections are fused."""
         return [changes for changes in self._changes(values) if self.differs(values, changes)]
 
-    def pairs(self, values: Values) -> list[dict[str, object]]:
+    def pairs(self, values: Values) -> list[Values]:
         """Every change of two facts that are both assumed."""
         singles = [changes for changes in self._changes(values) if changes.keys() <= self.open]
         both = [a | b for a, b in combinations(singles, 2) if not a.keys() & b.keys()]
         return [changes for changes in both if self.differs(values, changes)]
 
-    def _changes(self, values: Values) -> list[dict[str, object]]:
-        found = [{name: value} for name, all_of in self.choices.items() for value in all_of if value != values[name]]
+    def _changes(self, values: Values) -> list[Values]:
+        found = [{name: value} for name in self.choices for value in self.choices[name] if value != values[name]]
+        # Both facts together say which rows of a fused projection are one head's.
         if {"n_head", "qkv_by_head"} <= self.choices.keys():
             other = not values["qkv_by_head"]
             found += [{"n_head": n, "qkv_by_head": other} for n in self.choices["n_head"] if n != values["n_head"]]
@@ -177,7 +177,7 @@ class Questions:
 
         Parallel blocks are pre-norm, RoPE turns no more than a head, and one head has one scale.
         """
-        after = {**values, **changes}
+        after = values | changes
         if after.get("parallel") and after.get("norm_placement", "pre") != "pre":
             return False
         head_width = len(self.gpt.tensors["blocks.0.query.weight"]) // after.get("n_head", self.gpt.n_head)
@@ -193,9 +193,8 @@ class Questions:
         gpt = self.reading(values)
         for fact in self.facts:
             if fact.name in values:
-                value = (
-                    values[fact.name] if fact.name in ("qkv_by_head", "positions", *ORDERS) else getattr(gpt, fact.name)
-                )
+                # An attention scale is written as a number; what is no field of the model is only among the values.
+                value = vars(gpt).get(fact.name, values[fact.name])
                 if value != fact.value:
                     fact.value, fact.source = value, source
         return gpt
@@ -210,7 +209,7 @@ def without_unused(gpt: CanonicalGPT) -> CanonicalGPT:
 
 
 def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str, list[object]]:
-    """Settles each assumed fact whose other values all give the same logits, and says of the rest which do not.
+    """Settles each assumed fact whose other values all give the same logits.
 
     Returns:
         For each fact that is still assumed, the values that change a logit by more than `MATTERS` of the largest one.
@@ -223,13 +222,15 @@ def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str,
         if not fact.assumed:
             continue
         changes = [changes for changes in questions.singles(questions.now) if changes.keys() == {fact.name}]
-        others = [
-            (one[fact.name], canonical_logits(questions.reading({**questions.now, **one}), ids)) for one in changes
-        ]
-        rivals[fact.name] = [value for value, other in others if change_of(logits, other) > MATTERS]
-        if not rivals[fact.name]:
+        matter = []
+        for change in changes:
+            other = canonical_logits(questions.reading(questions.now | change), ids)
+            if change_of(logits, other) > MATTERS:
+                matter.append(change[fact.name])
+        if matter:
+            rivals[fact.name] = matter
+        else:
             fact.settle(Source.NO_EFFECT, "every value gives the same logits")
-            del rivals[fact.name]
     return rivals
 
 
