@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 from fledge.cpu import describe
 from fledge.encoding import open_prepared, prompt_length
 from fledge.evaluation.measuring import answer_prompts
-from fledge.generation.journal import Journal
-from fledge.generation.sampling import Sampling
+from fledge.journal import Journal
 from fledge.models import load_model
+from fledge.sampling import Sampling
 
 
 def bare(model, tokenizer, prompts, sampling, batch_size) -> int:

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from fledge.cpu import describe, multiplies_bf16
 from fledge.generation.answers import answer_each
-from fledge.generation.sampling import Sampling
 from fledge.models import load_model
+from fledge.sampling import Sampling
 
 SHAPE = GPT2Config(
     n_positions=512, n_embd=384, n_layer=6, n_head=6, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False

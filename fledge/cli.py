@@ -1,4 +1,4 @@
-"""What every script shares: its arguments and its one-sentence errors.
+"""What every script shares: its arguments, its files, and how it ends.
 
 Only the standard library and TRL's light parser are imported here, so that `--help` answers at once.
 """
@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fledge.commands import in_commands
+from fledge.errors import UserError as UserError
 
 # A base has one of these, or neither when another tool made it.
 ORIGINS = ("conversion.json", "pretraining.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-class UserError(Exception):
-    """A mistake the user can mend. The message is one sentence: what was found, what was expected, what to do."""
 
 
 def parse(

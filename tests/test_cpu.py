@@ -63,7 +63,7 @@ import sys, torch
 from fledge.generation.answers import answer_each
 from fledge.models import load_model
 from fledge.generation.onednn import works
-from fledge.generation.sampling import Sampling
+from fledge.sampling import Sampling
 model, tokenizer = load_model(sys.argv[1])
 prompts = [tokenizer("Lily had a ball.")["input_ids"]] * 40
 with torch.autocast("cpu", torch.bfloat16):

@@ -15,11 +15,11 @@ from fledge.evaluation import measuring, wording
 from fledge.evaluation.measuring import answer_prompts
 from fledge.evaluation.report import answers_id
 from fledge.generation.answers import answer_all
-from fledge.generation.journal import Journal
-from fledge.generation.sampling import Sampling
+from fledge.journal import Journal
 from fledge.models import load_model
+from fledge.resizing import add_rows
+from fledge.sampling import Sampling
 from fledge.scripts import evaluate_model
-from fledge.vocabulary import add_rows
 
 
 def read_lines(file: Path) -> list[dict]:

@@ -15,8 +15,8 @@ from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.exporting import GGUF_TOLERANCE, gguf_ids, gguf_logits, largest_error, served_template, write_gguf
 from fledge.generation.answers import answer_batch
-from fledge.generation.sampling import Sampling
 from fledge.models import load_model
+from fledge.sampling import Sampling
 from fledge.scripts import export
 from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer

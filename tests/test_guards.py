@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from fledge.cli import UserError
 from fledge.generation import answers
-from fledge.generation.sampling import Sampling
 from fledge.guards import borrow, check_overrides
 from fledge.models import attention_of
+from fledge.sampling import Sampling
 from fledge.training import sharding, trainer
 from fledge.training.lineage import Lineage, load_optimizer
 from fledge.training.loss import has_fused_head

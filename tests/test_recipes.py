@@ -6,7 +6,7 @@ import yaml
 from conftest import ROOT
 
 from fledge.cli import UserError, parse
-from fledge.generation.sampling import Sampling
+from fledge.sampling import Sampling
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
 

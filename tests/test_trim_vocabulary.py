@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from fledge.cli import UserError, run
-from fledge.pretraining.corpus import pieces
+from fledge.resizing import compare_trimmed, keep_rows, trim_tokenizer
 from fledge.scripts import trim_vocabulary
+from fledge.sources.documents import pieces
 from fledge.tokenizers.fast import characters_of_bytes
-from fledge.vocabulary import compare_trimmed, keep_rows, trim_tokenizer
 
 
 @pytest.fixture(scope="module")

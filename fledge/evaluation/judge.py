@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 
-from fledge.generation.journal import Journal
+from fledge.journal import Journal
 
 FAILURES_IN_A_ROW = 5
 REQUESTS_AT_ONCE = 4

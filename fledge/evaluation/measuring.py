@@ -16,10 +16,10 @@ from fledge.evaluation.intervals import Ratio
 from fledge.evaluation.prompts import Prompts
 from fledge.evaluation.wording import distinct_2
 from fledge.generation.answers import answer_each
-from fledge.generation.journal import Journal
 from fledge.generation.onednn import by_onednn
-from fledge.generation.sampling import Sampling
+from fledge.journal import Journal
 from fledge.messages import Answer
+from fledge.sampling import Sampling
 from fledge.terminal import progress
 
 TOKENS_AT_ONCE = 4096  # a forward's logits over 50,257 tokens are then 0.8 GB

@@ -22,10 +22,10 @@ from typing_extensions import override
 
 from fledge.cli import UserError
 from fledge.generation.onednn import by_onednn
-from fledge.generation.sampling import Sampling
 from fledge.guards import check_overrides
 from fledge.messages import Answer
 from fledge.models import attention_of, context_of
+from fledge.sampling import Sampling
 
 # Prompts read together. Their logits are kept at every place where one of them ends: the square of this, times V.
 PREFILL = 8

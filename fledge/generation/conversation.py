@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt, fitting_words
 from fledge.generation.answers import answer_batch
-from fledge.generation.sampling import Sampling
 from fledge.messages import INPUT_MARK, Messages
 from fledge.models import context_of
+from fledge.sampling import Sampling
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.spelling import Spelling, named

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fledge.cli import UserError, writing
 from fledge.generation.answers import answer_each
-from fledge.generation.journal import Journal
-from fledge.generation.sampling import Sampling
+from fledge.journal import Journal
 from fledge.messages import Answer, Messages
+from fledge.sampling import Sampling
 from fledge.sources.reading import blocks, suffix
 from fledge.sources.values import as_messages, as_text
 from fledge.terminal import progress

@@ -26,9 +26,9 @@ from fledge.cli import UserError
 from fledge.encoding import IGNORED
 from fledge.guards import check_overrides
 from fledge.memory import keep_freed_memory
+from fledge.pretraining.muon import MuonWithAdamW
 from fledge.training.lineage import load_optimizer
 from fledge.training.loss import ScoreTokens
-from fledge.training.muon import MuonWithAdamW
 from fledge.training.run_record import outcome
 from fledge.training.settings import check_training, said_in_words
 from fledge.training.trainer import choose_device_and_precision

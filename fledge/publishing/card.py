@@ -27,7 +27,7 @@ from fledge.evaluation.report import (
     templates,
     title,
 )
-from fledge.generation.sampling import Sampling
+from fledge.sampling import Sampling
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fledge.cli import UserError, read_json, write_json
 from fledge.evaluation.report import TEMPLATES
-from fledge.generation.sampling import Sampling
 from fledge.hub import download
 from fledge.publishing.card import model_card, read_records, read_samples, render
+from fledge.sampling import Sampling
 
 # What training leaves besides the model, and nobody who loads the model needs.
 NOT_PUBLISHED = ("README.md", "training_args.bin")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fledge.cli import UserError, parse, write_json
 from fledge.commands import command
 from fledge.folders import Output, claimed
-from fledge.generation.sampling import Sampling
+from fledge.sampling import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,9 +15,9 @@ from pathlib import Path
 from fledge.cli import UserError, parse, write_json, writing
 from fledge.commands import command
 from fledge.folders import MARK, Output, claimed
-from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges
+from fledge.sampling import Sampling
 from fledge.terminal import has_colours, progress
 
 RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
@@ -138,7 +138,7 @@ def open_models(args: EvaluateArguments, tokenizer) -> dict:
         UserError: a model has another vocabulary than the dataset.
     """
     from fledge.models import load_model
-    from fledge.vocabulary import add_rows
+    from fledge.resizing import add_rows
 
     models = {}
     for who, folder in (("base", args.base), ("model", args.model)):
@@ -154,7 +154,7 @@ def open_models(args: EvaluateArguments, tokenizer) -> dict:
 def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list[int]], output: Output):
     """The journal of answers, with those that an earlier run made from the same weights, prompts and settings."""
     from fledge.evaluation.measuring import fingerprint_of_prompts
-    from fledge.generation.journal import Journal
+    from fledge.journal import Journal
     from fledge.models import fingerprint
 
     made_with = {
@@ -220,7 +220,7 @@ def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) ->
     """Adds a language model's scores and preferences to `samples`, and returns what `metrics.json` says about them."""
     from fledge.evaluation.intervals import preference
     from fledge.evaluation.judge import PAIR, SCORE, Judge, judge_pairs, judge_scores
-    from fledge.generation.journal import Journal
+    from fledge.journal import Journal
 
     journal = Journal(unfinished / "judgements.jsonl", {"--judge_model": args.judge_model, "questions": [SCORE, PAIR]})
     judge = Judge(args.judge_url, args.judge_model, args.judge_timeout, journal)
@@ -248,8 +248,8 @@ def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
     from fledge.encoding import encode_prompt
     from fledge.generation.answers import answer_all
     from fledge.models import load_model
+    from fledge.resizing import add_rows
     from fledge.tasks.story_chat import CAPABILITIES
-    from fledge.vocabulary import add_rows
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

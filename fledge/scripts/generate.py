@@ -18,10 +18,10 @@ from pathlib import Path
 
 from fledge.cli import UserError, parse, writing
 from fledge.folders import check_inputs
-from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
 from fledge.locks import locked
 from fledge.ranges import AT_LEAST_ONE, check_ranges
+from fledge.sampling import Sampling
 
 RANGES = {"num_samples": AT_LEAST_ONE, "batch_size": AT_LEAST_ONE}
 WAYS = ("prompt", "topic", "words", "ask", "interactive", "prompts_file")
@@ -96,7 +96,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
     from fledge.generation.conversation import converse, fit_beginning, fit_prompt
     from fledge.generation.prompts_file import answer_file
     from fledge.models import context_of, load_model
-    from fledge.vocabulary import add_rows
+    from fledge.resizing import add_rows
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from fledge.cli import UserError, attempt, parse, write_json
 from fledge.commands import command
 from fledge.folders import Output, check_inputs, claimed
-from fledge.generation.sampling import Sampling
 from fledge.hub import find_tokenizer
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
+from fledge.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, TrainerCallback

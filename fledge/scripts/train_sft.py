@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from fledge.cli import UserError, attempt, keep_origin, parse, write_json
 from fledge.commands import command
 from fledge.folders import Output, claimed
-from fledge.generation.sampling import Sampling
 from fledge.hub import find_model
 from fledge.ranges import check_ranges
+from fledge.sampling import Sampling
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -160,11 +160,11 @@ def load_inputs(args: RunArguments, seed: int, model_args: "ModelConfig") -> Inp
         UserError: one of them cannot be used, or they do not fit together.
     """
     from fledge.models import context_of
+    from fledge.resizing import add_rows
     from fledge.tokenizers import open_tokenizer
     from fledge.training.dataset import check_supervised, longest_row, open_dataset
     from fledge.training.trainable import adapter_config, freeze
     from fledge.training.trainer import check_fit, open_base
-    from fledge.vocabulary import add_rows
 
     base, model = open_base(model_args, args.dropout)
     own = open_tokenizer(base)

@@ -55,9 +55,9 @@ def trim(args: TrimArguments, output: Output, source: Path) -> None:
     import transformers
 
     from fledge.models import load_model
-    from fledge.pretraining.corpus import pieces
+    from fledge.resizing import keep_rows, trim_tokenizer
+    from fledge.sources.documents import pieces
     from fledge.tokenizers.training import HeldOut
-    from fledge.vocabulary import keep_rows, trim_tokenizer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -114,7 +114,7 @@ def measure(before: "ModelAndTokenizer", after: "ModelAndTokenizer", old_ids: li
         UserError: no text fits the context.
     """
     from fledge.models import context_of
-    from fledge.vocabulary import compare_trimmed
+    from fledge.resizing import compare_trimmed
 
     context = context_of(before[0].config)
     begun = [text[: 2 * context] for text in texts[:200]]  # characters: half a context or so

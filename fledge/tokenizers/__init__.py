@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from fledge.cli import UserError
 from fledge.hub import find_tokenizer
 from fledge.tokenizers.fast import UnequalIds
+from fledge.tokenizers.handmade import UNKNOWN_TOKENS, from_vocabulary, read_pickle, read_text
 from fledge.tokenizers.sentencepiece import read_llama2c, read_sentencepiece
-from fledge.tokenizers.vocabulary import UNKNOWN_TOKENS, from_vocabulary, read_pickle, read_text
 
 END_TOKENS = (
     "<|endoftext|>",

@@ -16,8 +16,8 @@ from fledge.checkpoints.targets import TARGETS
 from fledge.cli import UserError
 from fledge.exporting import ARCHITECTURES, ONNX_TOLERANCE, largest_error, onnx_logits, write_gguf, write_onnx
 from fledge.generation.answers import answer_all, is_batched
-from fledge.generation.sampling import Sampling
 from fledge.models import context_of
+from fledge.sampling import Sampling
 from fledge.training.attention import attend_by_rows
 from fledge.training.loss import has_plain_logits, score_supervised_only
 

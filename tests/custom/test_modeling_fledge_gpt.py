@@ -13,7 +13,7 @@ from fledge.custom import FILES, FledgeGPTConfig, check_custom_code, open_as_str
 from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
 from fledge.exporting import write_gguf, write_onnx
 from fledge.generation.answers import answer_each
-from fledge.generation.sampling import Sampling
+from fledge.sampling import Sampling
 
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 IDS = torch.randint(VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(1))

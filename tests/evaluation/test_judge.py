@@ -16,7 +16,7 @@ from fledge.evaluation.judge import (
     parse_score,
     score_question,
 )
-from fledge.generation.journal import Journal
+from fledge.journal import Journal
 
 REQUESTS = [f"Write story {i}." for i in range(4)]
 ANSWERS = {"base": [f"base story {i}" for i in range(4)], "model": [f"model story {i}" for i in range(4)]}

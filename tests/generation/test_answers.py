@@ -24,8 +24,8 @@ from transformers import (
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.generation.answers import answer_all, answer_batch, answer_each, likely
-from fledge.generation.sampling import Sampling
 from fledge.models import load_model
+from fledge.sampling import Sampling
 
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 

@@ -7,8 +7,8 @@ from fledge.cli import UserError
 from fledge.encoding import encode_prompt
 from fledge.generation.answers import answer_each
 from fledge.generation.prompts_file import read_prompts
-from fledge.generation.sampling import Sampling
 from fledge.models import load_model
+from fledge.sampling import Sampling
 from fledge.scripts import generate
 
 PROMPTS = [f"Write a story about: Lily took a kite number {n}." for n in range(7)]

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from fledge.cli import UserError, run
 from fledge.encoding import IGNORED
-from fledge.pretraining.corpus import END, pieces
 from fledge.pretraining.pretrainer import flops_per_token, new_gpt2, score_in_cache
 from fledge.pretraining.tokens import Blocks, Corpus, TokenWriter, open_tokens
 from fledge.scripts import pretrain as script
+from fledge.sources.documents import END, pieces
 from fledge.training.run_record import Progress
 
 SIZES = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--context_length", 16)

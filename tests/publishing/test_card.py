@@ -12,9 +12,9 @@ from markdown_it import MarkdownIt
 from safetensors import safe_open
 
 from fledge.cli import UserError
-from fledge.generation.sampling import Sampling
 from fledge.publishing.card import cell, count_parameters, emissions, failures, fenced, model_card, read_records, render
 from fledge.publishing.preflight import check_card
+from fledge.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

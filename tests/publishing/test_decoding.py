@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, pipeline
 
-from fledge.generation.sampling import Sampling
+from fledge.sampling import Sampling
 from fledge.scripts import publish
 
 KEYS = (

@@ -15,8 +15,8 @@ from hub import TOKEN, Hub
 from transformers import AutoTokenizer
 
 from fledge.encoding import encode_prompt
-from fledge.generation.sampling import Sampling
 from fledge.publishing.repositories import GRADIO, space_settings
+from fledge.sampling import Sampling
 from fledge.tasks import load_task, task_names
 
 INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"

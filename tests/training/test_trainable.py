@@ -3,9 +3,9 @@ import torch
 from small import MODELS, VOCAB_SIZE, random_rows, small_tokenizer, trainer_for
 from trl import ModelConfig, SFTTrainer
 
+from fledge.resizing import add_rows
 from fledge.training.trainable import adapter_config, blocks_of
 from fledge.training.trainer import prepare_model
-from fledge.vocabulary import add_rows
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -3,7 +3,7 @@ import copy
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fledge.training.muon import MuonWithAdamW
+from fledge.pretraining.muon import MuonWithAdamW
 
 
 def small_model() -> GPT2LMHeadModel:

@@ -1,7 +1,7 @@
 import pytest
 
 from fledge.cli import UserError
-from fledge.generation.journal import Journal
+from fledge.journal import Journal
 
 SETTINGS = {"--temperature": 0.8, "--seed": 0}
 

@@ -3,7 +3,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from fledge.vocabulary import add_rows
+from fledge.resizing import add_rows
 
 
 def tokenizer_of(count: int) -> PreTrainedTokenizerFast:
