@@ -10,16 +10,24 @@ NUMERICAL := tests/checkpoints tests/custom tests/generation tests/pretraining t
 	tests/evaluation/test_measuring.py tests/test_encoding.py tests/test_vocabulary.py
 CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2
 
-.PHONY: quickstart test test-cpus lint bench clean
+.PHONY: quickstart check test test-cpus test-lowest lint bench clean
 
 quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
+
+# The daily tests: no script runs to its end, no model is trained for long, no browser starts, no port is opened.
+check: $(VENV)/ready
+	HF_HUB_OFFLINE=1 python -m pytest -n 2 -m "not slow and not browser and not network"
 
 test: $(VENV)/ready
 	HF_HUB_OFFLINE=1 python -m pytest -n 2 -rs
 
 test-cpus: $(VENV)/ready
 	for cpu in $(CPUS); do echo "== $$cpu"; env $$cpu HF_HUB_OFFLINE=1 python -m pytest -n 2 $(NUMERICAL) || exit 1; done
+
+# On the lowest versions that pyproject.toml allows, in an environment of its own.
+test-lowest: build/lowest/ready
+	HF_HUB_OFFLINE=1 build/lowest/bin/python -m pytest -n 2 -rs
 
 lint: $(VENV)/ready
 	ruff check .
@@ -31,6 +39,12 @@ bench: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --constraint constraints.txt --editable '.[dev,eval]'
+	touch $@
+
+build/lowest/ready: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python tests/lowest.py > build/lowest/constraints.txt
+	build/lowest/bin/python -m pip install --constraint build/lowest/constraints.txt --editable '.[dev,track]'
 	touch $@
 
 clean:

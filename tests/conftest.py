@@ -59,6 +59,14 @@ def run_script(*arguments: object, check: bool = True, **variables: str) -> subp
     return done
 
 
+def pytest_collection_modifyitems(items):
+    """A test that needs the folders of five scripts is slow, and one that needs a browser is marked so."""
+    for item in items:
+        for fixture, mark in (("tiny", pytest.mark.slow), ("browser", pytest.mark.browser)):
+            if fixture in item.fixturenames:
+                item.add_marker(mark)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """Folders `base`, `data`, `model`, `evaluation`, `repository`, each written by the script whose work it is.

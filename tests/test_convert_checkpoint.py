@@ -16,6 +16,8 @@ from fledge.checkpoints import proof
 from fledge.cli import run
 from fledge.scripts import convert_checkpoint
 
+pytestmark = pytest.mark.slow
+
 STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was lazy, and it slept all day."]
 SCRATCH = {"activation": "gelu_tanh", "attention_scale": 8**-0.5, "norm_eps": 1e-5, "embedding_scale": 1.0}
 SCRATCH |= {"causal": True, "norm_placement": "pre", "parallel": False}

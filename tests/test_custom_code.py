@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 from fledge.cli import UserError
 from fledge.custom import FILES, check_custom_code
 
+pytestmark = pytest.mark.slow
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int):

@@ -21,6 +21,8 @@ from fledge.resizing import add_rows
 from fledge.sampling import Sampling
 from fledge.scripts import evaluate_model
 
+pytestmark = pytest.mark.slow
+
 
 def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]

@@ -8,6 +8,8 @@ from conftest import ROOT, load_scratch_gpt, run_script, write_records
 from fledge.sources import load_source
 from fledge.tasks import load_task
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 
 

@@ -21,6 +21,8 @@ from fledge.scripts import export
 from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEXT = "Once upon a time, there was a dog. It's 12 o'clock — naïve café! They  ran.\n\nThe end."
 V = 300
 SIZES = {"vocab_size": V, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}

@@ -7,6 +7,8 @@ from hub import Hub, Repository
 from small import VOCAB_SIZE, small_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
 MISSING = {
     "generate.py": ["--model", "{}", "--prompt", "x"],
     "evaluate_model.py": ["--model", "{}", "--capabilities"],

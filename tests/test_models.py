@@ -15,6 +15,8 @@ from fledge.cli import UserError, read_json
 from fledge.models import context_of, load_model, open_model
 from fledge.scripts import evaluate_model, export, generate, train_sft, trim_vocabulary
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:

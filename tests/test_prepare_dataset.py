@@ -20,6 +20,8 @@ from fledge.tasks.topic_ending import requested
 from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 END = "<|endoftext|>"
 TOPICS = 120
 SPLITS = ("train", "validation", "test")

@@ -10,6 +10,8 @@ from fledge.tokenizers import load_tokenizer
 
 pytest.importorskip("datatrove")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("way", [(), ("--ray",)], ids=["here", "on Ray"])
 def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(way, tmp_path, monkeypatch):

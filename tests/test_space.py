@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 from hub import Hub, Repository
 
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {ending} {0} <|endoftext|> **not bold**"
 ENDED = re.compile(r"^\d+ tokens, (ended by the model|broken off at the limit)\.$")

@@ -21,6 +21,8 @@ from fledge.folders import claimed, write_mark
 from fledge.scripts import train_sft
 from fledge.training.run_record import Progress
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 QUIET = ("--bf16", "False", "--eval_strategy", "no", "--per_device_train_batch_size", "8", "--use_cpu")
 

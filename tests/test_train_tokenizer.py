@@ -12,6 +12,8 @@ from fledge.scripts import train_tokenizer
 from fledge.sources.documents import END, pieces
 from fledge.tokenizers.training import HeldOut, report, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def opened(corpus):

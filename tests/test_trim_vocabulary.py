@@ -22,6 +22,8 @@ from fledge.scripts import trim_vocabulary
 from fledge.sources.documents import pieces
 from fledge.tokenizers.fast import characters_of_bytes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):

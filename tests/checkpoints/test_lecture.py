@@ -14,6 +14,8 @@ from hand_written import lecture
 from fledge.encoding import open_rows
 from fledge.text.stories import sentences
 
+pytestmark = pytest.mark.slow
+
 NAMES, WORDS = (
     ("ROMEO", "JULIET"),
     ("love", "the", "moon", "is", "my", "and", "sun", "Speak", "one", "two", "sentences"),

@@ -23,6 +23,8 @@ from fledge.scripts import pretrain as script
 from fledge.sources.documents import END, pieces
 from fledge.training.run_record import Progress
 
+pytestmark = pytest.mark.slow
+
 SIZES = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--context_length", 16)
 
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, pipeline
 from fledge.sampling import Sampling
 from fledge.scripts import publish
 
+pytestmark = pytest.mark.slow
+
 KEYS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams"),
     *("repetition_penalty", "no_repeat_ngram_size", "penalty_alpha", "exponential_decay_length_penalty"),

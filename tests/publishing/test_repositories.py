@@ -19,6 +19,8 @@ from fledge.publishing.repositories import GRADIO, space_settings
 from fledge.sampling import Sampling
 from fledge.tasks import load_task, task_names
 
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
 INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"
 ALL = ("--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo")
 

@@ -11,6 +11,8 @@ import fledge.publishing.upload
 from fledge.cli import UserError
 from fledge.publishing.upload import send
 
+pytestmark = pytest.mark.network
+
 CARD = b"---\nlicense: mit\n---\n\n# A model\n"
 WEIGHTS = bytes(range(256)) * 64
 
