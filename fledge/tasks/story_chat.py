@@ -13,7 +13,7 @@ from fledge.messages import INPUT_MARK, Answer
 from fledge.tasks import RejectedRecord, Task
 from fledge.text.overlap import exact_match, f1, rouge
 from fledge.text.stories import COMPLETE, ends_happily, happenings, main_character, moral, sentences, speaks
-from fledge.text.words import content_words, used
+from fledge.text.words import content_words, is_run, used
 
 SYSTEM = {
     "role": "system",
@@ -95,6 +95,7 @@ class StoryChat(Task):
         "f1": "words shared with the reference answer to a question (harmonic mean of precision and recall)",
         "long_enough": "a story that was asked for has at least three sentences",
         "short_enough": "a summary or an account is less than half as long as its prompt",
+        "own_words": "a summary or an account is not just a piece of its text, where the reference is none either",
         "no_role_leak": "no role token of the conversation stands in the answer",
     }
     constraints = {
@@ -105,6 +106,7 @@ class StoryChat(Task):
         "short_enough": 1.0,
         "moral_rougeL": 0.5,
         "exact_match": 1.0,
+        "own_words": 1.0,
         "no_role_leak": 1.0,
     }
 
@@ -164,6 +166,8 @@ class StoryChat(Task):
             scores |= rouge(reference, text)
             scores["grounded"] = len(wanted & content_words(given)) / len(wanted) if wanted else 0.0
             scores["short_enough"] = float(2 * len(text) < len(given))
+            if not is_run(reference, given):
+                scores["own_words"] = float(not is_run(text, given))
         elif kind == "moral":
             scores["moral_rougeL"] = rouge(reference, text)["rougeL"]
         else:

@@ -50,3 +50,12 @@ def content_words(text: str) -> set[str]:
     """Lower-case words that carry meaning, with plain plural and past endings taken off."""
     words = re.findall(r"[a-z]+", text.lower().replace("’", "'").replace("'s", ""))
     return {re.sub(r"(?<=\w{3})(es|s|ed|ing|e)$", "", word) for word in words if word not in FUNCTION_WORDS}
+
+
+def is_run(words: str, text: str) -> bool:
+    """Whether `words` stand in `text` one after the other; case, punctuation and possessives do not count.
+
+    >>> is_run("The cat sat.", "Then the cat sat down.")
+    True
+    """
+    return f" {' '.join(in_order(words))} " in f" {' '.join(in_order(text))} "

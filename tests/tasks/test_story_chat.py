@@ -232,6 +232,28 @@ def test_every_metric_has_a_meaning_and_occurs():
     assert TASK.scorer([], []).judge == {}
 
 
+@pytest.mark.parametrize("kind", ["summary", "what"])
+def test_a_copied_first_sentence_does_not_follow(kind):
+    row = row_of(kind, "Lily loses her ball and a dog finds it.")
+    (copied,) = TASK.baselines["first_sentence"].answers([row], [], TASK.kind)
+    assert STORY.startswith(copied)
+    assert scored(row, copied) | {"instruction_following": 0, "own_words": 0, "grounded": 1} == scored(row, copied)
+    assert scored(row, "lily had a RED ball")["own_words"] == 0
+    assert scored(row, "Lily had a ball.")["instruction_following"] == 1
+    extract = row_of(kind, "Lily had a red ball.")  # what the source itself calls a summary
+    assert "own_words" not in scored(extract, copied)
+
+
+def test_always_yes_is_right_in_half_of_the_questions():
+    rows = [row_of("happy", "Yes.")] * 166 + [row_of("happy", "No.")] * 4 + [row_of("who", "Lily.")] * 30
+    weights = TASK.weights(rows)
+    right = [weight * scored(row, "Yes.")["exact_match"] for row, weight in zip(rows, weights, strict=True)]
+    assert sum(right[:170]) / sum(weights[:170]) == pytest.approx(0.5)
+    assert sum(weights[:170]) == pytest.approx(170)  # the kind as a whole counts as before
+    assert weights[170:] == [1.0] * 30
+    assert TASK.weights([row_of("talk", "No.")] * 3) == [1.0] * 3
+
+
 def test_the_capabilities_ask_with_the_plain_phrasing():
     assert list(CAPABILITIES) == ["summary", "words", "who", "what"]
     for kind, messages in CAPABILITIES.items():
