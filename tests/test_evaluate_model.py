@@ -113,6 +113,27 @@ def test_several_answers_to_a_prompt(evaluate, tmp_path):
     assert [(sample["prompt"], sample["sample"]) for sample in samples] == [(i, j) for i in range(4) for j in range(3)]
     assert (metrics["num_prompts"], metrics["num_samples"], metrics["model"]["eos_rate"]["n"]) == (4, 3, 4)
     assert len({sample["base"]["text"] for sample in samples[:3]}) > 1
+    following = [sample["model"]["scores"]["instruction_following"] for sample in samples]
+    right = [sum(following[i : i + 3]) for i in range(0, 12, 3)]
+    headroom = metrics["headroom"]["model"]
+    assert headroom["pass@1"]["value"] == pytest.approx(metrics["model"]["instruction_following"]["value"])
+    assert headroom["pass@3"]["value"] == pytest.approx(sum(count > 0 for count in right) / 4)
+    assert headroom["all_wrong"]["value"] == pytest.approx(sum(count == 0 for count in right) / 4)
+    assert "Headroom of instruct: " in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_with_equal_logits_gets_no_marks(tiny, evaluate, tmp_path, temperature):
+    model, tokenizer = load_model(str(tiny.model))
+    model.get_output_embeddings().weight.data.zero_()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "flat")
+    said = evaluate(tmp_path / "out", "--model", tmp_path / "flat", "--temperature", temperature)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["model"]["perplexity"]["value"] == pytest.approx(model.config.vocab_size, rel=1e-4)
+    for name in ("instruction_following", "topic_words"):
+        assert metrics["model"][name]["value"] < 0.1
+    assert "No better than chance: instruct's instruction following" in said
 
 
 def test_answers_are_those_of_each_prompt_alone(tiny, tmp_path):

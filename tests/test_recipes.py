@@ -8,7 +8,7 @@ from conftest import ROOT
 from fledge.cli import UserError, parse
 from fledge.sampling import Sampling
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name != "accelerate")
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in ("accelerate", "lm_eval"))
 
 
 def dataclasses_of(stage: str) -> list[type]:

@@ -140,6 +140,14 @@ def test_killed_and_resumed_equals_straight(small, tmp_path, capsys):
     assert (one["resumed"], other["resumed"]) == (False, True)
 
 
+def test_the_same_seed_trains_the_same_weights_and_another_seed_others(small, tmp_path):
+    for name, seed in (("one", 5), ("again", 5), ("other", 6)):
+        train(small, tmp_path / name, "--max_steps", 3, "--seed", seed)
+        torch.rand(7)  # what else draws in this process changes nothing
+    assert changed(tmp_path / "one", tmp_path / "again") == set()
+    assert changed(tmp_path / "one", tmp_path / "other")
+
+
 def test_going_on_with_something_else_is_refused_or_recorded(small, tmp_path, capsys, monkeypatch):
     steps = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1, "--warmup_steps", 0)
     first = tmp_path / "first"
