@@ -8,7 +8,8 @@ from conftest import ROOT
 from fledge.cli import UserError, parse
 from fledge.sampling import Sampling
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in ("accelerate", "lm_eval"))
+OF_OTHERS = ("accelerate", "lm_eval")  # files that other programs read
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in OF_OTHERS)
 
 
 def dataclasses_of(stage: str) -> list[type]:
