@@ -15,7 +15,8 @@ from fledge.checkpoints.assembly import assemble, check_shapes, reordered, with_
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import Fact, Source, from_config
 from fledge.checkpoints.known_layouts import LAYOUTS
-from fledge.checkpoints.loading import Checkpoint, LeftOut
+from fledge.checkpoints.loading import Checkpoint
+from fledge.checkpoints.loading.weights import LeftOut
 from fledge.checkpoints.questions import asked, heads_fit, regroup
 from fledge.checkpoints.roles import detect
 from fledge.checkpoints.settling import Settling, known_layout

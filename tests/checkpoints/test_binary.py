@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.checkpoints.binary import is_binary, read_binary
 from fledge.checkpoints.loading import load_checkpoint
+from fledge.checkpoints.loading.binary import is_binary, read_binary
 from fledge.cli import UserError
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)

@@ -1,0 +1,110 @@
+"""Checkpoint files → tensors by name. Nothing in a file is ever executed."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fledge.checkpoints.loading.binary import is_binary, read_binary
+from fledge.checkpoints.loading.file_kinds import other_kind
+from fledge.checkpoints.loading.opening import first_bytes, open_file
+from fledge.checkpoints.loading.token_ids import vocabulary_in
+from fledge.checkpoints.loading.unwrapping import CLASS, WRAPPERS, unwrap
+from fledge.checkpoints.loading.weights import weights_in
+from fledge.cli import UserError, read_json
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass
+class Checkpoint:
+    """A state dict without wrappers, prefixes and buffers, with what was left aside and why.
+
+    `tensors` are plain floating-point numbers, all of them finite. `vocabulary`, if the file holds one, says which id
+    each token has; the ids run from 0 without a gap.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, object]
+    left_out: dict[str, str]
+    source: dict[str, object]
+    vocabulary: dict[str, int] | None = None
+
+
+def load_checkpoint(path: str) -> Checkpoint:
+    """Loads what `torch.save`, safetensors, Lightning, llama2.c or llm.c wrote, or a folder that holds one such file.
+
+    Weights stay mapped from the file where its format allows.
+
+    Raises:
+        UserError: no such file, several, not a checkpoint, a pickle that wants to run code, quantised weights, weights
+            that are not finite, or two vocabularies that disagree.
+    """
+    try:
+        file, config = _locate(Path(path))
+        binary, other = is_binary(file), other_kind(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if other:
+        raise UserError(other)
+    if binary:
+        state, said, left_out = read_binary(file)
+        levels = [state]
+    else:
+        state, said, left_out, levels = unwrap(file, open_file(file))
+    config |= said
+    tensors, not_weights = weights_in(file, state)
+    if not tensors:
+        held = ", ".join(repr(str(key)) for key in list(levels[0])[:5]) or "nothing"
+        raise UserError(
+            f"{file} holds no tensors that are weights under {', '.join(WRAPPERS)} or at its top level, only {held}."
+        )
+    left_out |= not_weights
+    vocabulary, taken = vocabulary_in(file, [*levels, config])
+    of_class = {"class": levels[0][CLASS]} if CLASS in levels[0] else {}
+    return Checkpoint(
+        tensors=tensors,
+        config=config,
+        left_out={name: reason for name, reason in left_out.items() if name not in taken and name != CLASS},
+        source={"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)} | of_class,
+        vocabulary=vocabulary,
+    )
+
+
+def _locate(path: Path) -> tuple[Path, dict[str, object]]:
+    """The checkpoint file, and the config.json beside it if `path` is a folder."""
+    if path.is_file():
+        return path, {}
+    if not path.is_dir():
+        raise UserError(f"There is no checkpoint at {path}.")
+    if other := other_kind(path):
+        raise UserError(other)
+    config_file = path / "config.json"
+    config = read_json(config_file, "the script that saved it") if config_file.exists() else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file} holds a {type(config).__name__}, not a mapping.")
+    found = [path / name for name in HUB_NAMES if (path / name).is_file()][:1]
+    found = found or sorted(file for file in path.iterdir() if file.is_file() and _looks_like_checkpoint(file))
+    if not found:
+        raise UserError(f"{path} holds no checkpoint ({', '.join(SUFFIXES)}); name the file.")
+    if len(found) > 1:
+        raise UserError(f"{path} holds {', '.join(file.name for file in found)}; name the one to convert.")
+    return found[0], config
+
+
+def _looks_like_checkpoint(file: Path) -> bool:
+    # Tokenizers and token ids are called .bin as well.
+    return file.suffix.lower() in SUFFIXES and (
+        file.suffix.lower() != ".bin" or is_binary(file) or first_bytes(file)[:2] in (b"PK", b"\x80\x02")
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        digest = hashlib.sha256()
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
