@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.probe_text import Trial
+from fledge.checkpoints.race import Outcome
 from fledge.cli import UserError
 
 FLAGS = {"n_head", "activation", "attention_scale", "norm_eps"}
@@ -25,14 +26,11 @@ def facts_table(facts: list[Fact]) -> str:
 def trials_table(trials: list[Trial]) -> str:
     """What other values of a fact, or of two together, would give; the closest first."""
     trials = sorted(trials, key=lambda trial: trial.score)
-    kept = [trial for trial in trials if ", " not in trial.name or trial.verdict != "worse"][:SHOWN_TRIALS]
+    kept = [trial for trial in trials if len(trial.values) == 1 or trial.verdict is not Outcome.WORSE][:SHOWN_TRIALS]
     lines = [f"  Chosen: {trials[0].chosen:.4f} nats per token. Other readings:"]
     for trial in kept:
-        names = [
-            f"{name} {_spelled(name, value)}"
-            for name, value in zip(trial.name.split(", "), trial.value.split(", "), strict=True)
-        ]
-        lines.append(f"    {trial.score:8.4f}  {trial.verdict:<22} {' and '.join(names)}")
+        values = " and ".join(f"{name} {_spelled(name, value)}" for name, value in trial.values.items())
+        lines.append(f"    {trial.score:8.4f}  {trial.verdict:<22} {values}")
     return "\n".join(lines)
 
 

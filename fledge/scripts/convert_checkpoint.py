@@ -7,7 +7,7 @@ python convert_checkpoint.py --checkpoint model.pt --inspect
 import gc
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -319,7 +319,7 @@ def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[st
         "verdict": verdict(reading.facts),
         "source": loaded.checkpoint.source,
         "facts": [fact.as_dict() for fact in reading.facts],
-        "alternatives": [asdict(trial) for trial in reading.trials],
+        "alternatives": [trial.as_dict() for trial in reading.trials],
         "folds": converted.folds,
         "left_out": loaded.checkpoint.left_out,
         "target": type(converted.model).__name__,

@@ -7,10 +7,12 @@ from hand_written import build, checkpoint_of, stated
 
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import Fact, Source, Status
-from fledge.checkpoints.probe_text import Verdict, pair_loss, settle_by_text, text_losses, text_windows, unigram_loss
+from fledge.checkpoints.probe_text import settle_by_text
 from fledge.checkpoints.questions import Questions, regroup, settle_what_cannot_matter
+from fledge.checkpoints.race import Comparison, Outcome
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.summary import leave_to_code
+from fledge.checkpoints.text_loss import pair_loss, text_losses, text_windows, unigram_loss
 from fledge.cli import UserError
 
 LETTERS = "abcdefghijklmnop"
@@ -119,7 +121,9 @@ def test_what_text_cannot_tell_stays_assumed(tmp_path):
     _, by_name, _, trials = settled_by(gpt, facts, gpt, tmp_path)
     assert by_name["activation"].assumed
     assert "gelu_tanh" in by_name["activation"].detail
-    assert {trial.verdict for trial in trials if trial.value == "gelu_tanh"} == {"too close for any text"}
+    assert {trial.verdict for trial in trials if trial.values == {"activation": "gelu_tanh"}} == {
+        "too close for any text"
+    }
 
 
 def test_little_text_settles_less_and_says_so(tmp_path):
@@ -211,8 +215,8 @@ def test_frequencies_of_tokens_and_pairs():
 def test_a_reading_is_ruled_out_by_a_sure_difference_of_the_size_that_the_model_predicts(
     difference, errors, divergence, worse, better
 ):
-    verdict = Verdict(difference, errors, divergence, matters=True)
-    assert (verdict.worse, verdict.better) == (worse, better)
+    comparison = Comparison(difference, errors, divergence, matters=True)
+    assert (comparison.worse, comparison.better) == (worse, better)
 
 
 def test_fact_whose_values_all_give_the_same_logits_is_not_open():

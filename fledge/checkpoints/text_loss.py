@@ -1,0 +1,63 @@
+"""The loss of a model on a text, and what the frequencies of the text's own tokens give."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
+from fledge.cli import UserError
+
+BATCH_NUMBERS = 1 << 24
+"""Logits in memory at a time."""
+
+SEEN = 20
+"""Times that a pair of tokens must be seen on average, or its frequency says nothing."""
+
+
+@torch.no_grad()
+def text_losses(gpt: CanonicalGPT, windows: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats of each window of token ids (N, T + 1) → (N,), in float32."""
+    rows = max(1, BATCH_NUMBERS // ((windows.shape[1] - 1) * gpt.vocab_size))
+    losses = []
+    for batch in windows.split(min(rows, 256)):
+        logits = canonical_logits(gpt, batch[:, :-1], torch.float32)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(1))
+    return torch.cat(losses)
+
+
+def text_windows(ids: list[int], length: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Windows (N, T + 1) that share no predicted token, of up to `tokens` in all, spread over the text.
+
+    Returns:
+        The windows in random order, the same on every run, and the place of each in the text (N,).
+
+    Raises:
+        UserError: the text is shorter than two tokens.
+    """
+    length = min(length, len(ids) - 1)
+    if length < 1:
+        raise UserError("The --probe_text holds fewer than two tokens; give some pages of the training text.")
+    starts = torch.arange(0, len(ids) - length, length)
+    kept = torch.linspace(0, len(starts) - 1, min(len(starts), max(1, tokens // length))).round().long()
+    places = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))]
+    return torch.tensor(ids)[starts[places, None] + torch.arange(length + 1)], places
+
+
+def pair_loss(ids: list[int]) -> float:
+    """Nats per token that the frequencies of pairs of tokens give; infinite for a text too short to know them.
+
+    A model above it has hardly been trained, and its loss may fall under a wrong reading that makes its parts louder.
+    """
+    tokens = torch.tensor(ids)
+    pairs = torch.stack([tokens[:-1], tokens[1:]], dim=1).unique(dim=0, return_counts=True)[1].double()
+    if len(ids) < SEEN * len(pairs):
+        return math.inf
+    return -(pairs / pairs.sum() * (pairs / pairs.sum()).log()).sum().item() - unigram_loss(ids)
+
+
+def unigram_loss(ids: list[int]) -> float:
+    """Nats per token that the frequencies of a text's own tokens give."""
+    counts = torch.tensor(ids).unique(return_counts=True)[1].double()
+    return -(counts / len(ids) * (counts / len(ids)).log()).sum().item()
