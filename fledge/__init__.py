@@ -16,10 +16,12 @@ from fledge.api import (
     trim,
 )
 from fledge.cli import UserError
+from fledge.version import __version__
 
 __all__ = [
     "UserError",
     "Written",
+    "__version__",
     "convert",
     "evaluate",
     "export",
@@ -31,7 +33,6 @@ __all__ = [
     "train_tokenizer",
     "trim",
 ]
-__version__ = "0.1.0"
 
 # How often a thread that waits for others looks again before it sleeps. OpenMP's own 300,000 take milliseconds, which
 # beside another busy process are those that the late thread needs (benchmarks/busy.py). OpenMP reads it when torch is

@@ -5,6 +5,7 @@ import sys
 
 from fledge.cli import UserError, run
 from fledge.commands import COMMANDS, started_as
+from fledge.version import __version__
 
 USAGE = """usage: fledge COMMAND [--config RECIPE.yaml] [--KEY VALUE ...]
 
@@ -27,9 +28,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(usage(), end="")
     elif name == "--version":
-        import fledge
-
-        print(f"fledge {fledge.__version__}")
+        print(f"fledge {__version__}")
     elif name in COMMANDS:
         with started_as(f"fledge {name}", arguments):
             run(importlib.import_module(f"fledge.scripts.{COMMANDS[name]}").main)

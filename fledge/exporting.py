@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-import fledge
 from fledge.cli import UserError
 from fledge.custom import FledgeGPTConfig
 from fledge.generation.answers import is_batched
 from fledge.models import context_of
 from fledge.tokenizers.fast import merges_of
+from fledge.version import __version__
 
 # The marks of Python's templates for training; no other reader of a template knows them.
 GENERATION_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
@@ -59,7 +59,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     # Tensors are written as the file is closed, so that what is refused leaves nothing.
     vocabulary, differences = _vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
     writer = gguf.GGUFWriter(file, config.model_type)
-    writer.add_string("fledge.version", fledge.__version__)  # by which a later export knows a file of its own
+    writer.add_string("fledge.version", __version__)  # by which a later export knows a file of its own
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_block_count(config.num_hidden_layers)

@@ -6,14 +6,11 @@ import json
 import math
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from fledge.cli import UserError
 from fledge.evaluation.figures import HEADLINE
 from fledge.evaluation.intervals import NO_SHARES, preference
+from fledge.pages import MODEL_CARD, open_templates
 
-# In the package of a wheel; at the root of a checkout.
-TEMPLATES = next(place / "model_card" for place in Path(__file__).parents[1:3] if (place / "model_card").is_dir())
 LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
 WHO = {"base": "base", "model": "instruct"}
 NEUTRAL = ("answer_tokens", "distinct_2")
@@ -21,12 +18,6 @@ HELD_AGAINST = (
     "Chance: the same answers of instruct, scored against the instructions of other prompts. Reference: the held-out "
     "answers, scored as if a model had written them."
 )
-
-
-def templates(**settings) -> Environment:
-    """Opens the templates of `model_card/`; a name that one asks for and nobody gives is an error, never a blank."""
-    loader = FileSystemLoader(TEMPLATES)
-    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings)
 
 
 def show(name: str, metric: dict[str, float] | None) -> str:
@@ -257,9 +248,9 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
     in which no `<` can end the script, and the script only ever writes text nodes; and the page's policy lets no other
     script run and nothing be fetched.
     """
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    script = (MODEL_CARD / "report.js").read_text(encoding="utf-8")
     data = {"answers": answers_id(samples), "columns": columns, "samples": samples}
-    template = templates(autoescape=True).get_template("report.html.jinja")
+    template = open_templates(autoescape=True).get_template("report.html.jinja")
     return template.render(
         metrics=metrics,
         names={who: "/".join(Path(folder).parts[-2:]) for who, folder in names.items()},

@@ -24,9 +24,9 @@ from fledge.evaluation.report import (
     judged_by,
     table,
     table_by,
-    templates,
     title,
 )
+from fledge.pages import open_templates
 from fledge.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ SHOWN = 2  # answers on the card
 
 def render(template: str, **values) -> str:
     """Renders a template of `model_card/` into Markdown, YAML or code."""
-    environment = templates(keep_trailing_newline=True)
+    environment = open_templates(keep_trailing_newline=True)
     environment.filters |= {"fenced": fenced, "cell": cell, "number": "{:,}".format, "words": title}
     environment.filters |= {"shell": shlex.quote, "json": as_json}
     try:

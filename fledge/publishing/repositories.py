@@ -5,8 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from fledge.cli import UserError, read_json, write_json
-from fledge.evaluation.report import TEMPLATES
 from fledge.hub import download
+from fledge.pages import MODEL_CARD
 from fledge.publishing.card import model_card, read_records, read_samples, render
 from fledge.sampling import Sampling
 
@@ -121,7 +121,7 @@ def build_space(
     sampling = published_sampling(model_dir, evaluation_dir)
     settings = space_settings(model_dir, read_samples(evaluation_dir), repo_id, base_model, sampling)
     for name in ("app.py", "requirements.txt"):
-        shutil.copy(TEMPLATES / "space" / name, folder)
+        shutil.copy(MODEL_CARD / "space" / name, folder)
     write_json(folder / "settings.json", settings)
     metadata = SpaceCardData(
         title=settings["title"],

@@ -15,6 +15,7 @@ from fledge.cli import UserError, parse, write_json
 from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.sampling import Sampling
+from fledge.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -311,7 +312,6 @@ def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[st
     import torch
     import transformers
 
-    import fledge
     from fledge.checkpoints.summary import verdict
     from fledge.custom import hashes
 
@@ -329,7 +329,7 @@ def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[st
         "vocab_size": reading.gpt.vocab_size,
         "proof": reading.proof,
         "versions": {
-            "fledge": fledge.__version__,
+            "fledge": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

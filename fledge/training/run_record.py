@@ -21,6 +21,7 @@ from fledge.cpu import describe
 from fledge.guards import check_overrides
 from fledge.training.lineage import lineage_of
 from fledge.training.trainer import InstructTrainer, precision
+from fledge.version import __version__
 
 
 @check_overrides
@@ -125,8 +126,6 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
     import transformers
     import trl
 
-    import fledge
-
     args, history = trainer.args, trainer.state.log_history
     with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
         warnings.simplefilter("ignore", FutureWarning)
@@ -158,7 +157,7 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
         "commit": commit(),
         "versions": {
             "python": platform.python_version(),
-            "fledge": fledge.__version__,
+            "fledge": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "trl": trl.__version__,
