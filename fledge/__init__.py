@@ -15,7 +15,7 @@ from fledge.api import (
     train_tokenizer,
     trim,
 )
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.version import __version__
 
 __all__ = [

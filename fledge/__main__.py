@@ -3,8 +3,9 @@
 import importlib
 import sys
 
-from fledge.cli import UserError, run
+from fledge.cli import run
 from fledge.commands import COMMANDS, started_as
+from fledge.errors import UserError
 from fledge.version import __version__
 
 USAGE = """usage: fledge COMMAND [--config RECIPE.yaml] [--KEY VALUE ...]

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fledge.cli import UserError
 from fledge.commands import COMMANDS, in_commands, started_as
+from fledge.errors import UserError
 
 
 @dataclass(frozen=True)

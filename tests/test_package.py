@@ -13,22 +13,19 @@ import pytest
 from conftest import ROOT
 
 SOURCES = ("fledge", "model_card", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-BEFORE = """
-import fledge
-base = fledge.convert(checkpoint={checkpoint!r}, tokenizer={tokenizer!r}, output_dir="base")
-fledge.prepare(data={records!r}, tokenizer=base, split="80/10/10", output_dir="data")
-"""
-AFTER = """
-import sys
-import fledge
-run = dict(model="model", output_dir="evaluation", num_prompts=2, max_new_tokens=4)
-metrics = fledge.evaluate(base="base", dataset="data", **run).record
-fledge.publish(
-    model="model", evaluation="evaluation", repo_id="someone/tales", license="mit", space_repo_id="someone/demo",
-    dry_run=True, output_dir="repository",
-)
-fledge.export(model="model", to="gguf", output="model.gguf")
-print(sorted(metrics), fledge.__file__)
+# The cells of the notebook, small; and what it leaves out.
+CELLS = """
+import json, os, sys
+os.chdir("examples")
+cells = json.load(open("quickstart.ipynb", encoding="utf-8"))["cells"]
+known = {}
+for cell in cells:
+    if cell["cell_type"] == "code":
+        exec("".join(cell["source"]), known)
+    if "parameters" in cell["metadata"].get("tags", ()):
+        known |= dict(folder="../runs", limit=120, max_steps=2, num_prompts=2)
+known["fledge"].export(model=known["model"], to="gguf", output="../runs/model.gguf")
+print(known["fledge"].__file__)
 """
 
 
@@ -69,24 +66,27 @@ def start(*command: object, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_wheel_goes_the_whole_way_without_the_checkout(installed, tiny, tmp_path):
-    python, given = installed / "python", {"checkpoint": tiny.checkpoint, "tokenizer": tiny.tokenizer_file}
-    before = BEFORE.format(**{name: str(path) for name, path in (given | {"records": tiny.records}).items()})
-    assert "Next: fledge.prepare\n" in start(python, "-c", before, cwd=tmp_path)
-    launch = (python, "-m", "accelerate.commands.launch", "--num_processes", 1, "--cpu", "-m", "fledge", "train")
-    keys = ("--model_name_or_path", "base", "--dataset", "data", "--output_dir", "model", "--max_steps", 2)
-    assert "Next: fledge evaluate\n" in start(*launch, *keys, cwd=tmp_path)
-    made_by = start(python, "-c", AFTER, cwd=tmp_path).splitlines()[-1]
-    assert "'model'" in made_by
-    assert made_by.endswith(str(Path("site-packages", "fledge", "__init__.py")))
-    assert str(installed.parent) in made_by
-    assert (tmp_path / "evaluation" / "report.html").stat().st_size > 10_000
-    assert {"README.md", "app.py", "requirements.txt"} <= {
-        path.name for path in (tmp_path / "repository" / "space").iterdir()
-    }
-    assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
+def test_a_wheel_runs_the_notebook_without_the_checkout(installed, tmp_path):
+    python, runs = installed / "python", tmp_path / "runs"
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    said = start(python, "-c", CELLS, cwd=tmp_path)
+    assert "Next: fledge.prepare\n" in said
+    assert said.splitlines()[-1].startswith(str(installed.parent))
+    assert (runs / "evaluation" / "report.html").stat().st_size > 10_000
+    assert {"README.md", "app.py", "requirements.txt"} <= {path.name for path in (runs / "repository/space").iterdir()}
+    assert (runs / "model.gguf").read_bytes()[:4] == b"GGUF"
     # The repository that the environment lies in is not the one that Fledge's code comes from.
-    assert json.loads((tmp_path / "model" / "run.json").read_text(encoding="utf-8"))["commit"] is None
+    assert json.loads((runs / "model" / "run.json").read_text(encoding="utf-8"))["commit"] is None
+
+    launch = (python, "-m", "accelerate.commands.launch", "--num_processes", 1, "--cpu", "-m", "fledge", "train")
+    keys = ("--model_name_or_path", "base", "--dataset", "data", "--output_dir", "launched", "--max_steps", 1)
+    assert "Next: fledge evaluate\n" in start(*launch, *keys, cwd=runs)
+
+
+def test_the_notebook_is_kept_without_outputs():
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in code] == [[]] * len(code)
 
 
 def test_the_console_command_lists_the_stages_and_runs_one(installed, tmp_path):

@@ -35,13 +35,15 @@ def by_class(
             kept = [number for number, row in enumerate(rows) if row[column] == label]
             if kept:
                 parts = {who: {name: ratio.of(kept) for name, ratio in of.items()} for who, of in models.items()}
+                # Chance has no headline where all prompts ask for the same.
                 heads = {
-                    who: {HEADLINE: of[HEADLINE].of(kept)} for who, of in (beside | baselines).items() if HEADLINE in of
+                    who: {name: of[name].of(kept) for name in (HEADLINE,) if name in of}
+                    for who, of in (beside | baselines).items()
                 }
                 shown = {who: with_intervals(of, list(of)) for who, of in (parts | heads).items()}
                 found[column][label] = {
                     "prompts": len(kept),
-                    **{who: shown[who] for who in (*models, *beside) if who in shown},
+                    **{who: shown[who] for who in (*models, *beside)},
                     "baselines": {name: shown[name] for name in baselines},
                 }
     return found
