@@ -9,8 +9,8 @@ import typing
 import pytest
 from trl import ModelConfig
 
+from fledge import sampling
 from fledge.cli import UserError, parse
-from fledge.generation import sampling
 from fledge.pretraining.pretrainer import PretrainConfig
 from fledge.ranges import Range, check_ranges
 from fledge.training import settings
