@@ -4,23 +4,25 @@ An answer that ignores its instruction fits another prompt's as well as its own.
 from the instruction.
 """
 
+import math
 from collections.abc import Hashable
 
 import numpy as np
 
 from fledge.evaluation.intervals import Ratio, means
 
-PERMUTATIONS = 5
+PAIRS = 1000  # of a prompt and another one, at least, where there are prompts enough
 SAME = "it does not depend on the instruction"
 ALONE = "no other prompt of its kind asks for something else"
 
 
-def permutations(rows: list[dict], kinds: list[Hashable], most: int = PERMUTATIONS) -> np.ndarray:
+def permutations(rows: list[dict], kinds: list[Hashable]) -> np.ndarray:
     """Several permutations of the rows (N, P), seeded: for each row the number of the row that takes its place, or -1.
 
     A row moves only among the rows of its kind, never stays in its place, and meets another row in each permutation.
-    Rows of a kind that all ask the same have no other instruction to meet.
+    Rows of a kind that all ask the same have no other instruction to meet. Fewer rows get more permutations.
     """
+    most = math.ceil(PAIRS / len(rows))
     rng = np.random.default_rng(0)
     found = np.full((most, len(rows)), -1)
     for kind in dict.fromkeys(kinds):
@@ -33,35 +35,35 @@ def permutations(rows: list[dict], kinds: list[Hashable], most: int = PERMUTATIO
 
 
 def against_others(
-    scorer, rows: list[dict], answers: list, num_samples: int, others: np.ndarray, weights: np.ndarray
-) -> tuple[dict[str, Ratio], list[list[dict[str, float]]]]:
-    """The metrics of answers, `num_samples` a row in turn, against the rows that take the place of their own.
+    scorer, rows: list[dict], answers: list, others: np.ndarray, weights: np.ndarray
+) -> tuple[dict[str, Ratio], list[tuple[int, dict[str, float]]]]:
+    """The metrics of answers against the rows that take the place of their own.
 
-    Each metric is the mean over all permutations of `others` (N, P). Returned as well are the scores, for each
-    permutation one of each answer; they are empty where a row has no other to meet.
+    The permutations of `others` (N, P) and the several answers to each prompt are gone through together, in turn, until
+    all of both have been used. Returned as well are the scores, each with its answer's number.
     """
-    total, scores = {}, []
-    for places in others:
-        numbers = [number for number in range(len(answers)) if places[number // num_samples] >= 0]
-        given = [rows[places[number // num_samples]] for number in numbers]
-        of_answers = [{} for _ in answers]
-        for number, score in zip(numbers, scorer.score(given, [answers[number] for number in numbers]), strict=True):
-            of_answers[number] = score
-        scores.append(of_answers)
-        for name, ratio in means(of_answers, num_samples, weights[places]).items():
+    num_samples = len(answers) // len(rows)
+    total, scored = {}, []
+    for turn in range(max(len(others), num_samples) if len(others) else 0):
+        places = others[turn % len(others)]
+        moved = np.flatnonzero(places >= 0)
+        numbers = moved * num_samples + turn % num_samples
+        scores = scorer.score([rows[place] for place in places[moved]], [answers[number] for number in numbers])
+        scored += zip(numbers.tolist(), scores, strict=True)
+        of_prompts = dict(zip(moved.tolist(), scores, strict=True))
+        for name, ratio in means([of_prompts.get(i, {}) for i in range(len(rows))], 1, weights[places]).items():
             if name in total:
                 ratio.numerator += total[name].numerator
                 ratio.denominator += total[name].denominator
             total[name] = ratio
-    return total, scores
+    return total, scored
 
 
-def dependent(own: list[dict[str, float]], permuted: list[list[dict[str, float]]]) -> set[str]:
+def dependent(own: list[dict[str, float]], scored: list[tuple[int, dict[str, float]]]) -> set[str]:
     """The metrics that some answer gets differently under another instruction than under its own."""
     return {
         name
-        for of_answers in permuted
-        for mine, theirs in zip(own, of_answers, strict=True)
-        for name in mine.keys() & theirs.keys()
-        if mine[name] != theirs[name]
+        for number, score in scored
+        for name in own[number].keys() & score.keys()
+        if own[number][name] != score[name]
     }

@@ -131,15 +131,17 @@ def cautions(metrics: dict) -> list[str]:
             )
     if HEADLINE in metrics["no_chance"]:
         sentences.append(f"Instruction following has no chance level here: {metrics['no_chance'][HEADLINE]}.")
-    matched = []
-    for label, of_label in classes(metrics):
-        for baseline, found in of_label["baselines"].items():
-            if _reaches(of_label["model"][HEADLINE], found[HEADLINE]):
-                matched.append(f"{title(baseline)} ({label}: {share(found[HEADLINE])})")
-    if matched:
-        sentences.append(
-            f"Instruct follows instructions no better than an answer without a model: {', '.join(matched)}."
-        )
+    for baseline in metrics["baselines"]:
+        levels = [
+            f"{label} {share(of_label['baselines'][baseline][HEADLINE])}"
+            for label, of_label in classes(metrics)
+            if _reaches(of_label["model"][HEADLINE], of_label["baselines"][baseline][HEADLINE])
+        ]
+        if levels:
+            sentences.append(
+                f"Instruct follows no better than the baseline {title(baseline)}, which needs no model: "
+                f"{', '.join(levels)}."
+            )
     return sentences
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fledge.evaluation import measuring, wording
-from fledge.evaluation.chance import ALONE, PERMUTATIONS, SAME, against_others, dependent, permutations
+from fledge.evaluation.chance import ALONE, SAME, against_others, dependent, permutations
 from fledge.evaluation.figures import HEADLINE, by_class, differences, with_intervals
 from fledge.evaluation.headroom import headroom
 from fledge.evaluation.intervals import Ratio, means
@@ -63,13 +63,11 @@ class Scoring:
         Returned as well are the metrics for which that makes a difference to anybody; the others say nothing.
         """
         rows, task = self.prompts.rows, self.prompts.task
-        most = max(1, PERMUTATIONS // self.prompts.num_samples)
-        others = permutations(rows, [task.kind(row) for row in rows], most)
+        others = permutations(rows, [task.kind(row) for row in rows])
         found, names = {}, set()
         for who, of_who in answers.items():
-            count = len(of_who) // len(rows)
-            found[who], permuted = against_others(self.scorer, rows, of_who, count, others, self.weights)
-            names |= dependent(scores[who], permuted)
+            found[who], scored = against_others(self.scorer, rows, of_who, others, self.weights)
+            names |= dependent(scores[who], scored)
         return found, names
 
     def why_no_chance(self, name: str, permuted: dict[str, Ratio]) -> str:

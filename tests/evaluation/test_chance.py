@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,28 +21,33 @@ def row(word: str) -> dict:
     return {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word}]}
 
 
-def chance_of(answers: list[str], words: list[str], num_samples: int = 1, weights=None) -> tuple[float, set[str]]:
+def chance_of(answers: list[str], words: list[str], weights=None) -> tuple[float, set[str]]:
     """The chance level of `right`, and the metrics that depend on the instruction."""
     rows = [row(word) for word in words]
     others = permutations(rows, ["one"] * len(rows))
     weights = np.ones(len(rows)) if weights is None else weights
-    found, permuted = against_others(Echo(), rows, answers, num_samples, others, weights)
-    own = Echo().score([rows[i // num_samples] for i in range(len(answers))], answers)
-    return interval(found["right"])["value"], dependent(own, permuted)
+    found, scored = against_others(Echo(), rows, answers, others, weights)
+    own = Echo().score([rows[i] for i in range(len(answers))], answers)
+    return interval(found["right"])["value"], dependent(own, scored)
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 4)), min_size=1, max_size=12), st.integers(1, 6))
-def test_every_row_meets_others_of_its_kind_and_never_itself(drawn, most):
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 4)), min_size=1, max_size=12),
+    st.sampled_from([1, 20, 1000]),
+)
+def test_every_row_meets_others_of_its_kind_and_never_itself(drawn, pairs):
     kinds, rows = [kind for kind, _ in drawn], [row(f"{kind}{word}") for kind, word in drawn]
-    found = permutations(rows, kinds, most)
-    assert len(found) <= most
-    assert (found == permutations(rows, kinds, most)).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fledge.evaluation.chance.PAIRS", pairs)
+        found = permutations(rows, kinds)
+        assert (found == permutations(rows, kinds)).all()
     for number, kind in enumerate(kinds):
         met = [place for place in found[:, number] if place >= 0]
         assert all(kinds[place] == kind and place != number for place in met)
         assert len(set(met)) == len(met)
         asked = {rows[other]["messages"][0]["content"] for other in range(len(rows)) if kinds[other] == kind}
         assert bool(met) == (len(asked) > 1)
+        assert len(met) == len(found) or len(met) == kinds.count(kind) - 1 or not met
     for places in found:
         kept = places[places >= 0]
         assert len(set(kept)) == len(kept)
@@ -57,12 +63,13 @@ def test_what_ignores_its_instruction_is_at_chance_and_what_follows_is_above():
 
 def test_always_the_frequent_answer_is_at_chance_however_frequent_it_is():
     words = ["yes"] * 95 + ["no"] * 5
-    assert chance_of(["yes"] * 100, words)[0] > 0.9
+    assert abs(chance_of(["yes"] * 100, words)[0] - 0.95) < 0.01
     assert chance_of(["yes"] * 100, words, weights=np.array([0.5 / 0.95] * 95 + [0.5 / 0.05] * 5))[0] < 0.55
 
 
-def test_each_sample_of_a_prompt_meets_the_same_other_prompt():
+def test_every_sample_of_a_prompt_meets_another_prompt():
     rows = [row(word) for word in "abc"]
-    found, _ = against_others(Echo(), rows, list("bbccaa"), 2, np.array([[1, 2, 0]]), np.ones(3))
+    found, scored = against_others(Echo(), rows, list("bbccaa"), np.array([[1, 2, 0]]), np.ones(3))
+    assert sorted(number for number, _ in scored) == list(range(6))
     assert interval(found["right"])["value"] == 1.0
     assert interval(means(Echo().score([rows[i // 2] for i in range(6)], list("bbccaa")), 2)["right"])["value"] == 0.0

@@ -130,9 +130,8 @@ def test_a_figure_at_chance_or_at_a_baseline_says_so(metrics):
     assert [sentence.partition(" (")[0] for sentence in said] == [
         "No better than chance: base's topic words",
         "No better than chance: instruct's topic words",
-        "Instruct follows instructions no better than an answer without a model: first sentence",
+        "Instruct follows no better than the baseline first sentence, which needs no model: ending = happy 65.0%.",
     ]
-    assert "first sentence (ending = happy: 65.0%)" in said[-1]
     for who in ("base", "model"):
         metrics["chance"][who] = {name: metric(0.05) for name in metrics["chance"][who]}
     metrics["by"] = {}
