@@ -83,23 +83,23 @@ class ParseAndWrite:
     def __init__(self, source, folder: Path):
         self.source, self.folder = source, folder
 
-    def __call__(self, block) -> int:
+    def __call__(self, named) -> int:
         import pyarrow as pa
         import pyarrow.parquet
 
-        records = self.source.parse(block.chunk)
+        records = self.source.parse(named.chunk)
         columns = {name: [record.get(name) for record in records] for name in ("Summary", "Words", "Features", "Story")}
-        pa.parquet.write_table(pa.table(columns), self.folder / f"{block.name}.parquet")
+        pa.parquet.write_table(pa.table(columns), self.folder / f"{named.name}.parquet")
         return len(records)
 
 
 def parse_and_write(corpus: Path, out: Path) -> None:
-    from fledge.preparation.blocks import blocks_of, spread
+    from fledge.preparation.chunks import named_chunks, spread
     from fledge.sources import load_source
 
     out.mkdir()
     source = load_source("tinystories_instruct")
-    assert sum(spread(ParseAndWrite(source, out), blocks_of(source, [str(corpus)], None), num_proc=2))
+    assert sum(spread(ParseAndWrite(source, out), named_chunks(source, [str(corpus)], None), num_proc=2))
 
 
 def conversations(corpus: Path, count: int) -> list[list[dict]]:
@@ -232,7 +232,7 @@ def main():
         print(f"row by row, streamed, MB: {rates(megabytes, cost)}")
         with Cost() as cost:
             parse_and_write(corpus, folder / "parquet")
-        print(f"parse and write in blocks, MB: {rates(megabytes, cost)}", flush=True)
+        print(f"parse and write in chunks, MB: {rates(megabytes, cost)}", flush=True)
         some = 10_000
         bare = tokenize_with_transformers(corpus, tokenizer, some)
         print(f"transformers' tokenizer alone, examples: {rates(some, bare)}; {against(whole, count, bare, some)}")

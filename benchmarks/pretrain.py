@@ -102,14 +102,14 @@ def fledge(folder: Path, float32: bool) -> tuple[list[float], int, str]:
     from tokenizers import Tokenizer, models
 
     from fledge.pretraining.pretrainer import PretrainConfig, PretrainTrainer, flops_per_token, new_gpt2
-    from fledge.pretraining.tokens import Blocks
+    from fledge.pretraining.tokens import Windows
 
     vocabulary = {"<|endoftext|>": 0} | {f"t{i}": i for i in range(1, VOCAB_SIZE)}
     roles = {f"{role}_token": "<|endoftext|>" for role in ("bos", "eos", "pad")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), **roles)
     count = (folder / "train.bin").stat().st_size // 2
     tokens = {"dtype": "uint16", "splits": {"train": {"tokens": count, "bytes": count}}}
-    blocks, watch = Blocks(folder, "train", tokens, CONTEXT_LENGTH), Stopwatch()
+    windows, watch = Windows(folder, "train", tokens, CONTEXT_LENGTH), Stopwatch()
     config = PretrainConfig(
         bf16=False if float32 else None,
         output_dir=str(folder / "out"),
@@ -124,7 +124,7 @@ def fledge(folder: Path, float32: bool) -> tuple[list[float], int, str]:
     trainer = PretrainTrainer(
         model=new_gpt2(tokenizer, LAYERS, HEADS, WIDTH, CONTEXT_LENGTH),
         args=config,
-        train_dataset=blocks,
+        train_dataset=windows,
         processing_class=tokenizer,
         callbacks=[watch],
         bytes_per_token=1.0,

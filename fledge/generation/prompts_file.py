@@ -14,7 +14,7 @@ from fledge.generation.answers import answer_each
 from fledge.journal import Journal
 from fledge.messages import Answer, Messages
 from fledge.sampling import Sampling
-from fledge.sources.reading import blocks, suffix
+from fledge.sources.reading import decoded, suffix
 from fledge.sources.values import as_messages, as_text
 from fledge.terminal import progress
 
@@ -72,7 +72,7 @@ def read_prompts(file: Path) -> list[Messages]:
     """Raises:
     UserError: the file cannot be read, is empty, or a line is not what it should be.
     """
-    lines = "".join(blocks(file, "\n")).split("\n")
+    lines = "".join(decoded(file, "\n")).split("\n")
     read = _messages if suffix(file) in (".jsonl", ".ndjson") else _user
     asked = [read(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not asked:

@@ -1,1 +1,1 @@
-"""Records → rows on disk: encoded in blocks, split and balanced, written as a dataset with its budget report."""
+"""Records → rows on disk: encoded in chunks, split and balanced, written as a dataset with its budget report."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fledge.cli import write_json
-from fledge.preparation.blocks import ANSWER_LOST, Facts
+from fledge.preparation.chunks import ANSWER_LOST, Facts
 from fledge.tokenizers.spelling import UNWRITABLE, named
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -62,7 +62,7 @@ class Budget:
         self.remedies = dict(found.remedies.most_common())
 
     def describe(self, split: str, facts: dict[str, np.ndarray], classes: dict[str, tuple[str, ...]]) -> None:
-        """Adds the figures of one finished split from the facts of its rows (see `fledge.preparation.blocks`)."""
+        """Adds the figures of one finished split from the facts of its rows (see `fledge.preparation.chunks`)."""
         total, completion = facts["length"], facts["completion_length"]
         counts = {
             column: {label: int(n) for label, n in zip(labels, np.bincount(facts[column]), strict=False) if n}

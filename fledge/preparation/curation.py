@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from fledge.cli import UserError
-from fledge.preparation.blocks import Facts
+from fledge.preparation.chunks import Facts
 from fledge.sources.reading import SPLITS
 
 

@@ -1,4 +1,4 @@
-"""Rows in blocks → the files of a dataset: parquet for people and the Hub, Arrow that training maps into memory."""
+"""Rows in chunks → the files of a dataset: parquet for people and the Hub, Arrow that training maps into memory."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, load_
 
 from fledge.cli import UserError
 from fledge.encoding import with_messages
-from fledge.preparation.blocks import TOKENS, Facts, read_table
+from fledge.preparation.chunks import TOKENS, Facts, read_table
 
-WINDOW = 32  # blocks whose rows are shuffled together: about 100 MB
+SHUFFLED = 32  # chunks whose rows are shuffled together: about 100 MB
 
 
 def bytes_of(size: str) -> int:
@@ -83,7 +83,7 @@ class Shards:
 
 def write_splits(
     folder: Path,
-    blocks: Path,
+    chunks: Path,
     facts: Facts,
     split_of: np.ndarray,
     splits: tuple[str, ...],
@@ -91,12 +91,12 @@ def write_splits(
     max_bytes: int,
     seed: int,
 ) -> None:
-    """Writes `data/SPLIT-*.parquet` and the `DatasetDict` `tokenized/` into `folder`, from the rows in `blocks`.
+    """Writes `data/SPLIT-*.parquet` and the `DatasetDict` `tokenized/` into `folder`, from the rows in `chunks`.
 
-    `split_of` is what `assign_splits` says. Blocks are shuffled, then rows within a window of blocks.
+    `split_of` is what `assign_splits` says. Chunks are shuffled, then rows within `SHUFFLED` chunks.
     """
-    files = [blocks / f"{name}.rows.arrow" for name in facts.blocks]
-    split_of_block = np.split(split_of, np.cumsum(facts.rows)[:-1])
+    files = [chunks / f"{name}.rows.arrow" for name in facts.chunks]
+    split_of_chunk = np.split(split_of, np.cumsum(facts.rows)[:-1])
     text, tokens = [], []
     (folder / "data").mkdir()
     for name in splits:
@@ -106,10 +106,10 @@ def write_splits(
 
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(files))
-    for begin in range(0, len(order), WINDOW):
-        window = order[begin : begin + WINDOW]
-        rows = pa.concat_tables([read_table(files[number]) for number in window])
-        split_of_row = np.concatenate([split_of_block[number] for number in window])
+    for begin in range(0, len(order), SHUFFLED):
+        together = order[begin : begin + SHUFFLED]
+        rows = pa.concat_tables([read_table(files[number]) for number in together])
+        split_of_row = np.concatenate([split_of_chunk[number] for number in together])
         for number in range(len(splits)):
             chosen = rows.take(rng.permutation(np.flatnonzero(split_of_row == number)))
             chosen = chosen if "messages" in columns else with_pairs(chosen)

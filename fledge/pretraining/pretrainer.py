@@ -1,4 +1,4 @@
-"""Pre-training: a GPT-2 from its sizes, what a run will cost, and transformers' `Trainer` on blocks of token ids."""
+"""Pre-training: a GPT-2 from its sizes, what a run will cost, and transformers' `Trainer` on windows of token ids."""
 
 import functools
 import math
@@ -45,8 +45,8 @@ class PretrainConfig(TrainingArguments):
     weight_decay: float = field(default=0.1, metadata={"help": "not on norms and biases (default 0.1)"})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta (default 0.95)"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the corpus (default 1)"})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "blocks a step and device (default 16)"})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "blocks at once in evaluation"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "windows a step and device (default 16)"})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "windows at once in evaluation"})
     eval_strategy: str = field(default="steps", metadata={"help": "when to measure bits per byte"})
     eval_steps: float | None = field(default=0.1, metadata={"help": "steps, or a share of all steps if below 1"})
     save_strategy: str = field(default="steps", metadata={"help": "when to save a checkpoint for --resume"})
@@ -59,7 +59,7 @@ class PretrainConfig(TrainingArguments):
     muon: bool = field(
         default=False, metadata={"help": "Muon for the layers' matrices, which wants --learning_rate 5e-3"}
     )
-    # Blocks carry labels that are shifted already, under a name that no forward lists.
+    # Windows carry labels that are shifted already, under a name that no forward lists.
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave as it is"})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin memory in the data loader"})
     log_level_replica: str = field(default="error", metadata={"help": "what processes other than the first print"})
@@ -103,7 +103,7 @@ def new_gpt2(
 
 
 def score_in_cache(model: PreTrainedModel) -> None:
-    """Replaces the loss of blocks in `model` by `fledge.training.loss`, which is faster where there is no Triton.
+    """Replaces the loss of windows in `model` by `fledge.training.loss`, which is faster where there is no Triton.
 
     `model(input_ids=…, labels=…, shift_labels=…, num_items_in_batch=None)` then returns its `loss` alone: the mean over
     the labels that count, or their sum over `num_items_in_batch`. Without `shift_labels` the forward is the model's.
@@ -172,14 +172,14 @@ class PretrainTrainer(Trainer):
         Trainer's own takes the mean of the means of batches, and repeats rows when processes do not share them evenly.
         Bits per byte charge the end-of-text tokens to the text, whose bytes they are not.
         """
-        start, blocks, size = time.monotonic(), self.eval_dataset, self.args.eval_batch_size
+        start, windows, size = time.monotonic(), self.eval_dataset, self.args.eval_batch_size
         self.model_wrapped.eval()
         nats, tokens = 0.0, 0
-        for begin in range(0, len(blocks), size * self.args.world_size):
+        for begin in range(0, len(windows), size * self.args.world_size):
             begin += size * self.args.process_index
-            rows = [blocks[k] for k in range(begin, min(begin + size, len(blocks)))]
+            rows = [windows[k] for k in range(begin, min(begin + size, len(windows)))]
             if is_idle := not rows:  # every process runs as often as the others
-                rows = [blocks[0]]
+                rows = [windows[0]]
             batch = send_to_device(default_data_collator(rows), self.args.device)
             with self.accelerator.autocast():
                 loss = self.model_wrapped(**batch, num_items_in_batch=1).loss
@@ -243,15 +243,15 @@ def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
     """What the run will take, before it starts, as a record and as lines to print.
 
     Raises:
-        UserError: a step without a block.
+        UserError: a step without a window.
     """
-    args, model, blocks = trainer.args, trainer.model, trainer.train_dataset
+    args, model, windows = trainer.args, trainer.model, trainer.train_dataset
     train, validation = tokens["splits"]["train"], tokens["splits"]["validation"]
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps_an_epoch = math.ceil(len(blocks) / rows_a_step)
+    steps_an_epoch = math.ceil(len(windows) / rows_a_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
     epochs, (whole, rest) = steps / steps_an_epoch, divmod(steps, steps_an_epoch)
-    seen = whole * (len(blocks.ids) - 1) + rest * rows_a_step * blocks.context_length
+    seen = whole * (len(windows.ids) - 1) + rest * rows_a_step * windows.context_length
     parameters = model.num_parameters()
     seconds = None if trainer.is_fsdp_enabled else trainer.seconds_a_step()
     estimate = {

@@ -1,4 +1,4 @@
-"""A corpus → token ids on disk, two or four bytes each, and blocks of them that training maps into memory."""
+"""A corpus → token ids on disk, two or four bytes each, and windows of them that training maps into memory."""
 
 import hashlib
 import json
@@ -35,12 +35,12 @@ class Corpus:
     validation_share: float
 
 
-class Blocks(Dataset):
-    """Token ids of one split, cut into blocks of the context length.
+class Windows(Dataset):
+    """Token ids of one split, cut into windows of the context length.
 
-    The split is one row of ids, `<|endoftext|>` before the first document and after every document. Block k reads
+    The split is one row of ids, `<|endoftext|>` before the first document and after every document. Window k reads
     positions kC to kC + C − 1 and predicts kC + 1 to kC + C, so each token after the first is predicted exactly once.
-    The last block is filled up with ids whose labels are ignored.
+    The last window is filled up with ids whose labels are ignored.
     """
 
     def __init__(self, folder: Path, split: str, tokens: dict, context_length: int):

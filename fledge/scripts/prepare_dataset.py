@@ -21,8 +21,8 @@ from fledge.tasks import Task, open_task, task_names
 from fledge.terminal import has_colours
 
 if TYPE_CHECKING:
-    from fledge.preparation.blocks import Facts, Preparation
     from fledge.preparation.budget import Budget
+    from fledge.preparation.chunks import Facts, Preparation
     from fledge.sources import Source
 
 
@@ -97,14 +97,14 @@ def main() -> Path:
 def prepare(args: PrepareArguments, output: Output) -> None:
     plan = make_plan(args)
 
-    from fledge.preparation.blocks import Facts, blocks_of, prepare_blocks
+    from fledge.preparation.chunks import Facts, named_chunks, prepare_chunks
 
     with output.staged() as folder:
-        plan.preparation.folder = folder / "blocks"
+        plan.preparation.folder = folder / "chunks"
         plan.preparation.folder.mkdir()
-        prepare_blocks(plan.preparation, lambda: blocks_of(plan.source, args.data, args.limit), args.num_proc)
-        budget = write_dataset(plan, Facts.read(folder / "blocks"), folder)
-        shutil.rmtree(folder / "blocks")
+        prepare_chunks(plan.preparation, lambda: named_chunks(plan.source, args.data, args.limit), args.num_proc)
+        budget = write_dataset(plan, Facts.read(folder / "chunks"), folder)
+        shutil.rmtree(folder / "chunks")
     print(budget.markdown())
     if args.show:
         show(Path(args.output_dir), args.show)
@@ -126,7 +126,7 @@ def make_plan(args: PrepareArguments) -> Plan:
     from datasets.utils.logging import disable_progress_bar
 
     from fledge.encoding import OVERFLOW_POLICIES
-    from fledge.preparation.blocks import Preparation
+    from fledge.preparation.chunks import Preparation
     from fledge.preparation.curation import split_shares
     from fledge.preparation.shards import bytes_of
     from fledge.sources import load_source
@@ -164,14 +164,14 @@ def make_plan(args: PrepareArguments) -> Plan:
 
 
 def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
-    """Splits and balances the rows that lie in blocks, and writes the dataset into `folder`.
+    """Splits and balances the rows that lie in chunks, and writes the dataset into `folder`.
 
     Raises:
         UserError: there is no row, or a split is empty or cannot be balanced.
     """
     from fledge.encoding import prompt_text
-    from fledge.preparation.blocks import written_columns
     from fledge.preparation.budget import Budget
+    from fledge.preparation.chunks import written_columns
     from fledge.preparation.curation import assign_splits
     from fledge.preparation.duplicates import near_duplicates
     from fledge.preparation.shards import first_rows, write_splits
@@ -199,7 +199,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     balanced = (args.balance, classes[args.balance]) if args.balance else None
     near = None
     if args.near_duplicates:
-        signatures = [preparation.folder / f"{block}.minhash.npy" for block in facts.blocks]
+        signatures = [preparation.folder / f"{chunk}.minhash.npy" for chunk in facts.chunks]
         near = near_duplicates(signatures, facts.columns["group"], args.near_duplicates)
     names, split_of, repeated = assign_splits(facts, plan.shares, balanced, args.seed, near)
     budget.rejected.update(repeated)

@@ -183,14 +183,14 @@ def make_trainer(
     from transformers.trainer_callback import PrinterCallback
 
     from fledge.pretraining.pretrainer import PretrainTrainer, Samples
-    from fledge.pretraining.tokens import Blocks
+    from fledge.pretraining.tokens import Windows
     from fledge.training.run_record import Progress, shield_trackers
     from fledge.training.settings import said_in_words
     from fledge.training.sharding import CheckSharded, shard_on_cpus
 
     model, tokenizer = untrained
     folder, tokens = corpus
-    train, validation = (Blocks(folder, name, tokens, args.context_length) for name in ("train", "validation"))
+    train, validation = (Windows(folder, name, tokens, args.context_length) for name in ("train", "validation"))
     samples = Samples(tokenizer, args.sample_prompts, args.sample_tokens)
     shard_on_cpus(config)
     with said_in_words():

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fledge.cli import UserError
-from fledge.sources.reading import blocks, parts
+from fledge.sources.reading import decoded, origins
 from fledge.sources.values import checked
 
 END = "<|endoftext|>"
@@ -47,7 +47,7 @@ def names_and_sizes(data: list[str]) -> list[tuple[str, int, int]]:
     """(name, bytes, time of change) of every file, by which a changed corpus is told; a Hub dataset has its name."""
     found = []
     for source in data:
-        for origin, _, _ in parts(source):
+        for origin, _, _ in origins(source):
             file = Path(origin)
             found.append((file.name, file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (origin, 0, 0))
     return found
@@ -55,9 +55,9 @@ def names_and_sizes(data: list[str]) -> list[tuple[str, int, int]]:
 
 def _texts(source: str, column: str, rows_are_lines: bool) -> Iterator[str | None]:
     """Text in reading order; `None` where a document ends. Of a Hub dataset, the split train."""
-    for origin, split, rows in parts(source):
+    for origin, split, rows in origins(source):
         if rows is None:
-            yield from blocks(Path(origin), " ")
+            yield from decoded(Path(origin), " ")
             yield None
         elif Path(origin).exists() or split in (None, "train"):
             for number, row in enumerate(rows, 1):

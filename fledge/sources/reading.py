@@ -1,6 +1,7 @@
 """Files, folders and Hub datasets → chunks of whole records, streamed: no more than one chunk is in memory.
 
-Text comes in blocks that end with a record, tables in lists of rows. A chunk is what processes can share out.
+The text of a chunk ends with a record; the chunks of a table are lists of rows. Processes share
+out chunks.
 """
 
 import csv
@@ -20,8 +21,8 @@ from fledge.sources.values import as_text, checked
 
 csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere; Python's own limit is 131,072 characters
 
-BLOCK = 1_000_000  # bytes of text in a chunk, about
-ROWS = 1_000  # rows in a chunk, at most
+CHUNK_BYTES = 1_000_000  # of text, about
+CHUNK_ROWS = 1_000  # of a table, at most
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 SPLITS = ("train", "validation", "test")
@@ -45,17 +46,17 @@ class Chunk:
 
 
 def text_chunks(data: str, end: str) -> Iterator[Chunk]:
-    """Blocks of text whose records end with `end`, from text files or from the `text` column of a table.
+    """Chunks of text whose records end with `end`, from text files or from the `text` column of a table.
 
     A table holds a line a row, as on the Hub; a row of several lines is a record of its own.
 
     Raises:
         UserError: nothing there, empty, damaged, or not UTF-8 (with the byte's offset).
     """
-    for origin, split, rows in parts(data):
-        found = blocks(Path(origin), end) if rows is None else _joined(_lines(origin, rows, end), end)
-        for block in _not_empty(origin, (block for block in found if block.strip())):
-            yield Chunk(origin, split, block)
+    for origin, split, rows in origins(data):
+        found = decoded(Path(origin), end) if rows is None else _joined(_lines(origin, rows, end), end)
+        for text in _not_empty(origin, (text for text in found if text.strip())):
+            yield Chunk(origin, split, text)
 
 
 def row_chunks(data: str) -> Iterator[Chunk]:
@@ -64,17 +65,17 @@ def row_chunks(data: str) -> Iterator[Chunk]:
     Raises:
         UserError: nothing there, empty, damaged, not a table, or not UTF-8 (with the byte's offset).
     """
-    for origin, split, rows in parts(data):
+    for origin, split, rows in origins(data):
         if rows is None:
             raise UserError(f"{origin} is no table; this source reads {', '.join(TABLES)} (or .gz of it) and Hub ids.")
         rows, first_row = _not_empty(origin, rows), 1
-        while part := list(islice(rows, ROWS)):
-            yield Chunk(origin, split, part, first_row)
-            first_row += len(part)
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            yield Chunk(origin, split, chunk, first_row)
+            first_row += len(chunk)
 
 
-def parts(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]:
-    """What `data` names, part by part: its origin, its split, and its rows unless it is a text."""
+def origins(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]:
+    """Each file or split of the Hub that `data` names: its origin, its split, and its rows unless it is a text."""
     path = Path(data)
     if not path.exists() and HUB_ID.fullmatch(data) and suffix(path) not in (*TABLES, ".txt"):
         for name, rows in _hub_dataset(data).items():
@@ -127,25 +128,25 @@ def _not_empty(origin: str, items: Iterable) -> Iterator:
     raise UserError(f"{origin} is empty.")
 
 
-def blocks(file: Path, end: str) -> Iterator[str]:
-    """Decodes a file in blocks of about `BLOCK` bytes, each ending with `end`."""
+def decoded(file: Path, end: str) -> Iterator[str]:
+    """Yields the text of a file, about `CHUNK_BYTES` bytes at a time, each time up to an `end`."""
     mark, left, offset = end.encode(), b"", 0
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
-            while read := stream.read(BLOCK):
-                block = left + read
-                cut = block.rfind(mark) + len(mark) if mark in block else 0
-                block, left = block[:cut], block[cut:]
-                yield _decoded(file, block, offset)
-                offset += len(block)
-        yield _decoded(file, left, offset)
+            while read := stream.read(CHUNK_BYTES):
+                content = left + read
+                cut = content.rfind(mark) + len(mark) if mark in content else 0
+                content, left = content[:cut], content[cut:]
+                yield _decode(file, content, offset)
+                offset += len(content)
+        yield _decode(file, left, offset)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
 
 
-def _decoded(file: Path, block: bytes, offset: int) -> str:
+def _decode(file: Path, content: bytes, offset: int) -> str:
     try:
-        text = block.decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: byte {offset + error.start} cannot be decoded.") from error
     return (text if offset else text.removeprefix("\ufeff")).replace("\r\n", "\n")
@@ -161,14 +162,14 @@ def _lines(origin: str, rows: Iterable[Row], end: str) -> Iterator[str]:
 
 
 def _joined(lines: Iterator[str], end: str) -> Iterator[str]:
-    part, size = [], 0
+    chunk, size = [], 0
     for line in lines:
-        part.append(line)
+        chunk.append(line)
         size += len(line) + 1
-        if size >= BLOCK and end in line:
-            yield "\n".join(part)
-            part, size = [], 0
-    yield "\n".join(part)
+        if size >= CHUNK_BYTES and end in line:
+            yield "\n".join(chunk)
+            chunk, size = [], 0
+    yield "\n".join(chunk)
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -178,7 +179,7 @@ def _rows(file: Path) -> Iterator[Row]:
     elif kind == ".json":
         rows = _json(file)
     else:
-        lines = (line for block in blocks(file, "\n") if block for line in block.removesuffix("\n").split("\n"))
+        lines = (line for text in decoded(file, "\n") if text for line in text.removesuffix("\n").split("\n"))
         if kind in (".csv", ".tsv"):
             rows = _csv(lines, "\t" if kind == ".tsv" else ",")
         else:
@@ -216,13 +217,13 @@ def _parquet(file: Path) -> Iterator[Row]:
 
     table = pyarrow.parquet.ParquetFile(file)
     _refuse_twice(table.schema_arrow.names)
-    for batch in table.iter_batches(ROWS):
+    for batch in table.iter_batches(CHUNK_ROWS):
         yield from batch.to_pylist()
 
 
 def _json(file: Path) -> Iterator[Row]:
     """An array, an object that holds one, or JSON lines under this name."""
-    text = "".join(blocks(file, "\n"))
+    text = "".join(decoded(file, "\n"))
     if not text.strip():
         return
     try:

@@ -27,7 +27,7 @@ KEPT = 1 << 27
 
 
 def slices(count: int, size: int) -> list[slice]:
-    """`range(count)` cut into pieces of `size`; an empty one when there is nothing to cut."""
+    """`range(count)` cut into slices of `size`; an empty one when there is nothing to cut."""
     return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
@@ -97,13 +97,13 @@ class ScoreTokens(torch.autograd.Function):
         ctx.types = hidden.dtype, weight.dtype, weight.dtype
         hidden, weight, bias = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
         scores = torch.empty(rows, len(targets), device=hidden.device)
-        ctx.chunks = slices(len(targets), max(1, KEPT // len(weight)))
+        ctx.slices = slices(len(targets), max(1, KEPT // len(weight)))
         with_gradient = any(ctx.needs_input_grad)
         of_logits = None
-        for chunk in ctx.chunks:
+        for chunk in ctx.slices:
             of_logits = project_and_score(hidden[chunk], weight, bias, targets[chunk], scores[:, chunk], with_gradient)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.kept = of_logits if len(ctx.chunks) == 1 else None
+        ctx.kept = of_logits if len(ctx.slices) == 1 else None
         return scores
 
     @staticmethod
@@ -118,7 +118,7 @@ class ScoreTokens(torch.autograd.Function):
             torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
             for x, dtype, needed in zip((hidden, weight, bias), ctx.types, ctx.needs_input_grad[:3], strict=True)
         )
-        for number, chunk in enumerate(ctx.chunks):
+        for number, chunk in enumerate(ctx.slices):
             of_logits = ctx.kept
             if of_logits is None:
                 scores = torch.empty(1, len(targets[chunk]), device=hidden.device)

@@ -30,8 +30,8 @@ class ScaleArguments:
     tasks: int = field(default=2, metadata={"help": "into how many parts the work is cut (default 2)"})
     workers: int = field(default=2, metadata={"help": "how many of them run at once (default 2)"})
     ray: bool = field(default=False, metadata={"help": "run them on the Ray cluster at RAY_ADDRESS, else on one here"})
-    blocks: str | None = field(
-        default=None, metadata={"help": "where all machines see the same folder; default: output_dir with -blocks"}
+    chunks: str | None = field(
+        default=None, metadata={"help": "where all machines see the same folder; default: output_dir with -chunks"}
     )
 
 
@@ -40,27 +40,27 @@ class Half(PipelineStep):
 
     type = "Fledge"
 
-    def __init__(self, arguments: PrepareArguments, blocks: Path):
+    def __init__(self, arguments: PrepareArguments, chunks: Path):
         super().__init__()
-        self.arguments, self.blocks = arguments, blocks
+        self.arguments, self.chunks = arguments, chunks
 
     def plan(self) -> Plan:
         plan = make_plan(self.arguments)
-        plan.preparation.folder = self.blocks
+        plan.preparation.folder = self.chunks
         return plan
 
 
-class MakeBlocks(Half):
-    """The first, in as many tasks as there are: records → rows and facts on disk, a file each a block."""
+class MakeChunks(Half):
+    """The first, in as many tasks as there are: records → rows and facts on disk, a file each a chunk."""
 
-    name = "Rows of each block"
+    name = "Rows of each chunk"
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
-        from fledge.preparation.blocks import blocks_of, prepare_blocks
+        from fledge.preparation.chunks import named_chunks, prepare_chunks
 
         plan = self.plan()
         files, preparation = plan.arguments.data, plan.preparation
-        prepare_blocks(preparation, lambda: blocks_of(plan.source, files, None, rank, world_size), num_proc=1)
+        prepare_chunks(preparation, lambda: named_chunks(plan.source, files, None, rank, world_size), num_proc=1)
         yield from data or ()
 
 
@@ -70,7 +70,7 @@ class WriteDataset(Half):
     name = "Splits and files"
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
-        from fledge.preparation.blocks import Facts
+        from fledge.preparation.chunks import Facts
 
         plan = self.plan()
         arguments = self.arguments
@@ -78,7 +78,7 @@ class WriteDataset(Half):
             claimed(arguments.output_dir, "prepare_dataset.py", arguments.overwrite) as output,
             output.staged() as folder,
         ):
-            print(write_dataset(plan, Facts.read(self.blocks), folder).markdown())
+            print(write_dataset(plan, Facts.read(self.chunks), folder).markdown())
         yield from data or ()
 
 
@@ -86,13 +86,13 @@ def main():
     scale, arguments = parse(sys.argv[1:], ScaleArguments, PrepareArguments, description=__doc__)
     if arguments.limit:
         raise UserError("--limit counts records from the beginning, which tasks cannot; leave it out.")
-    blocks = Path(scale.blocks or f"{arguments.output_dir}-blocks").absolute()
+    chunks = Path(scale.chunks or f"{arguments.output_dir}-chunks").absolute()
     inputs = {"--data": arguments.data, "--tokenizer": arguments.tokenizer}
-    check_inputs(blocks, "--blocks", inputs)
-    with claimed(arguments.output_dir, "prepare_dataset.py", arguments.overwrite, inputs | {"--blocks": str(blocks)}):
+    check_inputs(chunks, "--chunks", inputs)
+    with claimed(arguments.output_dir, "prepare_dataset.py", arguments.overwrite, inputs | {"--chunks": str(chunks)}):
         make_plan(arguments)  # what is wrong with it is said here, not in a task's log
-    with locked(blocks, "--blocks"):
-        prepare(scale, arguments, blocks)
+    with locked(chunks, "--chunks"):
+        prepare(scale, arguments, chunks)
 
 
 def on_ray() -> type:
@@ -111,22 +111,22 @@ def on_ray() -> type:
     return RayPipelineExecutor
 
 
-def prepare(scale: ScaleArguments, arguments: PrepareArguments, blocks: Path) -> None:
-    """Both halves, on this machine; `blocks` goes on from what an interrupted run has made there."""
-    with writing(blocks):
-        blocks.mkdir(exist_ok=True)
-        if (read_mark(blocks) or {}).get("stage") != STAGE and any(files_in(blocks)):
-            raise UserError(f"{blocks} holds no {MARK} of {STAGE}, so its files are of others; name another --blocks.")
-        write_mark(blocks, STAGE, {})
+def prepare(scale: ScaleArguments, arguments: PrepareArguments, chunks: Path) -> None:
+    """Both halves, on this machine; `chunks` goes on from what an interrupted run has made there."""
+    with writing(chunks):
+        chunks.mkdir(exist_ok=True)
+        if (read_mark(chunks) or {}).get("stage") != STAGE and any(files_in(chunks)):
+            raise UserError(f"{chunks} holds no {MARK} of {STAGE}, so its files are of others; name another --chunks.")
+        write_mark(chunks, STAGE, {})
     executor = on_ray() if scale.ray else LocalPipelineExecutor
     make = executor(
-        [MakeBlocks(arguments, blocks)], tasks=scale.tasks, workers=scale.workers, logging_dir=f"{blocks}/logs/make"
+        [MakeChunks(arguments, chunks)], tasks=scale.tasks, workers=scale.workers, logging_dir=f"{chunks}/logs/make"
     )
     write = executor(
-        [WriteDataset(arguments, blocks)], tasks=1, workers=1, logging_dir=f"{blocks}/logs/write", depends=make
+        [WriteDataset(arguments, chunks)], tasks=1, workers=1, logging_dir=f"{chunks}/logs/write", depends=make
     )
     write.run()
-    print(f"{arguments.output_dir} is ready; {blocks} may be deleted.")
+    print(f"{arguments.output_dir} is ready; {chunks} may be deleted.")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def changed(words: list[str], share: float) -> str:
     return " ".join(words[:kept] + [f"new{number}" for number in range(len(words) - kept)])
 
 
-def found(tmp_path, blocks: list[list[str]], groups: list[int], similarity: float = 0.8) -> list[bool]:
+def found(tmp_path, chunks: list[list[str]], groups: list[int], similarity: float = 0.8) -> list[bool]:
     files = []
-    for number, texts in enumerate(blocks):
+    for number, texts in enumerate(chunks):
         files.append(tmp_path / f"{number}.npy")
         save_signatures(files[-1], texts)
     return near_duplicates(files, np.array(groups, np.uint64), similarity).tolist()
@@ -61,7 +61,7 @@ def test_bands_find_a_pair_at_the_limit(similarity):
     assert width == HASHES or 1 - (1 - similarity ** (width + 1)) ** (HASHES // (width + 1)) < 0.99
 
 
-def test_the_later_of_two_near_duplicates_goes_across_blocks_and_splits(tmp_path):
+def test_the_later_of_two_near_duplicates_goes_across_chunks_and_splits(tmp_path):
     texts = [" ".join(text_of(seed)) for seed in range(6)]
     copies = [changed(text_of(seed), 0.05) for seed in (1, 4)]
 
@@ -92,11 +92,11 @@ def test_a_chain_loses_only_what_is_near_a_row_that_stays(tmp_path):
     seeds=st.lists(st.integers(0, 6), min_size=1, max_size=12),
     cut=st.integers(0, 12),
 )
-def test_copies_are_found_however_blocks_are_cut(tmp_path_factory, seeds, cut):
+def test_copies_are_found_however_chunks_are_cut(tmp_path_factory, seeds, cut):
     texts = [" ".join(text_of(seed)) for seed in seeds]
-    blocks = [texts[:cut], texts[cut:]]
+    chunks = [texts[:cut], texts[cut:]]
 
-    assert found(tmp_path_factory.mktemp("d"), blocks, list(range(len(seeds)))) == [
+    assert found(tmp_path_factory.mktemp("d"), chunks, list(range(len(seeds)))) == [
         seed in seeds[:place] for place, seed in enumerate(seeds)
     ]
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from fledge.cli import UserError, run
 from fledge.encoding import IGNORED
 from fledge.pretraining.pretrainer import flops_per_token, new_gpt2, score_in_cache
-from fledge.pretraining.tokens import Blocks, Corpus, TokenWriter, open_tokens
+from fledge.pretraining.tokens import Corpus, TokenWriter, Windows, open_tokens
 from fledge.scripts import pretrain as script
 from fledge.sources.documents import END, pieces
 from fledge.training.run_record import Progress
@@ -58,7 +58,7 @@ def pretrain(*arguments) -> None:
         sys.argv = before
 
 
-def test_blocks_hold_every_token_once(corpus, tokenizer, tmp_path):
+def test_chunks_hold_every_token_once(corpus, tokenizer, tmp_path):
     tokens = open_tokens(tmp_path / "tokens", corpus_of(corpus.file), tokenizer)
     documents = [text for text, _ in pieces([str(corpus.file)])]
     for split, chosen in (
@@ -69,16 +69,16 @@ def test_blocks_hold_every_token_once(corpus, tokenizer, tmp_path):
         size = len("".join(chosen).encode())
         assert tokens["splits"][split] == {"documents": len(chosen), "tokens": len(row), "bytes": size}
         for context in (1, 7, 16, len(row) - 1, len(row), 3 * len(row)):
-            blocks = Blocks(tmp_path / "tokens", split, tokens, context)
-            read = [blocks[k] for k in range(len(blocks))]
-            assert all(block["input_ids"].shape == block["labels"].shape == (context,) for block in read[:2])
-            labels = torch.cat([block["labels"] for block in read])
-            inputs = torch.cat([block["input_ids"] for block in read])
+            windows = Windows(tmp_path / "tokens", split, tokens, context)
+            read = [windows[k] for k in range(len(windows))]
+            assert all(window["input_ids"].shape == window["labels"].shape == (context,) for window in read[:2])
+            labels = torch.cat([window["labels"] for window in read])
+            inputs = torch.cat([window["input_ids"] for window in read])
             assert labels[labels != IGNORED].tolist() == row[1:]
             assert inputs[labels != IGNORED].tolist() == row[:-1]
-            assert blocks.bytes_per_token == size / (len(row) - 1)
+            assert windows.bytes_per_token == size / (len(row) - 1)
             with pytest.raises(IndexError):
-                blocks[len(blocks)]
+                windows[len(windows)]
 
 
 def test_a_corpus_without_marks_holds_its_end_out(tokenizer, tmp_path):
@@ -210,8 +210,8 @@ def test_bits_per_byte_by_hand(straight):
     ids = np.fromfile(folder.with_name("straight-tokens") / "validation.bin", "uint16").astype(np.int64)
     nats = 0.0
     for begin in range(0, len(ids) - 1, 16):
-        block = torch.from_numpy(ids[begin : begin + 17])[None]
-        nats += F.cross_entropy(model(block[:, :-1]).logits[0], block[0, 1:], reduction="sum").item()
+        window = torch.from_numpy(ids[begin : begin + 17])[None]
+        nats += F.cross_entropy(model(window[:, :-1]).logits[0], window[0, 1:], reduction="sum").item()
     assert record["validation_loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
     assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / record["corpus"]["validation"]["bytes"], 1e-5)
 
@@ -323,7 +323,7 @@ def test_a_corpus_too_short_is_refused(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("a", encoding="utf-8")
     tokens = open_tokens(tmp_path / "t", corpus_of(tmp_path / "a.txt", share=0.5), tokenizer)
     with pytest.raises(UserError, match="The train split has 1 tokens, and none to predict; give more text"):
-        Blocks(tmp_path / "t", "train", tokens, 8)
+        Windows(tmp_path / "t", "train", tokens, 8)
 
 
 def test_two_processes_that_share_the_weights_evaluate_and_save_a_base(corpus, tmp_path):

@@ -49,7 +49,7 @@ FORMS += ["A.JSON", "A.JSONL", "A.CSV", "A.PARQUET", "A.JSONL.GZ"]
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_a_table_gives_the_same_records(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("fledge.sources.reading.ROWS", 2)  # several chunks
+    monkeypatch.setattr("fledge.sources.reading.CHUNK_ROWS", 2)  # several chunks
     write(tmp_path / name, ROWS)
 
     assert list(load_source("alpaca").records(str(tmp_path / name))) == ROWS
@@ -189,7 +189,7 @@ def test_a_picture_in_content_parts_is_refused(tmp_path):
 
 
 def test_the_row_is_told_in_later_chunks_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("fledge.sources.reading.ROWS", 2)
+    monkeypatch.setattr("fledge.sources.reading.CHUNK_ROWS", 2)
     write(tmp_path / "a.jsonl", [*ROWS, *ROWS, {**ROWS[0], "output": "half \ud800"}])
     with pytest.raises(UserError, match=r"a.jsonl, row 7, column output holds '\\ud800' at character 6"):
         list(load_source("alpaca").records(str(tmp_path / "a.jsonl")))

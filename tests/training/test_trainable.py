@@ -9,7 +9,7 @@ from fledge.training.trainer import prepare_model
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_blocks_are_found_in_any_architecture(kind):
+def test_chunks_are_found_in_any_architecture(kind):
     model = MODELS[kind]()
     assert len(blocks_of(model)) == model.config.num_hidden_layers == 2
     assert all("attn" in " ".join(dict(block.named_children())) for block in blocks_of(model))

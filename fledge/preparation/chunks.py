@@ -1,7 +1,7 @@
-"""Blocks of records → rows on disk, by several processes, so that memory does not grow with the data.
+"""Chunks of records → rows on disk, by several processes, so that memory does not grow with the data.
 
-Of a block NAME come two Arrow files: `NAME.rows.arrow` (messages, the task's columns, token ids) and
-`NAME.facts.arrow`, the few numbers a row by which `fledge.preparation.curation` decides where it goes. A block depends
+Of a chunk NAME come two Arrow files: `NAME.rows.arrow` (messages, the task's columns, token ids) and
+`NAME.facts.arrow`, the few numbers a row by which `fledge.preparation.curation` decides where it goes. A chunk depends
 on nothing but its own records, so the files are the same whoever makes them and in whatever order.
 """
 
@@ -53,8 +53,8 @@ FACTS = {
 
 
 @dataclass
-class Block:
-    """A chunk of a source, or its first `limit` records; `name` orders blocks as their records stand in the data."""
+class NamedChunk:
+    """A chunk of a source, or its first `limit` records. `name` orders chunks as their records stand in the data."""
 
     name: str
     chunk: Chunk
@@ -63,7 +63,7 @@ class Block:
 
 @dataclass
 class Preparation:
-    """What becomes of a block; called with one, it writes its rows and facts into `folder`."""
+    """What becomes of a chunk; called with one, it writes its rows and facts into `folder`."""
 
     source: Source
     task: str
@@ -78,21 +78,21 @@ class Preparation:
     def __post_init__(self) -> None:
         self.spelling = Spelling(self.tokenizer)
 
-    def __call__(self, block: Block) -> None:
+    def __call__(self, named: NamedChunk) -> None:
         """Raises:
         UserError: a record that the source cannot read.
         UnequalIds: see `TextEncoder`.
         """
         task, found = open_task(self.task), Found()
         rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], None, self.tokenizer.eos_token_id)], []
-        numbered = enumerate(self.source.parse(block.chunk)[: block.limit])
+        numbered = enumerate(self.source.parse(named.chunk)[: named.limit])
         while records := list(islice(numbered, RECORDS)):
             examples = []
             for number, record in records:
                 found.counts["read"] += 1
                 try:
                     # Chance is the record's own, so that its examples do not depend on the records before it.
-                    made = task.checked_examples(record, random.Random(f"{self.seed} {block.name} {number}"))
+                    made = task.checked_examples(record, random.Random(f"{self.seed} {named.name} {number}"))
                 except RejectedRecord as reason:
                     found.rejected[str(reason)] += 1
                     continue
@@ -101,14 +101,14 @@ class Preparation:
                 examples += made
             fitted = self._encoded(examples, found)
             rows.append(rows_table(task, fitted))
-            facts.append(facts_table(task, fitted, block.chunk.split, self.tokenizer.eos_token_id))
+            facts.append(facts_table(task, fitted, named.chunk.split, self.tokenizer.eos_token_id))
             texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
         written = json.dumps(vars(found))
-        write_table(self.folder / f"{block.name}.rows.arrow", pa.concat_tables(rows))
-        facts = pa.concat_tables(facts).replace_schema_metadata({"block": written})
-        write_table(self.folder / f"{block.name}.facts.arrow", facts)
+        write_table(self.folder / f"{named.name}.rows.arrow", pa.concat_tables(rows))
+        facts = pa.concat_tables(facts).replace_schema_metadata({"chunk": written})
+        write_table(self.folder / f"{named.name}.facts.arrow", facts)
         if self.near_duplicates:
-            save_signatures(self.folder / f"{block.name}.minhash.npy", texts)
+            save_signatures(self.folder / f"{named.name}.minhash.npy", texts)
 
     def _encoded(self, examples: list[dict[str, Any]], found: "Found") -> list[tuple[dict[str, Any], Encoded]]:
         """The examples that can be written and fit, with their ids; the others are counted in `found`."""
@@ -168,10 +168,10 @@ class Found:
 
 @dataclass
 class Facts:
-    """What is known of all rows, block by block in the order of the data."""
+    """What is known of all rows, chunk by chunk in the order of the data."""
 
-    blocks: list[str]
-    rows: np.ndarray  # (blocks,), how many each block has
+    chunks: list[str]
+    rows: np.ndarray  # (chunks,), how many each chunk has
     columns: dict[str, np.ndarray]  # (all rows,) each
     found: Found
 
@@ -186,7 +186,7 @@ class Facts:
     @classmethod
     def read(cls, folder: Path) -> "Facts":
         """Raises:
-        UserError: there is no block.
+        UserError: there is no chunk.
         """
         files = sorted(folder.glob("*.facts.arrow"))
         tables = [read_table(file) for file in files]
@@ -194,7 +194,7 @@ class Facts:
             raise UserError("The data holds no record; give some.")
         found = Found()
         for table in tables:
-            found.update(json.loads(table.schema.metadata[b"block"]))
+            found.update(json.loads(table.schema.metadata[b"chunk"]))
         columns = pa.concat_tables([table.replace_schema_metadata() for table in tables])
         return cls(
             [file.name.removesuffix(".facts.arrow") for file in files],
@@ -204,9 +204,9 @@ class Facts:
         )
 
 
-def blocks_of(
+def named_chunks(
     source: Source, files: list[str], limit: int | None = None, rank: int = 0, tasks: int = 1
-) -> Iterator[Block]:
+) -> Iterator[NamedChunk]:
     """The chunks of all files, as far as their first `limit` records.
 
     Of several tasks each has its own: whole files, or every n-th chunk if there are fewer files than tasks.
@@ -218,28 +218,28 @@ def blocks_of(
         for number, chunk in enumerate(source.chunks(file)):
             if not by_file and number % tasks != rank:
                 continue
-            block = Block(f"{place:05d}-{number:07d}", chunk)
+            named = NamedChunk(f"{place:05d}-{number:07d}", chunk)
             if limit is not None:
-                block.limit = min(limit, len(source.parse(chunk)))
-                limit -= block.limit
-            yield block
+                named.limit = min(limit, len(source.parse(chunk)))
+                limit -= named.limit
+            yield named
             if limit == 0:
                 return
 
 
-def prepare_blocks(preparation: Preparation, blocks: Callable[[], Iterator[Block]], num_proc: int) -> None:
-    """Makes rows of all blocks.
+def prepare_chunks(preparation: Preparation, chunks: Callable[[], Iterator[NamedChunk]], num_proc: int) -> None:
+    """Makes rows of all chunks.
 
     Raises:
         UserError: a source cannot be read, or a record not be encoded.
     """
     print(f"Encoding with {preparation.encoder.way}.", flush=True)
     try:
-        for _ in spread(preparation, blocks(), num_proc):
+        for _ in spread(preparation, chunks(), num_proc):
             pass
     except UnequalIds:
         preparation.encoder = TextEncoder(preparation.tokenizer, fast=False)
-        prepare_blocks(preparation, blocks, num_proc)
+        prepare_chunks(preparation, chunks, num_proc)
 
 
 def written_columns(task: Task) -> Features:
@@ -252,7 +252,7 @@ def written_columns(task: Task) -> Features:
 
 
 def columns_of(task: Task) -> Features:
-    """The columns of a row in a block."""
+    """The columns of a row in a chunk."""
     kinds = {"string": Value("string"), "strings": List(Value("string"))}
     columns = {
         column: ClassLabel(names=list(kind)) if isinstance(kind, tuple) else kinds[kind]
@@ -316,30 +316,30 @@ def read_table(file: Path) -> pa.Table:
         return pa.ipc.open_file(source).read_all()
 
 
-def spread(work: Callable[[Block], Any], blocks: Iterable[Block], num_proc: int) -> Iterator[Any]:
-    """`work(block)` of each block, in order. A single block is worked on here; more go to `num_proc` processes.
+def spread(work: Callable[[NamedChunk], Any], chunks: Iterable[NamedChunk], num_proc: int) -> Iterator[Any]:
+    """`work(chunk)` of each chunk, in order. A single chunk is worked on here; more go to `num_proc` processes.
 
     Raises:
         UserError: a process died.
     """
-    blocks = iter(blocks)
-    head = list(islice(blocks, 2))
-    blocks = chain(head, blocks)
+    chunks = iter(chunks)
+    head = list(islice(chunks, 2))
+    chunks = chain(head, chunks)
     if num_proc == 1 or len(head) < 2:
-        yield from map(work, blocks)
+        yield from map(work, chunks)
         return
     try:
         with ProcessPoolExecutor(num_proc, initializer=_begin, initargs=(work,)) as pool:
-            # A few blocks wait, so that no process does; more would only fill the memory.
-            waiting = deque(pool.submit(_work, block) for block in islice(blocks, 2 * num_proc))
+            # A few chunks wait, so that no process does; more would only fill the memory.
+            waiting = deque(pool.submit(_work, chunk) for chunk in islice(chunks, 2 * num_proc))
             while waiting:
                 yield waiting.popleft().result()
-                waiting.extend(pool.submit(_work, block) for block in islice(blocks, 1))
+                waiting.extend(pool.submit(_work, chunk) for chunk in islice(chunks, 1))
     except BrokenProcessPool as error:
         raise UserError("A process was killed, perhaps for want of memory; pass a smaller --num_proc.") from error
 
 
-def _begin(work: Callable[[Block], Any]) -> None:
+def _begin(work: Callable[[NamedChunk], Any]) -> None:
     global _work_of_this_process
     _work_of_this_process = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
@@ -351,5 +351,5 @@ def _end_with_the_parent() -> None:
     os._exit(1)
 
 
-def _work(block: Block) -> Any:
-    return _work_of_this_process(block)
+def _work(named: NamedChunk) -> Any:
+    return _work_of_this_process(named)

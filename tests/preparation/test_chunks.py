@@ -13,8 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
-from fledge.preparation import blocks, shards
-from fledge.preparation.blocks import Block, Facts, Preparation, blocks_of, hash_of, prepare_blocks, read_table, spread
+from fledge.preparation import chunks, shards
+from fledge.preparation.chunks import (
+    Facts,
+    NamedChunk,
+    Preparation,
+    hash_of,
+    named_chunks,
+    prepare_chunks,
+    read_table,
+    spread,
+)
 from fledge.preparation.shards import Shards, bytes_of, parquet_writer, write_splits
 from fledge.sources import Chunk, load_source
 from fledge.tasks import load_task
@@ -43,33 +52,33 @@ def bytes_of_files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def double(block: Block) -> tuple[str, int]:
-    return block.name * 2, os.getpid()
+def double(chunk: NamedChunk) -> tuple[str, int]:
+    return chunk.name * 2, os.getpid()
 
 
-def named(count: int) -> list[Block]:
-    return [Block(f"{number:02d}", Chunk("", None, "")) for number in range(count)]
+def named(count: int) -> list[NamedChunk]:
+    return [NamedChunk(f"{number:02d}", Chunk("", None, "")) for number in range(count)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 30])
-def test_results_come_in_the_order_of_the_blocks(count):
+def test_results_come_in_the_order_of_the_chunks(count):
     results = list(spread(double, named(count), num_proc=2))
 
-    assert [name for name, _ in results] == [block.name * 2 for block in named(count)]
+    assert [name for name, _ in results] == [chunk.name * 2 for chunk in named(count)]
     assert all((pid == os.getpid()) == (count < 2) for _, pid in results)
 
 
-def test_no_more_blocks_are_read_than_wait():
+def test_no_more_chunks_are_read_than_wait():
     taken = []
-    results = spread(double, (taken.append(block.name) or block for block in named(50)), num_proc=2)
+    results = spread(double, (taken.append(chunk.name) or chunk for chunk in named(50)), num_proc=2)
     next(results)
 
     assert len(taken) <= 6
     results.close()
 
 
-def die(block: Block) -> None:
-    if block.name == "03":
+def die(chunk: NamedChunk) -> None:
+    if chunk.name == "03":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -82,7 +91,7 @@ def test_no_process_outlives_a_run_that_is_killed():
     """Only the run and its processes hold the pipe's other end, so that it is at its end when all of them are gone."""
     reading, writing = os.pipe()
 
-    def wait(block: Block) -> None:
+    def wait(chunk: NamedChunk) -> None:
         os.write(writing, b".")
         signal.pause()
 
@@ -99,44 +108,44 @@ def test_no_process_outlives_a_run_that_is_killed():
     os.close(reading)
 
 
-def fail(block: Block) -> None:
-    raise UserError(f"block {block.name} is wrong")
+def fail(chunk: NamedChunk) -> None:
+    raise UserError(f"chunk {chunk.name} is wrong")
 
 
 def test_the_error_of_a_process_reaches_the_user():
-    with pytest.raises(UserError, match="block 00 is wrong"):
+    with pytest.raises(UserError, match="chunk 00 is wrong"):
         list(spread(fail, named(8), num_proc=2))
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("fledge.sources.reading.BLOCK", 2000)
-    monkeypatch.setattr(blocks, "RECORDS", 5)
+    monkeypatch.setattr("fledge.sources.reading.CHUNK_BYTES", 2000)
+    monkeypatch.setattr(chunks, "RECORDS", 5)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 60, 70, 119, 120, 500])
-def test_blocks_hold_the_records_in_order(records, limit):
-    made = list(blocks_of(SOURCE, [records, records], limit))
-    read = [record for block in made for record in SOURCE.parse(block.chunk)[: block.limit]]
+def test_chunks_hold_the_records_in_order(records, limit):
+    made = list(named_chunks(SOURCE, [records, records], limit))
+    read = [record for chunk in made for record in SOURCE.parse(chunk.chunk)[: chunk.limit]]
 
     assert read == (list(SOURCE.records(records)) * 2)[:limit]
-    assert len(made) == len({block.name for block in made})
-    assert [block.name for block in made] == sorted(block.name for block in made)
-    assert all(block.limit != 0 for block in made)
+    assert len(made) == len({chunk.name for chunk in made})
+    assert [chunk.name for chunk in made] == sorted(chunk.name for chunk in made)
+    assert all(chunk.limit != 0 for chunk in made)
 
 
 @pytest.mark.parametrize(("files", "tasks"), [(1, 1), (1, 3), (2, 3), (2, 2), (5, 2)])
-def test_tasks_share_the_blocks(records, files, tasks):
+def test_tasks_share_the_chunks(records, files, tasks):
     def content(**share):
-        return [(block.name, block.chunk.content) for block in blocks_of(SOURCE, [records] * files, **share)]
+        return [(chunk.name, chunk.chunk.content) for chunk in named_chunks(SOURCE, [records] * files, **share)]
 
     shares = [content(rank=rank, tasks=tasks) for rank in range(tasks)]
     assert all(shares)
-    assert sorted(block for share in shares for block in share) == content()
+    assert sorted(chunk for share in shares for chunk in share) == content()
 
 
-def test_a_chunk_without_a_record_is_a_block_without_a_row(preparation):
-    preparation(Block("empty", Chunk("", None, "\n<|endoftext|>\n")))
+def test_a_chunk_without_a_record_has_no_row(preparation):
+    preparation(NamedChunk("empty", Chunk("", None, "\n<|endoftext|>\n")))
 
     facts = Facts.read(preparation.folder)
     assert (facts.total, facts.rows.tolist(), +facts.found.counts, +facts.found.rejected) == (0, [0], {}, {})
@@ -147,7 +156,7 @@ def test_any_number_of_processes_writes_the_same_bytes(preparation, records, tmp
     for num_proc in (1, 2, 3):
         preparation.folder = tmp_path / str(num_proc)
         preparation.folder.mkdir()
-        prepare_blocks(preparation, lambda: blocks_of(SOURCE, [records], None), num_proc)
+        prepare_chunks(preparation, lambda: named_chunks(SOURCE, [records], None), num_proc)
         written.append(bytes_of_files(preparation.folder))
 
     assert len(written[0]) > 10
@@ -157,7 +166,7 @@ def test_any_number_of_processes_writes_the_same_bytes(preparation, records, tmp
 def test_ids_that_differ_on_the_data_mean_the_slow_way_from_the_start(
     monkeypatch, preparation, records, tmp_path, capsys
 ):
-    """tiktoken is made to err in the third block: its rows are then those of the slow way, all of them."""
+    """tiktoken is made to err in the third chunk: its rows are then those of the slow way, all of them."""
     right = TextEncoder.__call__
     calls = []
 
@@ -168,25 +177,25 @@ def test_ids_that_differ_on_the_data_mean_the_slow_way_from_the_start(
         return right(self, texts, control)
 
     monkeypatch.setattr(TextEncoder, "__call__", err_once)
-    prepare_blocks(preparation, lambda: blocks_of(SOURCE, [records], None), num_proc=1)
+    prepare_chunks(preparation, lambda: named_chunks(SOURCE, [records], None), num_proc=1)
     assert "tiktoken, ids checked" in capsys.readouterr().out
     assert all(calls[:5])
     assert not any(calls[5:])
     slow = bytes_of_files(tmp_path)
 
     monkeypatch.setattr(TextEncoder, "__call__", right)
-    prepare_blocks(preparation, lambda: blocks_of(SOURCE, [records], None), num_proc=1)
+    prepare_chunks(preparation, lambda: named_chunks(SOURCE, [records], None), num_proc=1)
     assert bytes_of_files(tmp_path) == slow
 
 
 def test_facts_are_those_of_the_rows(preparation, records):
-    prepare_blocks(preparation, lambda: blocks_of(SOURCE, [records], None), num_proc=1)
+    prepare_chunks(preparation, lambda: named_chunks(SOURCE, [records], None), num_proc=1)
     facts = Facts.read(preparation.folder)
-    rows = [r for name in facts.blocks for r in read_table(preparation.folder / f"{name}.rows.arrow").to_pylist()]
+    rows = [r for name in facts.chunks for r in read_table(preparation.folder / f"{name}.rows.arrow").to_pylist()]
 
     assert +facts.found.counts == {"read": 60, "used": 60, "examples": 60}
     assert not facts.found.rejected
-    assert len(facts.rows) == len(facts.blocks) > 5
+    assert len(facts.rows) == len(facts.chunks) > 5
     assert facts.total == len(rows) == 60
     for number, row in enumerate(rows):
         of_row = facts.of([number])
@@ -204,11 +213,11 @@ def test_facts_are_those_of_the_rows(preparation, records):
 def test_splits_are_written_as_datasets_writes_them(preparation, records, tmp_path, state_is_known, monkeypatch):
     if not state_is_known:  # to another release of datasets, which then describes the rows itself
         monkeypatch.setattr(shards, "load_from_disk", {}.__getitem__)
-    prepare_blocks(preparation, lambda: blocks_of(SOURCE, [records], None), num_proc=1)
+    prepare_chunks(preparation, lambda: named_chunks(SOURCE, [records], None), num_proc=1)
     facts = Facts.read(preparation.folder)
-    rows = [r for name in facts.blocks for r in read_table(tmp_path / f"{name}.rows.arrow").to_pylist()]
+    rows = [r for name in facts.chunks for r in read_table(tmp_path / f"{name}.rows.arrow").to_pylist()]
     split_of = np.arange(60, dtype=np.int8) % 4 - 1
-    columns = Features({"messages": blocks.columns_of(load_task("topic_ending"))["messages"]})
+    columns = Features({"messages": chunks.columns_of(load_task("topic_ending"))["messages"]})
     (tmp_path / "out").mkdir()
     write_splits(tmp_path / "out", tmp_path, facts, split_of, ("a", "b", "c"), columns, 1500, seed=3)
 
