@@ -1,7 +1,7 @@
 """Files, folders and Hub datasets → chunks of whole records, streamed: no more than one chunk is in memory.
 
-The text of a chunk ends with a record; the chunks of a table are lists of rows. Processes share
-out chunks.
+The text of a chunk ends with a record; the chunks of a table are lists of rows.
+Processes share out chunks.
 """
 
 import csv
