@@ -24,7 +24,7 @@ from fledge.ranges import AT_LEAST_ONE, check_ranges
 from fledge.sampling import Sampling
 
 RANGES = {"num_samples": AT_LEAST_ONE, "batch_size": AT_LEAST_ONE}
-WAYS = ("prompt", "topic", "words", "ask", "interactive", "prompts_file")
+WAYS = ("prompt", "topic", "words", "constraints", "ask", "interactive", "prompts_file")
 
 
 @dataclass
@@ -34,6 +34,9 @@ class GenerateArguments:
     topic: str | None = field(default=None, metadata={"help": "what a story is to be about"})
     ending: str = field(default="happy", metadata={"help": "how it ends: happy or sad (default happy)"})
     words: str | None = field(default=None, metadata={"help": "words that a story is to use: 'boat, brave, laugh'"})
+    constraints: list[str] | None = field(
+        default=None, metadata={"help": "what a story is to keep: 'words: boat, brave' 'sentences: 12' 'question: yes'"}
+    )
     story: str | None = field(default=None, metadata={"help": "a text file that --ask is about"})
     ask: str | None = field(default=None, metadata={"help": "a question, about --story if given"})
     interactive: bool = field(default=False, metadata={"help": "a conversation; /help lists its commands"})
@@ -103,7 +106,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
     names = [name for name in (args.model, args.compare) if name]
     models = [load_model(name, args.dtype) for name in names]
     for name, (_, tokenizer) in zip(names, models, strict=True):
-        if not tokenizer.chat_template and (args.interactive or args.ask or args.words):
+        if not tokenizer.chat_template and (args.interactive or args.ask or args.words or args.constraints):
             raise UserError(f"{name} is a base model without a chat template; give it a --prompt.")
     system = system_of(args, folder)
     messages = [*system, {"role": "user", "content": question(args)}]
@@ -168,6 +171,8 @@ def check(args) -> None:
     if args.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {args.dtype} is unknown; choose float32 or bfloat16.")
     check_ranges(args, RANGES)
+    if args.constraints:
+        question(args)  # a constraint that cannot be read stops the run before a model is loaded
     if args.story and not args.ask:
         raise UserError("--story needs a question; add --ask 'Who is the main character?'.")
     if bool(args.prompts_file) != bool(args.output_file):
@@ -184,7 +189,8 @@ def system_of(args, folder: Path) -> list[dict[str, str]]:
     if not file.exists():
         return []
     budget = read_json(file, "train_sft.py", task=str, about_task=dict)
-    wanted = "topic_ending" if args.topic else "story_chat" if args.words else None
+    asks = {"topic_ending": args.topic, "story_chat": args.words, "constraints": args.constraints}
+    wanted = next((task for task, is_asked in asks.items() if is_asked), None)
     if wanted and budget["task"] != wanted:
         print(f"{args.model} was trained on the task {budget['task']}, and this asks for {wanted}.", file=sys.stderr)
     return [message for message in budget["about_task"]["example"] if message["role"] == "system"]
@@ -193,11 +199,13 @@ def system_of(args, folder: Path) -> list[dict[str, str]]:
 def question(args) -> str:
     """What is asked, as the task that knows such questions words it."""
     from fledge.messages import INPUT_MARK
+    from fledge.tasks import constraints, topic_ending
     from fledge.tasks.story_chat import PHRASINGS
-    from fledge.tasks.topic_ending import instruction
 
     if args.topic:
-        return instruction(" ".join(args.topic.split()), args.ending)
+        return topic_ending.instruction(" ".join(args.topic.split()), args.ending)
+    if args.constraints:
+        return constraints.instruction(args.constraints)
     if args.words:
         words = ", ".join(word.strip() for word in args.words.split(",") if word.strip())
         return PHRASINGS["words"][0].format(words=words)

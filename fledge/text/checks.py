@@ -5,6 +5,7 @@ of IFEval (Zhou et al. 2023, https://arxiv.org/abs/2311.07911), in the words of 
 """
 
 import re
+from functools import lru_cache
 
 from fledge.text.rhymes import rhymes
 from fledge.text.speakers import VERB, speakers
@@ -17,13 +18,14 @@ TITLE_WORDS = 8  # at most
 LEAST_WORDS = 3  # of a sentence that tells something
 
 
-def parts(text: str) -> list[str]:
+@lru_cache(maxsize=256)  # several checks read one story
+def parts(text: str) -> tuple[str, ...]:
     """The sentences of a text, in lower case. A quotation and who says it are one sentence.
 
     An ellipsis ends a sentence only at the end. `fledge.text.stories.sentences` needs capital letters; this does not.
 
     >>> parts("“Hi!” said Tom. He ran... fast")
-    ['"hi!" said tom.', 'he ran... fast']
+    ('"hi!" said tom.', 'he ran... fast')
     """
     text = straight(text).lower()
     # What is quoted keeps its length and loses its sentence ends, except for one at the closing mark.
@@ -35,7 +37,7 @@ def parts(text: str) -> list[str]:
             continue
         found.append(text[start : end.end()].strip())
         start = end.end()
-    return [part for part in [*found, text[start:].strip()] if in_order(part)]
+    return tuple(part for part in [*found, text[start:].strip()] if in_order(part))
 
 
 def _goes_on(flat: str, start: int, end: re.Match) -> bool:

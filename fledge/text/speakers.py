@@ -25,9 +25,11 @@ SAME = {
     "birdie": "bird",
     "rabbit": "bunny",
 }
-SEX = dict.fromkeys("girl mom sister grandma aunt woman lady queen princess daughter mermaid witch".split(), "she")
-SEX |= dict.fromkeys("boy dad brother grandpa uncle man king prince son policeman fireman fisherman".split(), "he")
-BEING = "|".join(sorted(BEINGS | set(SAME) | set(SEX) | {"neighbor"}, key=len, reverse=True))
+SHE = ("girl", "mom", "sister", "grandma", "aunt", "woman", "lady", "queen", "princess", "daughter", "witch")
+HE = ("boy", "dad", "brother", "grandpa", "uncle", "man", "king", "prince", "son", "policeman", "fisherman")
+PRONOUN = dict.fromkeys(SHE, "she") | dict.fromkeys(HE, "he")
+CROWDS = ("everyone", "everybody", "nobody", "someone", "both")
+BEING = "|".join(sorted(BEINGS | set(SAME) | set(PRONOUN) | {"neighbor"}, key=len, reverse=True))
 DETERMINER = r"(?:the|an?|his|her|their|its|my|our|another|[\w-]+'s)"
 WHO = rf"(?:{DETERMINER} (?:[\w'-]+,? ){{0,3}}?(?:{BEING})(?!')|(?:mr|mrs|ms|miss|dr)\.? \w+|(?!{DETERMINER}\b)[\w-]+)"
 ADVERBS = r"(?: (?:\w+ly|then|also|just|still|always|finally))*"
@@ -89,16 +91,14 @@ def _different(found: set[str], names: dict[str, str], narration: str) -> int | 
         head = f"{others[-1]} {head}" if others and others[-1] in BEINGS else head  # the queen bee
         if head in ("he", "she"):
             pronouns.add(head)
-        elif head == "friend" and head not in named:
-            return None
-        elif head in FUNCTION_WORDS or head in ("everyone", "nobody", "someone", "both", "and"):
+        elif head in FUNCTION_WORDS or head in CROWDS or (head == "friend" and head not in named):
             return None
         else:
             beings.add(named[head][0] if len(named.get(head, ())) == 1 else head)
     everyone = {SAME.get(word, word) for word in re.findall(rf"\b(?:{BEING})\b", narration)} | beings | set(names)
     everyone -= {being for being in named if len(named[being]) == 1}
     for pronoun in pronouns:
-        possible = {who for who in everyone if SEX.get(names.get(who, who), pronoun) == pronoun}
+        possible = {who for who in everyone if PRONOUN.get(names.get(who, who), pronoun) == pronoun}
         if len(possible) != 1:
             return None
         beings |= possible

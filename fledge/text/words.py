@@ -38,9 +38,12 @@ def in_order(text: str) -> list[str]:
 def used(requested: list[str], text: str) -> list[bool]:
     """For each requested word, or phrase of several words, whether `text` uses it in any inflection."""
     words = [lemmas(word) for word in in_order(text)]
-    found = []
+    known, found = frozenset().union(*words), []
     for phrase in requested:
         wanted = [lemmas(word) for word in in_order(phrase)]
+        if len(wanted) == 1:
+            found.append(not known.isdisjoint(wanted[0]))
+            continue
         places = range(len(words) - len(wanted) + 1)
         found.append(bool(wanted) and any(all(w & words[at + i] for i, w in enumerate(wanted)) for at in places))
     return found

@@ -115,7 +115,25 @@ SPELLINGS = [str.upper, str.lower, typographic, lambda text: re.sub(" ", "  ", t
 SPELLINGS += [lambda text: re.sub("\n+", "\n\n \n", text)]
 TEXTS = st.lists(
     st.sampled_from(
-        ["Tom", "said", "the", "boat", "brave", "day", "away", '"', "'s", ",", ".", "!", "?", "...", "Mr.", "\n", "kite"]
+        [
+            "Tom",
+            "said",
+            "the",
+            "boat",
+            "brave",
+            "day",
+            "away",
+            '"',
+            "'s",
+            ",",
+            ".",
+            "!",
+            "?",
+            "...",
+            "Mr.",
+            "\n",
+            "kite",
+        ]
     ),
     max_size=30,
 ).map(" ".join)

@@ -41,7 +41,9 @@ def test_speakers_are_counted_or_it_is_not_sure(story, count):
 
 def test_stories_that_were_read_have_as_many_speakers():
     """Drawn at random among the shipped stories where the rules are sure; a crowd that speaks counts as one."""
-    stories = [record["Story"] for record in load_source("tinystories_instruct").records(ROOT / "examples/tales.txt.gz")]
+    stories = [
+        record["Story"] for record in load_source("tinystories_instruct").records(ROOT / "examples/tales.txt.gz")
+    ]
     read = [json.loads(line) for line in (Path(__file__).parent / "speakers.jsonl").open(encoding="utf-8")]
     for line in read:
         story = " ".join(stories[line["record"]].split())
