@@ -303,7 +303,7 @@ def _title(record: dict, story: str, rng: random.Random) -> str | None:
     from lemminflect import getAllLemmas
 
     words = [word.strip().lower() for word in record.get("Words", "").split(",")]
-    nouns = [word for word in words if "NOUN" in getAllLemmas(word)]
+    nouns = [word for word in words if "NOUN" in (kinds := getAllLemmas(word)) and "ADJ" not in kinds]
     things = [word for word in nouns if re.search(rf"\b(?:the|an?|his|her|their) (?:\w+ )?{re.escape(word)}\b", story)]
     who = main_character(story) or ""
     titles = [f"The {thing.title()}" for thing in things[:1]]

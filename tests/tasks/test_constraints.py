@@ -1,8 +1,9 @@
+import json
 import random
 from collections import Counter
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from fledge.cli import UserError
 from fledge.messages import Answer
 from fledge.sources import load_source
 from fledge.tasks import RejectedRecord, load_task
-from fledge.tasks.constraints import KINDS, PHRASINGS, RHYMES, instruction, parse
+from fledge.tasks.constraints import KINDS, OPENINGS, PHRASINGS, RHYMES, instruction, parse
 from fledge.text import checks
 
 TASK = load_task("constraints")
@@ -203,3 +204,27 @@ def test_the_closing_rhymes_rhyme():
     for couplet in sum(RHYMES.values(), ()):
         assert checks.ends_in_rhyme(couplet) == 1, couplet
         assert len(checks.parts(couplet)) == 2
+
+
+def test_a_model_is_trained_and_scored_on_it(tiny, tmp_path):
+    data, model, evaluation = (tmp_path / name for name in ("data", "model", "evaluation"))
+    prepared = run_script(
+        "prepare_dataset.py", "--data", tiny.records, "--task", "constraints", "--tokenizer", tiny.base,
+        "--split", "80/10/10", "--output_dir", data, "--num_proc", 1, "--show", 1,
+    )  # fmt: skip
+    assert any(opening in prepared.stdout for opening in OPENINGS)
+    run_script(
+        "train_sft.py", "--model_name_or_path", tiny.base, "--dataset", data, "--output_dir", model,
+        "--max_steps", 2, "--per_device_train_batch_size", 8,
+    )  # fmt: skip
+    run_script(
+        "evaluate_model.py", "--model", model, "--base", tiny.base, "--dataset", data, "--output_dir", evaluation,
+        "--num_prompts", 12, "--max_new_tokens", 20,
+    )  # fmt: skip
+    metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["reference"]["instruction_following"]["value"] == 1
+    assert metrics["baselines"]["copied_prompt"]["instruction_following"]["value"] == 0
+    asked = {kind: found["n"] for kind, found in metrics["reference"].items() if kind in KINDS}
+    assert 12 <= sum(asked.values()) <= 36
+    told = run_script("generate.py", "--model", model, "--constraints", "words: kite", "--max_new_tokens", 3)
+    assert not told.stderr
