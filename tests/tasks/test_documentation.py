@@ -3,8 +3,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from fledge.tasks import load_task
-from fledge.tasks.story_chat import PHRASINGS
+from fledge.tasks import constraints, load_task, story_chat
 
 PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
@@ -22,5 +21,9 @@ def test_the_page_tells_every_metric_and_class_of_a_task(name):
 
 
 def test_the_page_quotes_the_first_phrasings():
-    for kind, phrasings in PHRASINGS.items():
-        assert f"| `{kind}` | {phrasings[0]} |" in PAGE
+    for kind, phrasings in story_chat.PHRASINGS.items():
+        assert f"| `{kind}` | {phrasings[0]} |" in SECTIONS["story_chat"]
+    for kind in constraints.KINDS:
+        shown = [of[0] for name, of in constraints.PHRASINGS.items() if name.split(":")[0] == kind]
+        line = next(line for line in SECTIONS["constraints"].splitlines() if line.startswith(f"| `{kind}` |"))
+        assert any(f"| {phrasing} " in line for phrasing in shown)
