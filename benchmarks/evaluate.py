@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import GenerationConfig
 
 from fledge.cpu import describe
@@ -22,6 +21,7 @@ from fledge.evaluation.measuring import answer_prompts
 from fledge.journal import Journal
 from fledge.models import load_model
 from fledge.sampling import Sampling
+from fledge.terminal import quiet
 
 
 def bare(model, tokenizer, prompts, sampling, batch_size) -> int:
@@ -67,8 +67,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(describe(), flush=True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     model, tokenizer = load_model(args.model)
     rows = open_prepared(Path(args.dataset))[2]["test"].to_list()[: args.num_prompts]
     prompts = sorted((row["input_ids"][: prompt_length(row["labels"])] for row in rows), key=len)

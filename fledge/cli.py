@@ -186,8 +186,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def check_hub_id(key: str, value: str) -> None:
-    """Raises:
-    UserError: `value`, given as `key`, names no repository of the Hub.
+    """Checks that `value`, given as `key`, has the form `user/name`.
+
+    Raises:
+        UserError: `value`, given as `key`, names no repository of the Hub.
     """
     if not HUB_ID.fullmatch(value):
         raise UserError(f"{key} {value} is not of the form user/name.")

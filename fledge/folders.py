@@ -204,8 +204,10 @@ class Output:
                 self.replaced.rename(self.folder)
 
     def check(self, overwrite: bool) -> None:
-        """Raises:
-        UserError: it has content and `overwrite` is not said, or it holds a file that `stage` did not write.
+        """Checks that the stage may write to the folder.
+
+        Raises:
+            UserError: it has content and `overwrite` is not said, or it holds a file that `stage` did not write.
         """
         if not self.is_main or not self.folder.exists():
             return

@@ -90,8 +90,10 @@ def open_config(folder: Path, name: str | Path) -> PreTrainedConfig:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
-    """Raises:
-    UserError: the tokenizer has tokens for which the model has no row.
+    """Checks that a model has a row for each token of its tokenizer. `name` is the model's, for the message.
+
+    Raises:
+        UserError: the tokenizer has tokens for which the model has no row.
     """
     rows, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
     if needed > rows:

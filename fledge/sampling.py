@@ -26,8 +26,10 @@ class Sampling:
     seed: int = field(default=0, metadata={"help": "the same seed gives the same answers (default 0)"})
 
     def check(self) -> None:
-        """Raises:
-        UserError: a value outside its range.
+        """Checks every value against its range.
+
+        Raises:
+            UserError: a value outside its range.
         """
         check_ranges(self, RANGES)
 

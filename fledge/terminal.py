@@ -15,6 +15,16 @@ def has_colours(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def quiet() -> None:
+    """Turns off the warnings and progress bars of transformers, and the bars of datasets if a stage has imported it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if datasets := sys.modules.get("datasets"):  # seconds to import, so it is not imported for this
+        datasets.disable_progress_bars()
+
+
 @contextlib.contextmanager
 def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows on stderr how far `doing` is; what it yields is told how many of `total` are done.

@@ -69,8 +69,10 @@ def answer_file(
 
 
 def read_prompts(file: Path) -> list[Messages]:
-    """Raises:
-    UserError: the file cannot be read, is empty, or a line is not what it should be.
+    """Reads a file of prompts: a conversation for each line.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or a line is not what it should be.
     """
     lines = "".join(decoded(file, "\n")).split("\n")
     read = _messages if suffix(file) in (".jsonl", ".ndjson") else _user

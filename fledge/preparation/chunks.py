@@ -79,9 +79,11 @@ class Preparation:
         self.spelling = Spelling(self.tokenizer)
 
     def __call__(self, named: NamedChunk) -> None:
-        """Raises:
-        UserError: a record that the source cannot read.
-        UnequalIds: see `TextEncoder`.
+        """Makes the rows of a chunk and writes them with their facts.
+
+        Raises:
+            UserError: a record that the source cannot read.
+            UnequalIds: see `TextEncoder`.
         """
         task, found = open_task(self.task), Found()
         rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], None, self.tokenizer.eos_token_id)], []
@@ -185,8 +187,10 @@ class Facts:
 
     @classmethod
     def read(cls, folder: Path) -> "Facts":
-        """Raises:
-        UserError: there is no chunk.
+        """Reads the facts of every chunk in `folder`.
+
+        Raises:
+            UserError: there is no chunk.
         """
         files = sorted(folder.glob("*.facts.arrow"))
         tables = [read_table(file) for file in files]

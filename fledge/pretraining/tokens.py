@@ -44,8 +44,10 @@ class Windows(Dataset):
     """
 
     def __init__(self, folder: Path, split: str, tokens: dict, context_length: int):
-        """Raises:
-        UserError: the split is shorter than two tokens.
+        """Opens a split of the token ids in `folder`.
+
+        Raises:
+            UserError: the split is shorter than two tokens.
         """
         record = tokens["splits"][split]
         if record["tokens"] < 2:

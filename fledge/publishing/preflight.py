@@ -48,8 +48,10 @@ def is_pickle(file: Path) -> bool:
 
 
 def check_text(path: str, text: str) -> None:
-    """Raises:
-    UserError: the text holds a token or names a folder of this machine.
+    """Checks that a text can be published as it is.
+
+    Raises:
+        UserError: the text holds a token or names a folder of this machine.
     """
     from huggingface_hub import get_token
 
@@ -66,8 +68,10 @@ def check_text(path: str, text: str) -> None:
 
 
 def check_card(card: str) -> None:
-    """Raises:
-    UserError: the metadata is no valid YAML, an id in it is none, or a value was never filled in.
+    """Checks the metadata of a card, and that no value is left to fill in.
+
+    Raises:
+        UserError: the metadata is no valid YAML, an id in it is none, or a value was never filled in.
     """
     import yaml
     from huggingface_hub import RepoCard

@@ -15,6 +15,7 @@ from fledge.cli import UserError, parse, write_json
 from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.sampling import Sampling
+from fledge.terminal import quiet
 from fledge.version import __version__
 
 if TYPE_CHECKING:
@@ -124,12 +125,10 @@ def main() -> Path | None:
 
 def convert(args: ConvertArguments, output: Output | None) -> None:
     """Reads, proves and writes; without an `output` it only reads, or proves."""
-    import transformers
 
     from fledge.memory import return_freed_memory
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     return_freed_memory()
 
     ###############

@@ -18,7 +18,7 @@ from fledge.folders import MARK, Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges
 from fledge.sampling import Sampling
-from fledge.terminal import has_colours, progress
+from fledge.terminal import has_colours, progress, quiet
 
 RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
 RANGES["judge_timeout"] = POSITIVE  # seconds
@@ -48,8 +48,10 @@ class EvaluateArguments:
     judge_timeout: float = field(default=60.0, metadata={"help": "seconds to wait for a reply (default 60)"})
 
     def check(self) -> None:
-        """Raises:
-        UserError: a value out of range, or a key that needs another one.
+        """Checks every value, and that keys go together.
+
+        Raises:
+            UserError: a value out of range, or a key that needs another one.
         """
         check_ranges(self, RANGES)
         for name in () if self.capabilities else ("base", "dataset", "output_dir"):
@@ -85,16 +87,13 @@ def main() -> Path | None:
 def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
     """Asks, scores, judges, reports. Answers are kept as they are made, beside an earlier evaluation, which stays until
     this one is complete."""
-    import transformers
-
     from fledge.evaluation import report
     from fledge.evaluation.measuring import measure
     from fledge.evaluation.prompts import read_prompts
     from fledge.evaluation.scoring import MEANING, Scoring, figures
     from fledge.evaluation.wording import Wording
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     ratings = [report.read_ratings(file) for file in args.ratings or []]
     prompts = read_prompts(Path(args.dataset), args.task, args.split, args.num_prompts, args.num_samples)
     scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
@@ -243,16 +242,13 @@ def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) ->
 
 def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
     """The story-chat system's fixed prompts and the model's answers; with --base, its answers beside them."""
-    import transformers
-
     from fledge.encoding import encode_prompt
     from fledge.generation.answers import answer_all
     from fledge.models import load_model
     from fledge.resizing import add_rows
     from fledge.tasks.story_chat import CAPABILITIES
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     model, tokenizer = load_model(args.model)
     if not tokenizer.chat_template:
         raise UserError(f"{args.model} has no chat template, so it takes no instructions; name a trained model.")

@@ -15,6 +15,7 @@ from fledge.cli import UserError, parse, writing
 from fledge.folders import Output, check_inputs, claimed
 from fledge.hub import find_model
 from fledge.locks import locked
+from fledge.terminal import quiet
 
 NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
@@ -60,13 +61,11 @@ def is_ours(file: Path) -> bool:
 
 def export(args: ExportArguments, to_target: Callable) -> None:
     import torch
-    import transformers
 
     from fledge.encoding import prompt_text
     from fledge.models import context_of, load_model
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     model, tokenizer = load_model(args.model)
     model.cpu()
     context, V = context_of(model.config), min(len(tokenizer), model.config.vocab_size)

@@ -22,6 +22,7 @@ from fledge.hub import find_model
 from fledge.locks import locked
 from fledge.ranges import AT_LEAST_ONE, check_ranges
 from fledge.sampling import Sampling
+from fledge.terminal import quiet
 
 RANGES = {"num_samples": AT_LEAST_ONE, "batch_size": AT_LEAST_ONE}
 WAYS = ("prompt", "topic", "words", "constraints", "ask", "interactive", "prompts_file")
@@ -73,8 +74,10 @@ def main() -> list[str]:
 
 
 def check_output_file(file: Path, overwrite: bool) -> None:
-    """Raises:
-    UserError: it is there and not to be replaced, or holds something else than answers of an earlier run.
+    """Checks that the file of answers may be written.
+
+    Raises:
+        UserError: it is there and not to be replaced, or holds something else than answers of an earlier run.
     """
     if not file.exists():
         return
@@ -92,7 +95,6 @@ def check_output_file(file: Path, overwrite: bool) -> None:
 
 def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[str]:
     """The answers to what is asked; they are also printed, or written to --output_file. None of a conversation."""
-    import transformers
     from transformers import TextStreamer
 
     from fledge.generation.answers import answer_batch
@@ -101,8 +103,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
     from fledge.models import context_of, load_model
     from fledge.resizing import add_rows
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     names = [name for name in (args.model, args.compare) if name]
     models = [load_model(name, args.dtype) for name in names]
     for name, (_, tokenizer) in zip(names, models, strict=True):
@@ -159,8 +160,10 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
 
 
 def check(args) -> None:
-    """Raises:
-    UserError: keys that contradict each other.
+    """Checks every value, and that keys go together.
+
+    Raises:
+        UserError: keys that contradict each other.
     """
     given = [f"--{way}" for way in WAYS if getattr(args, way)]
     if len(given) != 1:

@@ -18,7 +18,7 @@ from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
 from fledge.tasks import Task, open_task, task_names
-from fledge.terminal import has_colours
+from fledge.terminal import has_colours, quiet
 
 if TYPE_CHECKING:
     from fledge.preparation.budget import Budget
@@ -112,8 +112,10 @@ def prepare(args: PrepareArguments, output: Output) -> None:
 
 
 def make_plan(args: PrepareArguments) -> Plan:
-    """Raises:
-    UserError: an argument is wrong.
+    """Checks the arguments and opens what they name.
+
+    Raises:
+        UserError: an argument is wrong.
     """
     if args.push_to_hub is not None:
         check_hub_id("--push_to_hub", args.push_to_hub)
@@ -121,9 +123,6 @@ def make_plan(args: PrepareArguments) -> Plan:
     if args.near_duplicates and not importlib.util.find_spec("rensa"):
         raise UserError("--near_duplicates needs the package rensa; pip install 'fledge-gpt[dedup]'.")
     args.num_proc = (os.cpu_count() or 1) if args.num_proc is None else args.num_proc
-
-    import transformers
-    from datasets.utils.logging import disable_progress_bar
 
     from fledge.encoding import OVERFLOW_POLICIES
     from fledge.preparation.chunks import Preparation
@@ -134,8 +133,7 @@ def make_plan(args: PrepareArguments) -> Plan:
     from fledge.tokenizers import open_tokenizer
     from fledge.tokenizers.fast import TextEncoder
 
-    disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    quiet()
     shares = None if args.split == "source" else split_shares(args.split)
     max_shard_bytes = bytes_of(args.max_shard_size)
     source, task = load_source(args.source, args.columns), open_task(args.task)

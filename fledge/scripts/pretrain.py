@@ -20,6 +20,7 @@ from fledge.folders import Output, check_inputs, claimed
 from fledge.hub import find_tokenizer
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
 from fledge.sampling import Sampling
+from fledge.terminal import quiet
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, TrainerCallback
@@ -84,13 +85,10 @@ def main() -> Path:
         if is_of_hub(early.tokenizer):
             find_tokenizer(early.tokenizer)
 
-    import transformers
-
     from fledge.pretraining.pretrainer import PretrainConfig
 
     args, config = parse(arguments, PretrainArguments, PretrainConfig, description=__doc__)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     output_dir = Path(config.output_dir)
     tokens_dir = Path(args.tokens_dir or output_dir.with_name(f"{output_dir.name}-tokens"))
     inputs = {"--data": args.data, "--validation_data": args.validation_data, "--tokenizer": args.tokenizer}

@@ -16,6 +16,7 @@ from pathlib import Path
 from fledge.cli import UserError, check_hub_id, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.hub import download, find_model
+from fledge.terminal import quiet
 
 
 @dataclass
@@ -45,8 +46,10 @@ class PublishArguments:
 
 
 def check(args: PublishArguments) -> None:
-    """Raises:
-    UserError: an id is none, or a key lacks the one it goes with.
+    """Checks that ids are ids and that keys go together.
+
+    Raises:
+        UserError: an id is none, or a key lacks the one it goes with.
     """
     for key in ("repo_id", "dataset_repo_id", "space_repo_id", "base_model"):
         value = vars(args)[key]
@@ -84,12 +87,9 @@ def main() -> Path | None:
 
 
 def publish(args: PublishArguments, output: Output) -> None:
-    import transformers
-
     from fledge.publishing.upload import files_of, send
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     # The Space names the model and the model the dataset, so each is there before it is named.
     repositories = {"dataset": args.dataset_repo_id, "model": args.repo_id, "space": args.space_repo_id}
     repositories = {kind: repo_id for kind, repo_id in repositories.items() if repo_id}

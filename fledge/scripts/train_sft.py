@@ -22,6 +22,7 @@ from fledge.folders import Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import check_ranges
 from fledge.sampling import Sampling
+from fledge.terminal import quiet
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -74,8 +75,6 @@ def main() -> Path:
             raise UserError("--model_name_or_path is missing; name the base, a folder or a model of the Hub.")
         find_model(named.model_name_or_path, named.model_revision)
 
-    import transformers
-    from datasets.utils.logging import disable_progress_bar
     from trl import ModelConfig
 
     from fledge.training.settings import RANGES, check_effect
@@ -85,9 +84,7 @@ def main() -> Path:
     for given in (args, model_args):
         check_ranges(given, RANGES)
     check_effect(config, model_args)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bar()
+    quiet()
     if args.smoke:
         args, config = replace(args, overwrite=True), smoke(config)
     check_processes(config)

@@ -17,6 +17,7 @@ from fledge.cli import UserError, keep_origin, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, check_ranges
+from fledge.terminal import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,15 +53,12 @@ def main() -> Path:
 def trim(args: TrimArguments, output: Output, source: Path) -> None:
     import copy
 
-    import transformers
-
     from fledge.models import load_model
     from fledge.resizing import keep_rows, trim_tokenizer
     from fledge.sources.documents import pieces
     from fledge.tokenizers.training import HeldOut
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
 
     # ------------------------------------------------------------ Load and trim
     model, tokenizer = load_model(args.model)

@@ -36,8 +36,10 @@ class Source:
         return "apache-2.0" if all(map(_is_tales, data)) else self.module.LICENSE
 
     def chunks(self, data: str) -> Iterator[Chunk]:
-        """Raises:
-        UserError: `data` is no file, folder or Hub dataset that can be read.
+        """Yields the chunks of a file, a folder or a Hub dataset.
+
+        Raises:
+            UserError: `data` is no file, folder or Hub dataset that can be read.
         """
         return text_chunks(data, self.module.END) if self.module.END else row_chunks(data)
 

@@ -41,8 +41,10 @@ def _is_text_part(part: object) -> bool:
 
 
 def checked(text: str, where: str) -> str:
-    """Raises:
-    UserError: the text holds half of a surrogate pair, as JSON's `"\\ud83d"` without its other half.
+    """Returns `text` if it can be written as UTF-8. `where` is its place, for the message.
+
+    Raises:
+        UserError: the text holds half of a surrogate pair, as JSON's `"\\ud83d"` without its other half.
     """
     try:
         text.encode()

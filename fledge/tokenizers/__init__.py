@@ -129,8 +129,10 @@ def _find(path: Path) -> Path:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Raises:
-    UserError: the file is of no kind that is known, or damaged.
+    """Reads a tokenizer from one file of any kind that is known.
+
+    Raises:
+        UserError: the file is of no kind that is known, or damaged.
     """
     readers = {
         ".model": (read_sentencepiece, "a SentencePiece model"),

@@ -44,8 +44,10 @@ class HeldOut:
 
 
 def train(texts: Iterable[str], vocab_size: int, special_tokens: list[str], min_frequency: int) -> Tokenizer:
-    """Raises:
-    UserError: the text has too few pairs for so many tokens.
+    """Trains a byte-level BPE.
+
+    Raises:
+        UserError: the text has too few pairs for so many tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -78,8 +78,10 @@ def said_in_words() -> Iterator[None]:
 
 
 def check_effect(*configs: object) -> None:
-    """Raises:
-    UserError: a key is given that would be ignored.
+    """Checks that every key that was given has an effect.
+
+    Raises:
+        UserError: a key is given that would be ignored.
     """
     for config in configs:
         kind = ModelConfig if isinstance(config, ModelConfig) else SFTConfig

@@ -22,8 +22,10 @@ def told_to_shard(config: TrainingArguments) -> str | None:
 
 
 def check_deepspeed(config: TrainingArguments) -> None:
-    """Raises:
-    UserError: DeepSpeed is asked for and not installed.
+    """Checks that DeepSpeed is installed if the run is to use it.
+
+    Raises:
+        UserError: DeepSpeed is asked for and not installed.
     """
     if told_to_shard(config) == "DeepSpeed" and find_spec("deepspeed") is None:
         raise UserError("This run was told to shard by DeepSpeed, which is not installed: pip install deepspeed.")

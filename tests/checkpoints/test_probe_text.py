@@ -9,7 +9,7 @@ from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.probe_text import settle_by_text
 from fledge.checkpoints.questions import Questions, regroup, settle_what_cannot_matter
-from fledge.checkpoints.race import Comparison
+from fledge.checkpoints.race import Comparison, Outcome
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.summary import leave_to_code
 from fledge.checkpoints.text_loss import pair_loss, text_losses, text_windows, unigram_loss

@@ -95,8 +95,10 @@ def _obstacles(gpt: CanonicalGPT, plain: CanonicalGPT, target: Target) -> list[s
 
 
 def refuse_unconvertible(gpt: CanonicalGPT) -> None:
-    """Raises:
-    UserError: each position sees those behind it.
+    """Refuses a GPT that is not causal.
+
+    Raises:
+        UserError: each position sees those behind it.
     """
     if not gpt.causal:
         raise UserError(
