@@ -30,20 +30,24 @@ def by_class(
     """
     found = {}
     for column, labels in classes.items():
-        found[column] = {}
-        for label in labels:
-            kept = [number for number, row in enumerate(rows) if row[column] == label]
-            if kept:
-                parts = {who: {name: ratio.of(kept) for name, ratio in of.items()} for who, of in models.items()}
-                # Chance has no headline where all prompts ask for the same.
-                heads = {
-                    who: {name: of[name].of(kept) for name in (HEADLINE,) if name in of}
-                    for who, of in (beside | baselines).items()
-                }
-                shown = {who: with_intervals(of, list(of)) for who, of in (parts | heads).items()}
-                found[column][label] = {
-                    "prompts": len(kept),
-                    **{who: shown[who] for who in (*models, *beside)},
-                    "baselines": {name: shown[name] for name in baselines},
-                }
+        of_labels = {label: [number for number, row in enumerate(rows) if row[column] == label] for label in labels}
+        found[column] = {
+            label: {
+                "prompts": len(prompts),
+                **{who: _of(prompts, metrics) for who, metrics in models.items()},
+                **{who: _of(prompts, _headline(metrics)) for who, metrics in beside.items()},
+                "baselines": {name: _of(prompts, _headline(metrics)) for name, metrics in baselines.items()},
+            }
+            for label, prompts in of_labels.items()
+            if prompts
+        }
     return found
+
+
+def _of(prompts: list[int], ratios: dict[str, Ratio]) -> dict[str, dict]:
+    return with_intervals({name: ratio.of(prompts) for name, ratio in ratios.items()}, list(ratios))
+
+
+def _headline(ratios: dict[str, Ratio]) -> dict[str, Ratio]:
+    """The headline alone. Chance has none where all prompts ask for the same."""
+    return {name: ratio for name, ratio in ratios.items() if name == HEADLINE}
