@@ -1,15 +1,18 @@
-"""Chance: what the same answers score against the instructions of other prompts.
+"""Chance: what the same answers score when a part of their instruction is another prompt's.
 
 An answer that ignores its instruction fits another prompt's as well as its own. What a metric is above chance comes
-from the instruction.
+from the instruction. An instruction may have several parts, such as a topic and an ending. The chance level of a metric
+is then the highest that is reached without one of them: an easy part must not hide that another one is ignored.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 
 import numpy as np
 
 from fledge.evaluation.intervals import Ratio, means
+from fledge.tasks import Task
 
 PAIRS = 1000  # of a prompt and another one, at least, where there are prompts enough
 SAME = "it does not depend on the instruction"
@@ -35,9 +38,9 @@ def permutations(rows: list[dict], kinds: list[Hashable]) -> np.ndarray:
 
 
 def against_others(
-    scorer, rows: list[dict], answers: list, others: np.ndarray, weights: np.ndarray
+    scorer, rows: list[dict], answers: list, others: np.ndarray, weights: np.ndarray, exchange: Callable
 ) -> tuple[dict[str, Ratio], list[tuple[int, dict[str, float]]]]:
-    """The metrics of answers against the rows that take the place of their own.
+    """The metrics of answers against `exchange(own row, row that takes its place)`.
 
     The permutations of `others` (N, P) and the several answers to each prompt are gone through together, in turn, until
     all of both have been used. Returned as well are the scores, each with its answer's number.
@@ -48,7 +51,8 @@ def against_others(
         places = others[turn % len(others)]
         moved = np.flatnonzero(places >= 0)
         numbers = moved * num_samples + turn % num_samples
-        scores = scorer.score([rows[place] for place in places[moved]], [answers[number] for number in numbers])
+        given = [exchange(rows[row], rows[places[row]]) for row in moved]
+        scores = scorer.score(given, [answers[number] for number in numbers])
         scored += zip(numbers.tolist(), scores, strict=True)
         of_prompts = dict(zip(moved.tolist(), scores, strict=True))
         for name, ratio in means([of_prompts.get(i, {}) for i in range(len(rows))], 1, weights[places]).items():
@@ -67,3 +71,33 @@ def dependent(own: list[dict[str, float]], scored: list[tuple[int, dict[str, flo
         for name in own[number].keys() & score.keys()
         if own[number][name] != score[name]
     }
+
+
+def chance_levels(
+    scorer,
+    task: Task,
+    rows: list[dict],
+    answers: dict[str, list],
+    scores: dict[str, list[dict[str, float]]],
+    weights: np.ndarray,
+) -> tuple[dict[str, dict[str, tuple[str, Ratio]]], set[str]]:
+    """For everybody who answered, the chance level of each metric and the part of the instruction it does without.
+
+    A part counts for the metrics to which it makes a difference in anybody's scores. Returned as well are the metrics
+    that any answer got under another instruction.
+    """
+    others = permutations(rows, [task.kind(row) for row in rows])
+    found, met = {who: {} for who in answers}, set()
+    for part in task.parts:
+        exchange = partial(task.exchanged, part)
+        of_part, names = {}, set()
+        for who, of_who in answers.items():
+            of_part[who], scored = against_others(scorer, rows, of_who, others, weights, exchange)
+            names |= dependent(scores[who], scored)
+            met |= of_part[who].keys()
+        for who, ratios in of_part.items():
+            for name in names & ratios.keys():
+                earlier = found[who].get(name)
+                if earlier is None or ratios[name].value() > earlier[1].value():
+                    found[who][name] = part, ratios[name]
+    return found, met

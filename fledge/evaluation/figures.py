@@ -11,6 +11,12 @@ def with_intervals(ratios: dict[str, Ratio], names: list[str]) -> dict[str, dict
     return {name: metric for name, metric in found.items() if metric}
 
 
+def with_parts(levels: dict[str, tuple[str, Ratio]], names: list[str]) -> dict[str, dict]:
+    """Chance levels with their intervals; `without` names the part of the instruction that each does without."""
+    found = with_intervals({name: ratio for name, (_, ratio) in levels.items()}, names)
+    return {name: metric | {"without": levels[name][0]} for name, metric in found.items()}
+
+
 def differences(base: dict[str, Ratio], model: dict[str, Ratio], names: list[str]) -> dict[str, dict]:
     """Model minus base on the prompts that both have, for each metric of `names` that both have."""
     found = {name: paired_difference(base[name], model[name]) for name in names if name in base and name in model}

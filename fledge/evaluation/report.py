@@ -14,10 +14,6 @@ from fledge.pages import MODEL_CARD, open_templates
 LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
 WHO = {"base": "base", "model": "instruct"}
 NEUTRAL = ("answer_tokens", "distinct_2")
-HELD_AGAINST = (
-    "Chance: the same answers of instruct, scored against the instructions of other prompts. Reference: the held-out "
-    "answers, scored as if a model had written them."
-)
 
 
 def show(name: str, metric: dict[str, float] | None) -> str:
@@ -116,6 +112,20 @@ def judged_by(metrics: dict) -> list[str]:
     return sentences
 
 
+def held_against(metrics: dict) -> list[str]:
+    """What chance and reference are, a sentence each."""
+    without = {name: level["without"] for name, level in metrics["chance"]["model"].items()}
+    if set(without.values()) <= {"instruction"}:
+        chance = "Chance: the same answers of instruct, scored against the instructions of other prompts."
+    else:
+        levels = ", ".join(f"{title(name)} without the {part}" for name, part in without.items())
+        chance = (
+            "Chance: the same answers of instruct, scored with one part of each instruction taken from another prompt, "
+            f"the part without which most is reached ({levels})."
+        )
+    return [chance, "Reference: the held-out answers, scored as if a model had written them."]
+
+
 def cautions(metrics: dict) -> list[str]:
     """What the figures do not show, a sentence each: no better than chance, or than answers without a model."""
     sentences = []
@@ -127,7 +137,7 @@ def cautions(metrics: dict) -> list[str]:
             sentences.append(
                 f"No better than chance: {called}'s {', '.join(at_chance)} "
                 f"({'their intervals reach' if len(at_chance) > 1 else 'its interval reaches'} what the same answers "
-                "score against other prompts' instructions)."
+                "score when a part of their instruction is another prompt's)."
             )
     if HEADLINE in metrics["no_chance"]:
         sentences.append(f"Instruction following has no chance level here: {metrics['no_chance'][HEADLINE]}.")
@@ -182,7 +192,7 @@ def report(metrics: dict) -> str:
         f"{asked(metrics)}; 95% intervals over prompts. Instruction following: base {beside(metrics, 'base')}, "
         f"instruct {beside(metrics)}.",
         table(metrics),
-        HELD_AGAINST,
+        *held_against(metrics),
         *cautions(metrics),
         *headroom(metrics),
         *judged_by(metrics),
@@ -258,7 +268,7 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
         names={who: "/".join(Path(folder).parts[-2:]) for who, folder in names.items()},
         asked=asked(metrics),
         beside={who: share(found[HEADLINE]) for who, found in metrics["chance"].items() if HEADLINE in found},
-        held_against=HELD_AGAINST,
+        held_against=held_against(metrics),
         cautions=cautions(metrics),
         headroom=headroom(metrics),
         classes=classes(metrics),

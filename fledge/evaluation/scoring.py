@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fledge.evaluation import measuring, wording
-from fledge.evaluation.chance import ALONE, SAME, against_others, dependent, permutations
-from fledge.evaluation.figures import HEADLINE, by_class, differences, with_intervals
+from fledge.evaluation.chance import ALONE, SAME, chance_levels
+from fledge.evaluation.figures import HEADLINE, by_class, differences, with_intervals, with_parts
 from fledge.evaluation.headroom import headroom
 from fledge.evaluation.intervals import Ratio, means
 from fledge.evaluation.measuring import Answered, distinct_ratio
@@ -55,28 +55,13 @@ class Scoring:
             found[name] = self.ratios(self.scorer.score(prompts.rows, answers))
         return found
 
-    def of_chance(
-        self, answers: dict[str, list[Answer]], scores: dict[str, list[dict[str, float]]]
-    ) -> tuple[dict[str, dict[str, Ratio]], set[str]]:
-        """The task's metrics of everybody's answers against other prompts' instructions.
-
-        Returned as well are the metrics for which that makes a difference to anybody; the others say nothing.
-        """
-        rows, task = self.prompts.rows, self.prompts.task
-        others = permutations(rows, [task.kind(row) for row in rows])
-        found, names = {}, set()
-        for who, of_who in answers.items():
-            found[who], scored = against_others(self.scorer, rows, of_who, others, self.weights)
-            names |= dependent(scores[who], scored)
-        return found, names
-
-    def why_no_chance(self, name: str, permuted: dict[str, Ratio]) -> str:
-        """Why a metric has no chance level; `permuted` are the metrics against other prompts' instructions."""
+    def why_no_chance(self, name: str, met: set[str]) -> str:
+        """Why a metric has no chance level; `met` are the metrics that answers got under another instruction."""
         if name in measuring.MEANING:
             return ON_REFERENCES
         if name == "judge_score":
             return NOT_ASKED
-        return ALONE if name in self.prompts.task.meaning and name not in permuted else SAME
+        return ALONE if name in self.prompts.task.meaning and name not in met else SAME
 
 
 def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, str]) -> dict:
@@ -88,25 +73,25 @@ def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, st
     of_answers = {who: scoring.ratios(of_who) for who, of_who in scores.items()}
     ratios = {who: model.ratios | of_answers[who] for who, model in models.items()}
     reference = of_answers["reference"] | {"distinct_2": distinct_ratio([answer.text for answer in references], 1)}
-    permuted, have_chance = scoring.of_chance(answers, scores)
-    chance = {who: {name: of[name] for name in of if name in have_chance} for who, of in permuted.items()}
+    chance, met = chance_levels(scoring.scorer, prompts.task, prompts.rows, answers, scores, scoring.weights)
     baselines = scoring.of_baselines()
     found = {
         "meaning": meaning | {name: baseline.meaning for name, baseline in prompts.task.baselines.items()},
         **{who: with_intervals(of, names) for who, of in ratios.items()},
         "difference": differences(ratios["base"], ratios["model"], names),
-        "chance": {who: with_intervals(chance[who], names) for who in models},
+        "chance": {who: with_parts(chance[who], names) for who in models},
         "reference": with_intervals(reference, names),
         "baselines": {name: with_intervals(of, names) for name, of in baselines.items()},
     }
     without = [name for name in found["model"] if name not in found["chance"]["model"]]
-    found["no_chance"] = {name: scoring.why_no_chance(name, permuted["model"]) for name in without}
+    found["no_chance"] = {name: scoring.why_no_chance(name, met) for name in without}
     if prompts.num_samples > 1:
         found["headroom"] = {
             who: headroom([score[HEADLINE] for score in scores[who]], prompts.num_samples, scoring.weights)
             for who in models
         }
-    beside = {"chance": chance["model"], "reference": reference}
+    chance_of_model = {name: ratio for name, (_, ratio) in chance["model"].items()}
+    beside = {"chance": chance_of_model, "reference": reference}
     of_models = {who: of_answers[who] for who in models}
     found["by"] = by_class(prompts.task.classes, prompts.rows, of_models, beside, baselines)
     return found | {"loss_by_position": {who: model.loss_by_position for who, model in models.items()}}

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from fledge.cli import ORIGINS, UserError, read_json
 from fledge.evaluation.intervals import NO_SHARES
 from fledge.evaluation.report import (
-    HELD_AGAINST,
     LOWER_IS_BETTER,
     NEUTRAL,
     WHO,
@@ -21,6 +20,7 @@ from fledge.evaluation.report import (
     beside,
     cautions,
     headroom,
+    held_against,
     judged_by,
     table,
     table_by,
@@ -278,7 +278,7 @@ def what_was_measured(metrics: dict | None, samples: list[dict]) -> dict:
         "evaluation": {
             "asked": asked(metrics),
             "headline": {called: beside(metrics, who) for who, called in WHO.items()},
-            "remarks": [HELD_AGAINST, *cautions(metrics), *headroom(metrics), *judged_by(metrics)],
+            "remarks": [*held_against(metrics), *cautions(metrics), *headroom(metrics), *judged_by(metrics)],
             "table": table(metrics),
             "by_class": table_by(metrics),
         },

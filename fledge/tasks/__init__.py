@@ -59,6 +59,9 @@ class Task(ABC):
     Higher is better for each of them. They are the rewards that a model can be trained with, one by one.
     """
 
+    parts: tuple[str, ...] = ("instruction",)
+    """The parts of an instruction that an answer can ignore, each by itself. Chance is what is reached without one."""
+
     asks_once: bool = False
     """Whether every example is one instruction and one answer, never a conversation. Such a dataset is written with the
     columns `instruction` and `response` in place of `messages`."""
@@ -136,6 +139,10 @@ class Task(ABC):
         Chance compares an answer with prompts of the same kind, since an answer of another kind proves nothing.
         """
         return ""
+
+    def exchanged(self, part: str, row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        """The row with a part of its instruction, one of `parts`, taken from another row of its kind."""
+        return other
 
     def weights(self, rows: list[dict[str, Any]]) -> list[float]:
         """How much each of the rows that are evaluated counts in the task's metrics."""

@@ -49,6 +49,7 @@ class TopicEnding(Task):
         "instruction_following": "right ending, at least half of the topic's content words, and stopped by end-of-text",
     }
     constraints = {"ending_match": 1.0, "topic_words": 0.5}
+    parts = ("topic", "ending")
     asks_once = True
 
     def examples(self, record: dict, rng: random.Random) -> list[dict]:
@@ -70,6 +71,13 @@ class TopicEnding(Task):
             {"role": "assistant", "content": story},
         ]
         return [{"messages": messages, "ending": ending, "group": topic}]
+
+    def exchanged(self, part: str, row: dict, other: dict) -> dict:
+        topic, ending = requested(row["messages"][-2]["content"])
+        other_topic, other_ending = requested(other["messages"][-2]["content"])
+        topic, ending = (other_topic, ending) if part == "topic" else (topic, other_ending)
+        messages = [{"role": "user", "content": instruction(topic, ending)}, row["messages"][-1]]
+        return row | {"messages": messages, "ending": ending}
 
     def scorer(self, train_rows: list[dict], unseen_rows: list[dict]) -> "EndingScorer":
         return EndingScorer(self, train_rows, unseen_rows)

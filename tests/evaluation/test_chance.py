@@ -3,8 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.evaluation.chance import against_others, dependent, permutations
+from fledge.evaluation.chance import against_others, chance_levels, dependent, permutations
 from fledge.evaluation.intervals import interval, means
+from fledge.messages import Answer
+from fledge.tasks import load_task
 
 
 class Echo:
@@ -17,6 +19,10 @@ class Echo:
         ]
 
 
+def the_other(row: dict, other: dict) -> dict:
+    return other
+
+
 def row(word: str) -> dict:
     return {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word}]}
 
@@ -26,7 +32,7 @@ def chance_of(answers: list[str], words: list[str], weights=None) -> tuple[float
     rows = [row(word) for word in words]
     others = permutations(rows, ["one"] * len(rows))
     weights = np.ones(len(rows)) if weights is None else weights
-    found, scored = against_others(Echo(), rows, answers, others, weights)
+    found, scored = against_others(Echo(), rows, answers, others, weights, the_other)
     own = Echo().score([rows[i] for i in range(len(answers))], answers)
     return interval(found["right"])["value"], dependent(own, scored)
 
@@ -69,7 +75,45 @@ def test_always_the_frequent_answer_is_at_chance_however_frequent_it_is():
 
 def test_every_sample_of_a_prompt_meets_another_prompt():
     rows = [row(word) for word in "abc"]
-    found, scored = against_others(Echo(), rows, list("bbccaa"), np.array([[1, 2, 0]]), np.ones(3))
+    found, scored = against_others(Echo(), rows, list("bbccaa"), np.array([[1, 2, 0]]), np.ones(3), the_other)
     assert sorted(number for number, _ in scored) == list(range(6))
     assert interval(found["right"])["value"] == 1.0
     assert interval(means(Echo().score([rows[i // 2] for i in range(6)], list("bbccaa")), 2)["right"])["value"] == 0.0
+
+
+class TopicAndEnding:
+    """Scores an answer `topic ending` by its two words."""
+
+    def score(self, rows, answers):
+        scores = []
+        for row, answer in zip(rows, answers, strict=True):
+            asked = row["messages"][0]["content"]
+            topic, ending = (word in asked for word in answer.text.split())
+            scores.append({"both": float(topic and ending), "topic": float(topic), "ending": float(ending)})
+        return scores
+
+
+def test_chance_is_what_is_reached_without_the_part_that_matters_least():
+    task = load_task("topic_ending")
+    asked = [(f"topic{number:03}", ("happy", "sad")[number % 2]) for number in range(100)]
+    rows = [row(f"Write a story about: {topic}\nWith: {ending} ending") | {"ending": ending} for topic, ending in asked]
+    answers = [Answer(f"{topic} happy", 2, True) for topic, _ in asked]  # about the topic, and always happy
+    own = {"model": TopicAndEnding().score(rows, answers)}
+    found, met = chance_levels(TopicAndEnding(), task, rows, {"model": answers}, own, np.ones(100))
+    levels = {name: (part, round(float(level.value()), 1)) for name, (part, level) in found["model"].items()}
+    assert levels == {"both": ("ending", 0.5), "topic": ("topic", 0.0), "ending": ("ending", 0.5)}
+    assert met == {"both", "topic", "ending"}
+
+
+def test_a_part_is_exchanged_alone():
+    task = load_task("topic_ending")
+    one, other = (
+        row(f"Write a story about: {topic}\nWith: {ending} ending") | {"ending": ending}
+        for topic, ending in (("A cat.", "sad"), ("A dog.", "happy"))
+    )
+    for part, topic, ending in (("topic", "A dog.", "sad"), ("ending", "A cat.", "happy")):
+        exchanged = task.exchanged(part, one, other)
+        assert exchanged["messages"][0]["content"] == f"Write a story about: {topic}\nWith: {ending} ending"
+        assert exchanged["messages"][1] == one["messages"][1]
+        assert exchanged["ending"] == ending
+    assert load_task("story_chat").exchanged("instruction", one, other) == other

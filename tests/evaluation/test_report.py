@@ -28,6 +28,10 @@ def metric(value: float, n: int = 3) -> dict:
     return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": n}
 
 
+def level(value: float, without: str = "ending") -> dict:
+    return metric(value) | {"without": without}
+
+
 def scores(met: float) -> dict:
     return {"instruction_following": met, "topic_words": 0.5, "eos_rate": 1.0}
 
@@ -80,8 +84,8 @@ def metrics() -> dict:
         "model": {name: metric(value + 0.2) for name, value in names.items()},
         "difference": {"instruction_following": metric(0.2), "completion_loss": metric(-0.3)},
         "chance": {
-            "base": {"instruction_following": metric(0.1), "topic_words": metric(0.45)},
-            "model": {"instruction_following": metric(0.49), "topic_words": metric(0.65)},
+            "base": {"instruction_following": level(0.1), "topic_words": level(0.45, "topic")},
+            "model": {"instruction_following": level(0.49), "topic_words": level(0.65, "topic")},
         },
         "no_chance": {"completion_loss": "it is measured on the held-out answers"},
         "reference": {"instruction_following": metric(0.99), "topic_words": metric(0.7)},
@@ -119,6 +123,7 @@ def test_the_report_says_what_everything_means_and_who_judged(metrics):
 
 def test_a_figure_stands_beside_chance_and_reference(metrics):
     assert beside(metrics) == "60% (chance 49%, reference 99%)"
+    assert "(instruction following without the ending, topic words without the topic)" in report(metrics)
     assert "base 40% (chance 10%, reference 99%), instruct 60% (chance 49%, reference 99%)." in report(metrics)
     del metrics["chance"]["model"]["instruction_following"]
     metrics["no_chance"]["instruction_following"] = "it does not depend on the instruction"
