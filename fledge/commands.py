@@ -19,8 +19,11 @@ COMMANDS = {
     "trim": "trim_vocabulary",
 }
 COMMAND_OF = {script: name for name, script in COMMANDS.items()}
+# What starts a script by itself, and what starts several processes of a script, or of a module with -m: the ends of
+# `accelerate launch`, `accelerate launch --multi_gpu` and `torchrun --nproc_per_node COUNT`.
+LAUNCHERS = ("launch ", "--multi_gpu ", "COUNT ")
 # A script in a sentence or an example, not a file of that name in another folder.
-NAMED = re.compile(rf"(?<![\w./-])(python |launch |COUNT )?({'|'.join(COMMAND_OF)})\.py\b")
+NAMED = re.compile(rf"(?<![\w./-])(python |{'|'.join(LAUNCHERS)})?({'|'.join(COMMAND_OF)})\.py\b")
 
 
 @contextlib.contextmanager
@@ -54,7 +57,6 @@ def in_commands(text: str) -> str:
         said = command(script)
         if said.startswith("python "):
             return match[0]
-        launched = before in ("launch ", "COUNT ")  # accelerate launch, torchrun --nproc_per_node COUNT
-        return f"{before}-m {said}" if launched else said
+        return f"{before}-m fledge {COMMAND_OF[match[2]]}" if before in LAUNCHERS else said
 
     return NAMED.sub(typed, text)

@@ -184,8 +184,8 @@ def check_processes(config: TrainingArguments) -> None:
         )
     if config.n_gpu > 1:
         raise UserError(
-            f"One process sees {config.n_gpu} GPUs; start one on each with accelerate launch --config_file "
-            "recipes/accelerate/multi_gpu.yaml, or show it a single one with CUDA_VISIBLE_DEVICES=0."
+            f"One process sees {config.n_gpu} GPUs; start one on each with accelerate launch --multi_gpu train_sft.py, "
+            "or show it a single one with CUDA_VISIBLE_DEVICES=0."
         )
 
 

@@ -72,7 +72,7 @@ def test_the_widget_and_the_command_on_the_card_draw_as_was_measured(published):
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     widget = yaml.safe_load(card.split("---")[1])["inference"]["parameters"]
     assert widget.items() <= measured(sampling).items()
-    (command,) = (line for line in card.splitlines() if line.startswith("python generate.py"))
+    (command,) = (line for line in card.splitlines() if line.startswith("fledge generate"))
     told = {key: value for key, value in UNUSUAL.items() if f"--{key} {value} " in command}
     assert {**vars(Sampling()), **told} == sampling | {"max_new_tokens": 300}
 

@@ -123,7 +123,7 @@ def test_a_stranger_with_an_empty_cache_loads_the_model_the_data_and_runs_the_sn
 def test_the_command_on_the_card_runs(published, hub, tmp_path):
     card = hub.repos["model", "someone/tiny-tales"].files["README.md"].decode()
     (command,) = snippets(card, "bash")
-    command = command.replace("python generate.py", f"python {ROOT}/generate.py")
+    command = command.replace("fledge generate", "python -m fledge generate")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, check=False,
