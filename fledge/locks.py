@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
@@ -38,7 +38,7 @@ def locked(output: Path, key: str) -> Iterator[None]:
     try:
         if not holder.exists() or not holder.stat().st_size or _told(holder):
             ours.append(holder)
-            now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+            now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             who = {"script": Path(sys.argv[0]).name, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
             with writing(output):
                 write_json(holder, who)

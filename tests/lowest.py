@@ -1,9 +1,8 @@
 """The lowest versions that pyproject.toml allows, as constraints for pip: `make test-lowest` installs them."""
 
 import re
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 # A name, or a name with extras, and its lower bound.
 RANGE = re.compile(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\w.]+)")

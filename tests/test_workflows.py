@@ -79,7 +79,6 @@ def test_citation_and_package_have_one_version():
     assert citation["version"] == project == fledge.__version__
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is of Python 3.11")
 def test_lowest_versions_are_within_those_that_are_tested():
     """A bound above the tested version would be one that nobody has tried."""
     from packaging.version import Version

@@ -58,7 +58,7 @@ def send(
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return _commit_changes(api, kind, folder, repo_id, private, revision, create_pr)
-        except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:  # noqa: PERF203
+        except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
             # A failed LFS upload comes wrapped in a RuntimeError that only names the file.
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             wait = _seconds_to_wait(cause, attempt)
