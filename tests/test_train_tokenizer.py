@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from fledge.cli import UserError, run
+from fledge.reading.documents import END, pieces
 from fledge.scripts import train_tokenizer
-from fledge.sources.documents import END, pieces
 from fledge.tokenizers.training import HeldOut, report, train
 
 pytestmark = pytest.mark.slow

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from fledge.cli import UserError, run
+from fledge.reading.documents import pieces
 from fledge.resizing import compare_trimmed, keep_rows, trim_tokenizer
 from fledge.scripts import trim_vocabulary
-from fledge.sources.documents import pieces
 from fledge.tokenizers.fast import characters_of_bytes
 
 pytestmark = pytest.mark.slow

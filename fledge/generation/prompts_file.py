@@ -13,9 +13,9 @@ from fledge.cli import UserError, writing
 from fledge.generation.answers import answer_each
 from fledge.journal import Journal
 from fledge.messages import Answer, Messages
+from fledge.reading.files import decoded, suffix
+from fledge.reading.values import as_messages, as_text
 from fledge.sampling import Sampling
-from fledge.sources.reading import decoded, suffix
-from fledge.sources.values import as_messages, as_text
 from fledge.terminal import progress
 
 

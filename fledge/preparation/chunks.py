@@ -29,8 +29,8 @@ from fledge.cli import UserError
 from fledge.encoding import IGNORED, Encoded, encode, fit, shortest
 from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
+from fledge.reading.files import SPLITS
 from fledge.sources import Chunk, Source
-from fledge.sources.reading import SPLITS
 from fledge.tasks import RejectedRecord, Task, open_task
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of

@@ -6,7 +6,7 @@ import numpy as np
 
 from fledge.cli import UserError
 from fledge.preparation.chunks import Facts
-from fledge.sources.reading import SPLITS
+from fledge.reading.files import SPLITS
 
 
 def split_shares(text: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fledge.cli import UserError, read_json, write_json
 from fledge.encoding import IGNORED
 from fledge.folders import claimed
-from fledge.sources.documents import names_and_sizes, pieces
+from fledge.reading.documents import names_and_sizes, pieces
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
 

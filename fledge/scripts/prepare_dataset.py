@@ -17,6 +17,7 @@ from fledge.cli import UserError, check_hub_id, parse
 from fledge.commands import command
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
+from fledge.sources import load_source, source_names
 from fledge.tasks import Task, open_task, task_names
 from fledge.terminal import has_colours, quiet
 
@@ -41,7 +42,9 @@ class PrepareArguments:
     data: list[str] = field(metadata={"help": "files, folders or Hub datasets, one or several"})
     tokenizer: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
     output_dir: str = field(metadata={"help": "the folder to write"})
-    source: str = field(default="tinystories_instruct", metadata={"help": "the form of the data"})
+    source: str = field(
+        default="tinystories_instruct", metadata={"help": f"the form of the data: {', '.join(source_names())}"}
+    )
     task: str = field(
         default="topic_ending",
         metadata={
@@ -128,7 +131,6 @@ def make_plan(args: PrepareArguments) -> Plan:
     from fledge.preparation.chunks import Preparation
     from fledge.preparation.curation import split_shares
     from fledge.preparation.shards import bytes_of
-    from fledge.sources import load_source
     from fledge.templates import add_template
     from fledge.tokenizers import open_tokenizer
     from fledge.tokenizers.fast import TextEncoder

@@ -49,7 +49,7 @@ def main() -> Path:
 
 
 def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
-    from fledge.sources.documents import END, pieces
+    from fledge.reading.documents import END, pieces
     from fledge.tokenizers.training import HeldOut, report, save, train
 
     print(f"Reading {', '.join(args.data)} ...", flush=True)

@@ -54,8 +54,8 @@ def trim(args: TrimArguments, output: Output, source: Path) -> None:
     import copy
 
     from fledge.models import load_model
+    from fledge.reading.documents import pieces
     from fledge.resizing import keep_rows, trim_tokenizer
-    from fledge.sources.documents import pieces
     from fledge.tokenizers.training import HeldOut
 
     quiet()

@@ -1,6 +1,10 @@
-"""Sources: raw data → records. One file a source; docs/data.md shows the form of each and how to add one."""
+"""Sources: raw data → records. One file a source, and nothing else in this folder.
+
+docs/data.md shows the form of each and how to add one.
+"""
 
 import importlib
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -9,12 +13,11 @@ from types import ModuleType
 from typing import Any
 
 from fledge.cli import UserError
-from fledge.sources.reading import Chunk, row_chunks, text_chunks
+from fledge.reading.files import Chunk, row_chunks, text_chunks
 
 # examples/tales.txt.gz: records in another's form that are this project's own. Its size in bytes and its SHA-256.
 TALES_BYTES = 727_779
 TALES = "a582e6b6629b6b7a6a1d4952eed572ec1e22857a8d3b32030eaead0e9a0e6dc3"
-SOURCES = ("tinystories_instruct", "dolly", "alpaca", "story_qa", "columns")
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,19 @@ class Source:
             yield from self.parse(chunk)
 
 
+def source_names() -> list[str]:
+    """The sources: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
 def load_source(name: str, columns: str | None = None) -> Source:
     """`columns` is the text of --columns: `instruction=question,response=answer`.
 
     Raises:
         UserError: there is no source of that name, or the columns do not go with it.
     """
-    if name not in SOURCES:
-        raise UserError(f"The source {name!r} is unknown; choose one of {', '.join(SOURCES)}.")
+    if name not in source_names():
+        raise UserError(f"The source {name!r} is unknown; choose one of {', '.join(source_names())}.")
     if name != "columns":
         if columns:
             raise UserError(f"--columns goes with --source columns; {name} knows its own.")

@@ -5,8 +5,8 @@ Much data by others has it too, so the licence is not assumed.
 
 from collections.abc import Iterator
 
+from fledge.reading.files import Chunk
 from fledge.sources.columns import parse_form
-from fledge.sources.reading import Chunk
 
 LICENSE = None
 END = None

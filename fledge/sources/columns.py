@@ -7,8 +7,8 @@
 from collections.abc import Iterator
 
 from fledge.cli import UserError
-from fledge.sources.reading import Chunk
-from fledge.sources.values import as_messages, as_text
+from fledge.reading.files import Chunk
+from fledge.reading.values import as_messages, as_text
 
 LICENSE = None
 END = None

@@ -5,8 +5,8 @@ The original names its columns `context` and `response`; copies in Alpaca's form
 
 from collections.abc import Iterator
 
+from fledge.reading.files import Chunk
 from fledge.sources.columns import parse_form
-from fledge.sources.reading import Chunk
 
 LICENSE = "cc-by-sa-3.0"
 END = None

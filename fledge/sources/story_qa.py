@@ -5,8 +5,8 @@ Questions about one story lie in one split. The Hub's copies name the same colum
 
 from collections.abc import Iterator
 
+from fledge.reading.files import Chunk
 from fledge.sources.columns import parse_form
-from fledge.sources.reading import Chunk
 
 LICENSE = None
 END = None

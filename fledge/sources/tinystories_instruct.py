@@ -21,7 +21,7 @@ if the record has another before its story. Anything else belongs to the story.
 import re
 from collections.abc import Iterator
 
-from fledge.sources.reading import Chunk
+from fledge.reading.files import Chunk
 
 LICENSE = "cdla-sharing-1.0"
 END = "<|endoftext|>"

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fledge.cli import UserError
 from fledge.encoding import IGNORED, encode, open_prepared
 from fledge.messages import INPUT_MARK, Messages
-from fledge.sources.reading import Chunk, row_chunks
-from fledge.sources.values import as_messages, as_text
+from fledge.reading.files import Chunk, row_chunks
+from fledge.reading.values import as_messages, as_text
 from fledge.templates import add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 

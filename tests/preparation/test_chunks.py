@@ -119,7 +119,7 @@ def test_the_error_of_a_process_reaches_the_user():
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("fledge.sources.reading.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("fledge.reading.files.CHUNK_BYTES", 2000)
     monkeypatch.setattr(chunks, "RECORDS", 5)
 
 

@@ -19,8 +19,8 @@ from fledge.cli import UserError, run
 from fledge.encoding import IGNORED
 from fledge.pretraining.pretrainer import flops_per_token, new_gpt2, score_in_cache
 from fledge.pretraining.tokens import Corpus, TokenWriter, Windows, open_tokens
+from fledge.reading.documents import END, pieces
 from fledge.scripts import pretrain as script
-from fledge.sources.documents import END, pieces
 from fledge.training.run_record import Progress
 
 pytestmark = pytest.mark.slow

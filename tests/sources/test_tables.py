@@ -11,9 +11,10 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fledge import sources
 from fledge.cli import UserError
-from fledge.sources import SOURCES, load_source
-from fledge.sources.values import as_text
+from fledge.reading.values import as_text
+from fledge.sources import load_source, source_names
 
 ROWS = [
     {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
@@ -49,7 +50,7 @@ FORMS += ["A.JSON", "A.JSONL", "A.CSV", "A.PARQUET", "A.JSONL.GZ"]
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_a_table_gives_the_same_records(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("fledge.sources.reading.CHUNK_ROWS", 2)  # several chunks
+    monkeypatch.setattr("fledge.reading.files.CHUNK_ROWS", 2)  # several chunks
     write(tmp_path / name, ROWS)
 
     assert list(load_source("alpaca").records(str(tmp_path / name))) == ROWS
@@ -189,7 +190,7 @@ def test_a_picture_in_content_parts_is_refused(tmp_path):
 
 
 def test_the_row_is_told_in_later_chunks_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("fledge.sources.reading.CHUNK_ROWS", 2)
+    monkeypatch.setattr("fledge.reading.files.CHUNK_ROWS", 2)
     write(tmp_path / "a.jsonl", [*ROWS, *ROWS, {**ROWS[0], "output": "half \ud800"}])
     with pytest.raises(UserError, match=r"a.jsonl, row 7, column output holds '\\ud800' at character 6"):
         list(load_source("alpaca").records(str(tmp_path / "a.jsonl")))
@@ -291,7 +292,7 @@ def test_a_folder_without_data_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("source", "columns", "message"),
     [
-        ("novels", None, f"'novels' is unknown; choose one of {', '.join(SOURCES)}"),
+        ("novels", None, f"'novels' is unknown; choose one of {', '.join(source_names())}"),
         ("dolly", "instruction=a,response=b", "--columns goes with --source columns; dolly knows its own"),
         ("columns", None, "--columns is missing: it does not name what a record needs"),
         ("columns", "instruction=a", "--columns instruction=a does not name"),
@@ -313,3 +314,15 @@ def test_the_shipped_tales_are_the_projects_own(tmp_path):
     assert source.license([tales, str(tmp_path / "tales.txt.gz")]) == "cdla-sharing-1.0"
     assert source.license(["owner/name"]) == "cdla-sharing-1.0"
     assert load_source("alpaca").license([str(tmp_path / "tales.txt.gz")]) is None
+
+
+def test_one_file_in_the_folder_is_a_source(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("ask,say\nWhy?,Because.\n", encoding="utf-8")
+    (tmp_path / "faq.py").write_text(
+        "from fledge.sources.columns import parse_form\n\nLICENSE = None\nEND = None\n\n\n"
+        "def parse(chunk, columns):\n    return parse_form(chunk, ({'instruction': 'ask', 'response': 'say'},))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr("fledge.sources.__path__", [*sources.__path__, str(tmp_path)])
+    assert list(load_source("faq").records(str(rows))) == [{"instruction": "Why?", "output": "Because."}]

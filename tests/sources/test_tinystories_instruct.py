@@ -201,7 +201,7 @@ def test_the_size_of_a_chunk_changes_nothing(corpus_file, corpus, size):
     text, truth = corpus
     corpus_file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fledge.sources.reading.CHUNK_BYTES", size)
+        patch.setattr("fledge.reading.files.CHUNK_BYTES", size)
         assert list(records(str(corpus_file))) == truth
 
 
@@ -264,7 +264,7 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path, name, content, message)
 
 
 def test_a_byte_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("fledge.sources.reading.CHUNK_BYTES", 64)
+    monkeypatch.setattr("fledge.reading.files.CHUNK_BYTES", 64)
     good = "Summary: Zoë.\nStory: It flew.\n<|endoftext|>\n".encode() * 50
     (tmp_path / "corpus.txt").write_bytes(good + b"Story: caf\xe9.\n")
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fledge.cli import UserError
-from fledge.sources.reading import decoded, origins
-from fledge.sources.values import checked
+from fledge.reading.files import decoded, origins
+from fledge.reading.values import checked
 
 END = "<|endoftext|>"
 PIECE = 1 << 20  # characters

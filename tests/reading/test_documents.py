@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge.cli import UserError
-from fledge.sources.documents import END, names_and_sizes, pieces
+from fledge.reading.documents import END, names_and_sizes, pieces
 from fledge.tokenizers import gpt2
 
 
@@ -72,7 +72,7 @@ def test_files_larger_than_a_read_are_the_same(write, monkeypatch):
     expected = [documents(file), documents(file, document_start="^ = ")]
     assert len(expected[1]) > len(expected[0]) == 60
     for size in (1, 7, 13, 64, 1000):
-        monkeypatch.setattr("fledge.sources.documents.PIECE", size)
+        monkeypatch.setattr("fledge.reading.documents.PIECE", size)
         assert [documents(file), documents(file, document_start="^ = ")] == expected
 
 
