@@ -14,16 +14,17 @@ from fledge.pages import MODEL_CARD, open_templates
 LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
 WHO = {"base": "base", "model": "instruct"}
 NEUTRAL = ("answer_tokens", "distinct_2")
+ONE_DIGIT = ("answer_tokens", "judge_score")
 
 
 def show(name: str, metric: dict[str, float] | None) -> str:
     """`87.3% (83.1 to 91.2)` for a share, three digits for anything else, nothing for nothing."""
     if metric is None:
         return ""
-    if name in NO_SHARES:
-        digits = 1 if name in ("answer_tokens", "judge_score") else 3
-        return f"{metric['value']:.{digits}f} ({metric['low']:.{digits}f} to {metric['high']:.{digits}f})"
-    return f"{metric['value']:.1%} ({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
+    scale, digits, unit = (100, 1, "%") if name not in NO_SHARES else (1, 1 if name in ONE_DIGIT else 3, "")
+    value, low, high = (f"{scale * metric[end]:.{digits}f}" for end in ("value", "low", "high"))
+    # All prompts gave the same value, which may lie anywhere: nothing tells how sure it is.
+    return f"{value}{unit} (no interval)" if metric["low"] == metric["high"] else f"{value}{unit} ({low} to {high})"
 
 
 def title(name: str) -> str:

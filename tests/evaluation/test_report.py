@@ -104,6 +104,7 @@ def test_shares_are_percentages_and_the_rest_is_not():
     assert show("perplexity", found) == "0.873 (0.831 to 0.912)"
     assert show("judge_score", {"value": 61.25, "low": 50, "high": 70, "n": 9}) == "61.2 (50.0 to 70.0)"
     assert show("ending_match", None) == ""
+    assert show("perplexity", {"value": 3.5, "low": 3.5, "high": 3.5, "n": 1}) == "3.500 (no interval)"
 
 
 def test_a_metric_that_one_model_has_alone_leaves_the_other_cell_empty(metrics):
