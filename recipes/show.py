@@ -27,10 +27,16 @@ def main():
             for paragraph in (runs / file).read_text(encoding="utf-8").strip().splitlines():
                 print(textwrap.fill(paragraph, 98, initial_indent="  ", subsequent_indent="  "))
     print(f"\nThe model: {runs}/model   every answer: {runs}/evaluation/report.html   for the Hub: {runs}/repository")
-    asked = yaml.safe_load(Path("recipes", name, "generate.yaml").read_text(encoding="utf-8"))
-    key = next(key for key in ("topic", "words", "prompt") if key in asked)
     print("Next: source .venv/bin/activate")
-    print(f"      python generate.py --model {runs}/model --{key} {shlex.quote(str(asked[key]))}")
+    print(f"      {shlex.join(next_command(name))}")
+
+
+def next_command(name: str) -> list[str]:
+    """What asks the recipe's model as its `generate.yaml` does."""
+    asked = yaml.safe_load(Path("recipes", name, "generate.yaml").read_text(encoding="utf-8"))
+    key = next(key for key in ("topic", "words", "constraints", "prompt") if key in asked)
+    values = asked[key] if isinstance(asked[key], list) else [asked[key]]
+    return ["python", "generate.py", "--model", f"runs/{name}/model", f"--{key}", *map(str, values)]
 
 
 if __name__ == "__main__":

@@ -77,6 +77,16 @@ def test_stages_of_a_recipe_hand_on_the_same_folders():
             assert stages["train_lora"]["output_dir"] == stages["train"]["output_dir"] + "_lora"
 
 
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in RECIPES if path.stem == "generate"))
+def test_the_last_screen_asks_as_the_recipe_does(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    command = importlib.import_module("show").next_command(name)
+    asked, _ = parse(command[2:], *dataclasses_of("generate"))
+    recipe, _ = parse(["--config", f"recipes/{name}/generate.yaml"], *dataclasses_of("generate"))
+    assert all(vars(asked)[key] == vars(recipe)[key] for key in ("model", "topic", "words", "constraints", "prompt"))
+
+
 def test_accelerate_reads_its_configs():
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -19,6 +19,7 @@ from fledge.text import checks
 from fledge.text.baselines import BASELINES
 from fledge.text.limits import NUMBER_WORDS
 from fledge.text.speakers import speakers
+from fledge.text.spelling import straight
 from fledge.text.stories import COMPLETE, main_character, sentences
 from fledge.text.words import in_order, used
 
@@ -270,8 +271,8 @@ def _offers(record: dict, story: str, rng: random.Random) -> dict[str, str]:
     asked = list(compress(listed, checks.used_in_telling(listed, story)))
     missing = [word for word, is_used in zip(COMMON, used(COMMON, story), strict=True) if not is_used]
     names = [name for name in re.split(r", | and ", who) if name[:1].isupper()]
-    voices, bound = speakers(story), rng.choice(("at most", "at least"))
-    ends_inside = len(re.findall(r"[.!?]+(?=\"?(?:\s|$))", story)) != len(checks.parts(story))
+    voices, bound = speakers(story), rng.choice(("at most", "at least") if len(words) >= 10 else ("at most",))
+    ends_inside = len(re.findall(r"[.!?]+(?=\"?(?: |$))", straight(story))) != len(checks.parts(story))
     found = {
         "words": ", ".join(asked[:3]),
         "without": rng.choice(missing[:3]) if missing else "",

@@ -150,7 +150,7 @@ def quotes(is_wanted: bool, text: str) -> float:
     text = straight(text).lower()
     if not is_wanted:
         return float('"' not in text and bool(in_order(text)))
-    narration = re.sub(r'"[^"]*\w[^"]*"', "", text)
+    narration = re.sub(r'"[^"]*"', lambda quote: quote[0] if not in_order(quote[0]) else "", text)
     return float(narration != text and bool(re.search(rf"\b{VERB}\b", narration)))
 
 

@@ -200,6 +200,27 @@ def test_an_unusable_record_is_rejected_with_its_reason(record, reason):
         TASK.examples(record, random.Random(0))
 
 
+PIECES = (
+    "Tom ran home.", "“Why?” asked Mia.", '"Go!" Tom said, "go."', "He saw a {cat}: it sat; it ran", "Mr. Fox: no!",
+    "She said 'yes'.", "They ran... and ran.", "\n", "What? Why?", '"', "Été, naïve Zoë sang.", "THE END.", "a b c.",
+)  # fmt: skip
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), min_size=3, max_size=14),
+    st.sampled_from(["", "ran, Tom", "cat: it, {cat}", ",, ,", "sang; ?, fox"]),
+    st.integers(0, 5),
+)
+def test_whatever_a_story_is_like_its_own_references_follow(pieces, words, seed):
+    try:
+        made = TASK.examples({"Story": " ".join([*pieces, "So it was."]), "Words": words}, random.Random(seed))
+    except RejectedRecord:
+        return
+    assert made
+    for row in made:
+        assert follows(row, row["messages"][-1]["content"]) == 1
+
+
 def test_the_closing_rhymes_rhyme():
     for couplet in sum(RHYMES.values(), ()):
         assert checks.ends_in_rhyme(couplet) == 1, couplet
