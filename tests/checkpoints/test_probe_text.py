@@ -15,6 +15,7 @@ from fledge.checkpoints.summary import leave_to_code
 from fledge.checkpoints.text_loss import pair_loss, text_losses, text_windows, unigram_loss
 from fledge.cli import UserError
 
+pytestmark = pytest.mark.slow  # each test compares the losses of many readings
 LETTERS = "abcdefghijklmnop"
 CONTEXT = 16
 SIZES = {"vocab_size": len(LETTERS), "context_length": CONTEXT, "width": 32, "heads": 4, "layers": 2}
