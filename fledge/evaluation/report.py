@@ -13,6 +13,12 @@ from fledge.pages import MODEL_CARD, open_templates
 
 LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
 WHO = {"base": "base", "model": "instruct"}
+DAMAGE = {
+    "shuffled": "sentences shuffled",
+    "name": "a name swapped half-way",
+    "foreign": "a sentence of another story",
+    "verb": "a verb replaced",
+}
 NEUTRAL = ("answer_tokens", "distinct_2")
 ONE_DIGIT = ("answer_tokens", "judge_score")
 
@@ -88,9 +94,11 @@ def judged_by(metrics: dict) -> list[str]:
     sentences, judge, llm = [], metrics["judge"], metrics.get("llm_judge")
     if "accuracy" in judge:
         sentences.append(
-            f"The ending classifier is right on {judge['accuracy']:.1%} of {judge['n']} unseen stories, "
-            "both endings weighing the same."
+            f"On {judge['n']} unseen stories the classifier of endings agrees with {judge['accuracy']:.1%} of labels, "
+            f"the lexicon with {judge['second_accuracy']:.1%}, both endings weighing the same."
         )
+        pairs = ", ".join(f"{DAMAGE[kind]} {found:.0%}" for kind, found in judge["coherence"].items())
+        sentences.append(f"The judge of coherence prefers unseen stories to themselves broken: {pairs}.")
     if llm:
         of_scores = llm["scores"]
         sentences.append(
@@ -140,6 +148,13 @@ def cautions(metrics: dict) -> list[str]:
                 f"({'their intervals reach' if len(at_chance) > 1 else 'its interval reaches'} what the same answers "
                 "score when a part of their instruction is another prompt's)."
             )
+    for who, apart in metrics["judges_apart"].items():
+        first, second = apart["metrics"]
+        sentences.append(
+            f"The judges part by {100 * abs(apart['difference']):.1f} points on {WHO[who]}'s answers "
+            f"({title(first)} {share(metrics[who][first])}, {title(second)} {share(metrics[who][second])}): "
+            "one of them is being gamed, or is wrong about these answers; read some."
+        )
     if HEADLINE in metrics["no_chance"]:
         sentences.append(f"Instruction following has no chance level here: {metrics['no_chance'][HEADLINE]}.")
     for baseline in metrics["baselines"]:

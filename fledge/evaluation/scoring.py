@@ -13,10 +13,11 @@ from fledge.evaluation.measuring import Answered, distinct_ratio
 from fledge.evaluation.prompts import Prompts
 from fledge.evaluation.wording import Wording
 from fledge.messages import Answer
-from fledge.tasks import Scorer
+from fledge.tasks import Scorer, Task
 
 MEANING = {**wording.MEANING, **measuring.MEANING}
 ON_REFERENCES = "it is measured on the held-out answers"
+APART = 0.05
 NOT_ASKED = "the judge is asked about the prompt's own instruction only"
 
 
@@ -64,6 +65,15 @@ class Scoring:
         return ALONE if name in self.prompts.task.meaning and name not in met else SAME
 
 
+def judges_apart(metrics: dict[str, dict], task: Task) -> dict | None:
+    """The two judges of a metric and their difference, if they part by more than `APART`."""
+    if task.judged_twice is None:
+        return None
+    first, second = task.judged_twice
+    difference = metrics[first]["value"] - metrics[second]["value"]
+    return {"metrics": [first, second], "difference": difference} if abs(difference) > APART else None
+
+
 def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, str]) -> dict:
     """What `metrics.json` says of both models and of what they are held against; `meaning` names every metric."""
     prompts, names = scoring.prompts, list(meaning)
@@ -85,6 +95,7 @@ def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, st
     }
     without = [name for name in found["model"] if name not in found["chance"]["model"]]
     found["no_chance"] = {name: scoring.why_no_chance(name, met) for name in without}
+    found["judges_apart"] = {who: apart for who in models if (apart := judges_apart(found[who], prompts.task))}
     if prompts.num_samples > 1:
         found["headroom"] = {
             who: headroom([score[HEADLINE] for score in scores[who]], prompts.num_samples, scoring.weights)

@@ -62,6 +62,9 @@ class Task(ABC):
     parts: tuple[str, ...] = ("instruction",)
     """The parts of an instruction that an answer can ignore, each by itself. Chance is what is reached without one."""
 
+    judged_twice: tuple[str, str] | None = None
+    """Two metrics that say the same by judges of different kinds. Where they part, one of the judges is being gamed."""
+
     asks_once: bool = False
     """Whether every example is one instruction and one answer, never a conversation. Such a dataset is written with the
     columns `instruction` and `response` in place of `messages`."""

@@ -74,11 +74,6 @@ def sentences(text: str) -> list[str]:
     return [" ".join(part.replace("\0", " ").split()) for part in SENTENCE_END.split(shielded) if part.strip()]
 
 
-def last_sentences(story: str) -> str:
-    """The last four sentences; here a closing quotation mark ends one, whatever follows."""
-    return " ".join(re.split(r'(?<=[.!?"”])\s+', story.strip())[-4:])
-
-
 def main_character(story: str) -> str | None:
     """Who the story is about: "Lily", "Tom and Anna", or "the cat" where it has no name.
 

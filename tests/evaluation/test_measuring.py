@@ -69,10 +69,10 @@ def test_metrics_file_has_both_models_with_intervals(tiny):
     for name, chance in metrics["chance"]["model"].items():
         assert chance["value"] <= metrics["reference"][name]["value"]
     assert metrics["reference"]["instruction_following"]["value"] > 0.9
-    assert {"ending_match", "topic_words"} <= metrics["chance"]["model"].keys()
+    assert {"ending_match", "topic"} <= metrics["chance"]["model"].keys()
     assert metrics["no_chance"]["eos_rate"] == "it does not depend on the instruction"
     assert metrics["no_chance"].keys() | metrics["chance"]["model"].keys() == metrics["model"].keys()
-    assert metrics["baselines"]["copied_prompt"]["topic_words"]["value"] == 1.0
+    assert metrics["baselines"]["copied_prompt"]["topic"]["value"] == 1.0
     assert metrics["model"]["completion_loss"]["high"] < metrics["base"]["completion_loss"]["low"]
     assert metrics["model"]["eos_rate"]["value"] > metrics["base"]["eos_rate"]["value"]
 
@@ -93,7 +93,7 @@ def test_every_answer_is_kept_and_adds_up(tiny):
     for name in ("base", "model"):
         rate = np.mean([sample[name]["stopped"] for sample in samples])
         assert tiny.metrics[name]["eos_rate"]["value"] == pytest.approx(rate)
-        for key in ("ending_match", "instruction_following", "topic_words"):
+        for key in ("ending_match", "instruction_following", "topic"):
             mean = np.mean([sample[name]["scores"][key] for sample in samples])
             assert tiny.metrics[name][key]["value"] == pytest.approx(mean)
     assert all(tokenizer.eos_token not in sample["model"]["text"] for sample in samples)

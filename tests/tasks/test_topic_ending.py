@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fledge.cli import UserError
 from fledge.messages import Answer
 from fledge.tasks import RejectedRecord, Scorer, load_task, task_names
-from fledge.tasks.topic_ending import EndingJudge, instruction, requested, score
+from fledge.tasks.topic_ending import instruction, requested
 from fledge.text.words import content_words
 
 TASK = load_task("topic_ending")
@@ -93,48 +93,59 @@ def test_the_request_is_read_back_from_any_instruction(topic, ending):
     assert requested(instruction(topic, ending)) == (topic, ending)
 
 
-FULL, HALF, NONE = "The red kite flew over a park with an oak.", "A kite in a park.", "A frog sat in mud."
+TALE = (
+    "Once upon a time, there was a boy named Tim. Tim had a red kite. One day, he took it to the park. The wind blew "
+    "the kite up into a tall oak. Tim could not reach it. He asked his dad for help. His dad climbed up the oak and "
+    "took the kite down. Tim was very happy. He hugged his dad and they played with the kite all day."
+)
+ROW = {"messages": [{"role": "user", "content": instruction("A red kite and an oak in the park.", "happy")}, {}]}
+ALL_MET = {"ending_match": 1, "ending_match_second": 1, "topic": 1, "coherence": 0.05}
+
+
+def scored(metrics: dict[str, float], stopped: bool) -> float:
+    scorer = Scorer(TASK)
+    scorer.metrics = lambda rows, answers: [metrics]
+    return scorer.score([{}], [Answer("", 1, stopped)])[0]["instruction_following"]
 
 
 @pytest.mark.parametrize(
-    ("answer", "stopped", "judged", "follows", "match", "share"),
+    ("missing", "stopped", "follows"),
     [
-        (FULL, True, "happy", 1, 1, 1),
-        (FULL, True, "sad", 0, 0, 1),
-        (FULL, False, "happy", 0, 1, 1),
-        (FULL, False, "sad", 0, 0, 1),
-        (HALF, True, "happy", 1, 1, 0.5),
-        ("A kite.", True, "happy", 0, 1, 0.25),
-        (NONE, True, "happy", 0, 1, 0),
-        (NONE, True, "sad", 0, 0, 0),
-        (NONE, False, "sad", 0, 0, 0),
-        ("", True, "happy", 0, 1, 0),
+        ({}, True, 1),
+        ({}, False, 0),
+        ({"ending_match": 0}, True, 0),
+        ({"ending_match_second": 0}, True, 0),
+        ({"topic": 0.49}, True, 0),
+        ({"topic": 0.5}, True, 1),
+        ({"coherence": 0.04}, True, 0),
     ],
 )
-def test_following_needs_the_ending_the_topic_and_the_stop(answer, stopped, judged, follows, match, share):
-    asked = instruction("A red kite and an oak in the park.", "happy")
-
-    assert scored(asked, answer, stopped, judged) == {
-        "instruction_following": follows,
-        "ending_match": match,
-        "topic_words": share,
-    }
+def test_following_needs_both_judges_the_topic_coherence_and_the_stop(missing, stopped, follows):
+    assert scored(ALL_MET | missing, stopped) == follows
 
 
-def scored(asked: str, answer: str, stopped: bool, judged: str) -> dict[str, float]:
-    """The scores of an answer whose ending is judged so."""
-    scorer = Scorer(TASK)
-    scorer.metrics = lambda rows, answers: [score(asked, answer.text, judged) for answer in answers]
-    return scorer.score([{}], [Answer(answer, 1, stopped)])[0]
+@pytest.fixture(scope="module")
+def scorer():
+    train = [{"messages": [{"role": "assistant", "content": TALE}]}] * 4
+    unseen = [{"messages": [{"role": "assistant", "content": TALE}], "ending": "happy"}]
+    return TASK.scorer(train, unseen)
 
 
-def test_the_sad_ending_is_matched_as_the_happy_one():
-    assert scored(instruction("A kite.", "sad"), "The kite tore.", True, "sad")["instruction_following"] == 1
-    assert scored(instruction("A kite.", "sad"), "The kite tore.", True, "happy")["instruction_following"] == 0
+def test_a_story_is_scored_against_what_its_prompt_asks(scorer):
+    other = {"messages": [{"role": "user", "content": instruction("A frog in the mud.", "sad")}, {}]}
+    own, others = scorer.metrics([ROW, other], [Answer(TALE, 9, True)] * 2)
+
+    assert (own["ending_match"], own["ending_match_second"], own["topic"]) == (1, 1, 1)
+    assert (others["ending_match"], others["ending_match_second"], others["topic"]) == (0, 0, 0)
+    assert own["coherence"] == others["coherence"] == 1
 
 
-def test_a_topic_without_content_words_is_always_met():
-    assert score(instruction("What she had.", "happy"), NONE, "happy")["topic_words"] == 1
+def test_the_judges_are_measured_on_rows_that_they_have_not_seen(scorer):
+    judge = scorer.judge
+
+    assert (judge["accuracy"], judge["second_accuracy"], judge["n"], judge["errors"]) == (1, 1, 1, [])
+    assert judge["coherence"].keys() <= {"shuffled", "name", "foreign", "verb"}
+    assert TASK.scorer([ROW | {"messages": [{"content": TALE}]}], []).judge == {}
 
 
 @pytest.mark.parametrize(
@@ -168,83 +179,3 @@ def test_content_words(text, words):
 )
 def test_plural_past_and_apostrophe_make_no_other_word(one, other):
     assert content_words(one) == content_words(other)
-
-
-HAPPY = [f"{name} lost a toy. {name} looked. They found it. Everyone smiled and was happy." for name in ("Tom", "Ann")]
-SAD = [f"{name} lost a toy. {name} looked. It was gone. Everyone cried and was sad." for name in ("Tom", "Ann")]
-
-
-@pytest.fixture(scope="module")
-def judge():
-    return EndingJudge(HAPPY * 5 + SAD * 5, ["happy"] * 10 + ["sad"] * 10)
-
-
-def test_obvious_endings_are_told_apart(judge):
-    stories = ["Ben ate cake. Everyone smiled and was happy.", "Ben ate cake. Everyone cried and was sad."]
-
-    assert judge.judge(stories) == ["happy", "sad"]
-    assert judge.accuracy(stories, ["happy", "sad"]) == 1
-
-
-def test_only_the_last_four_sentences_count(judge):
-    end = "Then it rained. It was gone. They went home. Everyone cried and was sad."
-
-    assert judge.judge([f"Everyone smiled and was happy. They found it. {end}", end]) == ["sad", "sad"]
-
-
-def test_a_rare_ending_weighs_as_much_as_a_frequent_one():
-    """Two sad and three happy stories end alike: a fifth of all sad ones, a fortieth of the happy ones."""
-    unclear = "Then it rained. It was gone. They went home. It was late."
-    stories = HAPPY * 60 + [unclear] * 3 + SAD * 4 + [unclear] * 2
-
-    judge = EndingJudge(stories, ["happy"] * 123 + ["sad"] * 10)
-    assert judge.judge([unclear, HAPPY[0], SAD[0]]) == ["sad", "happy", "sad"]
-
-
-def test_accuracy_is_the_mean_of_the_recalls(judge):
-    """7 of 8 happy and 1 of 2 sad stories are recognised: (7/8 + 1/2) / 2, not 8/10."""
-    stories = [HAPPY[0]] * 7 + [SAD[0]] + [SAD[1], HAPPY[1]]
-
-    assert judge.accuracy(stories, ["happy"] * 8 + ["sad"] * 2) == pytest.approx(0.6875)
-
-
-def test_accuracy_on_one_ending_alone_is_its_recall(judge):
-    assert judge.accuracy([HAPPY[0], HAPPY[1], SAD[0], SAD[1]], ["sad"] * 4) == 0.5
-
-
-def test_the_judge_reports_what_it_is_worth(judge):
-    """One of four stories carries the wrong label; the judge is sure of all four."""
-    stories, endings = [HAPPY[0], HAPPY[1], SAD[0], SAD[1]], ["happy", "happy", "sad", "happy"]
-    sadness = judge.sadness(stories)
-    measured = judge.measure(stories, endings)
-
-    assert measured["accuracy"] == pytest.approx((2 / 3 + 1) / 2)
-    assert measured["n"] == 4
-    wanted = (sadness[0] ** 2 + sadness[1] ** 2 + (1 - sadness[2]) ** 2 + sadness[3] ** 2) / 4
-    assert measured["brier"] == pytest.approx(wanted)
-    assert [(part["n"], part["was_sad"]) for part in measured["calibration"]] == [(2, 0), (2, 0.5)]
-    assert measured["calibration"][0]["said_sad"] == pytest.approx(sadness[:2].mean())
-    assert measured["errors"] == [
-        {"ends": "Ann lost a toy. Ann looked. It was gone. Everyone cried and was sad.", "label": "happy"}
-        | {"said_sad": pytest.approx(sadness[3])}
-    ]
-
-
-def test_a_scorer_learns_from_train_and_is_measured_on_the_rest():
-    def row(story: str, ending: str) -> dict:
-        asked = {"role": "user", "content": instruction("A toy.", ending)}
-        return {"messages": [asked, {"role": "assistant", "content": story}], "ending": ending}
-
-    train = [row(story, "happy") for story in HAPPY * 5] + [row(story, "sad") for story in SAD * 5]
-    scorer = TASK.scorer(train, [row(HAPPY[0], "happy"), row(SAD[0], "sad")])
-
-    assert (scorer.judge["accuracy"], scorer.judge["n"], scorer.judge["errors"]) == (1, 2, [])
-    asked = [row(HAPPY[0], "happy"), row(HAPPY[0], "sad")]
-    scores = scorer.score(asked, [Answer(HAPPY[1], 9, True)] * 2)
-    assert [part["ending_match"] for part in scores] == [1, 0]
-    assert [part["instruction_following"] for part in scores] == [1, 0]
-
-
-def test_a_judge_needs_both_endings():
-    with pytest.raises(UserError, match="has happy endings only"):
-        EndingJudge(["They were happy.", "They smiled."], ["happy", "happy"])

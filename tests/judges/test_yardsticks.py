@@ -1,0 +1,28 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from judges import kappa
+
+
+def test_kappa_is_agreement_beyond_chance():
+    """Cohen's own form: 0.75 observed, 0.5 by chance."""
+    assert kappa(["a", "a", "b", "b"], ["a", "a", "b", "a"]) == pytest.approx(0.5)
+
+
+def test_every_story_has_two_readers_and_an_agreed_label(yardsticks):
+    for row in yardsticks:
+        labels = [[reader[name] for reader in row["readers"]] for name in ("ending", "topic", "coherence")]
+        assert len(row["readers"]) == (2 if all(len(set(of[:2])) == 1 for of in labels) else 3)
+        for name, of in zip(("ending", "topic", "coherence"), labels, strict=True):
+            assert of.count(row["agreed"][name]) >= 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("ending", 0.973), ("topic", 0.931), ("coherence", 0.832)])
+def test_the_readers_agreement_is_what_the_docs_say(yardsticks, name, value):
+    one, other = ([row["readers"][i][name] for row in yardsticks] for i in (0, 1))
+
+    assert kappa(one, other) == pytest.approx(value, abs=0.0005)
