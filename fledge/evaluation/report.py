@@ -13,12 +13,6 @@ from fledge.pages import MODEL_CARD, open_templates
 
 LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
 WHO = {"base": "base", "model": "instruct"}
-DAMAGE = {
-    "shuffled": "sentences shuffled",
-    "name": "a name swapped half-way",
-    "foreign": "a sentence of another story",
-    "verb": "a verb replaced",
-}
 NEUTRAL = ("answer_tokens", "distinct_2")
 ONE_DIGIT = ("answer_tokens", "judge_score")
 
@@ -91,14 +85,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
 
 def judged_by(metrics: dict) -> list[str]:
     """Who judged and how far one can trust it, a sentence each."""
-    sentences, judge, llm = [], metrics["judge"], metrics.get("llm_judge")
-    if "accuracy" in judge:
-        sentences.append(
-            f"On {judge['n']} unseen stories the classifier of endings agrees with {judge['accuracy']:.1%} of labels, "
-            f"the lexicon with {judge['second_accuracy']:.1%}, both endings weighing the same."
-        )
-        pairs = ", ".join(f"{DAMAGE[kind]} {found:.0%}" for kind, found in judge["coherence"].items())
-        sentences.append(f"The judge of coherence prefers unseen stories to themselves broken: {pairs}.")
+    sentences, llm = list(metrics["judge"].get("says", [])), metrics.get("llm_judge")
     if llm:
         of_scores = llm["scores"]
         sentences.append(

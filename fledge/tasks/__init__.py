@@ -162,7 +162,10 @@ class Scorer:
     def __init__(self, task: Task):
         self.task = task
         self.judge: dict = {}
-        """What a learned judge is worth on rows that it has not seen; `metrics.json` holds it. Empty without one."""
+        """What the judges are worth on rows that they have not seen; `metrics.json` holds it. Empty without any.
+
+        Its `says`, a list of sentences, stands under every table.
+        """
 
     def metrics(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
         """The metrics of each answer, without `instruction_following`. A scorer with a judge overrides this."""

@@ -68,7 +68,7 @@ def test_metrics_file_has_both_models_with_intervals(tiny):
             assert metrics[name][key]["low"] <= metrics[name][key]["value"] <= metrics[name][key]["high"]
     for name, chance in metrics["chance"]["model"].items():
         assert chance["value"] <= metrics["reference"][name]["value"]
-    assert metrics["reference"]["instruction_following"]["value"] > 0.9
+    assert metrics["reference"]["instruction_following"]["value"] > 0.8
     assert {"ending_match", "topic"} <= metrics["chance"]["model"].keys()
     assert metrics["no_chance"]["eos_rate"] == "it does not depend on the instruction"
     assert metrics["no_chance"].keys() | metrics["chance"]["model"].keys() == metrics["model"].keys()
@@ -79,7 +79,7 @@ def test_metrics_file_has_both_models_with_intervals(tiny):
 
 def test_table_and_judge_accuracy_are_shown(tiny):
     assert table(tiny.metrics) in tiny.evaluated
-    shown = f"right on {tiny.metrics['judge']['accuracy']:.1%}"
+    shown = f"agrees with {tiny.metrics['judge']['accuracy']:.1%} of the labels"
     assert shown in tiny.evaluated
     assert shown in (tiny.evaluation / "report.md").read_text(encoding="utf-8")
 

@@ -74,8 +74,7 @@ def metrics() -> dict:
         "num_samples": 1,
         "sampling": {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 300, "seed": 0},
         "judge": {
-            "accuracy": 0.993,
-            "n": 434,
+            "says": ["The classifier of endings is right on 99.3% of 434 unseen stories."],
             "calibration": [{"said_sad": 0.037, "was_sad": 0.05, "n": 434}],
             "errors": [HOSTILE],
         },
@@ -87,6 +86,7 @@ def metrics() -> dict:
             "base": {"instruction_following": level(0.1), "topic_words": level(0.45, "topic")},
             "model": {"instruction_following": level(0.49), "topic_words": level(0.65, "topic")},
         },
+        "judges_apart": {},
         "no_chance": {"completion_loss": "it is measured on the held-out answers"},
         "reference": {"instruction_following": metric(0.99), "topic_words": metric(0.7)},
         "baselines": {"first_sentence": {"instruction_following": metric(0.3)}},
@@ -152,6 +152,13 @@ def test_headroom_is_a_sentence(metrics):
     assert "50.0% within 1, 70.0% within 2 of 1 answers" in said
     assert "30.0% have only right answers and 10.0% only wrong ones" in said
     assert said.endswith("on the other 60.0%.")
+
+
+def test_judges_that_part_are_said(metrics):
+    metrics["judges_apart"] = {"model": {"metrics": ["instruction_following", "topic_words"], "difference": -0.1}}
+    said = cautions(metrics)[2]
+    assert said.startswith("The judges part by 10.0 points on instruct's answers (instruction following 60.0%, topic ")
+    assert "one of them is being gamed" in said
 
 
 def test_answers_without_a_score_are_said(metrics):
