@@ -131,7 +131,7 @@ def test_a_model_with_equal_logits_gets_no_marks(tiny, evaluate, tmp_path, tempe
     said = evaluate(tmp_path / "out", "--model", tmp_path / "flat", "--temperature", temperature)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["model"]["perplexity"]["value"] == pytest.approx(model.config.vocab_size, rel=1e-4)
-    for name in ("instruction_following", "topic_words"):
+    for name in ("instruction_following", "topic"):
         assert metrics["model"][name]["value"] < 0.1
     assert "No better than chance: instruct's instruction following" in said
 

@@ -41,5 +41,5 @@ def test_the_harness_gives_the_same_scores(who, tiny, greedy):
     )["results"]["fledge"]
     scores = {key.removesuffix(",none"): value for key, value in found.items() if key.endswith(",none")}
     scores = {name: value for name, value in scores.items() if not name.endswith("_stderr")}
-    assert {"instruction_following", "ending_match", "topic_words"} <= scores.keys()
+    assert {"instruction_following", "ending_match", "topic", "coherence"} <= scores.keys()
     assert scores == pytest.approx({name: greedy[who][name]["value"] for name in scores})

@@ -9,7 +9,7 @@ they agree with readers on the other half.
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,8 +66,7 @@ class Verdict:
 def judge_topic(topic: str, story: str) -> Verdict:
     """Whether a story is about its topic, contradicts it, or tells of something else, and why."""
     wanted = content(topic)
-    told = [_Sentence(part) for part in sentences(story)]
-    present = frozenset().union(*(part.forms for part in told))
+    told, present = _read(story)
     found = [word for word in wanted if is_in(word, present)]
     share = len(found) / len(wanted) if wanted else 1.0
     if share < CENTRAL:
@@ -91,6 +90,13 @@ class _Sentence:
     def __init__(self, text: str):
         self.text, self.words = text, words(text)
         self.forms = frozenset().union(*(lemmas(word) for word in self.words))
+
+
+@lru_cache(maxsize=4096)
+def _read(story: str) -> tuple[list[_Sentence], frozenset[str]]:
+    """A story's sentences and all of their dictionary forms; chance asks for them again and again."""
+    told = [_Sentence(part) for part in sentences(story)]
+    return told, frozenset().union(*(part.forms for part in told))
 
 
 @cache
