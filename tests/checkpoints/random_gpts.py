@@ -99,7 +99,7 @@ KINDS = {
 
 
 @st.composite
-def gpts(draw, kind: Kind) -> CanonicalGPT:
+def gpts(draw, kind: Kind, layers: tuple[int, ...] = (1, 2)) -> CanonicalGPT:
     """Small ones, with the sizes that make matrices square drawn as often as the others."""
 
     def some(*choices):
@@ -108,7 +108,7 @@ def gpts(draw, kind: Kind) -> CanonicalGPT:
     rope = some(*ROTATIONS) if kind.positions == "rope" else None
     head_width = 2 * draw(st.integers(1, 4)) if rope else draw(st.integers(1, 8))
     head_width = 8 if kind.experts else head_width
-    n_kv_head, n_layer, n_expert = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(2, 3))
+    n_kv_head, n_layer, n_expert = draw(st.integers(1, 2)), some(*layers), draw(st.integers(2, 3))
     n_head = n_kv_head * draw(st.integers(1, 2))
     width = n_head * (head_width + (some(0, 0, 2) * (4 if kind.experts else 1) if kind.own_heads else 0))
     vocab_size, context_length = draw(st.integers(1, 40)), draw(st.integers(1, 12))
@@ -220,9 +220,9 @@ def filled(config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dt
 
 
 @st.composite
-def models(draw, target: str, shortest: int) -> PreTrainedModel:
+def models(draw, target: str, shortest: int, layers: tuple[int, ...] = (1, 2)) -> PreTrainedModel:
     """A converted model in float32, with a context of `shortest` tokens or more and at least ten tokens."""
-    gpt = draw(gpts(KINDS[target]))
+    gpt = draw(gpts(KINDS[target], layers))
     assume(gpt.width >= 8 and gpt.vocab_size >= 10 and gpt.context_length >= shortest)
     config, weights, _ = to_target(gpt, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), target)
     return filled(config, weights)

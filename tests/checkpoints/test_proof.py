@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from hand_written import HEADS, HIDDEN, VOCAB_SIZE, WIDTH, build, checkpoint_of, stated
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fledge.checkpoints import proof
@@ -21,6 +21,7 @@ from fledge.checkpoints.proof import (
 )
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import to_target
+from fledge.checkpoints.targets.folds import ACROSS_ROTATION
 from fledge.cli import UserError
 
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -172,24 +173,60 @@ def test_one_wrong_number_at_the_last_position_is_disproven():
     assert_disproven(probes, config, weights)
 
 
-@pytest.mark.parametrize("damage", ["row", "missing", "one too many"])
-def test_file_that_is_not_what_was_written_is_refused(damage, tmp_path):
-    _, probes, config, weights = converted("nanogpt", vocab_size=2000)
-    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
-    filled(config, weights).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    prove_written(file, weights)
+DAMAGED = {
+    "a row that no probe touches": lambda saved, row: saved["wte"][row].mul_(1.0001),
+    "the last row": lambda saved, row: saved["wte"][-1].mul_(1.0001),
+    "one row more": lambda saved, row: saved.update(wte=torch.cat([saved["wte"], saved["wte"][:1]])),
+    "missing": lambda saved, row: saved.pop("wte"),
+    "one too many": lambda saved, row: saved.update(wtes=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_file_that_is_not_what_was_written_is_refused(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "READ_AT_ONCE", WIDTH)  # a row at a time
+    gpt, probes, _, _ = converted("nanogpt", vocab_size=2000)
+    weights = {"wte": gpt.tensors["token_embedding.weight"].contiguous(), "norm": gpt.tensors["final_norm.weight"]}
+    save_file(weights, tmp_path / "model.safetensors")
+    prove_written(tmp_path / "model.safetensors", weights)
     touched = {token for ids, _ in probes for token in ids.flatten().tolist()}
-    row = min(set(range(2000)) - touched)  # no logit would show it
-    saved = load_file(file)
-    saved["transformer.wte.weight"][row] *= 1.0001
-    if damage == "missing":
-        saved = {name: tensor for name, tensor in weights.items() if name != "transformer.wte.weight"}
-    elif damage == "one too many":
-        saved = weights | {"transformer.wte.weights": torch.ones(2)}
-    save_file(saved, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"reads back another transformer\.wte\.weights? than was written"):
-        prove_written(file, weights)
+    saved = {name: tensor.clone() for name, tensor in weights.items()}
+    DAMAGED[damage](saved, min(set(range(2000)) - touched))
+    save_file(saved, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"reads back another wtes? than was written"):
+        prove_written(tmp_path / "model.safetensors", weights)
+
+
+def test_no_more_error_is_allowed_than_each_tolerance_says():
+    _, probes, config, weights = converted()
+    off = [(ids, logits * (1 + 2e-7)) for ids, logits in probes]
+    with pytest.raises(UserError, match=r"2\.0e-07 of the largest in float64, 1e-07 allowed"):
+        prove_exact(off, empty(config), weights, [ACROSS_ROTATION])
+    off = [(ids, logits * (1 + 2e-4)) for ids, logits in probes]
+    with pytest.raises(UserError, match=r"of its largest logit, 0\.0001 allowed"):
+        prove_saved(off, filled(config, weights), float32_rounding=1.0)
+
+
+def test_error_is_a_share_of_the_largest_logit():
+    gpt, _, config, weights = converted("llama_half")
+    weights["lm_head.weight"] = 1e6 * weights["lm_head.weight"].double()
+    loud = replace(gpt, tensors=gpt.tensors | {"head.weight": 1e6 * gpt.tensors["head.weight"].double()})
+    assert prove_exact(probes_of(loud), empty(config), weights) <= FLOAT64_TOLERANCE
+
+
+def test_error_of_any_probe_counts():
+    _, probes, config, weights = converted()
+    for wrong in range(len(probes)):
+        off = [(ids, logits + (i == wrong)) for i, (ids, logits) in enumerate(probes)]
+        assert_disproven(off, config, weights)
+
+
+def test_ids_to_avoid_are_in_no_probe():
+    gpt, _, _, _ = converted()
+    usual, kept = probe_ids(gpt), probe_ids(gpt, avoid={0, 1, 5})
+    assert all({0, 1, 5}.isdisjoint(ids.flatten().tolist()) for ids in kept)
+    for ids, other in zip(usual, kept, strict=True):
+        assert torch.equal(other, torch.where(torch.isin(ids, torch.tensor([0, 1, 5])), 2, ids))
 
 
 @pytest.mark.parametrize(("context_length", "checked"), [(1, 0), (2, 1), (9, 8), (20, 16), (64, 16)])

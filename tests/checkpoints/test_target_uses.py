@@ -92,7 +92,8 @@ def test_loss_and_gradients_of_fledges_head_are_those_of_transformers(target, da
 @given(st.data())
 def test_onnx_computes_the_same_or_is_refused_for_its_cache(target, data):
     pytest.importorskip("onnxruntime")
-    model = data.draw(models(target, shortest=9))
+    # The export traces each layer alike; two layers show that the caches are kept apart.
+    model = data.draw(models(target, shortest=9, layers=(2,) if target == "gpt2" else (1,)))
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5]]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel()))
     with TemporaryDirectory() as folder:
