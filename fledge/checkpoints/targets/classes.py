@@ -1,6 +1,8 @@
 """One entry for each class of transformers: what it holds, how it names things, and its config.
 
-`names` say where each role of the canonical GPT goes; {n} is the layer. Several roles under one name are stacked.
+This file is long because it is tables: `TARGETS` at the end has an entry a class, and the functions before it make the
+config of one class each. `names` say where each role of the canonical GPT goes; {n} is the layer. Several roles under
+one name are stacked.
 """
 
 from collections.abc import Callable, Mapping
