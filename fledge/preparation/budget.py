@@ -8,19 +8,12 @@ from typing import Any
 import numpy as np
 
 from fledge.cli import write_json
-from fledge.preparation.chunks import ANSWER_LOST, Facts
-from fledge.tokenizers.spelling import UNWRITABLE, named
+from fledge.preparation.chunks import Facts
+from fledge.preparation.reasons import ANSWER_LOST, Reason, too_long, unwritable
+from fledge.tokenizers.spelling import named
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 FEW_SUPERVISED, RARE_CLASS, MANY_DROPPED = 0.01, 0.1, 0.05  # below or above which a budget warns
-KEYS = (
-    (ANSWER_LOST, "a longer --max_length, or a base with a longer context,"),
-    (UNWRITABLE, "a base with a larger vocabulary"),
-    ("surplus of one", "--balance"),
-    ("its topic or story", "--split"),
-    ("an exact duplicate", "other --data"),
-    ("a near duplicate", "--near_duplicates"),
-)
 LENGTHS = (128, 256, 512, 1024, 2048)
 
 
@@ -56,9 +49,11 @@ class Budget:
         found = facts.found
         self.rows_read, self.records_used, self.examples = (found.counts[key] for key in ("read", "used", "examples"))
         self.cuttable = found.counts["cuttable"]
-        self.rejected.update(found.rejected)
+        # A chunk's file holds the words of a reason; every reason that encoding does not give is the task's.
+        own = {reason.text: reason for reason in (too_long(self.max_length), ANSWER_LOST, unwritable())}
+        self.rejected.update({own.get(text, Reason(text)): count for text, count in found.rejected.items()})
         if found.lacking:
-            self.rejected[f"{UNWRITABLE}: {named(found.lacking)}"] = self.rejected.pop(UNWRITABLE)
+            self.rejected[unwritable(named(found.lacking))] = self.rejected.pop(unwritable())
         self.remedies = dict(found.remedies.most_common())
 
     def describe(self, split: str, facts: dict[str, np.ndarray], classes: dict[str, tuple[str, ...]]) -> None:
@@ -88,7 +83,7 @@ class Budget:
     def as_dict(self) -> dict:
         kept = sum(split["rows"] for split in self.splits.values())
         content = dict(vars(self))
-        content["rejected"] = dict(self.rejected.most_common())
+        content["rejected"] = {str(reason): count for reason, count in self.rejected.most_common()}
         return {**content, "rows_kept": kept, "warnings": self.warnings()}
 
     def warnings(self) -> list[str]:
@@ -112,13 +107,11 @@ class Budget:
                     f"{counts[most]:,}; --balance {column} makes them equal."
                 )
         for reason, count in self.rejected.most_common():
-            is_too_long = reason.startswith("longer than")
-            key = next((key for begin, key in KEYS if reason.startswith(begin)), None)
-            of_what, total = ("examples", self.examples) if key or is_too_long else ("records", self.rows_read)
+            of_what, total = ("examples", self.examples) if reason.of_examples else ("records", self.rows_read)
             if count <= MANY_DROPPED * total:
                 continue
-            changes = f"{key or 'another --task'} changes that"
-            if is_too_long:
+            changes = f"{reason.remedy} changes that"
+            if reason == too_long(self.max_length):
                 keeps = [f"{way} would keep {n:,} of them" for way, n in self.remedies.items()]
                 changes = ", ".join(keeps) or "only a base with a longer context changes that"
             sentences.append(f"{count / total:.1%} of the {of_what} are left out ({reason}); {changes}.")

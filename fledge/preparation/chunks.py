@@ -29,16 +29,16 @@ from fledge.cli import UserError
 from fledge.encoding import IGNORED, Encoded, encode, fit, shortest
 from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
+from fledge.preparation.reasons import ANSWER_LOST, too_long, unwritable
 from fledge.reading.files import SPLITS
 from fledge.sources import Chunk, Source
 from fledge.tasks import RejectedRecord, Task, open_task
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
-from fledge.tokenizers.spelling import UNWRITABLE, Spelling
+from fledge.tokenizers.spelling import Spelling
 
 RECORDS = 500  # at a time: what a process holds
-ANSWER_LOST = "its answer was cut away with the text"
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 FACTS = {
     "source_split": pa.int8(),
@@ -117,7 +117,7 @@ class Preparation:
         writable = []
         for example in examples:
             if missing := self.spelling.missing(contents(example["messages"])):
-                found.rejected[UNWRITABLE] += 1
+                found.rejected[unwritable().text] += 1
                 found.lacking.update(missing)
             else:
                 writable.append(example)
@@ -129,10 +129,10 @@ class Preparation:
             found.counts["cuttable"] += task.may_cut and shortest(messages) != messages
             fitted = fit(self.tokenizer, messages, whole, self.max_length, self.overflow, task.may_cut)
             if fitted is None:
-                found.rejected[f"longer than {self.max_length} tokens"] += 1
+                found.rejected[too_long(self.max_length).text] += 1
                 found.remedies.update(self._remedies(messages, whole, task.may_cut))
             elif fitted[0] != messages and task.answer_is_lost(messages, fitted[0]):
-                found.rejected[ANSWER_LOST] += 1
+                found.rejected[ANSWER_LOST.text] += 1
             else:
                 example["messages"], ids = fitted
                 rows.append((example, ids))

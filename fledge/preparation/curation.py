@@ -6,6 +6,7 @@ import numpy as np
 
 from fledge.cli import UserError
 from fledge.preparation.chunks import Facts
+from fledge.preparation.reasons import DUPLICATE, HELD_OUT, NEAR_DUPLICATE, surplus
 from fledge.reading.files import SPLITS
 
 
@@ -100,11 +101,11 @@ def assign_splits(
     rows = np.arange(facts.total)
     if shares is None:
         rows = rows[apart(columns["source_split"], columns["group"])]
-        left_out["its topic or story is held out in another split"] = facts.total - len(rows)
+        left_out[HELD_OUT] = facts.total - len(rows)
     kept = rows[~repeated(columns["fingerprint"][rows])]
-    left_out["an exact duplicate"] = len(rows) - len(kept)
+    left_out[DUPLICATE] = len(rows) - len(kept)
     if near_duplicates is not None:
-        left_out["a near duplicate"] = int(near_duplicates[kept].sum())
+        left_out[NEAR_DUPLICATE] = int(near_duplicates[kept].sum())
         kept = kept[~near_duplicates[kept]]
     if shares is None:
         own, numbers = np.unique(columns["source_split"][kept], return_inverse=True)
@@ -124,6 +125,6 @@ def assign_splits(
         for number, name in enumerate(names):
             rows = np.flatnonzero(split_of == number)
             chosen = balance(name, rows, columns[column][rows], column, labels, seed)
-            left_out[f"surplus of one {column}"] += len(rows) - len(chosen)
+            left_out[surplus(column)] += len(rows) - len(chosen)
             split_of[np.setdiff1d(rows, chosen)] = -1
     return names, split_of, +left_out

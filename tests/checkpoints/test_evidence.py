@@ -143,6 +143,16 @@ def test_verdict_names_the_evidence(sources, said):
     assert verdict([Fact.of(name, 1, source) for name, source in given.items()]).startswith(said)
 
 
+def test_what_is_shown_or_stated_keeps_its_source():
+    module, config = build("llama2c")
+    model, facts = recognise(checkpoint_of(module, config), told=stated(norm_eps=1e-5))
+    settle_by_reference(model, facts, lambda ids: own_logits(module, ids))
+    sources = {fact.name: fact.source for fact in facts}
+    assert (sources["norm_eps"], sources["tied head"]) == (Source.FLAG, Source.TENSORS)
+    assert sources["context_length"] is Source.CONFIG  # no logit shows it
+    assert sources["activation"] is Source.REFERENCE
+
+
 def test_context_that_only_the_authors_code_tells_is_taken():
     module, config = build("llama2c")
     without = checkpoint_of(module, {key: value for key, value in config.items() if value != CONTEXT_LENGTH})

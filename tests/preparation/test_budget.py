@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fledge.preparation.budget import Budget
+from fledge.preparation.reasons import DUPLICATE, Reason, surplus, too_long, unwritable
 
 CLASSES = {"ending": ("sad", "happy")}
 
@@ -33,7 +34,7 @@ HELD_OUT = facts([(2, 1, True), (1, 2, True)], ["sad", "happy"])
 def budget():
     budget = Budget("records", "poems", "story", seed=7, max_length=130, overflow="cut_completion")
     budget.rows_read, budget.records_used, budget.examples = 1010, 1009, 1009
-    budget.rejected = Counter({"no summary": 1, "an exact duplicate": 2, "longer than 130 tokens": 1000})
+    budget.rejected = Counter({Reason("no summary"): 1, DUPLICATE: 2, too_long(130): 1000})
     budget.describe("train", TRAIN, CLASSES)
     budget.describe("test", HELD_OUT, CLASSES)
     return budget
@@ -130,25 +131,25 @@ def warnings_of(rows, endings=None, rejected=None, examples=1000, **found) -> li
             {"rows": [(5, 5, True)] * 12, "endings": ["happy"] * 11 + ["sad"]},
             [r"ending sad is rare: 1 of 12 training rows, happy has 11; --balance ending makes them equal\."],
         ),
-        ({"rows": [(5, 5, True)] * 2, "rejected": {"longer than 130 tokens": 50}}, []),
+        ({"rows": [(5, 5, True)] * 2, "rejected": {too_long(130): 50}}, []),
         (
-            {"rows": [(5, 5, True)] * 2, "rejected": {"longer than 130 tokens": 51}},
+            {"rows": [(5, 5, True)] * 2, "rejected": {too_long(130): 51}},
             [r"5\.1% .* left out \(longer than 130 tokens\); only a base with a longer context changes that\.$"],
         ),
         (
             {
                 "rows": [(5, 5, True)] * 2,
-                "rejected": {"longer than 130 tokens": 51},
+                "rejected": {too_long(130): 51},
                 "remedies": {"--max_length 512": 51, "--overflow cut_prompt": 7},
             },
             [r".*; --max_length 512 would keep 51 of them, --overflow cut_prompt would keep 7 of them\.$"],
         ),
         (
-            {"rows": [(5, 5, True)] * 2, "rejected": {"the vocabulary lacks something in it: '#'": 60}},
+            {"rows": [(5, 5, True)] * 2, "rejected": {unwritable("'#'"): 60}},
             [r"6\.0% of the examples are left out \(.*: '#'\); a base with a larger vocabulary changes that\.$"],
         ),
         (
-            {"rows": [(5, 5, True)] * 2, "rejected": {"no summary": 120, "surplus of one ending": 80}},
+            {"rows": [(5, 5, True)] * 2, "rejected": {Reason("no summary"): 120, surplus("ending"): 80}},
             [
                 r"6\.0% of the records are left out \(no summary\); another --task changes that\.",
                 r"8\.0% of the examples are left out \(surplus of one ending\); --balance changes that\.",

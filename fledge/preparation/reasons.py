@@ -1,0 +1,39 @@
+"""Why a record or an example is left out, and the key that changes that."""
+
+from dataclasses import dataclass
+
+from fledge.tokenizers.spelling import UNWRITABLE
+
+
+@dataclass(frozen=True)
+class Reason:
+    """`text` is what the budget says, `remedy` the key that changes it; most reasons are a task's, about a record."""
+
+    text: str
+    remedy: str = "another --task"
+    of_examples: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+ANSWER_LOST = Reason(
+    "its answer was cut away with the text", "a longer --max_length, or a base with a longer context,", True
+)
+HELD_OUT = Reason("its topic or story is held out in another split", "--split", True)
+DUPLICATE = Reason("an exact duplicate", "other --data", True)
+NEAR_DUPLICATE = Reason("a near duplicate", "--near_duplicates", True)
+
+
+def too_long(max_length: int) -> Reason:
+    """Its remedies are counted, and the budget names them."""
+    return Reason(f"longer than {max_length} tokens", of_examples=True)
+
+
+def surplus(column: str) -> Reason:
+    return Reason(f"surplus of one {column}", "--balance", True)
+
+
+def unwritable(lacking: str = "") -> Reason:
+    """The vocabulary lacks a token; `lacking` names some, once all are known."""
+    return Reason(f"{UNWRITABLE}: {lacking}" if lacking else UNWRITABLE, "a base with a larger vocabulary", True)
