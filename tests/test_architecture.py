@@ -108,6 +108,12 @@ def test_the_picture_is_that_of_the_imports():
     assert PICTURE.search(TEXT)[1] == picture(IMPORTS, TABLE), "run: python tests/test_architecture.py"
 
 
+def test_every_place_that_the_page_names_is_there():
+    places = set(re.findall(r"`((?:fledge|tests|model_card)/[\w./]*)`", TEXT))
+    assert len(places) > 20
+    assert [place for place in sorted(places) if not (ROOT / place).exists()] == []
+
+
 @pytest.fixture
 def house(tmp_path):
     """A package of three rooms in which every import runs down; returns a function that adds a file."""
