@@ -8,7 +8,7 @@ from conftest import ROOT
 from fledge.messages import Answer
 from fledge.tasks import RejectedRecord, load_task
 from fledge.tasks.instructions import CATEGORIES, last_number, parses
-from fledge.text.limits import limits_met, refused
+from fledge.text.limits import refused
 
 TASK = load_task("instructions")
 LINES = (ROOT / "examples" / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -136,41 +136,6 @@ def test_an_unusable_record_is_rejected_with_its_reason(record, reason):
 
 
 @pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I can’t do this.", True),
-        ("I cannot answer that question.", True),
-        ("Sorry. I won't write that.", True),
-        ("I am unable to say.", True),
-        ("I'd rather not.", True),
-        ("That is not something I can help with.", True),
-        ("As an AI, I do not have experiences of my own.", True),
-        ("I must decline.", True),
-        ("I simply cannot in good conscience recommend it.", True),
-        ("I will not succeed.", False),
-        ("Since it is raining, I cannot go to the park.", False),
-        ("I can't believe you gave me an answer!", False),
-        ("I'm sorry, but I'm unable to come into work today.", False),
-        ('Put an exclamation mark: "Oh, I cannot help you!"', False),
-        ("He said: 'I won't answer.' Then he left.", False),
-        ("I can't say enough about this book.", False),
-        ("I can't tell you how happy I am.", False),
-        ("I can't help but smile.", False),
-        ("As an AI, I do not taste, but I can suggest a pie.", False),
-        ("I can't wait to tell you!", False),
-        ("I'm sorry to hear that. Drink some tea.", False),
-        ("You can't park there.", False),
-        ("Lisbon.", False),
-        ("One. Two. Three. I can't go on.", False),
-        ("", False),
-    ],
-)
-def test_refusals(text, refuses):
-    assert refused(text) == refuses
-
-
-@pytest.mark.parametrize(
     ("category", "reference", "answer", "follows"),
     [
         ("open_qa", "Lisbon.", "Lisbon", 1),
@@ -194,48 +159,6 @@ def test_following(category, reference, answer, follows):
 
     assert scored(row, answer)["instruction_following"] == follows
     assert scored(row, answer, stopped=False)["instruction_following"] == 0
-
-
-@pytest.mark.parametrize(
-    ("asked", "text", "met"),
-    [
-        ("Answer in one sentence.", "It rained.", True),
-        ("Answer in one sentence.", "It rained. It snowed.", False),
-        ("Answer in two sentences.", "It rained. It snowed.", True),
-        ("Say it in at most 3 words.", "a b c", True),
-        ("Say it in at most 3 words.", "a b c d", False),
-        ("Say it with 5 words", "a b", True),
-        ("Describe it in exactly four words.", "a b c", False),
-        ("Answer with one word.", "two words", False),
-        ("In under 3 sentences, tell it.", "A. B. C.", False),
-        ("Say it in at least three words.", "a b", False),
-        ("Say it in three words or more.", "a b c d", True),
-        ("Describe it in 4 words or less.", "a b c d", True),
-        ("Describe it in three sentences or fewer.", "A.", True),
-        ("Write a story of less than 3 words.", "a b c", False),
-        ("Write no more than three words.", "a b c", True),
-        ("Keep it to a maximum of 3 words.", "a b c d", False),
-        ("Describe it. It should not be longer than 2 words.", "a b c", False),
-        ("Shorten the text to one sentence.", "It rained. It snowed.", False),
-        ("List it in three words.", "1. a\n2. b\n3. c", True),
-        ("Generate a series of 8 words that describe running.", "anything", None),
-        ("Think of two words that mean the same thing.", "anything", None),
-        ("Write four articles with a minimum of 300 words each.", "anything", None),
-        ("Describe each of them in one sentence.", "A. B. C.", None),
-        ("Write a post of 50 words about puppies.", "anything", None),
-        ("Write a poem with two words that rhyme.", "anything", None),
-        ("Do not answer in one word.", "two words", None),
-        ('Translate: "Say it in one word."', "two words", None),
-        ("Say it in two or three sentences.", "A. B. C.", None),
-        ("Sum it up in 3-5 sentences.", "A. B. C.", None),
-        ("Find the noun in one sentence of the text.", "a noun", None),
-        ("Write one-word answers in two sentence-like lines.", "a b c", None),
-        ("Tell me about words.", "anything", None),
-        ("Define the two words.", "anything", None),
-    ],
-)
-def test_stated_limits(asked, text, met):
-    assert limits_met(asked, text) is met
 
 
 def test_a_limit_in_the_text_to_work_on_is_none():

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def test_one_file_in_the_folder_is_a_task(tmp_path, monkeypatch):
     monkeypatch.setattr("fledge.tasks.__path__", [str(tmp_path)])
     assert task_names() == ["shout"]
     assert open_task("shout").name == "shout"
+
+
+def test_the_tasks_import_nothing_heavy():
+    code = "import sys; from fledge.tasks import load_task, task_names; list(map(load_task, task_names())); "
+    code += "print({'torch', 'transformers', 'datasets'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

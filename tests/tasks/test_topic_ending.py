@@ -8,7 +8,6 @@ from fledge.cli import UserError
 from fledge.messages import Answer
 from fledge.tasks import RejectedRecord, Scorer, load_task, task_names
 from fledge.tasks.topic_ending import instruction, requested
-from fledge.text.words import content_words
 
 TASK = load_task("topic_ending")
 
@@ -146,36 +145,3 @@ def test_the_judges_are_measured_on_rows_that_they_have_not_seen(scorer):
     assert (judge["accuracy"], judge["second_accuracy"], judge["n"], judge["errors"]) == (1, 1, 1, [])
     assert judge["coherence"].keys() <= {"shuffled", "name", "foreign", "verb"}
     assert TASK.scorer([ROW | {"messages": [{"content": TALE}]}], []).judge == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("The red ball", {"red", "ball"}),
-        ("She was very, very HAPPY!", {"happy"}),
-        ("dogs dog Dog", {"dog"}),
-        ("boxes box", {"box"}),
-        ("jumped jumping jumps jump", {"jump"}),
-        ("bus red sing", {"bus", "red", "sing"}),
-        ("Lily's ball", {"lily", "ball"}),
-        ("and then they were", set()),
-        ("", set()),
-    ],
-)
-def test_content_words(text, words):
-    assert content_words(text) == words
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("cake", "cakes"),
-        ("horse", "horses"),
-        ("smile", "smiled"),
-        ("tree", "trees"),
-        ("toy", "toys"),
-        ("Lily’s dog", "Lily's dog"),
-    ],
-)
-def test_plural_past_and_apostrophe_make_no_other_word(one, other):
-    assert content_words(one) == content_words(other)

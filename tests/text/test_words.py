@@ -1,6 +1,6 @@
 import pytest
 
-from fledge.text.words import in_order, used
+from fledge.text.words import content_words, in_order, used
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,36 @@ def test_each_word_has_its_own_answer():
 
 def test_words_of_a_text_in_order():
     assert in_order("“Tom’s dog,” she said: don't!") == ["tom", "dog", "she", "said", "don't"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The red ball", {"red", "ball"}),
+        ("She was very, very HAPPY!", {"happy"}),
+        ("dogs dog Dog", {"dog"}),
+        ("boxes box", {"box"}),
+        ("jumped jumping jumps jump", {"jump"}),
+        ("bus red sing", {"bus", "red", "sing"}),
+        ("Lily's ball", {"lily", "ball"}),
+        ("and then they were", set()),
+        ("", set()),
+    ],
+)
+def test_content_words(text, words):
+    assert content_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cake", "cakes"),
+        ("horse", "horses"),
+        ("smile", "smiled"),
+        ("tree", "trees"),
+        ("toy", "toys"),
+        ("Lily’s dog", "Lily's dog"),
+    ],
+)
+def test_plural_past_and_apostrophe_make_no_other_word(one, other):
+    assert content_words(one) == content_words(other)
