@@ -1,4 +1,4 @@
-"""The budget report: what goes into a training, known before it starts."""
+"""The budget report: what a training will be given, known before it starts."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Budget:
     about_task: dict[str, Any] = field(default_factory=dict)  # see `Task.about`
 
     def count(self, facts: Facts) -> None:
-        """Takes over what was read and what was left out of it on the way to rows."""
+        """Adds the counts of what was read and what was left out."""
         found = facts.found
         self.rows_read, self.records_used, self.examples = (found.counts[key] for key in ("read", "used", "examples"))
         self.cuttable = found.counts["cuttable"]
@@ -87,7 +87,7 @@ class Budget:
         return {**content, "rows_kept": kept, "warnings": self.warnings()}
 
     def warnings(self) -> list[str]:
-        """What a training on this would suffer from, one sentence each, with the key that changes it."""
+        """What is wrong with this data for a training: a sentence each, with the key that changes it."""
         train = self.splits["train"]
         sentences = []
         if train["supervised_share"] < FEW_SUPERVISED:

@@ -63,7 +63,7 @@ class NamedChunk:
 
 @dataclass
 class Preparation:
-    """What becomes of a chunk; called with one, it writes its rows and facts into `folder`."""
+    """How chunks are prepared. Calling it with a chunk writes the chunk's rows and facts into `folder`."""
 
     source: Source
     task: str
@@ -170,7 +170,7 @@ class Found:
 
 @dataclass
 class Facts:
-    """What is known of all rows, chunk by chunk in the order of the data."""
+    """The facts of all rows, chunk by chunk in the order of the data."""
 
     chunks: list[str]
     rows: np.ndarray  # (chunks,), how many each chunk has
@@ -211,9 +211,9 @@ class Facts:
 def named_chunks(
     source: Source, files: list[str], limit: int | None = None, rank: int = 0, tasks: int = 1
 ) -> Iterator[NamedChunk]:
-    """The chunks of all files, as far as their first `limit` records.
+    """Yields the chunks of all files, up to the first `limit` records.
 
-    Of several tasks each has its own: whole files, or every n-th chunk if there are fewer files than tasks.
+    Each of several tasks gets its own: whole files, or every n-th chunk if there are fewer files than tasks.
     """
     by_file = len(files) >= tasks
     for place, file in enumerate(files):
@@ -247,7 +247,7 @@ def prepare_chunks(preparation: Preparation, chunks: Callable[[], Iterator[Named
 
 
 def written_columns(task: Task) -> Features:
-    """The columns of a row as people read it: `instruction` and `response` where a task always asks just once."""
+    """The columns of a published row: `instruction` and `response` replace the messages if the task `asks_once`."""
     columns = columns_of(task)
     if not task.asks_once:
         return columns

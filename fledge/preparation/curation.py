@@ -1,4 +1,4 @@
-"""Which examples go where: splits that share no group, and classes of one size."""
+"""Splits that share no group, and classes of equal size."""
 
 from collections import Counter
 

@@ -22,7 +22,7 @@ TALES = "a582e6b6629b6b7a6a1d4952eed572ec1e22857a8d3b32030eaead0e9a0e6dc3"
 
 @dataclass(frozen=True)
 class Source:
-    """A source by its name and, for `columns`, the names of the columns that hold what a record needs."""
+    """A source: its name and, for `columns`, the columns that hold what a record needs."""
 
     name: str
     columns: tuple[tuple[str, str], ...] = ()

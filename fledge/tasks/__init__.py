@@ -101,7 +101,7 @@ class Task(ABC):
         """
 
     def checked_examples(self, record: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
-        """The examples of a record, which have what `examples` is to give them.
+        """Makes the examples of a record and checks that they have what the task declares.
 
         Raises:
             RejectedRecord: the record gives no example.
@@ -239,7 +239,7 @@ def open_task(named: str) -> Task:
 
 
 def _task_in(module: ModuleType) -> Task:
-    """The task that a module defines.
+    """Returns the task that a module defines.
 
     Raises:
         UserError: it defines none or several, or one that is incomplete.

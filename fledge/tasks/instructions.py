@@ -1,7 +1,7 @@
 """Instructions of any kind with a reference answer: Dolly's and Alpaca's form, questions about a text, conversations.
 
-How well an answer serves cannot be told by rule. What can be: the overlap with the reference, right numbers and short
-answers, code that parses, limits that the prompt states, and whether a refusal came when it was due.
+No rule tells how good an answer is. Rules can tell how much it overlaps with the reference, whether numbers and short
+answers are right, whether code parses, whether limits that the prompt states are kept, and whether a refusal was due.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """Story chat: write a story, sum one up, and answer questions about it, alone or in a conversation about one story.
 
-The answers come from the record (TinyStories-Instruct) and from rules that answer only when they are sure
-(`fledge.text.stories`). Which phrasing asks, and what a conversation is made of, is drawn from the `rng` given.
+The answers come from the record (TinyStories-Instruct) and from rules that answer only when they are certain
+(`fledge.text.stories`). The phrasings and the parts of a conversation are drawn at random.
 """
 
 import hashlib
@@ -189,7 +189,7 @@ class StoryChat(Task):
 
 
 def _answers(record: dict, story: str, rng: random.Random) -> dict[str, str]:
-    """The sure answers to questions about the story, by kind."""
+    """The certain answers to questions about the story, by kind."""
     who = main_character(story)
     yes_or_no = {"happy": ends_happily(story, _lists(record, "BadEnding")), "talk": speaks(story)}
     for kind, share in SHARE_OF_YES.items():

@@ -3,7 +3,7 @@
     Write a story about: {summary}
     With: {ending} ending
 
-The data and its metric live here together, so that what is asked for and what is scored cannot drift apart.
+The examples and their metrics are defined together, so what is asked and what is scored cannot drift apart.
 """
 
 import random

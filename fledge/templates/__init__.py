@@ -59,7 +59,7 @@ def add_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _unwritable(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """The characters that a template writes of its own and a closed vocabulary lacks."""
+    """The characters that the template itself writes and a closed vocabulary lacks."""
     text = tokenizer.apply_chat_template(
         SILENCE, chat_template=load_template(name), tokenize=False, add_generation_prompt=True
     )
@@ -69,5 +69,5 @@ def _unwritable(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
 
 
 def contents(messages: list[dict[str, str]]) -> str:
-    """What a conversation itself says, for `Spelling`; the mark of an input is a line break in most templates."""
+    """The text of all messages, for `Spelling`. The mark of an input is a line break in most templates."""
     return "".join(message["content"].replace(INPUT_MARK, "\n") for message in messages)

@@ -1,1 +1,1 @@
-"""What can be told of a text by rule alone: no model, no dataset, no opinion. Tasks and judges are built on it."""
+"""Rules about texts: sentences, words, limits, overlap with a reference. Tasks and judges use them."""

@@ -1,6 +1,7 @@
-"""How many words or sentences an instruction asks for, and whether an answer declines: read by rule, or not at all.
+"""Limits that an instruction states (words, sentences), and whether an answer is a refusal.
 
-Only what is surely meant counts. "Think of two words that mean the same" names what is asked for, not its length.
+A limit or a refusal is found only where its meaning is certain.
+"Think of two words that mean the same" names what is asked for, not its length.
 """
 
 import re
@@ -61,7 +62,7 @@ REFUSAL = re.compile(
 
 
 def refused(text: str) -> bool:
-    """Whether an answer declines in its first two sentences, in its own words: what it quotes does not count."""
+    """Whether an answer refuses in its first two sentences. Quotations do not count."""
     own = QUOTED.sub(" ", text.replace("’", "'"))
     return any(REFUSAL.search(sentence.rstrip(".!?")) for sentence in sentences(own)[:2])
 
@@ -69,8 +70,8 @@ def refused(text: str) -> bool:
 def limits_met(instruction: str, text: str) -> bool | None:
     """Whether `text` keeps the number of words or sentences that an instruction states; None if it states none.
 
-    A bare number of sentences or "one word" is meant exactly, any other number of words as the most. Numbers that
-    belong to a part of the answer ("in two sentences each") or stand in a quotation state none.
+    A bare number of sentences, or "one word", is an exact limit; any other bare number of words is an upper limit.
+    Numbers for a part of the answer ("in two sentences each") and numbers in a quotation are no limits.
     """
     asked = QUOTED.sub(" ", instruction.replace("’", "'"))
     found = LIMIT.search(asked)

@@ -1,4 +1,4 @@
-"""How much of a reference an answer repeats. Every value lies between 0 and 1.
+"""Overlap of an answer with a reference. Every value is in [0, 1].
 
 ROUGE (Lin 2004) is rouge-score's F-measure with stemming; BLEU (Papineni et al. 2002) and chrF (Popović 2015) are
 sacreBLEU's sentence scores; exact match and F1 are those of SQuAD (Rajpurkar et al. 2016): case, punctuation and

@@ -1,7 +1,7 @@
-"""What can be read from a short story by rule: who it is about, what happens, its moral, whether anyone speaks.
+"""Facts of a short story, found by rule: who it is about, what happens, its moral, whether anyone speaks.
 
-Every function answers only when it is sure and gives `None` otherwise: an instruction with a wrong answer is worse than
-none. `tests/text/main_characters.jsonl` holds what a person said about 200 stories.
+Every function returns `None` unless it is certain: an instruction with a wrong answer is worse than none.
+`tests/text/main_characters.jsonl` has the main characters of 200 stories as a person named them.
 """
 
 import re
@@ -75,9 +75,9 @@ def sentences(text: str) -> list[str]:
 
 
 def main_character(story: str) -> str | None:
-    """Who the story is about: "Lily", "Tom and Anna", or "the cat" where it has no name.
+    """Who the story is about: "Lily", "Tom and Anna", or "the cat" if the character has no name.
 
-    It is who comes first, if nobody else comes up more often.
+    It is the first character, if no other is mentioned more often.
     """
     narration = " ".join(QUOTED.sub(' "" ', story).split())
     if re.search(r"\b(I|I'm|we|my|We|My)\b", narration):
@@ -188,7 +188,7 @@ def moral(story: str) -> str | None:
 
 
 def happenings(story: str, character: str | None) -> str | None:
-    """What happened: the sentence in which the story sets in ("One day, ...") and the one with which it closes.
+    """What happened: the sentence with which the events begin ("One day, ...") and the last one.
 
     A pronoun at the beginning becomes the main `character`, if it can only mean that one.
     """
@@ -209,7 +209,7 @@ def happenings(story: str, character: str | None) -> str | None:
 
 
 def ends_happily(story: str, sad_by_record: bool) -> bool | None:
-    """Whether the story ends happily: what its record says, unless the words of the last three sentences deny it."""
+    """Whether the story ends happily. The record and the words of the last three sentences must agree."""
     told = [s for s in sentences(story) if not MORAL.search(s) and not CLOSED.fullmatch(s)]
     close = " ".join(told[-3:])
     bad, good = len(BAD_TURN.findall(close)), len(GOOD_TURN.findall(close))

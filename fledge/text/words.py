@@ -1,4 +1,4 @@
-"""Is a requested word used? Inflections count as used (run, runs, ran, running), derivations do not (runner).
+"""Whether a text uses a word. Inflections count (run, runs, ran, running), derivations do not (runner).
 
 Two words are inflections of one when they share a dictionary form in LemmInflect's lexicon, which is made from the
 NIH's SPECIALIST lexicon (https://github.com/bjascob/LemmInflect). "A run" and "to run" are one word here.

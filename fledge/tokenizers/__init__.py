@@ -101,7 +101,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def encoding_of(what: str) -> Iterator[None]:
-    """Around an encoding: a character that the vocabulary lacks is the user's to mend.
+    """Context for encoding: a character that the vocabulary lacks becomes a `UserError`.
 
     Raises:
         UserError: `what` cannot be encoded.

@@ -1,8 +1,8 @@
 """Ids of a byte-level BPE by tiktoken: those of the tokenizers library, several times as fast.
 
-Given a tokenizer's own bytes and merges, `tiktoken.Encoding` does the same work with less around it. It is used where
-it can be shown to do the same: the kind of tokenizer is checked, every token must be what merging its own bytes gives,
-and ids are compared on the data itself. Everything else goes the usual way.
+With the same bytes and merges, `tiktoken.Encoding` does the same work faster. This is checked:
+the tokenizer must be of a known kind, every token must be the result of merging its own bytes, and the ids are compared
+on the data itself. Any other tokenizer encodes the usual way.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What of a text a closed vocabulary cannot write: one of characters or of words that has no token for the unknown."""
+"""Finds what a closed vocabulary cannot write. A vocabulary is closed if it has no token for unknown text."""
 
 from collections import Counter
 

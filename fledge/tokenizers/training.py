@@ -77,7 +77,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def report(tokenizer: Tokenizer, held_out: HeldOut) -> dict:
-    """What the tokenizer does to text that it was not trained on, and GPT-2's on the same when it is at hand."""
+    """Measures the tokenizer on held-out text, and GPT-2's on the same text if it is installed."""
     size = sum(len(text.encode()) for text in held_out.text)
     encoded = [tokenizer.encode(text).ids for text in held_out.text]
     used = {i for ids in encoded for i in ids}
