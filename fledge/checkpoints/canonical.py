@@ -2,13 +2,14 @@
 
 Every field of `CanonicalGPT` except `tensors` may be a fact of the same name; `dataclasses.replace` sets it. In short:
 
-    heads       n_head n_kv_head attention_scale attention_cap window causal
-                qk_norm (None head width) qk_norm_type (layernorm rmsnorm) qk_norm_after_rope
+    heads       n_head n_kv_head attention_scale attention_cap window window_pattern causal
+                qk_norm (None head width) qk_norm_type (layernorm rmsnorm) qk_norm_after_rope value_gate_factor
     norms       norm (layernorm rmsnorm) norm_eps norm_offset norm_placement (pre post sublayer both none)
-                parallel final_norm embedding_norm
-    positions   a table among the tensors; rope (None interleaved half) rope_theta rope_direction rope_width; alibi
+                norm_unbiased norm_eps_outside final_norm_eps qk_norm_eps parallel final_norm embedding_norm
+    positions   a table among the tensors; alibi
+                rope (None interleaved half) rope_theta rope_direction rope_width rope_span (head width)
     MLP         activation (gelu gelu_tanh relu relu2 silu) experts_per_token renormalise_experts
-    ends        tied embedding_scale logit_cap context_length
+    ends        tied embedding_scale logit_cap context_length backout_layer
 
 What has tensors is told by the tensors: a gate (`mlp_gate`), a single matrix (no `mlp_out`), experts (`router`), one
 norm used twice in a block (no `norm_2`), a table of positions, biases.
@@ -35,6 +36,8 @@ PLACEMENTS = ("pre", "post", "sublayer", "both", "none")
 x + norm(f(x)) (OLMo 2), x + norm'(f(norm(x))) (Gemma 2), or nowhere."""
 ROTATIONS = ("interleaved", "half")
 """Which coordinates of a head RoPE turns together: neighbours (Su et al. 2021), or i and i + half a head (GPT-NeoX)."""
+SPANS = ("head", "width")
+"""What RoPE turns: each head by itself, or all queries and all keys before they are split into heads."""
 QK_NORMS = (None, "head", "width")
 """Over which coordinates queries and keys are normalised: not at all, each head's, or all heads' together."""
 
@@ -56,16 +59,29 @@ class CanonicalGPT:
         mlp_in (F, D), mlp_out (D, F), mlp_gate (F, D) of a gated MLP; an MLP without mlp_out is activation(mlp_in(x));
         router (E, D), experts.0. to experts.E-1. and shared., each followed by the three of an MLP, shared_gate (1, D);
         the norms norm_1, norm_2, norm_1_after, norm_2_after (D,), query_norm and key_norm ((w,), or (Q,) and (K,)).
+    How the residual stream is mixed, as nanochat of 2026 does; each may be absent, the value embeddings in some blocks:
+        blocks.N.value_embedding (V, K), a row of which is added to the token's value; before that it is multiplied by
+            value_gate_factor · sigmoid(value_gate(the first G of what attention reads)), one number for each key head,
+            if there is a blocks.N.value_gate (n_kv_head, G); and value and row by blocks.N.value_lambdas (2,) if there;
+        blocks.N.residual_lambdas (2,) r and s: the block reads r · x + s · (what the first block was given);
+        smear_gate (1, G) and smear_lambda (1,): a token's embedding e becomes e + lambda · sigmoid(gate(its first G)) ·
+            (the embedding of the token before it);
+        backout_lambda (1,): times the stream after block `backout_layer` is taken off before the final norm.
     Any bias may be absent. A norm that is there without a weight has the weight one; a block without `norm_2` uses
     `norm_1` twice.
 
     Fields:
         attention_cap, logit_cap: c · tanh(x / c) of scores before the mask, and of logits; None for no cap.
         window: how many positions each one sees, itself included; None for all before it.
+        window_pattern: a letter for each block, S where `window` holds and L where it does not; None for S everywhere.
+        norm_unbiased: LayerNorm divides by the deviation with D − 1 in its denominator, as `x.std()` gives it.
+        norm_eps_outside: the epsilon is added to the root, and not under it.
+        final_norm_eps, qk_norm_eps: epsilons of those norms, where they are not `norm_eps`.
         norm_offset: added to every norm's weight: 1 in Gemma.
         parallel: x + attention(norm_1(x)) + mlp(norm_2(x)), instead of one after the other.
         rope_direction: 1, or -1 where the rotation goes the other way (nanochat).
         rope_width: how many of a head's first coordinates are turned; None for all.
+        rope_span: "width" if frequencies run over all heads together, from the first one's first coordinate.
         alibi: the score of a key at distance d is lowered by d times the head's slope (Press et al. 2021).
         experts_per_token: the tokens' share of the router's softmax goes to this many experts.
         renormalise_experts: whether the chosen experts' shares are made to sum to one (Mixtral).
@@ -83,6 +99,10 @@ class CanonicalGPT:
     tied: bool
     norm: str = "layernorm"
     norm_offset: float = 0.0
+    norm_unbiased: bool = False
+    norm_eps_outside: bool = False
+    final_norm_eps: float | None = None
+    qk_norm_eps: float | None = None
     norm_placement: str = "pre"
     parallel: bool = False
     final_norm: bool = True
@@ -91,17 +111,21 @@ class CanonicalGPT:
     rope_theta: float = 10_000.0
     rope_direction: int = 1
     rope_width: int | None = None
+    rope_span: str = "head"
     alibi: bool = False
     qk_norm: str | None = None
     qk_norm_type: str = "rmsnorm"
     qk_norm_after_rope: bool = False
     attention_cap: float | None = None
     window: int | None = None
+    window_pattern: str | None = None
     causal: bool = True
     experts_per_token: int = 0
     renormalise_experts: bool = True
     embedding_scale: float = 1.0
     logit_cap: float | None = None
+    value_gate_factor: float = 1.0
+    backout_layer: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -122,6 +146,10 @@ class CanonicalGPT:
     @property
     def turned_width(self) -> int:
         return self.rope_width or self.head_width
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions each one sees in a block; None for all before it."""
+        return None if self.window_pattern and self.window_pattern[layer] == "L" else self.window
 
     @property
     def gated(self) -> bool:
@@ -165,8 +193,16 @@ class Forward:
             x = x + self.get("position_embedding.weight")[: ids.shape[1]]
         if gpt.embedding_norm:
             x = self.norm("embedding_norm", x)
+        if "smear_gate.weight" in gpt.tensors:
+            x = self.smeared(x)
+        first, backed_out = x, None
         for n in range(gpt.n_layer):
-            x = self.block(f"blocks.{n}", x)
+            mixing = self.get(f"blocks.{n}.residual_lambdas.weight")
+            x = x if mixing is None else mixing[0] * x + mixing[1] * first
+            x = self.block(n, x, ids)
+            backed_out = x if n == gpt.backout_layer else backed_out
+        if backed_out is not None:
+            x = x - self.get("backout_lambda.weight") * backed_out
         if gpt.final_norm:
             x = self.norm("final_norm", x)
         # The widest matrix by far is widened in pieces.
@@ -175,12 +211,22 @@ class Forward:
         bias = self.get("head.bias")
         return _capped(logits if bias is None else logits + bias, gpt.logit_cap)
 
-    def block(self, block: str, x: Tensor) -> Tensor:
+    def smeared(self, x: Tensor) -> Tensor:
+        gate = self.get("smear_gate.weight")
+        share = self.get("smear_lambda.weight") * F.linear(x[:, 1:, : gate.shape[1]], gate).sigmoid()
+        return torch.cat([x[:, :1], x[:, 1:] + share * x[:, :-1]], dim=1)
+
+    def block(self, n: int, x: Tensor, ids: Tensor) -> Tensor:
+        block = f"blocks.{n}"
+
+        def attention(block: str, h: Tensor) -> Tensor:
+            return self.attention(block, h, self.gpt.window_of(n), ids)
+
         norm_1, placement = f"{block}.norm_1", self.gpt.norm_placement
         norm_2 = f"{block}.norm_2" if f"{block}.norm_2.weight" in self.gpt.tensors else norm_1
         if self.gpt.parallel:
-            return x + self.attention(block, self.norm(norm_1, x)) + self.mlp(block, self.norm(norm_2, x))
-        for n, part, name in ((1, self.attention, norm_1), (2, self.mlp, norm_2)):
+            return x + attention(block, self.norm(norm_1, x)) + self.mlp(block, self.norm(norm_2, x))
+        for number, part, name in ((1, attention, norm_1), (2, self.mlp, norm_2)):
             if placement == "pre":
                 x = x + part(block, self.norm(name, x))
             elif placement == "post":
@@ -188,45 +234,58 @@ class Forward:
             elif placement == "sublayer":
                 x = x + self.norm(name, part(block, x))
             elif placement == "both":
-                x = x + self.norm(f"{block}.norm_{n}_after", part(block, self.norm(name, x)))
+                x = x + self.norm(f"{block}.norm_{number}_after", part(block, self.norm(name, x)))
             else:
                 x = x + part(block, x)
         return x
 
-    def attention(self, block: str, h: Tensor) -> Tensor:
+    def attention(self, block: str, h: Tensor, window: int | None, ids: Tensor) -> Tensor:
         gpt = self.gpt
         query, key, value = (self.linear(f"{block}.{part}", h) for part in ("query", "key", "value"))
+        if f"{block}.value_embedding.weight" in gpt.tensors:
+            value = self.with_value_embedding(block, h, value, ids)
         if gpt.qk_norm == "width":
             query, key = self.qk_norm(block, query, key)
+        if gpt.rope and gpt.rope_span == "width":
+            query, key = self.rotate(query, query.shape[-1]), self.rotate(key, key.shape[-1])
         query, key, value = (x.unflatten(-1, (-1, gpt.head_width)).transpose(1, 2) for x in (query, key, value))
         if gpt.qk_norm == "head" and not gpt.qk_norm_after_rope:
             query, key = self.qk_norm(block, query, key)
-        if gpt.rope:
-            query, key = self.rotate(query), self.rotate(key)
+        if gpt.rope and gpt.rope_span == "head":
+            query, key = self.rotate(query, gpt.turned_width), self.rotate(key, gpt.turned_width)
         if gpt.qk_norm == "head" and gpt.qk_norm_after_rope:
             query, key = self.qk_norm(block, query, key)
         key, value = (x.repeat_interleave(gpt.n_head // gpt.n_kv_head, dim=1) for x in (key, value))
         scores = _capped(query @ key.transpose(-1, -2) * gpt.attention_scale, gpt.attention_cap)
-        mixed = (self.masked(scores).softmax(-1) @ value).transpose(1, 2).flatten(2)
+        mixed = (self.masked(scores, window).softmax(-1) @ value).transpose(1, 2).flatten(2)
         return self.linear(f"{block}.output", mixed) if f"{block}.output.weight" in gpt.tensors else mixed
 
     def qk_norm(self, block: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         kind = self.gpt.qk_norm_type
         return self.norm(f"{block}.query_norm", query, kind), self.norm(f"{block}.key_norm", key, kind)
 
-    def masked(self, scores: Tensor) -> Tensor:
+    def with_value_embedding(self, block: str, h: Tensor, value: Tensor, ids: Tensor) -> Tensor:
+        added = self.gpt.tensors[f"{block}.value_embedding.weight"][ids].to(self.dtype)
+        if (gate := self.get(f"{block}.value_gate.weight")) is not None:
+            share = self.gpt.value_gate_factor * F.linear(h[..., : gate.shape[1]], gate).sigmoid()
+            added = (added.unflatten(-1, (self.gpt.n_kv_head, -1)) * share[..., None]).flatten(-2)
+        lambdas = self.get(f"{block}.value_lambdas.weight")
+        return value + added if lambdas is None else lambdas[0] * value + lambdas[1] * added
+
+    def masked(self, scores: Tensor, window: int | None) -> Tensor:
         positions = torch.arange(scores.shape[-1])
         distance = positions[:, None] - positions
         if self.gpt.alibi:
             slopes = self.gpt.tensors.get("alibi.slopes", alibi_slopes(self.gpt.n_head)).to(self.dtype)
             scores = scores - slopes[:, None, None] * distance.abs()
         hidden = distance < 0 if self.gpt.causal else torch.zeros_like(distance, dtype=torch.bool)
-        if self.gpt.window:
-            hidden = hidden | (distance.abs() >= self.gpt.window)
+        if window:
+            hidden = hidden | (distance.abs() >= window)
         return scores.masked_fill(hidden, -math.inf)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        gpt, width = self.gpt, self.gpt.turned_width
+    def rotate(self, x: Tensor, width: int) -> Tensor:
+        """The first `width` coordinates of x (…, T, w) turned."""
+        gpt = self.gpt
         turned, kept = x[..., :width], x[..., width:]
         # Authors and transformers alike make this table in float32, whatever the model runs in.
         frequencies = 1 / gpt.rope_theta ** (torch.arange(0, width, 2).float() / width)
@@ -261,8 +320,13 @@ class Forward:
         return self.linear(f"{place}.mlp_out", h) if f"{place}.mlp_out.weight" in self.gpt.tensors else h
 
     def norm(self, name: str, x: Tensor, kind: str | None = None) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True) if (kind or self.gpt.norm) == "layernorm" else x
-        scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + self.gpt.norm_eps)
+        gpt, of_queries = self.gpt, name.endswith(("query_norm", "key_norm"))
+        own = gpt.final_norm_eps if name == "final_norm" else gpt.qk_norm_eps if of_queries else None
+        eps = gpt.norm_eps if own is None else own
+        is_layernorm = (kind or gpt.norm) == "layernorm"
+        centred = x - x.mean(-1, keepdim=True) if is_layernorm else x
+        variance = centred.square().sum(-1, keepdim=True) / (x.shape[-1] - (is_layernorm and gpt.norm_unbiased))
+        scaled = centred / (torch.sqrt(variance) + eps if gpt.norm_eps_outside else torch.sqrt(variance + eps))
         weight, bias = self.get(f"{name}.weight"), self.get(f"{name}.bias")
         scaled = scaled if weight is None else scaled * (weight + self.gpt.norm_offset)
         return scaled if bias is None else scaled + bias

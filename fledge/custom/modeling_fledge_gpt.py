@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,10 +29,17 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
+OF_QUERIES = ("block.query_norm", "block.key_norm")
+
 
 def linear(config: FledgeGPTConfig, name: str, inputs: int, outputs: int) -> nn.Linear | None:
     """The linear layer of that name, if the model has one."""
     return nn.Linear(inputs, outputs, bias=config.has(f"{name}.bias")) if config.has(f"{name}.weight") else None
+
+
+def lambdas(config: FledgeGPTConfig, name: str, count: int) -> nn.Parameter | None:
+    """Learned numbers of that name, if the model has them."""
+    return nn.Parameter(torch.ones(count)) if config.has(f"{name}.weight") else None
 
 
 class FledgeGPTNorm(nn.Module):
@@ -39,15 +47,31 @@ class FledgeGPTNorm(nn.Module):
 
     def __init__(self, config: FledgeGPTConfig, name: str, width: int, kind: str | None = None):
         super().__init__()
-        self.centred, self.eps, self.offset = (kind or config.norm) == "layernorm", config.norm_eps, config.norm_offset
+        self.centred, self.offset = (kind or config.norm) == "layernorm", config.norm_offset
+        self.unbiased, self.eps_outside = self.centred and config.norm_unbiased, config.norm_eps_outside
+        own = config.final_norm_eps if name == "final_norm" else config.qk_norm_eps if name in OF_QUERIES else None
+        self.eps = config.norm_eps if own is None else own
         self.weight = nn.Parameter(torch.ones(width)) if config.has(f"{name}.weight") else None
         self.bias = nn.Parameter(torch.zeros(width)) if config.has(f"{name}.bias") else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.weight is None or not self.offset else self.weight + self.offset
+        if self.unbiased or self.eps_outside:
+            return self.written_out(x, weight)
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
         x = F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return x if self.bias is None else x + self.bias
+
+    def written_out(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """With D − 1 in the variance's denominator, or the epsilon beside the root."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide - wide.mean(-1, keepdim=True) if self.centred else wide
+        variance = wide.square().sum(-1, keepdim=True) / (x.shape[-1] - self.unbiased)
+        # Where all coordinates are equal, the root has no gradient.
+        root = variance.clamp_min(1e-30).sqrt() + self.eps if self.eps_outside else (variance + self.eps).sqrt()
+        x = (wide / root).to(x.dtype)
+        x = x if weight is None else x * weight
         return x if self.bias is None else x + self.bias
 
 
@@ -82,7 +106,8 @@ class FledgeGPTAttention(nn.Module):
     def __init__(self, config: FledgeGPTConfig, layer: int):
         super().__init__()
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.config, self.layer_idx, self.is_causal = config, layer, True
+        # The first layer of the cache holds embeddings, if each token is mixed with the one before it.
+        self.config, self.layer_idx, self.is_causal = config, layer + bool(config.smear_width), True
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.query = linear(config, "block.query", config.hidden_size, queries)
         self.key = linear(config, "block.key", config.hidden_size, keys)
@@ -95,16 +120,44 @@ class FledgeGPTAttention(nn.Module):
                 for name, width in zip(("query_norm", "key_norm"), widths, strict=True)
             )
 
-    def forward(self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor] | None, cache) -> Tensor:
+        own = layer in (config.value_layers or ())
+        self.value_embedding = nn.Embedding(config.vocab_size, keys) if own else None
+        gate_width = config.value_gate_width
+        self.value_gate = linear(config, "block.value_gate", gate_width, config.num_key_value_heads) if own else None
+        self.value_lambdas = lambdas(config, "block.value_lambdas", 2) if own else None
+
+    def with_value_embedding(self, x: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
+        """Adds to each token's value (B, T, K) an embedding of the token (Zhou et al. 2024), gated for each head."""
+        if ids is None:
+            raise ValueError("This model has value embeddings, which need input_ids and not inputs_embeds.")
+        added = self.value_embedding(ids)
+        if self.value_gate is not None:
+            gate = self.config.value_gate_factor * self.value_gate(x[..., : self.config.value_gate_width]).sigmoid()
+            added = (added.unflatten(-1, (-1, self.config.head_dim)) * gate[..., None]).flatten(-2)
+        if self.value_lambdas is not None:
+            value, added = self.value_lambdas[0] * value, self.value_lambdas[1] * added
+        return value + added
+
+    def forward(self, x: Tensor, ids: Tensor | None, mask: Tensor | None, angles: tuple | None, cache) -> Tensor:
         config = self.config
         query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.value_embedding is not None:
+            value = self.with_value_embedding(x, value, ids)
         if config.qk_norm == "width":
             query, key = self.query_norm(query), self.key_norm(key)
+        if angles is not None and config.rope_span == "width":
+            query, key = (
+                turned(part[:, None], *table, config.rope == "interleaved")[:, 0]
+                for part, table in zip((query, key), angles, strict=True)
+            )
         query, key, value = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in (query, key, value))
         if config.qk_norm == "head" and not config.qk_norm_after_rope:
             query, key = self.query_norm(query), self.key_norm(key)
-        if angles is not None:
-            query, key = (turned(part, *angles, config.rope == "interleaved") for part in (query, key))
+        if angles is not None and config.rope_span == "head":
+            query, key = (
+                turned(part, *table, config.rope == "interleaved")
+                for part, table in zip((query, key), angles, strict=True)
+            )
         if config.qk_norm == "head" and config.qk_norm_after_rope:
             query, key = self.query_norm(query), self.key_norm(key)
         if cache is not None:
@@ -166,8 +219,10 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
         super().__init__()
         self.placement, self.parallel = config.norm_placement, config.parallel
         self.attention = FledgeGPTAttention(config, layer)
+        width = config.intermediate_sizes[layer] if config.intermediate_sizes else config.intermediate_size
         moe = config.has("block.router.weight")
-        self.mlp = FledgeGPTExperts(config) if moe else FledgeGPTMLP(config, "block", config.intermediate_size)
+        self.mlp = FledgeGPTExperts(config) if moe else FledgeGPTMLP(config, "block", width)
+        self.residual_lambdas = lambdas(config, "block.residual_lambdas", 2)
         norms = ["norm_1"] if self.parallel or self.placement != "none" else []
         norms += ["norm_2"] if config.has("block.norm_2.weight") else []
         norms += ["norm_1_after", "norm_2_after"] if self.placement == "both" and not self.parallel else []
@@ -175,13 +230,17 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
             setattr(self, name, FledgeGPTNorm(config, f"block.{name}", config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask=None, angles=None, past_key_values=None) -> Tensor:
+    def forward(self, x: Tensor, first: Tensor, ids=None, mask=None, angles=None, past_key_values=None) -> Tensor:
+        """`first` is what the first block was given, of which this one may read a share."""
+
         def attention(x):
-            return self.dropout(self.attention(x, mask, angles, past_key_values))
+            return self.dropout(self.attention(x, ids, mask, angles, past_key_values))
 
         def mlp(x):
             return self.dropout(self.mlp(x))
 
+        if self.residual_lambdas is not None:
+            x = self.residual_lambdas[0] * x + self.residual_lambdas[1] * first
         norms = dict(self.named_children())
         second = "norm_2" if "norm_2" in norms else "norm_1"
         if self.parallel:
@@ -229,6 +288,9 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
             FledgeGPTNorm(config, name, config.hidden_size) if wanted else None
             for name, wanted in (("embedding_norm", config.embedding_norm), ("final_norm", config.final_norm))
         )
+        self.smear_gate = linear(config, "smear_gate", config.smear_width, 1)
+        self.smear_lambda = lambdas(config, "smear_lambda", 1)
+        self.backout_lambda = lambdas(config, "backout_lambda", 1)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(FledgeGPTBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.post_init()
@@ -255,16 +317,28 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
         if past_key_values is None and (config.use_cache and not self.training if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions, mask = self.look(x, attention_mask, position_ids, past)
+        if attention_mask is not None and attention_mask.ndim == 2 and bool(attention_mask.all()):
+            attention_mask = None
+        positions, keys = self.places(x, attention_mask, position_ids, past)
+        masks = [
+            self.look(x, attention_mask, positions, keys, position_ids is not None, past, window)
+            for window in ([None, config.visible_window] if config.window_pattern else [config.visible_window])
+        ]
         if config.embedding_scale != 1:
             x = x * config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        x = self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
-        angles, states = self.angles(positions) if config.rope else None, [x]
-        for block in self.blocks:
-            x = block(x, mask, angles, past_key_values=past_key_values)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        x = x if self.smear_gate is None else self.smeared(x, positions, keys, past, past_key_values)
+        x = self.dropout(x)
+        angles, states, backed_out = self.angles(positions) if config.rope else None, [x], None
+        for n, block in enumerate(self.blocks):
+            mask = masks[0 if config.window_pattern and config.window_pattern[n] == "L" else -1]
+            x = block(x, states[0], input_ids, mask, angles, past_key_values=past_key_values)
             states.append(x)
+            backed_out = x if n == config.backout_layer else backed_out
+        if backed_out is not None:
+            x = x - self.backout_lambda * backed_out
         x = x if self.final_norm is None else self.final_norm(x)
         states[-1] = x
         return BaseModelOutputWithPast(
@@ -273,30 +347,30 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
-    def look(self, x, attention_mask, position_ids, past: int) -> tuple[Tensor, Tensor | None]:
-        """Each token's position (B or 1, T), and what it sees of the K tokens.
-
-        The second is (B or 1, 1, T, K), or (…, H, T, K) and to be added to the scores with ALiBi; None where each token
-        sees all before it. `attention_mask` is (B, K), with padding on either side, or (B, 1, T, K) of booleans.
-        Positions that begin anew within a row, without a mask and a cache, are texts that do not see each other.
-        """
-        length, config = x.shape[1], self.config
-        if attention_mask is not None and attention_mask.ndim == 2 and bool(attention_mask.all()):
-            attention_mask = None
-        keys = torch.arange(past + length, device=x.device)[None]
+    def places(self, x, attention_mask, position_ids, past: int) -> tuple[Tensor, Tensor]:
+        """The position of each token given (B or 1, T), and of each seen (B or 1, K), with padding on either side."""
+        keys = torch.arange(past + x.shape[1], device=x.device)[None]
         if attention_mask is not None and attention_mask.ndim == 2:
             keys = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        packed = position_ids is not None and attention_mask is None and not past
-        positions = keys[:, past:] if position_ids is None else position_ids
-        unusual = config.visible_window or config.alibi_slopes or config.attention_cap
-        ordered = (position_ids is None and not past) or length == 1
-        if attention_mask is None and ordered and not unusual:
-            return positions, None
+        return keys[:, past:] if position_ids is None else position_ids, keys
+
+    def look(self, x, attention_mask, positions, keys, given: bool, past: int, window: int | None) -> Tensor | None:
+        """What each token sees of the K tokens: (B or 1, 1, T, K), or (…, H, T, K) and to be added to the scores with
+        ALiBi; None where each token sees all before it.
+
+        `attention_mask` is (B, K), or (B, 1, T, K) of booleans. Positions that were `given` and begin anew in a row,
+        without a mask and a cache, are texts that do not see each other.
+        """
+        config = self.config
+        packed = given and attention_mask is None and not past
+        ordered = not (given or past) or x.shape[1] == 1
+        if attention_mask is None and ordered and not (window or config.alibi_slopes or config.attention_cap):
+            return None
         keys = positions if packed else keys
         distance = positions[:, None, :, None] - keys[:, None, None, :]
         seen = distance >= 0
-        if config.visible_window:
-            seen = seen & (distance < config.visible_window)
+        if window:
+            seen = seen & (distance < window)
         if packed:
             text = F.pad(positions.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
             seen = seen & (text[:, None, :, None] == text[:, None, None, :])
@@ -304,16 +378,40 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
             seen = seen & (attention_mask if attention_mask.ndim == 4 else attention_mask[:, None, None, :].bool())
         seen = seen | ~seen.any(-1, keepdim=True)  # padding that sees nothing would be NaN
         if config.alibi_slopes is None:
-            return positions, seen
+            return seen
         slopes = torch.tensor(config.alibi_slopes, device=x.device)[:, None, None].to(x.dtype)
-        return positions, (-slopes * distance.abs()).masked_fill(~seen, -math.inf)
+        return (-slopes * distance.abs()).masked_fill(~seen, -math.inf)
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B or 1, 1, T, half of what is turned), in float32 (Su et al. 2021, eq. 34)."""
-        width = self.config.rope_width or self.config.head_dim
-        exponents = torch.arange(0, width, 2, device=positions.device).float() / width
-        angles = positions[:, None, :, None].float() * (1 / self.config.rope_theta**exponents)
-        return angles.cos(), angles.sin() * self.config.rope_direction
+    def smeared(self, x: Tensor, positions: Tensor, keys: Tensor, past: int, cache) -> Tensor:
+        """Adds to each embedding (B, T, D) a share of the one before it; a text's first token has none before it."""
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        if cache is not None:
+            if len(cache.layers) == self.config.num_hidden_layers:  # made for the attention's layers alone
+                cache.layers.append(DynamicLayer())
+            held, _ = cache.update(x[:, None], x[:, None], 0)
+            if past:  # the last place of the position before: padding on the left counts as position 0 too
+                keys = keys[:, : held.shape[2]].expand(len(x), -1)
+                number = torch.arange(1, keys.shape[1] + 1, device=x.device)
+                place = ((keys == positions[:, :1] - 1) * number).argmax(-1)
+                last = held[torch.arange(len(x), device=x.device), 0, place]
+                before = torch.cat([last[:, None], before[:, 1:]], dim=1)
+        share = self.smear_lambda * self.smear_gate(x[..., : self.config.smear_width]).sigmoid()
+        return x + share * (positions > 0)[..., None] * before
+
+    def angles(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of queries and of keys, cosines and sines (B or 1, 1, T, half of what is turned), in float32.
+
+        Su et al. 2021, eq. 34.
+        """
+        config = self.config
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        widths = [n * config.head_dim for n in heads] if config.rope_span == "width" else [config.rope_width] * 2
+        tables = {}
+        for width in {width or config.head_dim for width in widths}:
+            exponents = torch.arange(0, width, 2, device=positions.device).float() / width
+            angles = positions[:, None, :, None].float() * (1 / config.rope_theta**exponents)
+            tables[width] = angles.cos(), angles.sin() * config.rope_direction
+        return [tables[width or config.head_dim] for width in widths]
 
 
 class FledgeGPTForCausalLM(FledgeGPTPreTrainedModel, GenerationMixin):
@@ -324,6 +422,18 @@ class FledgeGPTForCausalLM(FledgeGPTPreTrainedModel, GenerationMixin):
         self.model = FledgeGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.has("head.bias"))
         self.post_init()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Value embeddings have a row for each token too; those of new ones are zero."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for block in self.model.blocks:
+            if (old := block.attention.value_embedding) is not None:
+                new = nn.Embedding(embedding.num_embeddings, old.embedding_dim, dtype=old.weight.dtype)
+                kept = min(new.num_embeddings, old.num_embeddings)
+                with torch.no_grad():
+                    new.weight.zero_()[:kept] = old.weight[:kept].to(new.weight.device)
+                block.attention.value_embedding = new.to(old.weight.device)
+        return embedding
 
     def forward(
         self,

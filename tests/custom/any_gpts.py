@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, CanonicalGPT
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, SPANS, CanonicalGPT
 
 VOCAB, CONTEXT, LAYERS, HEADS, HEAD = 23, 16, 2, 4, 4
 HIDDEN = 20
@@ -29,14 +29,20 @@ def any_gpts(draw) -> CanonicalGPT:
             tensors[f"{name}.bias"] = torch.randn(outputs, generator=generator) * 0.3
 
     def mlp(name: str) -> None:
+        hidden = HIDDEN + (uneven and name == "blocks.1") * 4
         if gated:
-            linear(f"{name}.mlp_gate", HIDDEN, width, biases)
-        linear(f"{name}.mlp_in", HIDDEN if two else width, width, biases)
+            linear(f"{name}.mlp_gate", hidden, width, biases)
+        linear(f"{name}.mlp_in", hidden if two else width, width, biases)
         if two:
-            linear(f"{name}.mlp_out", width, HIDDEN, biases)
+            linear(f"{name}.mlp_out", width, hidden, biases)
+
+    def scalars(name: str, count: int) -> None:
+        tensors[f"{name}.weight"] = 1 + 0.5 * torch.randn(count, generator=generator)
 
     biases, gated = draw(st.booleans()), draw(st.booleans())
     two = gated or experts or draw(st.booleans())
+    uneven, valued, value_gated, value_mixed, mixed, smeared = (draw(st.integers(0, 3)) == 0 for _ in range(6))
+    backout = draw(st.sampled_from((None, None, 0, 1)))
     linear("token_embedding", VOCAB, width, False)
     if draw(st.booleans()):
         linear("position_embedding", CONTEXT, width, False)
@@ -47,6 +53,11 @@ def any_gpts(draw) -> CanonicalGPT:
     norms |= {"final_norm": width} if final_norm else {}
     second, shared = draw(st.booleans()), draw(st.booleans())
     output = width != HEADS * HEAD or draw(st.booleans())
+    if smeared:
+        linear("smear_gate", 1, 3, False)
+        scalars("smear_lambda", 1)
+    if backout is not None:
+        scalars("backout_lambda", 1)
     weighted = draw(st.booleans())
     shifted = weighted and draw(st.booleans())
     for n in range(LAYERS):
@@ -55,6 +66,14 @@ def any_gpts(draw) -> CanonicalGPT:
             linear(f"{block}.{part}", rows * HEAD, width, biases)
         if output:
             linear(f"{block}.output", width, HEADS * HEAD, biases)
+        if mixed:
+            scalars(f"{block}.residual_lambdas", 2)
+        if valued and n:
+            linear(f"{block}.value_embedding", VOCAB, kv_heads * HEAD, False)
+            if value_gated:
+                linear(f"{block}.value_gate", kv_heads, 5, False)
+            if value_mixed:
+                scalars(f"{block}.value_lambdas", 2)
         if experts:
             linear(f"{block}.router", experts, width, False)
             for expert in range(experts):
@@ -86,9 +105,14 @@ def any_gpts(draw) -> CanonicalGPT:
         attention_scale=draw(st.sampled_from((HEAD**-0.5, width**-0.5, 1.0))),
         attention_cap=maybe(2.0),
         window=maybe(5),
+        window_pattern=draw(st.sampled_from((None, "SL", "SS"))),
         norm=draw(st.sampled_from(NORMS)),
         norm_eps=draw(st.sampled_from((1e-5, 1e-6))),
         norm_offset=draw(st.sampled_from((0.0, 1.0))),
+        norm_unbiased=draw(st.booleans()),
+        norm_eps_outside=draw(st.booleans()),
+        final_norm_eps=maybe(1e-2),
+        qk_norm_eps=maybe(1e-2),
         norm_placement=placement,
         parallel=parallel,
         final_norm=final_norm,
@@ -97,6 +121,7 @@ def any_gpts(draw) -> CanonicalGPT:
         rope_theta=draw(st.sampled_from((10_000.0, 500.0))),
         rope_direction=draw(st.sampled_from((1, -1))),
         rope_width=maybe(2),
+        rope_span=draw(st.sampled_from(SPANS)),
         alibi=alibi,
         qk_norm=qk_norm,
         qk_norm_type=draw(st.sampled_from(NORMS)),
@@ -105,5 +130,7 @@ def any_gpts(draw) -> CanonicalGPT:
         renormalise_experts=draw(st.booleans()),
         embedding_scale=draw(st.sampled_from((1.0, width**0.5))),
         logit_cap=maybe(3.0),
+        value_gate_factor=draw(st.sampled_from((1.0, 3.0))),
+        backout_layer=backout,
         tied=tied,
     )

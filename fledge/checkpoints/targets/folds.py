@@ -30,7 +30,19 @@ def fold_norms(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
     if gpt.norm_offset:
         folds.append(f"The weights of norms hold the {gpt.norm_offset:g} that their author adds to them.")
     window = gpt.window if gpt.window and gpt.window < gpt.context_length else None
-    return replace(gpt, tensors=tensors, norm_offset=0.0, window=window), folds
+    gpt = replace(gpt, tensors=tensors, norm_offset=0.0, window=window)
+    if not gpt.norm_unbiased or gpt.norm_eps_outside or gpt.norm != "layernorm" or gpt.qk_norm or not _norm_names(gpt):
+        return gpt, folds
+    return _with_biased_deviation(gpt), [*folds, "The norms' weights and epsilon make up for D − 1 in the variance."]
+
+
+def _with_biased_deviation(gpt: CanonicalGPT) -> CanonicalGPT:
+    """x / √(S/(D−1) + ε) = √((D−1)/D) · x / √(S/D + ε(D−1)/D), where S is the sum of squares."""
+    share = (gpt.width - 1) / gpt.width
+    names = {f"{name}.weight" for name in _norm_names(gpt)}
+    tensors = {name: x.double() * share**0.5 if name in names else x for name, x in gpt.tensors.items()}
+    own = None if gpt.final_norm_eps is None else gpt.final_norm_eps * share
+    return replace(gpt, tensors=tensors, norm_unbiased=False, norm_eps=gpt.norm_eps * share, final_norm_eps=own)
 
 
 def _of(tensors: Mapping[str, Tensor], module: str) -> list[str]:

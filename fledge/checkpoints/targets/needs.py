@@ -1,5 +1,7 @@
 """What a canonical GPT needs a class of transformers to have, in words that end the sentence "the class has no …"."""
 
+import re
+
 from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT
@@ -12,6 +14,13 @@ PLACEMENTS = {
     "both": "norms before and behind each sublayer",
     "none": "blocks without norms",
 }
+MIXING = {
+    "value_embedding": "value embeddings",
+    "residual_lambdas": "learned weights of the residual stream",
+    "smear_gate": "mix of each embedding with the one before it",
+    "backout_lambda": "middle of the residual stream taken off at its end",
+}
+MLP_IN = r"blocks\.\d+\.mlp_in\.weight"
 QK_NORMS = {
     (None, "layernorm"): "attention without a norm of queries and keys",
     (None, "rmsnorm"): "attention without a norm of queries and keys",
@@ -31,6 +40,13 @@ def needs(gpt: CanonicalGPT) -> list[str]:
         found.append("rotation of a part of each head")
     if _any_weight(gpt, "norm_1", "norm_2", "norm_1_after", "norm_2_after", "final_norm", "embedding_norm"):
         found.append("weights in norms")
+    found += _mixing(gpt) + _unusual_norms(gpt)
+    if gpt.rope and gpt.rope_span == "width" and gpt.n_head > 1:
+        found.append("rotation over all heads together")
+    if gpt.window and gpt.window_pattern and "L" in gpt.window_pattern:
+        found.append("sliding window in some of its blocks")
+    if len({len(tensor) for name, tensor in gpt.tensors.items() if re.fullmatch(MLP_IN, name)}) > 1:
+        found.append("MLPs of different widths")
     found.append("final norm" if gpt.final_norm else "model without a final norm")
     if gpt.final_norm and gpt.norm_placement == "post":
         found.append("final norm behind post-norm blocks")
@@ -66,6 +82,24 @@ def _positions(gpt: CanonicalGPT) -> str:
     if gpt.rope:
         return "rotary positions"
     return "ALiBi" if gpt.alibi else "learned positions"
+
+
+def _mixing(gpt: CanonicalGPT) -> list[str]:
+    roles = {name.split(".")[-2] for name in gpt.tensors}
+    return [words for role, words in MIXING.items() if role in roles]
+
+
+def _unusual_norms(gpt: CanonicalGPT) -> list[str]:
+    found = []
+    if gpt.norm_unbiased and "layernorm" in (gpt.norm, gpt.qk_norm and gpt.qk_norm_type):
+        found.append("LayerNorm with D − 1 in its variance")
+    if gpt.norm_eps_outside:
+        found.append("norm with its epsilon beside the root")
+    if gpt.final_norm and gpt.final_norm_eps not in (None, gpt.norm_eps):
+        found.append("other epsilon in its final norm")
+    if gpt.qk_norm and gpt.qk_norm_eps not in (None, gpt.norm_eps):
+        found.append("other epsilon in a norm of queries and keys")
+    return found
 
 
 def _mlp(gpt: CanonicalGPT) -> str:
