@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT
+from fledge.checkpoints.mixing import by_block
 from fledge.checkpoints.structure import SWAPS, Structure
 from fledge.cli import UserError
 
@@ -50,7 +51,7 @@ def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[s
         else:
             tensors[role] = tensor
     joined, count = _join_heads(heads)
-    return tensors | joined, count
+    return by_block(tensors | joined), count
 
 
 def _read(name: str, tensor: Tensor, transposed: bool) -> Tensor:
@@ -94,14 +95,14 @@ def check_shapes(tensors: dict[str, Tensor]) -> int:
     layers = Counter(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
     if not layers or sorted(layers) != list(range(len(layers))):
         raise UserError(f"The checkpoint's layers are numbered {sorted(layers)}; they must run from 0 without a gap.")
-    first = {name.removeprefix("blocks.0.") for name in tensors if name.startswith("blocks.0.")}
+    first = _parts(tensors, 0)
     mlp = "experts.0.mlp_in" if "router.weight" in first else "mlp_in"
     required = ["token_embedding", *(f"blocks.{n}.{role}" for n in layers for role in (*REQUIRED_IN_BLOCK, mlp))]
     for role in required:
         if f"{role}.weight" not in tensors:
             raise UserError(f"The checkpoint has no {role}, which every GPT has; name it in a --mapping.")
     for n in sorted(layers):
-        own = {name.removeprefix(f"blocks.{n}.") for name in tensors if name.startswith(f"blocks.{n}.")}
+        own = _parts(tensors, n)
         if own != first:
             raise UserError(f"Layer {n} and layer 0 differ in {', '.join(sorted(own ^ first))}; all must be alike.")
     shapes = _shapes(tensors)
@@ -116,25 +117,38 @@ def check_shapes(tensors: dict[str, Tensor]) -> int:
     return len(layers)
 
 
+def _parts(tensors: Mapping[str, Tensor], n: int) -> set[str]:
+    """What a block has; some may have value embeddings and others not."""
+    parts = {name.removeprefix(f"blocks.{n}.") for name in tensors if name.startswith(f"blocks.{n}.")}
+    return {part for part in parts if not part.startswith("value_")}
+
+
 def _shapes(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
     """The shape that the weight of each module must have, by its canonical name."""
     vocab_size, width = tensors["token_embedding.weight"].shape[0], tensors["token_embedding.weight"].shape[-1]
     rows = {role: len(tensors[f"blocks.0.{role}.weight"]) for role in REQUIRED_IN_BLOCK}
-    free = ("position_embedding", "router", "alibi", "query_norm", "key_norm")
+    free = ("position_embedding", "router", "alibi", "query_norm", "key_norm", "value_gate", "smear_gate")
+    scalars = {"residual_lambdas": 2, "value_lambdas": 2, "smear_lambda": 1, "backout_lambda": 1}
 
     def shape(module: str) -> tuple[int, ...]:
         place, _, role = module.rpartition(".")
         if role in free:
             own = tensors[f"{module}.slopes" if role == "alibi" else f"{module}.weight"]
-            return (len(own), width) if own.dim() > 1 else (len(own),)
+            gate = role in ("value_gate", "smear_gate") and own.dim() > 1 and own.shape[1] <= width
+            return tuple(own.shape) if gate else (len(own), width) if own.dim() > 1 else (len(own),)
+        if role in scalars:
+            return (scalars[role],)
         if role.startswith("mlp_"):
-            inner = len(tensors[f"{re.sub(r'blocks.[0-9]+', 'blocks.0', place)}.mlp_in.weight"])
+            # The MLPs of two blocks may differ, and those of two experts may not.
+            first = re.sub(r"blocks.[0-9]+", "blocks.0", place) if "." in place.removeprefix("blocks.") else place
+            inner = len(tensors[f"{first}.mlp_in.weight"])
             return (width, inner) if role == "mlp_out" else (inner, width)
         if "norm" in role:
             return (width,)
         return {
             "token_embedding": (vocab_size, width),
             "head": (vocab_size, width),
+            "value_embedding": (vocab_size, rows["value"]),
             "shared_gate": (1, width),
             "query": (rows["query"], width),
             "output": (width, rows["query"]),

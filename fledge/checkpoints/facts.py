@@ -1,11 +1,12 @@
 """Facts: what a model computes beyond what its tensors show, each with its status and its source."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from fledge.checkpoints.assembly import POSITIONS, QKV_ORDERS, SWAPS
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, SPANS
 from fledge.cli import UserError
 
 
@@ -32,10 +33,12 @@ class Source(StrEnum):
     CONFIG = "checkpoint config"
     AUTHORS = "every known author"
     TORCH_ATTENTION = "nn.MultiheadAttention"
+    TORCH_NORM = "names of nn.LayerNorm"
     # Settled by evidence.
     REFERENCE = "--reference"
     PROBE_TEXT = "--probe_text"
     NO_EFFECT = "no effect"
+    UNTOLD = "usual practice, where no text could tell"
     # Assumed until evidence settles it.
     DEFAULT = "layout default"
     PRACTICE = "usual practice"
@@ -135,7 +138,7 @@ CONFIG_ACTIVATIONS = {
 }
 
 SWITCHES = ("qkv_by_head", "causal", "parallel", "final_norm", "embedding_norm", "alibi", "qk_norm_after_rope")
-SWITCHES += ("renormalise_experts", *SWAPS)
+SWITCHES += ("renormalise_experts", "norm_unbiased", "norm_eps_outside", *SWAPS)
 ALLOWED = {
     "activation": tuple(ACTIVATIONS),
     "norm": NORMS,
@@ -143,19 +146,29 @@ ALLOWED = {
     "norm_placement": PLACEMENTS,
     "norm_offset": (0.0, 1.0),
     "rope_direction": (1, -1),
+    "rope_span": SPANS,
     "qk_norm": QK_NORMS,
     "qk_norm_type": NORMS,
     "qkv_order": QKV_ORDERS,
     "positions": POSITIONS,
     **dict.fromkeys(SWITCHES, (True, False)),
 }
-CAPS = ("attention_cap", "logit_cap", "window", "rope_width")
+CAPS = ("attention_cap", "logit_cap", "window", "rope_width", "final_norm_eps", "qk_norm_eps", "window_pattern")
 """Facts with a number that a model may lack: None is a value too."""
 TOLD = ("n_head", "activation", "attention_scale", "norm_eps", "norm", "rope", "rope_theta", "context_length")
 TOLD += ("embedding_scale", "norm_placement", "norm_offset", "rope_direction", "qk_norm", "qk_norm_type")
-TOLD += ("experts_per_token", "qkv_order", "positions", *CAPS, *SWITCHES)
+TOLD += (
+    "rope_span",
+    "value_gate_factor",
+    "backout_layer",
+    "experts_per_token",
+    "qkv_order",
+    "positions",
+    *CAPS,
+    *SWITCHES,
+)
 """The facts that flags and `--mapping` may state."""
-WHOLE = ("n_head", "context_length", "window", "rope_width", "experts_per_token")
+WHOLE = ("n_head", "context_length", "window", "rope_width", "experts_per_token", "backout_layer")
 """Facts with a whole number."""
 LARGEST = 1e12
 """Every number that a fact can have is smaller."""
@@ -184,8 +197,13 @@ def check_fact(fact: Fact) -> object:
         return fact.value
     if fact.value is None and fact.name in CAPS:
         return None
+    if fact.name == "window_pattern":
+        if not re.fullmatch("[SL]+", str(fact.value)):
+            raise UserError(f"window_pattern {fact.value} ({fact.said_by}) must be a letter S or L for each block.")
+        return fact.value
     whole = fact.name in WHOLE
-    in_range = _is_number(fact.value, int if whole else (int, float)) and 0 < fact.value < LARGEST
+    least = -1 if fact.name == "backout_layer" else 0  # blocks are counted from 0
+    in_range = _is_number(fact.value, int if whole else (int, float)) and least < fact.value < LARGEST
     # A guessed context length of 0 means that nothing says how long it is.
     if not in_range and not (fact.source is Source.GUESS and fact.value == 0):
         raise UserError(f"{fact.name} {fact.value} ({fact.said_by}) must be a positive {'whole ' * whole}number.")

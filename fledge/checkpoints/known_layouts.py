@@ -4,11 +4,12 @@ To add one, add a `Layout` to `LAYOUTS`: its table of names, the parts of names 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.modules import split_ending
 
 # Tables: module of the source → module of the canonical GPT. {n} is a layer, {h} a head, {e} an expert.
@@ -181,6 +182,18 @@ LITGPT = {
     "ln_f": "final_norm",
     "lm_head": "head",
 }
+NANOCHAT_FACTS = {
+    "activation": "relu2",
+    "norm": "rmsnorm",
+    "norm_eps": torch.finfo(torch.float32).eps,  # the default of F.rms_norm
+    "rope": "half",
+    "rope_direction": -1,
+    "qk_norm": "head",
+    "qk_norm_after_rope": True,
+    "embedding_norm": True,
+    "final_norm": True,
+    "logit_cap": 15.0,
+}
 LLAMA_FACTS = {"activation": "silu", "norm": "rmsnorm"}
 
 
@@ -196,6 +209,8 @@ class Layout:
     are those in `open`, unless the config has the key `dated`, and no fact at all where authors of different code
     chose the same names (`shared`).
 
+    `computed` gives facts that depend on the model's sizes and its config.
+
     `by_order` lists the facts about which tensor is which that the names do not tell (`fledge.checkpoints.structure`).
     """
 
@@ -210,6 +225,7 @@ class Layout:
     shared: bool = False
     open: tuple[str, ...] = ()
     dated: str | None = None
+    computed: Callable[[CanonicalGPT, Mapping], dict[str, object]] | None = None
     patterns: dict[re.Pattern, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -235,6 +251,22 @@ class Layout:
         """Whether a checkpoint with these names, entries beside the weights, and orientation has this layout."""
         marked = all(any(mark in name for name in names) for mark in self.marks)
         return marked and {*self.beside} <= {*beside} and self.transposed == transposed
+
+
+def nanochat_of_2026(gpt: CanonicalGPT, config: Mapping[str, object]) -> dict[str, object]:
+    """Since March 2026: queries and keys, normalised, are multiplied by 1.2, and most blocks see a part of the context.
+
+    It is a quarter, rounded up to 128, and each token sees so many before it. The last block sees all.
+    """
+    quarter = -(-gpt.context_length // 4 // 128) * 128
+    pattern = (str(config.get("window_pattern") or "L").upper() * gpt.n_layer)[: gpt.n_layer - 1] + "L"
+    windowed = "S" in pattern and quarter + 1 < gpt.context_length
+    return {
+        "attention_scale": 1.2**2 * gpt.usual_scale,
+        "window": quarter + 1 if windowed else None,
+        "window_pattern": pattern if windowed else None,
+        "backout_layer": gpt.n_layer // 2,
+    }
 
 
 def pattern_of(source: str) -> re.Pattern:
@@ -306,21 +338,20 @@ LAYOUTS = {
         open=("rope", "rope_theta", "norm_eps", "activation"),
         dated="architectures",
     ),
-    "nanochat": Layout(  # of October 2025; later ones have lambdas and value embeddings
+    "nanochat_2026": Layout(
+        NANOCHAT,
+        ("transformer.wte.", "h.0.attn.c_q.", "smear_gate", "backout_lambda", "value_embeds"),
+        NANOCHAT_FACTS | {"rope_theta": 100_000.0, "value_gate_factor": 3.0},
+        prefix="transformer.",
+        biased=False,
+        open=(*NANOCHAT_FACTS, "attention_scale", "rope_theta", "window", "window_pattern", "value_gate_factor"),
+        dated="window_pattern",
+        computed=nanochat_of_2026,
+    ),
+    "nanochat": Layout(  # of October 2025 to January 2026
         NANOCHAT,
         ("transformer.wte.", "h.0.attn.c_q.", "mlp.c_fc"),
-        {
-            "activation": "relu2",
-            "norm": "rmsnorm",
-            "norm_eps": torch.finfo(torch.float32).eps,  # the default of F.rms_norm
-            "rope": "half",
-            "rope_direction": -1,
-            "qk_norm": "head",
-            "qk_norm_after_rope": True,
-            "embedding_norm": True,
-            "final_norm": True,
-            "logit_cap": 15.0,
-        },
+        NANOCHAT_FACTS,
         prefix="transformer.",
         biased=False,
         open=("norm_eps", "rope_theta", "logit_cap"),

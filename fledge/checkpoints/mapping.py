@@ -9,6 +9,8 @@ from fledge.cli import UserError
 SAVED_BY_HEAD = re.compile(r"\.(query|key|value)\.(?:\{h\}|\d+)$")
 OUTSIDE = {"token_embedding", "position_embedding", "embedding_norm", "final_norm", "head"}
 INSIDE = {"norm_1", "qkv", "query", "key", "value", "output", "norm_2", "mlp_in", "mlp_gate", "mlp_out"}
+OUTSIDE |= {"smear_gate", "smear_lambda", "backout_lambda"}
+INSIDE |= {"value_embedding", "value_gate", "value_lambdas", "residual_lambdas"}
 INSIDE |= {"norm_1_after", "norm_2_after", "query_norm", "key_norm"}
 
 

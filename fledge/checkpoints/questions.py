@@ -7,14 +7,24 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.assembly import ORDERS, POSITIONS, QKV_ORDERS, reordered, with_positions
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, CanonicalGPT, canonical_logits
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, SPANS, CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import SWITCHES, Fact, Source, Status
 
-SCALES = {"head": lambda gpt: gpt.usual_scale, "width": lambda gpt: gpt.width**-0.5, "none": lambda gpt: 1.0}
-"""Attention scales that authors use, as rules: the width of a head may be open too."""
+SCALES = {
+    "head": lambda gpt: gpt.usual_scale,
+    "width": lambda gpt: gpt.width**-0.5,
+    "none": lambda gpt: 1.0,
+    "head, 1.15": lambda gpt: 1.15**2 * gpt.usual_scale,
+    "head, 1.2": lambda gpt: 1.2**2 * gpt.usual_scale,
+}
+"""Attention scales that authors use, as rules: the width of a head may be open too. The last two are nanochat's, which
+multiplies queries and keys, normalised, by such a number."""
 EPSILONS = (1e-5, 1e-6, 1e-8)
 THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0)
-CAPS = (None, 15.0, 30.0, 50.0)
+CAPS = (None, 15.0, 20.0, 30.0, 50.0)
+RARE = ("window", "attention_cap", "logit_cap", "final_norm_eps", "qk_norm_eps", "rope_span", "value_gate_factor")
+"""Facts that nearly all authors have alike. No other fact is changed together with them, and where no text could tell
+their values apart, usual practice settles them."""
 MATTERS = 1e-4
 """A fact is open only if another value changes a logit by more than this share of the largest one."""
 
@@ -26,7 +36,9 @@ def asked(gpt: CanonicalGPT) -> Values:
     """The facts that could be otherwise in a model with these tensors, each with what most authors do."""
     tensors = gpt.tensors
     names = {"attention_scale": gpt.usual_scale, "activation": "silu" if gpt.gated else "gelu", "norm_eps": 1e-5}
-    names |= {"embedding_scale": 1.0, "causal": True}
+    names |= {"embedding_scale": 1.0, "causal": True, "window": None, "attention_cap": None, "logit_cap": None}
+    if "final_norm.weight" in tensors or gpt.final_norm:
+        names["final_norm_eps"] = None
     if not {"blocks.0.norm_1_after.weight", "blocks.0.norm_1_after.bias"} & tensors.keys():
         names["norm_placement"] = "pre"
         if "blocks.0.norm_1.weight" in tensors:
@@ -39,10 +51,18 @@ def asked(gpt: CanonicalGPT) -> Values:
         names["qk_norm_type"] = gpt.norm
     if gpt.qk_norm == "head" and gpt.rope:
         names["qk_norm_after_rope"] = False
+    if gpt.qk_norm:
+        names["qk_norm_eps"] = None
+    if any(name.endswith(".value_gate.weight") for name in tensors):
+        narrow = any(name.endswith(".value_gate.weight") and tensors[name].shape[1] == 12 for name in tensors)
+        names["value_gate_factor"] = 3.0 if narrow else 2.0
+    if "backout_lambda.weight" in tensors:
+        names["backout_layer"] = gpt.n_layer // 2
     if gpt.n_expert:
         names["renormalise_experts"] = True
     if gpt.rope:
-        names |= {"rope": gpt.rope, "rope_theta": 10_000.0, "rope_direction": 1, "rope_width": None, "logit_cap": None}
+        names |= {"rope": gpt.rope, "rope_theta": 10_000.0, "rope_direction": 1, "rope_width": None}
+        names |= {"rope_span": "head"} if gpt.n_head > 1 else {}
         if "blocks.0.query_norm.weight" not in tensors:
             names["qk_norm"] = None
     if gpt.rope and "blocks.0.norm_1.weight" not in tensors:
@@ -65,7 +85,7 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
     half = gpt.head_width // 2
     values = {
         "activation": ("silu", "gelu", "gelu_tanh", "relu") if gpt.gated else tuple(ACTIVATIONS),
-        "attention_scale": tuple(SCALES),
+        "attention_scale": tuple(SCALES) if gpt.qk_norm else tuple(SCALES)[:3],
         "norm": NORMS,
         "qk_norm_type": NORMS,
         "norm_eps": EPSILONS,
@@ -74,6 +94,13 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         "rope": ROTATIONS,
         "rope_theta": THETAS,
         "rope_direction": (1, -1),
+        "rope_span": SPANS,
+        "final_norm_eps": (None, *EPSILONS),
+        "qk_norm_eps": (None, *EPSILONS),
+        "window": (None, *windows(gpt.context_length)),
+        "attention_cap": CAPS,
+        "value_gate_factor": (1.0, 2.0, 3.0),
+        "backout_layer": range(gpt.n_layer),
         "rope_width": (None, *(width for width in (half, half // 2) if width and not width % 2)),
         "qk_norm": (None, "head"),
         "logit_cap": CAPS,
@@ -87,6 +114,13 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         fitting = range(1, gpt.width // 4 + 1)
         return [n for n in fitting if heads_fit(n, gpt.width, rows, bool(gpt.rope))]
     return list(values.get(name, ()))
+
+
+def windows(context_length: int) -> list[int]:
+    """Windows that authors choose: a part of the context, or a power of two."""
+    parts = {context_length // part for part in (2, 3, 4)}
+    powers = {2**n for n in range(1, 13) if 2**n * 8 >= context_length}
+    return sorted(n for n in parts | powers if 1 < n < context_length)
 
 
 def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:
@@ -160,7 +194,7 @@ class Questions:
 
     def pairs(self, values: Values) -> list[Values]:
         """Every change of two facts that are both assumed."""
-        singles = [changes for changes in self._changes(values) if changes.keys() <= self.open]
+        singles = [changes for changes in self._changes(values) if changes.keys() <= self.open - {*RARE}]
         both = [a | b for a, b in combinations(singles, 2) if not a.keys() & b.keys()]
         return [changes for changes in both if self.differs(values, changes)]
 
@@ -181,7 +215,13 @@ class Questions:
         if after.get("parallel") and after.get("norm_placement", "pre") != "pre":
             return False
         head_width = len(self.gpt.tensors["blocks.0.query.weight"]) // after.get("n_head", self.gpt.n_head)
-        if (after.get("rope_width") or 0) > head_width:
+        if (after.get("rope_width") or 0) > head_width or (
+            after.get("rope_width") and after.get("rope_span") == "width"
+        ):
+            return False
+        if any(
+            name in changes and changes[name] == after.get("norm_eps") for name in ("final_norm_eps", "qk_norm_eps")
+        ):
             return False
         if "attention_scale" in changes and len(changes) == 1:
             now, then = self.reading(values), self.reading(after)
@@ -224,6 +264,9 @@ def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str,
         changes = [changes for changes in questions.singles(questions.now) if changes.keys() == {fact.name}]
         matter = []
         for change in changes:
+            if fact.name == "window":  # whatever is shorter than the context matters to a text that is as long
+                matter.append(change["window"])
+                continue
             other = canonical_logits(questions.reading(questions.now | change), ids)
             if change_of(logits, other) > MATTERS:
                 matter.append(change[fact.name])

@@ -29,7 +29,7 @@ ROTATIONS_SAVED = ("inv_freq", "cos", "sin")
 """Words in the names of GPT-NeoX's tables of rotations; the tables of LLaMA's authors are called freqs."""
 RARE = {"norm_offset", "final_norm", "parallel", "embedding_norm", "alibi", "qk_norm", "qk_norm_type", "window"}
 RARE |= {"qk_norm_after_rope", "experts_per_token", "renormalise_experts", "attention_cap", "logit_cap", "rope_width"}
-RARE |= {"rope_direction", "norm_placement"}
+RARE |= {"rope_direction", "norm_placement", "rope_span", "window_pattern", "final_norm_eps", "qk_norm_eps"}
 """Facts that are read only if the user or a layout states them, or the tensors raise the question."""
 
 
@@ -63,6 +63,7 @@ def recognise(
     n_head = _heads(tensors, heads_saved, facts)
     gpt = _shown(tensors, n_layer, n_head, checkpoint, facts)
     gpt = _open_facts(gpt, checkpoint, facts)
+    gpt = _kinds_of_norm(gpt, structure, facts)
     gpt = _positions(gpt, checkpoint, facts)
     gpt = _orders(gpt, structure, facts)
     if any("in_proj_" in name for name in checkpoint.tensors):
@@ -193,6 +194,7 @@ def _qk_norm(tensors: Mapping[str, Tensor], n_head: int) -> str | None:
 
 def _open_facts(gpt: CanonicalGPT, checkpoint: Checkpoint, facts: Settling) -> CanonicalGPT:
     """The model with every fact that its tensors leave open, as it is stated, settled or assumed."""
+    facts.compute(gpt)
     questions = dict.fromkeys(sorted(RARE & facts.stated_names())) | asked(gpt)
     values = {name: facts.settle(name, default) for name, default in questions.items() if name != "rope"}
     if "norm" not in values:
@@ -201,6 +203,18 @@ def _open_facts(gpt: CanonicalGPT, checkpoint: Checkpoint, facts: Settling) -> C
     if masks and gpt.causal and facts["causal"].assumed:
         facts.show("causal", True)
     return replace(gpt, **values)
+
+
+def _kinds_of_norm(gpt: CanonicalGPT, structure: Structure, facts: Settling) -> CanonicalGPT:
+    """The model with the kind of variance and epsilon that norms have. nn.LayerNorm's names leave no question."""
+    names = [name for name, role in structure.roles.items() if "norm" in role and role.endswith(".weight")]
+    if not names:
+        return gpt
+    by_hand = not all(name.endswith("weight") for name in names)
+    unbiased = facts.settle("norm_unbiased", False, Source.PRACTICE if by_hand else Source.TORCH_NORM)
+    by_hand = by_hand or gpt.norm == "rmsnorm"
+    outside = facts.settle("norm_eps_outside", False, Source.PRACTICE if by_hand else Source.TORCH_NORM)
+    return replace(gpt, norm_unbiased=unbiased, norm_eps_outside=outside)
 
 
 def _positions(gpt: CanonicalGPT, checkpoint: Checkpoint, facts: Settling) -> CanonicalGPT:
@@ -238,6 +252,7 @@ def fit_vocabulary(gpt: CanonicalGPT, tokens: int, name: str) -> tuple[Canonical
             f"The tokenizer {name} has {tokens} tokens and the checkpoint's embedding has {rows} rows; name the "
             "tokenizer that the model was trained with."
         )
-    cut = {key: gpt.tensors[key][:tokens] for key in PER_TOKEN & gpt.tensors.keys()}
+    per_token = [key for key in gpt.tensors if key in PER_TOKEN or key.endswith(".value_embedding.weight")]
+    cut = {key: gpt.tensors[key][:tokens] for key in per_token}
     said = f"The last {rows - tokens} of {rows} embedding rows, which pad the vocabulary, are cut off."
     return replace(gpt, tensors={**gpt.tensors, **cut}), [said]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fledge.checkpoints.guessing import guess_roles
 from fledge.checkpoints.known_layouts import LAYOUTS, pattern_of
+from fledge.checkpoints.mixing import mixing_roles
 from fledge.checkpoints.modules import layer_stack, modules_of, split_ending
 from fledge.checkpoints.orientation import head_is_stored_in_out, stored_in_out
 from fledge.checkpoints.structure import SWAPS, Structure
@@ -17,6 +18,13 @@ PROJECTION_ROLES = {*PROJECTIONS.values()}
 
 def detect(tensors: Mapping[str, Tensor], named: Mapping[str, str]) -> Structure:
     """Gives each tensor a role; `named` fixes some of them beforehand (source module → canonical module)."""
+    mixing = {} if named else mixing_roles(tensors)
+    structure = _detect({name: tensor for name, tensor in tensors.items() if name not in mixing}, named)
+    structure.roles |= mixing
+    return structure
+
+
+def _detect(tensors: Mapping[str, Tensor], named: Mapping[str, str]) -> Structure:
     structure = name_by_hand(tensors, named)
     if structure.problems or (tensors and structure.roles.keys() == tensors.keys()):
         return structure

@@ -1,13 +1,15 @@
 """Who says what a fact is: the user, the checkpoint's config, the authors of a known layout, or usual practice."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import CONFIG_KEYS, Fact, Source, Status, check_fact, from_config
 from fledge.checkpoints.known_layouts import LAYOUTS, UNUSUAL, Layout
 from fledge.checkpoints.loading import Checkpoint
+from fledge.checkpoints.mixing import mixing_roles
 from fledge.checkpoints.structure import Structure
 from fledge.cli import UserError
 
@@ -30,15 +32,18 @@ def known_layout(
     checkpoint: Checkpoint, structure: Structure, tensors: Mapping[str, Tensor], forced: str | None
 ) -> KnownLayout | None:
     """The layout that --layout names, or else the first one that the names show; `tensors` have canonical names."""
-    names, transposed = checkpoint.tensors, bool(structure.transposed)
-    fitting = (name for name, layout in LAYOUTS.items() if layout.fits(names, checkpoint.left_out, transposed))
+    names = checkpoint.tensors.keys() - mixing_roles(checkpoint.tensors).keys()
+    transposed = bool(structure.transposed)
+    fitting = (
+        name for name, layout in LAYOUTS.items() if layout.fits(checkpoint.tensors, checkpoint.left_out, transposed)
+    )
     name = forced or next(fitting, None)
     if name is None:
         return None
     layout = LAYOUTS[name]
     # An author who left out the final norm of a layout may have changed more of it.
     normed = "final_norm.weight" in tensors or bool(layout.facts.get("final_norm"))
-    usual = not any(checkpoint.config.get(key) for key in UNUSUAL)
+    usual = not any(checkpoint.config.get(key) for key in UNUSUAL if key != layout.dated)
     exact = not layout.shared and layout.roles(names) is not None
     return KnownLayout(name, layout, bool(forced), exact and normed and usual)
 
@@ -109,6 +114,12 @@ class Settling:
         if known.forced:
             return Fact.of(name, value, Source.LAYOUT_FLAG)
         return Fact(name, value, Status.SETTLED, Source.AUTHORS, layout=known.name)
+
+    def compute(self, gpt: CanonicalGPT) -> None:
+        """Works out the facts of the layout that depend on the model's sizes and its config."""
+        if self.known and self.known.layout.computed:
+            facts = {**self.known.layout.facts, **self.known.layout.computed(gpt, self.config)}
+            self.known = replace(self.known, layout=replace(self.known.layout, facts=facts, computed=None))
 
     def settle_assumed(self, names: Iterable[str], source: Source) -> None:
         """Settles those of the facts that are still assumed."""

@@ -10,6 +10,7 @@ from fledge.cli import UserError
 FLAGS = {"n_head", "activation", "attention_scale", "norm_eps"}
 SHOWN_TRIALS = 20
 RULES = {"head": "1/sqrt(width of a head)", "width": "1/sqrt(width)", "none": "1"}
+RULES |= {f"head, {factor}": f"{factor}^2/sqrt(width of a head)" for factor in (1.15, 1.2)}
 
 
 def facts_table(facts: list[Fact]) -> str:

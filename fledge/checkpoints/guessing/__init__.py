@@ -42,7 +42,7 @@ def _guess(tensors: Mapping[str, Tensor], named: Structure, stack: str | None, n
     inner = [module for modules in blocks.values() for module in modules]
     for module in [*outer, *inner]:
         if foreign := next((FOREIGN[word] for word in module.words if word in FOREIGN), None):
-            structure.refusals.append(f"{listed([module])}: {foreign}, which no class of transformers has.")
+            structure.refusals.append(f"{listed([module])}: {foreign}, which is known by nanochat's names alone.")
     if structure.refusals:
         return structure
     width = _width(outer, blocks)
