@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was lazy, and it slept all day."]
 SCRATCH = {"activation": "gelu_tanh", "attention_scale": 8**-0.5, "norm_eps": 1e-5, "embedding_scale": 1.0}
-SCRATCH |= {"causal": True, "norm_placement": "pre", "parallel": False}
+SCRATCH |= {"causal": True, "norm_placement": "pre", "parallel": False, "window": None, "attention_cap": None}
+SCRATCH |= {"logit_cap": None, "final_norm_eps": None, "norm_unbiased": False, "norm_eps_outside": False}
 CONFIG = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
 
 
@@ -356,7 +357,7 @@ def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
     torch.save(content | {"model_state_dict": renamed}, tmp_path / "odd.pt")
     given = arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt")
     # The order of definition proposes which is which, and that is an open question.
-    assert_refused(*run_here(monkeypatch, capsys, *given)[::2], ["Nothing shows 8 facts", "--probe_text"])
+    assert_refused(*run_here(monkeypatch, capsys, *given)[::2], ["Nothing shows 12 facts", "--probe_text"])
     (tmp_path / "names.yaml").write_text(
         "blocks.{n}.query: layers.{n}.attention.alpha\n"
         "blocks.{n}.key: layers.{n}.attention.beta\n"
@@ -365,7 +366,7 @@ def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
     )
     given += ["--mapping", tmp_path / "names.yaml"]
     status, _, error = run_here(monkeypatch, capsys, *given)
-    assert_refused(status, error, ["Nothing shows 6 facts", "norm_placement pre (or post, sublayer)", "--reference"])
+    assert_refused(status, error, ["Nothing shows 10 facts", "norm_placement pre (or post, sublayer)", "--reference"])
     (tmp_path / "scratch_gpt.py").write_text(
         (ROOT / "examples" / "scratch_gpt.py").read_text() + "\nraise SystemExit(7)"
     )

@@ -19,10 +19,19 @@ SCALES = {
 }
 """Attention scales that authors use, as rules: the width of a head may be open too. The last two are nanochat's, which
 multiplies queries and keys, normalised, by such a number."""
-EPSILONS = (1e-5, 1e-6, 1e-8)
+EPSILONS = (1e-5, 1e-6, 1e-8, torch.finfo(torch.float32).eps)  # the last is the default of F.rms_norm
 THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0)
 CAPS = (None, 15.0, 20.0, 30.0, 50.0)
-RARE = ("window", "attention_cap", "logit_cap", "final_norm_eps", "qk_norm_eps", "rope_span", "value_gate_factor")
+RARE = (
+    "window",
+    "window_pattern",
+    "attention_cap",
+    "logit_cap",
+    "final_norm_eps",
+    "qk_norm_eps",
+    "rope_span",
+    "value_gate_factor",
+)
 """Facts that nearly all authors have alike. No other fact is changed together with them, and where no text could tell
 their values apart, usual practice settles them."""
 MATTERS = 1e-4
@@ -98,6 +107,7 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         "final_norm_eps": (None, *EPSILONS),
         "qk_norm_eps": (None, *EPSILONS),
         "window": (None, *windows(gpt.context_length)),
+        "window_pattern": (None, *window_patterns(gpt.n_layer)),
         "attention_cap": CAPS,
         "value_gate_factor": (1.0, 2.0, 3.0),
         "backout_layer": range(gpt.n_layer),
@@ -117,10 +127,17 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
 
 
 def windows(context_length: int) -> list[int]:
-    """Windows that authors choose: a part of the context, or a power of two."""
+    """Windows that authors choose: a part of the context, or a power of two; nanochat counts the tokens before."""
     parts = {context_length // part for part in (2, 3, 4)}
+    parts |= {context_length // 2 + 1, *(-(-part // 128) * 128 + 1 for part in parts)}
     powers = {2**n for n in range(1, 13) if 2**n * 8 >= context_length}
     return sorted(n for n in parts | powers if 1 < n < context_length)
+
+
+def window_patterns(n_layer: int) -> list[str]:
+    """Which blocks see through a window: those of a pattern that is repeated, and the last one never."""
+    patterns = [(pattern * n_layer)[: n_layer - 1] + "L" for pattern in ("S", "SL", "SSL", "SSSL")]
+    return [*dict.fromkeys(pattern for pattern in patterns if "S" in pattern)]
 
 
 def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:

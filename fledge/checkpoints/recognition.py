@@ -88,6 +88,8 @@ def _heads(tensors: Mapping[str, Tensor], heads_saved: int | None, facts: Settli
     """The number of heads: `heads_saved` if they were saved one by one, else stated or guessed."""
     width, key_rows = tensors["token_embedding.weight"].shape[1], len(tensors["blocks.0.key.weight"])
     rotary = _may_rotate(tensors)
+    if gates := [tensor for name, tensor in tensors.items() if name.endswith(".value_gate.weight")]:
+        heads_saved = len(gates[0]) * len(tensors["blocks.0.query.weight"]) // key_rows  # one for each key head
     if heads_saved:
         n_head = facts.show("n_head", heads_saved)
         if (said := facts.told.get("n_head")) and said.value != heads_saved:

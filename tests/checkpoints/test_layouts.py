@@ -135,12 +135,13 @@ def statuses(*args, **keys) -> dict[str, tuple[Status, str]]:
 
 SHOWN = (Status.SHOWN, "tensors")
 USUAL = (Status.ASSUMED, "usual practice")
+ALWAYS = "window attention_cap logit_cap final_norm_eps norm_unbiased norm_eps_outside"
 CONFIG = (Status.SETTLED, "checkpoint config")
 
 
 def test_each_fact_names_where_it_comes_from():
     known = (Status.SETTLED, "every known author of scratch")
-    asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel"
+    asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel " + ALWAYS
     assert statuses(checkpoint_of(*build("scratch"))) == dict.fromkeys(asked.split(), known) | {
         "layout": (Status.SHOWN, "names of tensors"),
         "n_head": CONFIG,
@@ -151,7 +152,7 @@ def test_each_fact_names_where_it_comes_from():
     asked = "rope attention_scale activation norm embedding_scale causal parallel rope_theta rope_direction rope_width"
     told = stated(n_head=3, norm_placement="pre")
     assert statuses(checkpoint_of(*build("llama_half")), "llama", told=told) == {
-        **dict.fromkeys([*asked.split(), "logit_cap", "qk_norm"], forced),
+        **dict.fromkeys([*asked.split(), *ALWAYS.split(), "rope_span", "qk_norm"], forced),
         "layout": (Status.SHOWN, "--layout"),
         "n_head": (Status.SETTLED, "--n_head"),
         "norm_eps": CONFIG,
@@ -161,8 +162,9 @@ def test_each_fact_names_where_it_comes_from():
         "positions": (Status.SETTLED, "--layout"),
     }
     unheard = checkpoint({name.replace("att.", "mix."): tensor for name, tensor in weights("book_fast").items()})
-    asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel qkv_by_head"
+    asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel qkv_by_head " + ALWAYS
     assert statuses(unheard) == dict.fromkeys(asked.split(), USUAL) | {
+        **dict.fromkeys(("norm_unbiased", "norm_eps_outside"), (Status.SETTLED, "names of nn.LayerNorm")),
         "layout": (Status.SHOWN, "no layout has these names"),
         "n_head": (Status.ASSUMED, "a guess"),
         "norm": SHOWN,
@@ -179,7 +181,12 @@ def test_each_fact_names_where_it_comes_from():
         ("llama2c", {"n_heads": 3, "context_length": 20}, {"rope_theta", "norm_eps"}),
         ("per_head", {}, {"attention_scale"}),
         ("hf_gpt2_like", {"n_head": 3}, set()),
-        ("mha", {"n_head": 3}, {"activation", "norm_eps", "embedding_scale", "causal", "norm_placement", "parallel"}),
+        (
+            "mha",
+            {"n_head": 3},
+            {"activation", "norm_eps", "embedding_scale", "causal", "norm_placement", "parallel"}
+            | {"window", "attention_cap", "logit_cap", "final_norm_eps"},
+        ),
     ],
 )
 def test_known_authors_settle_what_they_all_share_and_nothing_else(variant, config, assumed):
@@ -609,5 +616,5 @@ def test_nanochat_is_known_by_its_names_for_what_its_authors_compute():
     assert (gpt.activation, gpt.rope, gpt.rope_direction, gpt.qk_norm) == ("relu2", "half", -1, "head")
     assert (gpt.embedding_norm, gpt.final_norm, gpt.logit_cap, gpt.qk_norm_after_rope) == (True, True, 15.0, True)
     assert [name for name, lacks in obstacles(gpt).items() if not lacks] == ["nanochat"]
-    with pytest.raises(UserError, match="resid_lambdas: learned weights of the residual stream"):
-        recognise(checkpoint(tensors | {"resid_lambdas": torch.ones(1)}, {"n_head": 2, "sequence_len": 32}))
+    with pytest.raises(UserError, match="skip_lambdas: learned weights of the residual stream"):
+        recognise(checkpoint(tensors | {"skip_lambdas": torch.ones(1)}, {"n_head": 2, "sequence_len": 32}))
