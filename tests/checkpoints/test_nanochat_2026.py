@@ -12,13 +12,13 @@ from accelerate import init_empty_weights
 from hand_written import checkpoint_of
 from transformers import AutoModelForCausalLM
 
+from fledge.checkpoints.author.reference import load_reference
 from fledge.checkpoints.canonical import canonical_logits
 from fledge.checkpoints.custom import represent
 from fledge.checkpoints.evidence import settle_by_reference
 from fledge.checkpoints.facts import Status
 from fledge.checkpoints.proof import probes_of, prove_exact
 from fledge.checkpoints.recognition import fit_vocabulary, recognise
-from fledge.checkpoints.reference import load_reference
 from fledge.cli import UserError
 
 IDS = torch.randint(nanochat_2026.VOCAB, (2, nanochat_2026.CONTEXT), generator=torch.Generator().manual_seed(1))
