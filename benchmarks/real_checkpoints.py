@@ -3,9 +3,9 @@
     python benchmarks/real_checkpoints.py --data DIR [--only NAME]
 
 DIR holds `checkpoints/` and `checkpoints_wild/` (see its README). Each is converted with nothing but the file (and a
-tokenizer), with its own text (`--probe_text`), with its author's folder (`--reference`), with that and
-`--allow_custom_code`, and with `--accept_assumptions` to see what would have been written. "Right" means that the
-logits of the converted model equal those of the author's own module, which is made here by hand from the author's
+tokenizer), with its own text (`--probe_text`, away from the author's code), with its author's folder (`--reference`),
+with that and `--allow_custom_code`, and with `--accept_assumptions` to see what would have been written. "Right" means
+that the logits of the converted model equal those of the author's own module, which is made here by hand from the author's
 code; where it is not at hand, the cell says so. No conversion that says "Proven" may be wrong. One that text settled
 and that differs from the published code is judged by the text: the author changed the code after training if the
 published code predicts it worse, and both losses are printed.
@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -166,7 +167,8 @@ def convert(data: Path, case: Case, base: Path, tokenizer: Path | None, *more: o
     from fledge.cli import run
     from fledge.scripts import convert_checkpoint
 
-    command = ["convert_checkpoint.py", "--checkpoint", data / case.folder / case.checkpoint, "--output_dir", base]
+    command = ["convert_checkpoint.py", "--output_dir", base]
+    command += [] if "--checkpoint" in more else ["--checkpoint", data / case.folder / case.checkpoint]
     command += ["--tokenizer", tokenizer] if tokenizer else []
     sys.argv = [*map(str, [*command, *more, "--overwrite"])]
     out, error = io.StringIO(), io.StringIO()
@@ -177,7 +179,7 @@ def convert(data: Path, case: Case, base: Path, tokenizer: Path | None, *more: o
         if left.code:
             return stopped(error.getvalue().strip().removeprefix("convert_checkpoint.py: "))
     said = json.loads((base / "conversion.json").read_text(encoding="utf-8"))["verdict"]
-    word = "Proven" if said.startswith("Proven") else "assumed"
+    word = "Proven" if said.startswith("Proven") else "by text" if "settled by text" in said else "assumed"
     return f"{word}, {verdict_of(data, case, base, '--probe_text' in more)}"
 
 
@@ -207,10 +209,15 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = vocabulary_of(data, case, Path(folder, "characters.json"))
             text = ["--probe_text", data / case.folder / case.text] if case.text else None
+            apart = Path(folder, "apart", Path(case.checkpoint).name)  # out of reach of the author's code
+            apart.parent.mkdir()
+            shutil.copy(data / case.folder / case.checkpoint, apart)
             own = "--allow_custom_code"
             reference = ["--reference", data / case.folder] if case.folder.startswith(WILD) else None
             written = [*reference, own] if reference else None
             for more in ([], [*text, own] if text else None, reference, written, ["--accept_assumptions", own]):
+                by_text = more is not None and "--probe_text" in more
+                more = [*more, "--checkpoint", apart] if by_text else more
                 said = "" if more is None else convert(data, case, Path(folder, "base"), tokenizer, *more)
                 cells.append(said.replace("|", "/"))
         print(f"| {case.folder.split('/')[-1]} | {' | '.join(cells)} |", flush=True)

@@ -7,7 +7,8 @@ tokenizer is what the checkpoint holds, else a text in the folder that has as ma
 else GPT-2's for GPT-2's sizes, else invented words. FOLDER/authors.py, if there is one, has `load(name, checkpoint)`,
 which gives the author's module as a function of ids (B, T) to logits. It runs the authors' code; read that first.
 
-Each cell says what the converter said, and whether the logits are the author's. "Proven" and wrong must never occur.
+"text" leaves the checkpoint in its folder, and "apart" takes it out of reach of the code. Each cell says what the
+converter said, and whether the logits are the author's. "Proven" and wrong must never occur.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import importlib.util
 import io
 import json
 import multiprocessing
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -65,7 +67,7 @@ def tokenizer_of(folder: Path, size: int | None, invented: Path) -> tuple[list[s
 
 
 def convert(arguments: list[str], output: Path) -> tuple[str, str]:
-    """What became of it (Proven, assumed, stops or fails) and the sentence that says so.
+    """What became of it (Proven, text, assumed, stops or fails) and the sentence that says so.
 
     A child of this process converts: it has imported everything already, and what it does to itself ends with it.
     """
@@ -79,7 +81,7 @@ def convert(arguments: list[str], output: Path) -> tuple[str, str]:
     lines = said_by.read_text(encoding="utf-8").strip().splitlines()
     if child.exitcode:
         return ("stops" if child.exitcode == 2 else "fails"), lines[-1] if lines else ""
-    return ("Proven" if any(line.startswith("Proven:") for line in lines) else "assumed"), lines[-2]
+    return ("Proven" if lines[-2].startswith("Proven") else "text" if "by text" in lines[-2] else "assumed"), lines[-2]
 
 
 def _convert(arguments: list[str], output: Path, said_by: Path) -> None:
@@ -125,7 +127,7 @@ def ways(folder: Path, text: Path | None) -> dict[str, list[str]]:
     """The arguments of each way to convert a checkpoint of `folder`."""
     given = {"bare": [], "accepted": ["--accept_assumptions"]}
     if text:
-        given["text"] = ["--probe_text", str(text)]
+        given["text"] = given["apart"] = ["--probe_text", str(text)]
     return given | {"reference": ["--reference", str(folder)]}
 
 
@@ -145,7 +147,11 @@ def measure(wild: Path, wanted: list[str]) -> list[dict]:
                 if way not in wanted:
                     continue
                 output = scratch / way
-                arguments = ["--checkpoint", str(folder / checkpoint), *tokenizer, "--allow_custom_code", *more]
+                file = folder / checkpoint
+                if way == "apart":  # the text alone, where no code lies beside the checkpoint
+                    (scratch / "apart_from_code").mkdir()
+                    file = Path(shutil.copy(file, scratch / "apart_from_code"))
+                arguments = ["--checkpoint", str(file), *tokenizer, "--allow_custom_code", *more]
                 kind, said = convert(arguments, output)
                 entry = row["ways"][way] = {"kind": kind, "said": said.replace(str(wild), "")}
                 if (output / "conversion.json").exists():
@@ -171,7 +177,7 @@ def cell(entry: dict) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wild", type=Path, required=True)
-    parser.add_argument("--ways", nargs="+", default=["bare", "accepted", "text", "reference"])
+    parser.add_argument("--ways", nargs="+", default=["bare", "accepted", "text", "apart", "reference"])
     parser.add_argument("--table", type=Path, help="a file for the table, and .json beside it for all that was said")
     args = parser.parse_args()
     rows = measure(args.wild.resolve(), args.ways)

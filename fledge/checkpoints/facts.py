@@ -31,6 +31,7 @@ class Source(StrEnum):
     LAYOUT_FLAG = "--layout"
     # Settled by what is known of the checkpoint.
     CONFIG = "checkpoint config"
+    PICKLED = "attribute of the pickled module"
     AUTHORS = "every known author"
     TORCH_ATTENTION = "nn.MultiheadAttention"
     TORCH_NORM = "names of nn.LayerNorm"
@@ -174,9 +175,14 @@ LARGEST = 1e12
 """Every number that a fact can have is smaller."""
 
 
+def config_key(config: Mapping[str, object], name: str) -> str | None:
+    """The key under which a config says a fact."""
+    return next((key for key in CONFIG_KEYS[name] if key in config), None)
+
+
 def from_config(config: Mapping[str, object], name: str) -> object:
     """What the checkpoint's own config says about a fact, or None."""
-    value = next((config[key] for key in CONFIG_KEYS[name] if key in config), None)
+    value = config.get(config_key(config, name))
     if name == "activation":
         return CONFIG_ACTIVATIONS.get(str(value).lower())
     if name == "renormalise_experts":

@@ -194,6 +194,9 @@ NANOCHAT_FACTS = {
     "final_norm": True,
     "logit_cap": 15.0,
 }
+LITGPT_CHOOSES = ("activation", "norm", "norm_eps", "parallel", "qk_norm", "rope_theta", "rope_width")
+LITGPT_CHOOSES += ("embedding_scale", "attention_scale", "attention_cap", "logit_cap", "window")
+"""What a config of litgpt says."""
 LLAMA_FACTS = {"activation": "silu", "norm": "rmsnorm"}
 
 
@@ -335,6 +338,7 @@ LAYOUTS = {
         LLAMA,
         ("self_attn.q_proj", "mlp.gate_proj"),
         LLAMA_FACTS | {"rope": "half"},
+        prefix="model.",
         open=("rope", "rope_theta", "norm_eps", "activation"),
         dated="architectures",
     ),
@@ -357,17 +361,21 @@ LAYOUTS = {
         open=("norm_eps", "rope_theta", "logit_cap"),
         dated="sequence_len",
     ),
+    "litgpt_until_2025": Layout(
+        LITGPT | {"h.{n}.attn.attn": "blocks.{n}.qkv"},
+        ("transformer.wte.", "h.0.norm_1", "h.0.attn.attn."),
+        {"activation": "silu", "rope": "half", "qkv_by_head": True},
+        prefix="transformer.",
+        by_order=frozenset({"gate_order"}),
+        open=LITGPT_CHOOSES,
+    ),
     "litgpt": Layout(
         LITGPT,
         ("transformer.wte.", "h.0.norm_1", "attn.proj"),
         {"activation": "silu", "rope": "half"},
         prefix="transformer.",
         by_order=frozenset({"gate_order"}),
-        # Its config chooses these.
-        open=(
-            *("activation", "norm", "norm_eps", "parallel", "qk_norm"),
-            *("rope_theta", "rope_width", "embedding_scale", "logit_cap"),
-        ),
+        open=LITGPT_CHOOSES,
     ),
     # The layers of PyTorch; its users name the ends of the model, so that there is no table.
     "torch": Layout(

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fledge.checkpoints.facts import TOLD, Fact, Source
+from fledge.checkpoints.facts import CAPS, TOLD, Fact, Source
 from fledge.cli import UserError
 
 SAVED_BY_HEAD = re.compile(r"\.(query|key|value)\.(?:\{h\}|\d+)$")
@@ -28,7 +28,8 @@ def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
     roles, facts = {}, {}
     for key, value in _load(file).items():
         if key in TOLD and not (key in OUTSIDE and isinstance(value, str)):
-            facts[key] = Fact.of(key, _number(value), Source.MAPPING)
+            lacks = value == "none" and (key in CAPS or key == "qk_norm")
+            facts[key] = Fact.of(key, None if lacks else _number(value), Source.MAPPING)
         elif isinstance(value, str) and _is_role(key):
             if sorted(re.findall(r"\{[nh]\}", key)) != sorted(re.findall(r"\{[nh]\}", value)):
                 raise UserError(

@@ -147,15 +147,21 @@ def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:
 
 
 def regroup(gpt: CanonicalGPT, into_thirds: bool = False) -> CanonicalGPT:
-    """Reads fused projections the other way: (head, q/k/v, row of the head) instead of (q/k/v, head, row), or back."""
-    tensors = dict(gpt.tensors)
+    """Reads fused projections the other way: by key head, its queries, its key, its value; or back."""
+    tensors, shared, groups = dict(gpt.tensors), gpt.n_head // gpt.n_kv_head, gpt.n_kv_head
     for n in range(gpt.n_layer):
         for kind in ("weight", "bias"):
             names = [f"blocks.{n}.{part}.{kind}" for part in ("query", "key", "value")]
-            if names[0] in tensors:
-                fused = torch.cat([tensors[name] for name in names])
-                grouped = fused.unflatten(0, (3, gpt.n_head, -1) if into_thirds else (gpt.n_head, 3, -1))
-                tensors |= dict(zip(names, grouped.transpose(0, 1).flatten(0, 2).chunk(3), strict=True))
+            if names[0] not in tensors:
+                continue
+            parts = [tensors[name] for name in names]
+            if into_thirds:
+                by_group = [part.unflatten(0, (groups, -1, gpt.head_width)) for part in parts]
+                parts = torch.cat(by_group, dim=1).flatten(0, 2).split([len(part) for part in parts])
+            else:
+                by_group = torch.cat(parts).unflatten(0, (groups, shared + 2, -1))
+                parts = [part.flatten(0, 2) for part in by_group.split([shared, 1, 1], dim=1)]
+            tensors |= dict(zip(names, parts, strict=True))
     return replace(gpt, tensors=tensors)
 
 

@@ -58,7 +58,7 @@ def recognise(
     tensors, heads_saved = assemble(checkpoint.tensors, structure)
     n_layer = check_shapes(tensors)
     known = known_layout(checkpoint, structure, tensors, forced=layout)
-    facts = Settling(known, checkpoint.config, told or {}, by_author)
+    facts = Settling(known, checkpoint.config, told or {}, by_author, checkpoint.origins, checkpoint.stated)
 
     n_head = _heads(tensors, heads_saved, facts)
     gpt = _shown(tensors, n_layer, n_head, checkpoint, facts)
@@ -235,7 +235,7 @@ def _orders(gpt: CanonicalGPT, structure: Structure, facts: Settling) -> Canonic
         source = Source.PRACTICE if name == "gate_order" else Source.GUESS
         gpt = reordered(gpt, name, facts.settle(name, default, source))
     fused = any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values())
-    if fused and gpt.n_head == gpt.n_kv_head and facts.settle("qkv_by_head", False):
+    if fused and facts.settle("qkv_by_head", False):
         return regroup(gpt)
     return gpt
 

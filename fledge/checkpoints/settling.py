@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT
-from fledge.checkpoints.facts import CONFIG_KEYS, Fact, Source, Status, check_fact, from_config
+from fledge.checkpoints.facts import CONFIG_KEYS, Fact, Source, Status, check_fact, config_key, from_config
 from fledge.checkpoints.known_layouts import LAYOUTS, UNUSUAL, Layout
 from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.mixing import mixing_roles
@@ -56,6 +56,8 @@ class Settling:
         config: the checkpoint's own config.
         told: facts stated by flags or a mapping, by name.
         by_author: the context length of the author's code, for a checkpoint that shows none.
+        origins: where each entry of the config is from.
+        stated: facts that the config states in words of its own.
     """
 
     def __init__(
@@ -64,8 +66,11 @@ class Settling:
         config: Mapping[str, object],
         told: Mapping[str, Fact],
         by_author: Fact | None = None,
+        origins: Mapping[str, str] | None = None,
+        stated: Mapping[str, object] | None = None,
     ):
         self.known, self.config, self.told, self.by_author = known, config, told, by_author
+        self.origins, self.stated = origins or {}, stated or {}
         self.facts: dict[str, Fact] = {}
         source = Source.NO_NAMES if known is None else Source.LAYOUT_FLAG if known.forced else Source.NAMES
         self.add(Fact("layout", known and known.name, Status.SHOWN, source))
@@ -97,8 +102,14 @@ class Settling:
         """The user comes first, then the config, and then the known authors."""
         if name in self.told:
             return self.told[name]
+        if name in self.stated:
+            return Fact.of(name, self.stated[name], Source.CONFIG)
         if name in CONFIG_KEYS and (said := from_config(self.config, name)) is not None:
-            return Fact.of(name, said, Source.CONFIG)
+            key = config_key(self.config, name)
+            place = self.origins.get(key, "")
+            fact = Fact.of(name, said, Source.PICKLED if place == Source.PICKLED else Source.CONFIG)
+            fact.detail = key if place in ("", Source.PICKLED) else f"{key}, {place}"
+            return fact
         if self.known is None or name in ("n_head", "context_length"):
             return Fact.of(name, default, source)
         return self._by_layout(self.known, name, default, source)
@@ -128,8 +139,8 @@ class Settling:
                 self.facts[name].settle(source)
 
     def stated_names(self) -> set[str]:
-        """The facts that the user or the layout states."""
-        return {*self.told, *(self.known.layout.facts if self.known else ())}
+        """The facts that the user, the config or the layout states."""
+        return {*self.told, *self.stated, *(self.known.layout.facts if self.known else ())}
 
     def check_told(self, fields: Mapping[str, object]) -> None:
         """Checks that each told fact was asked for, or else agrees with the model's own `fields`.

@@ -61,7 +61,7 @@ def leave_to_code(facts: list[Fact], code: str) -> None:
     Text shows how the weights were trained, which need not be what the code computes: authors change it afterwards.
     """
     for fact in facts:
-        if fact.source is Source.PROBE_TEXT and fact.status is Status.SETTLED:
+        if fact.source in (Source.PROBE_TEXT, Source.UNTOLD) and fact.status is Status.SETTLED:
             fact.status, fact.detail = Status.ASSUMED, f"{fact.detail}; {code} was not asked"
 
 
@@ -108,6 +108,8 @@ def _listed(fact: Fact, rivals: list[object]) -> str:
     value = _spelled(fact.name, fact.value)
     how = f"--{fact.name} {value}" if fact.name in FLAGS else f"{fact.name}: {value} in a --mapping"
     others = ", ".join(_spelled(fact.name, rival) for rival in rivals)
+    if fact.name == "activation" and {"gelu", "gelu_tanh"} <= {fact.value, *rivals}:
+        how += ' (no text tells gelu and gelu_tanh apart: nn.GELU() is gelu, approximate="tanh" is gelu_tanh)'
     return f"{fact.name} {value}" + (f" (or {others})" if others else "") + f", stated by {how}"
 
 

@@ -28,10 +28,11 @@ PAD_TOKENS = ("<|pad|>", "<pad>", "<PAD>", "[PAD]")
 SENTENCEPIECE_END_TOKENS = ("<|endoftext|>", "<s>", *END_TOKENS)
 
 MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-FOLDER_ORDER = ("tokenizer.json", *MERGES, "tokenizer.model", "tokenizer.bin", "meta.pkl")
+FOLDER_ORDER = ("tokenizer.json", *MERGES, "tokenizer.model", "tokenizer.bin", "tokenizer.pkl", "meta.pkl")
 ACCEPTED = (
     "gpt2, tokenizer.json, vocab.json with merges.txt, a SentencePiece .model, llama2.c's tokenizer.bin, a vocabulary "
-    "of characters or words (.json, or nanoGPT's meta.pkl), the .txt whose characters are the vocabulary, or a folder"
+    "of characters or words (.json, or nanoGPT's meta.pkl), nanochat's tokenizer.pkl, the .txt whose characters are "
+    "the vocabulary, or a folder"
 )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from fledge.tokenizers.tiktoken_pickle import read_encoding
+
 UNKNOWN_TOKENS = ("<|unk|>", "<unk>", "<UNK>", "[UNK]")
 WORD_SPLIT = re.compile(r"""([,.:;?_!"()']|--|\s)""")
 SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
@@ -72,7 +74,12 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def read_pickle(file: Path) -> Tokenizer:
-    """A pickled vocabulary of plain containers; one that names any class or function is refused, and nothing runs."""
+    """A pickled vocabulary of plain containers, or a pickled encoding of tiktoken.
+
+    One that names any other class or function is refused, and nothing runs.
+    """
+    if encoding := read_encoding(file):
+        return encoding
     return from_vocabulary(_PlainUnpickler(io.BytesIO(file.read_bytes())).load())
 
 

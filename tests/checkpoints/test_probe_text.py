@@ -34,7 +34,7 @@ def sharpened(variant: str, **told: object) -> tuple[CanonicalGPT, list[Fact]]:
     module, config = build(variant, **SIZES)
     gpt, facts = recognise(checkpoint_of(module, config), told=stated(**told))
     generator, tensors = torch.Generator().manual_seed(1), {}
-    for name, tensor in gpt.tensors.items():
+    for name, tensor in sorted(gpt.tensors.items()):
         noise = torch.randn(tensor.shape, generator=generator)
         loud = LOUD.get(name.split(".")[-2], 1.5) * tensor.shape[-1] ** -0.5
         tensors[name] = noise * loud if tensor.dim() > 1 else tensor + 0.3 * noise

@@ -160,11 +160,14 @@ class Files:
             if kind == kind_of(key) and isinstance(value, PLAIN):
                 yield Said(value, f"--{key}", Rank.FLAG)
         if name in config:
-            yield Said(config[name], "checkpoint config", Rank.CONFIG)
+            yield Said(config[name], self._origin(name), Rank.CONFIG)
         elif kind:
             for key, value in config.items():
                 if kind_of(str(key)) == kind and isinstance(value, PLAIN):
-                    yield Said(value, f"checkpoint config, {key}", Rank.CONFIG)
+                    yield Said(value, f"{self._origin(key)}, {key}", Rank.CONFIG)
+
+    def _origin(self, key: str) -> str:
+        return self.checkpoint.origins.get(key, "checkpoint config")
 
     def broken(self) -> str:
         """What could not be read of the author's scripts, as the end of a sentence."""

@@ -1,16 +1,17 @@
 """Checkpoint files → tensors by name. Nothing in a file is ever executed."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from fledge.checkpoints.loading.binary import is_binary, read_binary
+from fledge.checkpoints.loading.configs import is_no_model, origins, read_config_beside, stated_by_litgpt
 from fledge.checkpoints.loading.file_kinds import other_kind
 from fledge.checkpoints.loading.opening import first_bytes, open_file
 from fledge.checkpoints.loading.token_ids import vocabulary_in
-from fledge.checkpoints.loading.unwrapping import CLASS, WRAPPERS, unwrap
+from fledge.checkpoints.loading.unwrapping import CLASS, CONFIGS, WRAPPERS, unwrap
 from fledge.checkpoints.loading.weights import weights_in
 from fledge.cli import UserError, read_json
 
@@ -24,7 +25,8 @@ class Checkpoint:
     """A state dict without wrappers, prefixes and buffers, with what was left aside and why.
 
     `tensors` are plain floating-point numbers, all of them finite. `vocabulary`, if the file holds one, says which id
-    each token has; the ids run from 0 without a gap.
+    each token has; the ids run from 0 without a gap. `origins` says where each entry of the config is from, and
+    `stated` holds the facts that the config states in words of its own.
     """
 
     tensors: dict[str, Tensor]
@@ -32,6 +34,8 @@ class Checkpoint:
     left_out: dict[str, str]
     source: dict[str, object]
     vocabulary: dict[str, int] | None = None
+    origins: dict[str, str] = field(default_factory=dict)
+    stated: dict[str, object] = field(default_factory=dict)
 
 
 def load_checkpoint(path: str) -> Checkpoint:
@@ -55,7 +59,11 @@ def load_checkpoint(path: str) -> Checkpoint:
         levels = [state]
     else:
         state, said, left_out, levels = unwrap(file, open_file(file))
-    config |= said
+    beside, name = read_config_beside(file)
+    is_pickled = CLASS in levels[0]
+    places = dict.fromkeys(config, "config.json") | dict.fromkeys(said, "the file's header")
+    places |= origins(levels, CONFIGS, is_pickled) | dict.fromkeys(beside, name)
+    config |= said | beside
     tensors, not_weights = weights_in(file, state)
     if not tensors:
         held = ", ".join(repr(str(key)) for key in list(levels[0])[:5]) or "nothing"
@@ -64,13 +72,15 @@ def load_checkpoint(path: str) -> Checkpoint:
         )
     left_out |= not_weights
     vocabulary, taken = vocabulary_in(file, [*levels, config])
-    of_class = {"class": levels[0][CLASS]} if CLASS in levels[0] else {}
+    of_class = {"class": levels[0][CLASS]} if is_pickled else {}
     return Checkpoint(
         tensors=tensors,
         config=config,
         left_out={name: reason for name, reason in left_out.items() if name not in taken and name != CLASS},
         source={"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)} | of_class,
         vocabulary=vocabulary,
+        origins={key: place for key, place in places.items() if key in config},
+        stated=stated_by_litgpt(config),
     )
 
 
@@ -97,9 +107,9 @@ def _locate(path: Path) -> tuple[Path, dict[str, object]]:
 
 def _looks_like_checkpoint(file: Path) -> bool:
     # Tokenizers and token ids are called .bin as well.
-    return file.suffix.lower() in SUFFIXES and (
-        file.suffix.lower() != ".bin" or is_binary(file) or first_bytes(file)[:2] in (b"PK", b"\x80\x02")
-    )
+    suffix = file.suffix.lower()
+    is_binary_or_torch = suffix != ".bin" or is_binary(file) or first_bytes(file)[:2] in (b"PK", b"\x80\x02")
+    return suffix in SUFFIXES and is_binary_or_torch and not is_no_model(file)
 
 
 def _sha256(file: Path) -> str:
