@@ -81,7 +81,8 @@ def convert(arguments: list[str], output: Path) -> tuple[str, str]:
     lines = said_by.read_text(encoding="utf-8").strip().splitlines()
     if child.exitcode:
         return ("stops" if child.exitcode == 2 else "fails"), lines[-1] if lines else ""
-    return ("Proven" if lines[-2].startswith("Proven") else "text" if "by text" in lines[-2] else "assumed"), lines[-2]
+    said = next(line for line in reversed(lines) if line.startswith(("Proven", "Converted")))
+    return ("Proven" if said.startswith("Proven") else "text" if "by text" in said else "assumed"), said
 
 
 def _convert(arguments: list[str], output: Path, said_by: Path) -> None:

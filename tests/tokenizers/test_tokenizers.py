@@ -6,6 +6,7 @@ import struct
 from itertools import pairwise
 
 import pytest
+import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, StableLmConfig
 
 from fledge.cli import UserError
 from fledge.tokenizers import load_tokenizer, open_tokenizer
+from fledge.tokenizers.tiktoken_pickle import byte_level
 
 STORIES = ["Once upon a time there was a fox.", "The fox was quick, and it's said: “Ça va?” 12 345\n\n日本 🦊"] * 3
 CONTEXT_LENGTH = 64
@@ -649,3 +651,26 @@ def test_sentencepiece_models_give_the_ids_of_the_sentencepiece_library(
 
 
 PARTS = ["<sep>", "<user>", " ", "  ", "a", "fox", "The quick", "<unk>", "Once upon ", *STORIES[:2]]
+
+
+@settings(max_examples=30)
+@given(st.text(max_size=60))
+def test_a_pickled_encoding_of_tiktoken_gives_tiktokens_ids(text):
+    """With nanochat's pattern, and tokens that merges made from a text."""
+    pattern = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"""
+    pattern += r"""| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in (b"th", b"he", b"the", b" the", b"an", b"and", b" fox", b"  ", b"12", b"\xc3\xa9"):
+        ranks[token] = len(ranks)
+    encoding = tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|bos|>": len(ranks)})
+    tokenizer = byte_level(ranks, pattern, {"<|bos|>": len(ranks)})
+    for sample in (text, f"The fox and {text}the 123 é's"):
+        ids = tokenizer.encode(sample).ids
+        assert ids == encoding.encode(sample, allowed_special="all")
+        assert tokenizer.decode(ids, skip_special_tokens=False) == sample
+
+
+def test_pickle_that_names_another_class_is_refused(tmp_path):
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(Tokenizer(models.BPE())))
+    with pytest.raises(UserError, match="not only text and numbers"):
+        load_tokenizer(str(tmp_path / "tokenizer.pkl"), 16)

@@ -66,6 +66,8 @@ def stated_by_litgpt(config: Mapping[str, object]) -> dict[str, object]:
         "logit_cap": config.get("final_logit_softcapping"),
         "window": config.get("sliding_window_size"),
     }
+    if not config.get("norm_qk"):
+        facts["qk_norm"] = None
     if facts["norm"] == "rmsnorm" and "Gemma" in str(config.get("name")):
         facts["norm_offset"] = 1.0
     return facts
