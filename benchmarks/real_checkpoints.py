@@ -7,8 +7,8 @@ tokenizer), with its own text (`--probe_text`, away from the author's code), wit
 with that and `--allow_custom_code`, and with `--accept_assumptions` to see what would have been written. "Right" means
 that the logits of the converted model equal those of the author's own module, which is made here by hand from the
 author's code; where it is not at hand, the cell says so. No conversion that says "Proven" may be wrong. One that text
-settled and that differs from the published code is judged by the text: the author changed the code after training if the
-published code predicts it worse, and both losses are printed.
+settled and that differs from the published code is judged by the text: the author changed the code after training if
+the published code predicts it worse, and both losses are printed.
 """
 
 import argparse
