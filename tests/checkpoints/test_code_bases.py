@@ -12,6 +12,7 @@ from families import CONTEXT, FAMILIES, HEAD, HEADS, KEY_HEADS, LAYERS, VOCAB, W
 
 from fledge.checkpoints.canonical import canonical_logits
 from fledge.checkpoints.loading import load_checkpoint
+from fledge.checkpoints.loading.configs import origins
 from fledge.checkpoints.recognition import recognise
 from fledge.tokenizers import load_tokenizer
 from fledge.tokenizers.beside import find_beside
@@ -120,8 +121,6 @@ def test_nanochats_folder_leaves_no_question_and_has_its_tokenizer(tmp_path):
 
 
 def test_a_value_of_a_pickled_module_is_not_called_its_config():
-    from fledge.checkpoints.configs import origins
-
     levels = [{"config": {"n_head": 4}, "state_dict": {}}]
     assert origins(levels, ("config",), pickled=True)["n_head"] == "attribute of the pickled module"
     assert origins(levels, ("config",), pickled=False)["n_head"] == "config in the file"
