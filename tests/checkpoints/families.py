@@ -201,6 +201,7 @@ FAMILIES = {
         | {"rope_base": 10000, "rotary_percentage": 1.0, "parallel_residual": False, "norm_class_name": "RMSNorm"},
         tied=False,
         asked={"activation": "silu", "norm": "rmsnorm", "parallel": False, "qk_norm": None, "rope_width": None}
-        | {"embedding_scale": 1.0, "logit_cap": None},
+        | {"embedding_scale": 1.0, "logit_cap": None, "attention_cap": None, "window": None}
+        | {"attention_scale": HEAD**-0.5},
     ),
 }

@@ -254,7 +254,7 @@ def test_config_may_use_any_usual_word(name, keys):
     for key in keys.split():
         _, facts = recognise(checkpoint(weights("llama_half"), needed | {key: value}))
         expected = "gelu_tanh" if name == "activation" else value
-        assert Fact.of(name, expected, Source.CONFIG) in facts
+        assert Fact(name, expected, Status.SETTLED, Source.CONFIG, detail=key) in facts
 
 
 @pytest.mark.parametrize(
