@@ -196,15 +196,14 @@ class Race:
                 self.measure(one, count)
 
     def _wins(self, comparison: Comparison, values: Values, changes: Values) -> bool:
-        """What is assumed gives way to whatever does better; what a layout or config says, or few do, only clearly.
+        """What is assumed gives way to whatever does better, what a layout or config says only to what clearly does.
 
         A reading that was left is taken again only because of text that was not read by then.
         """
         key = key_of(values | changes)
         if len(self.losses[key]) <= self.left.get(key, 0):
             return False
-        easily = changes.keys() <= self.questions.open - {*RARE}
-        return comparison.better and (easily or comparison.errors <= -CLEARLY)
+        return comparison.better and (changes.keys() <= self.questions.open or comparison.errors <= -CLEARLY)
 
 
 def standard_error(difference: Tensor, places: Tensor) -> float:
