@@ -90,6 +90,11 @@ ROTARY = [
 ]
 
 
+def _alike(value: object, other: object) -> bool:
+    """Whether two values of a fact are equal, or exact and tanh GELU, which no text tells apart."""
+    return value == other or {value, other} == {"gelu", "gelu_tanh"}
+
+
 @pytest.mark.parametrize(
     ("variant", "told", "changed"),
     [*(("student", HEADS_TOLD, changed) for changed in PLAIN), *(("llama_half", {}, changed) for changed in ROTARY)],
@@ -99,7 +104,11 @@ def test_text_catches_each_fact_that_was_flipped(variant, told, changed, tmp_pat
     gpt, facts = sharpened(variant, **told)
     true = replace(gpt, **changed)
     model, by_name, _, trials = settled_by(gpt, facts, true, tmp_path)
-    wrong = {name for name in by_name if name != "qkv_by_head" and getattr(model, name, 0) != getattr(true, name, 0)}
+    wrong = {
+        name
+        for name in by_name
+        if name != "qkv_by_head" and not _alike(getattr(model, name, 0), getattr(true, name, 0))
+    }
     assert not wrong & changed.keys()
     assert all(by_name[name].assumed for name in wrong)
     assert {name for name in changed if by_name[name].assumed} <= {"activation"}
