@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 
 import torch
@@ -110,32 +110,22 @@ class Author:
     def _settle_call(self) -> None:
         """Finds how the forward wants to be called: precision, length, and what it takes beside the ids.
 
+        The first way that is causal and reads earlier tokens is taken, or else the best one that works.
+
         Raises:
             UserError: it cannot be called.
         """
-        names = list(inspect.signature(self.module.forward).parameters.values())[1:]
-        plain = [p for p in names if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        needed = [p.name for p in plain if p.default is p.empty]
-        masks = [p.name for p in plain if "mask" in p.name.lower() and p.name not in needed]
         first, works = None, None
-        for optional in [[], *([name] for name in masks)]:
-            wanted = [*needed, *optional]
-            probe = self._probe()
-            for indices in product(*(range(len(_choices(name, probe))) for name in wanted)):
-                for transposed in (False, True):
-                    self.extra, self.transposed = dict(zip(wanted, indices, strict=True)), transposed
-                    try:
-                        quality = self._try()
-                    except Exception as error:  # whatever the author's code does
-                        first = first or error
-                        continue
-                    if works is None or quality > works[0]:
-                        works = quality, self.extra, self.transposed, self.widen, self.length
-                    if quality == (True, True):
-                        break
-                if works and works[0] == (True, True):
-                    break
-            if works and works[0] == (True, True):
+        for extra, transposed in self._ways():
+            self.extra, self.transposed = extra, transposed
+            try:
+                quality = self._try()
+            except Exception as error:  # whatever the author's code does
+                first = first or error
+                continue
+            if works is None or quality > works[0]:
+                works = quality, self.extra, self.transposed, self.widen, self.length
+            if quality == (True, True):
                 break
         if works is None:
             raise UserError(
@@ -150,8 +140,25 @@ class Author:
         for name, index in self.extra.items():
             self.notes.append(f"Its forward is given {name} {_named(name, self._probe(), index)}.")
 
+    def _ways(self) -> Iterator[tuple[dict[str, int], bool]]:
+        """Which of its `_choices` each argument gets, and whether the ids are (T, B); a mask is tried last."""
+        parameters = list(inspect.signature(self.module.forward).parameters.values())[1:]
+        plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needed = [p.name for p in plain if p.default is p.empty]
+        masks = [p.name for p in plain if "mask" in p.name.lower() and p.name not in needed]
+        probe = self._probe()
+        for optional in ([], *([name] for name in masks)):
+            wanted = [*needed, *optional]
+            for indices in product(*(range(len(_choices(name, probe))) for name in wanted)):
+                for transposed in (False, True):
+                    yield dict(zip(wanted, indices, strict=True)), transposed
+
     def _try(self) -> tuple[bool, bool]:
-        """Calls the forward, and says whether no later token changes an earlier logit, and an earlier one a later."""
+        """Calls the forward in one way, in float64 where that works, and padded to a length where it must be.
+
+        Returns:
+            Whether no later token changes an earlier logit, and whether an earlier token changes a later one.
+        """
         failure = None
         for widen, length in product(("doubles", "all", None), (None, *self.lengths[::-1])):
             if length is not None and length > 2048:
