@@ -87,6 +87,7 @@ def test_loss_and_gradients_of_fledges_head_are_those_of_transformers(target, da
             torch.testing.assert_close(model(**batch | {"attention_mask": None}).loss, rounded, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @settings(few, max_examples=1)
 @given(st.data())
