@@ -44,7 +44,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 build/lowest/ready: pyproject.toml tests/lowest.py
 	$(PYTHON) -m venv build/lowest
 	build/lowest/bin/python tests/lowest.py > build/lowest/constraints.txt
-	build/lowest/bin/python -m pip install --constraint build/lowest/constraints.txt --editable '.[dev,track]'
+	build/lowest/bin/python -m pip install --constraint build/lowest/constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
