@@ -75,3 +75,22 @@ def test_the_judge_agrees_with_readers(yardsticks):
 
     assert sum(agreed) / len(agreed) > 0.94
     assert sum(strayed) / len(strayed) > 0.65
+
+
+@pytest.mark.parametrize(
+    ("topic", "story"),
+    [
+        (
+            "Lily steals a bike from a store and has an accident while riding it, losing her parents' trust and love.",
+            "Lily saw a new bike in the store. She took the bike without paying and rode away. She fell and crashed into a "
+            "wall. Her mom and dad came. She had lost their trust and love. Lily was very sorry.",
+        ),
+        (
+            "Tom and Anna go on a holiday with their parents, and fly on a big plane to a place with sun and sand.",
+            "Tom and Anna are going on a holiday. They packed a lot of toys. Their mum and dad took them to the big plane. "
+            "They flew to a place with a lot of sun. They played in the sand all day.",
+        ),
+    ],
+)
+def test_a_summary_in_other_words_is_no_contradiction(topic, story):
+    assert judge_topic(topic, story).label == "about"
