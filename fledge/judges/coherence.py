@@ -4,6 +4,7 @@ What is read off a story, and what it is meant to catch:
 
 - `surprise`, `unevenness`, `worst`, `odd`: a word model's bits a word, their spread, the five words that it expects
   least, and how many it hardly expects at all; a verb that does not fit, a sentence out of place.
+- `order`: whether sentences stand where stories have their words, "one day" early and "learned" late.
 - `fit`, `fresh`: whether the words of a sentence occur in stories with those of its neighbours, and how many of them
   occur nowhere else in the story; a sentence of another story (the lexical cohesion of Foltz et al. 1998, by counts).
 - `given`: "the dog" before any "a dog", for a thing that stories introduce with "a" (Barzilay and Lapata 2008, order).
@@ -32,8 +33,8 @@ from fledge.judges.ngrams import WordModel
 from fledge.text.stories import QUOTED, sentences
 
 FEATURES = tuple(
-    """surprise unevenness worst odd fit fresh given names late_names lost_name gender switch repeated same twice short
-    long words""".split()  # noqa: SIM905
+    """surprise unevenness worst odd order fit fresh given names late_names lost_name gender switch repeated same twice
+    short long words""".split()  # noqa: SIM905
 )
 REPETITION = {"repeated": 0.9, "same": 0.6}
 TOLERATED = 0.5  # standard deviations above the usual
@@ -91,13 +92,14 @@ class CoherenceJudge:
         usual = stories[::4][:CALIBRATION]
         learned = [story for i, story in enumerate(stories) if i % 4 or i >= 4 * CALIBRATION] or usual
         self.words = WordModel([tokens(story) for story in learned])
+        self._count_places(learned)
         self._count_company([set(content(story)) for story in learned])
         self._count_introductions(learned)
         self._count_genders(learned)
         weights = json.loads(Path(__file__).with_name("coherence.json").read_text(encoding="utf-8"))
         self.weights = np.array([weights[name] for name in FEATURES])
         found = self.features(usual)
-        self.mean, self.spread = found.mean(axis=0), np.maximum(found.std(axis=0), 0.02)
+        self.mean, self.spread = found.mean(axis=0), np.maximum(found.std(axis=0), 0.005)
         self.middle, self.width = 0.0, 1.0
         local = self._local(found)
         self.middle, self.width = float(np.median(local)), float(local.std()) or 1.0
@@ -133,6 +135,25 @@ class CoherenceJudge:
 
     def _local(self, features: np.ndarray) -> np.ndarray:
         return (self._scaled(features) @ self.weights - self.middle) / self.width
+
+    def _count_places(self, stories: list[str]) -> None:
+        """`place`: word → where in stories it stands on average, from -0.5 (the first sentence) to 0.5 (the last)."""
+        sums: dict[str, list[float]] = {}
+        for story in stories:
+            parts = sentences(story)
+            for place, part in zip(np.linspace(-0.5, 0.5, len(parts)), parts, strict=True):
+                for word in set(tokens(part)):
+                    of_word = sums.setdefault(word, [0.0, 0])
+                    of_word[0] += place
+                    of_word[1] += 1
+        self.place = {word: total / (count + 5) for word, (total, count) in sums.items()}
+
+    def _order(self, parts: list[str]) -> float:
+        """The covariance of where sentences stand and where their words do."""
+        if len(parts) < 2:
+            return 0.0
+        expected = [np.mean([self.place.get(word, 0.0) for word in tokens(part)] or [0.0]) for part in parts]
+        return float(np.mean(np.linspace(-0.5, 0.5, len(parts)) * expected))
 
     def _count_company(self, stories: list[set[str]]) -> None:
         """`company` (words, words): log of how much more often two words share a story than by chance."""
@@ -180,6 +201,7 @@ class CoherenceJudge:
             "unevenness": bits.std() if len(bits) else 0.0,
             "worst": np.sort(bits)[-5:].mean() if len(bits) else 0.0,
             "odd": float(np.log1p((bits > ODD).sum())),
+            "order": self._order(parts),
             "repeated": 1 - len(set(runs)) / max(1, len(runs)),
             "same": sum(len(found) - len(set(found)) for found in each) / max(1, len(parts)),
             "twice": 1 - len(set(parts)) / max(1, len(parts)),

@@ -11,7 +11,7 @@ from fledge.judges.ngrams import WordModel
 
 @pytest.mark.parametrize(
     ("kind", "least"),
-    [("shuffled", 0.9), ("name", 0.9), ("foreign", 0.75), ("verb", 0.75), ("repeated", 0.95), ("cut", 0.95)],
+    [("shuffled", 0.95), ("name", 0.9), ("foreign", 0.75), ("verb", 0.75), ("repeated", 0.95), ("cut", 0.95)],
 )
 def test_a_story_is_told_from_itself_broken(coherence, tales, kind, least):
     whole = tales[:100]

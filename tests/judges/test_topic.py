@@ -82,13 +82,13 @@ def test_the_judge_agrees_with_readers(yardsticks):
     [
         (
             "Lily steals a bike from a store and has an accident while riding it, losing her parents' trust and love.",
-            "Lily saw a new bike in the store. She took the bike without paying and rode away. She fell and crashed into a "
-            "wall. Her mom and dad came. She had lost their trust and love. Lily was very sorry.",
+            "Lily saw a new bike in the store. She took the bike without paying and rode away. She fell and crashed "
+            "into a wall. Her mom and dad came. She had lost their trust and love. Lily was very sorry.",
         ),
         (
             "Tom and Anna go on a holiday with their parents, and fly on a big plane to a place with sun and sand.",
-            "Tom and Anna are going on a holiday. They packed a lot of toys. Their mum and dad took them to the big plane. "
-            "They flew to a place with a lot of sun. They played in the sand all day.",
+            "Tom and Anna are going on a holiday. They packed a lot of toys. Their mum and dad took them to the big "
+            "plane. They flew to a place with a lot of sun. They played in the sand all day.",
         ),
     ],
 )
