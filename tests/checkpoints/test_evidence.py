@@ -143,6 +143,13 @@ def test_verdict_names_the_evidence(sources, said):
     assert verdict([Fact.of(name, 1, source) for name, source in given.items()]).startswith(said)
 
 
+def test_logits_that_are_not_finite_agree_with_no_reading():
+    module, config = build("nanogpt")
+    model, facts = recognise(checkpoint_of(module, config))
+    with pytest.raises(UserError, match="logits differ by inf under the closest reading"):
+        settle_by_reference(model, facts, lambda ids: own_logits(module, ids) * torch.nan)
+
+
 def test_what_is_shown_or_stated_keeps_its_source():
     module, config = build("llama2c")
     model, facts = recognise(checkpoint_of(module, config), told=stated(norm_eps=1e-5))
