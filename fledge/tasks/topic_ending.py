@@ -18,6 +18,7 @@ from fledge.messages import Answer
 from fledge.tasks import RejectedRecord, Scorer, Task
 from fledge.text.stories import COMPLETE
 
+KEPT = 20_000  # texts whose judgements are kept: an evaluation scores the same ones again for chance, rewards never do
 DAMAGE = {
     "shuffled": "its sentences shuffled",
     "name": "a name swapped half-way",
@@ -117,6 +118,8 @@ class StoryScorer(Scorer):
         return found | {"second_accuracy": second, "coherence": coherence, "says": list(filter(None, says))}
 
     def metrics(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
+        if len(self.found) > KEPT:
+            self.found.clear()
         self._look_at({answer.text for answer in answers} - self.found.keys())
         scores = []
         for row, answer in zip(rows, answers, strict=True):

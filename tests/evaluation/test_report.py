@@ -18,6 +18,8 @@ from fledge.evaluation.report import (
     show,
     table,
 )
+from fledge.evaluation.scoring import judges_apart
+from fledge.tasks import load_task
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7*7 }} & <b>"
@@ -152,6 +154,15 @@ def test_headroom_is_a_sentence(metrics):
     assert "50.0% within 1, 70.0% within 2 of 1 answers" in said
     assert "30.0% have only right answers and 10.0% only wrong ones" in said
     assert said.endswith("on the other 60.0%.")
+
+
+@pytest.mark.parametrize(("second", "apart"), [(0.55, None), (0.54, 0.06), (0.66, -0.06)])
+def test_twin_judges_part_beyond_five_points(second, apart):
+    found = judges_apart(
+        {"ending_match": metric(0.6), "ending_match_second": metric(second)}, load_task("topic_ending")
+    )
+    assert (found and found["difference"]) == (apart and pytest.approx(apart))
+    assert judges_apart({}, load_task("story_chat")) is None
 
 
 def test_judges_that_part_are_said(metrics):
