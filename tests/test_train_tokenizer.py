@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from fledge.cli import UserError, run
 from fledge.reading.documents import END, pieces
 from fledge.scripts import train_tokenizer
-from fledge.tokenizers.training import HeldOut, report, train
+from fledge.tokenizers.training import HeldOut, measure_tokenizer, train
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +101,7 @@ def test_report_without_gpt2(monkeypatch):
     monkeypatch.setattr("fledge.tokenizers.training.gpt2", missing)
     held_out = HeldOut([("aa aa aa", True)])
     tokenizer = train(held_out, 258, [END], 2)
-    found = report(tokenizer, held_out)
+    found = measure_tokenizer(tokenizer, held_out)
     assert found["gpt2_bytes_per_token"] is None
     assert found["report_on"] == "of the training text"
 

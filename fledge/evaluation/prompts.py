@@ -52,7 +52,7 @@ class Prompts:
         ]
 
 
-def read_prompts(data: Path, task_file: str | None, split: str, num_prompts: int, num_samples: int) -> Prompts:
+def open_prompts(data: Path, task_file: str | None, split: str, num_prompts: int, num_samples: int) -> Prompts:
     """Opens what `prepare_dataset.py` wrote. `task_file` is what --task names, for a task that is not shipped.
 
     Raises:

@@ -89,13 +89,13 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     this one is complete."""
     from fledge.evaluation import report
     from fledge.evaluation.measuring import measure
-    from fledge.evaluation.prompts import read_prompts
+    from fledge.evaluation.prompts import open_prompts
     from fledge.evaluation.scoring import MEANING, Scoring, figures
     from fledge.evaluation.wording import Wording
 
     quiet()
     ratings = [report.read_ratings(file) for file in args.ratings or []]
-    prompts = read_prompts(Path(args.dataset), args.task, args.split, args.num_prompts, args.num_samples)
+    prompts = open_prompts(Path(args.dataset), args.task, args.split, args.num_prompts, args.num_samples)
     scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
     scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
     models = open_models(args, prompts.tokenizer)

@@ -50,7 +50,7 @@ def main() -> Path:
 
 def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
     from fledge.reading.documents import END, pieces
-    from fledge.tokenizers.training import HeldOut, report, save, train
+    from fledge.tokenizers.training import HeldOut, measure_tokenizer, save, train
 
     print(f"Reading {', '.join(args.data)} ...", flush=True)
     held_out = HeldOut(pieces(args.data, args.text_column, args.document_start))
@@ -58,7 +58,7 @@ def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
     with output.staged() as folder:
         save(tokenizer, folder)
     record = {"data": args.data, "documents": held_out.documents, "bytes": held_out.bytes}
-    record |= report(tokenizer, held_out)
+    record |= measure_tokenizer(tokenizer, held_out)
     output.add("tokenizer_report.json", lambda folder: write_json(folder / "tokenizer_report.json", record))
     print(f"{record['vocab_size']:,} tokens from {record['documents']:,} documents, {record['bytes']:,} bytes.")
     gpt2 = record["gpt2_bytes_per_token"]

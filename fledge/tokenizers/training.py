@@ -76,7 +76,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     load_tokenizer(str(file), NO_LIMIT).save_pretrained(folder)
 
 
-def report(tokenizer: Tokenizer, held_out: HeldOut) -> dict:
+def measure_tokenizer(tokenizer: Tokenizer, held_out: HeldOut) -> dict:
     """Measures the tokenizer on held-out text, and GPT-2's on the same text if it is installed."""
     size = sum(len(text.encode()) for text in held_out.text)
     encoded = [tokenizer.encode(text).ids for text in held_out.text]

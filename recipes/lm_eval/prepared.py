@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
 
 from fledge.encoding import prompt_text
-from fledge.evaluation.prompts import read_prompts
+from fledge.evaluation.prompts import open_prompts
 from fledge.messages import Answer
 
 
@@ -23,7 +23,7 @@ class PreparedTask(ConfigurableTask):
 
     def download(self, dataset_kwargs=None, **kwargs) -> None:
         folder, task_file = Path(self.config.metadata["dataset"]), self.config.metadata.get("task")
-        self.prompts = read_prompts(folder, task_file, self.config.test_split, num_prompts=sys.maxsize, num_samples=1)
+        self.prompts = open_prompts(folder, task_file, self.config.test_split, num_prompts=sys.maxsize, num_samples=1)
         self.scorer = self.prompts.task.scorer(self.prompts.train_rows, self.prompts.unseen_rows)
         self.weights = self.prompts.task.weights(self.prompts.rows)
         docs = [
