@@ -1,5 +1,6 @@
 """A tiny system that the end-to-end tests share: a hand-written checkpoint, records, and the scripts run on them."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -161,3 +162,28 @@ def run_node():
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def yardsticks() -> list[dict]:
+    """Stories that people read, with what they found."""
+    lines = (ROOT / "tests" / "judges" / "yardsticks.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def tales(yardsticks) -> list[str]:
+    """A thousand shipped tales that no reader labelled."""
+    from fledge.sources.tinystories_instruct import END, parse_record
+
+    with gzip.open(ROOT / "examples" / "tales.txt.gz", "rt", encoding="utf-8") as file:
+        stories = [parse_record("\n" + part).get("Story", "") for part in file.read().split(END)]
+    read = {row["story"] for row in yardsticks}
+    return [story for story in stories if story.endswith(".") and story not in read][:1000]
+
+
+@pytest.fixture(scope="session")
+def coherence(tales):
+    from fledge.judges.coherence import CoherenceJudge
+
+    return CoherenceJudge(tales[100:])
