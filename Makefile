@@ -32,6 +32,7 @@ test-lowest: build/lowest/ready
 lint: $(VENV)/ready
 	ruff check .
 	ruff format --check .
+	mypy
 
 bench: $(VENV)/ready
 	python benchmarks/train_throughput.py

@@ -15,7 +15,10 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+if TYPE_CHECKING:
+    import yaml
 
 from fledge.commands import in_commands
 from fledge.errors import UserError as UserError
@@ -44,7 +47,7 @@ def parse(
     @check_overrides
     class Parser(TrlParser):
         @override
-        def error(self, message: str):
+        def error(self, message: str) -> NoReturn:
             raise UserError(f"{message}; --help lists every key.")
 
         @override
@@ -52,14 +55,14 @@ def parse(
             return in_commands(super().format_help())
 
         @override
-        def set_defaults_with_config(self, **recipe):
+        def set_defaults_with_config(self, **recipe: Any) -> list[str]:
             recipe = {key: texts.get(key, value) for key, value in recipe.items() if value is not None}
             # argparse converts and checks a default that is text, and no other.
             recipe = {key: str(value) if type(value) in (int, float) else value for key, value in recipe.items()}
             return super().set_defaults_with_config(**recipe)
 
     parser = Parser(
-        dataclass_types,
+        cast(Any, dataclass_types),  # transformers' type has no name that can be imported
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -119,11 +122,11 @@ def _texts(arguments: list[str], dataclass_types: tuple[type, ...]) -> dict[str,
     return texts
 
 
-def _is_text(node) -> bool:
+def _is_text(node: "yaml.Node") -> bool:
     return isinstance(node.value, str) and not node.tag.endswith(":null")
 
 
-def _refuse_duplicates(node, file: Path) -> None:
+def _refuse_duplicates(node: "yaml.Node", file: Path) -> None:
     keys = [key.value for key, _ in node.value]
     for number, (key, value) in enumerate(node.value):
         if key.value in keys[:number]:
@@ -133,7 +136,7 @@ def _refuse_duplicates(node, file: Path) -> None:
             _refuse_duplicates(value, file)
 
 
-def _settle_types(arguments) -> None:
+def _settle_types(arguments: object) -> None:
     """argparse checks the command line; the values of a recipe reach a dataclass as YAML read them.
 
     One value where a list is wanted becomes a list of one, as it is on the command line.
@@ -149,7 +152,7 @@ def _settle_types(arguments) -> None:
             raise UserError(f"{name} is {value!r}, not of the type {hint}; --help lists every key.")
 
 
-def _alternatives(hint) -> tuple:
+def _alternatives(hint: object) -> tuple[Any, ...]:
     """`X | Y` → X and Y; anything else → itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 

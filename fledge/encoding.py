@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class Encoded:
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
     """The text that asks for the next answer, by the tokenizer's own chat template."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
@@ -96,12 +96,13 @@ def _encode_prompts(
     tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], encoder: TextEncoder
 ) -> list[list[int]]:
     texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-    ids = encoder(texts, control=True)
+    ids = encoder(cast(list[str], texts), control=True)
     for place, messages in enumerate(conversations):
         if any(encoder.control.search(message["content"]) for message in messages):
-            ids[place] = tokenizer.apply_chat_template(
+            alone = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
             )
+            ids[place] = cast(list[int], alone)
     return ids
 
 
@@ -119,7 +120,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: lis
     """The text of a row with `begin` and `end` around each run of supervised tokens."""
     text = ""
     for is_supervised, run in groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
-        part = tokenizer.decode([token for token, _ in run])
+        part = cast(str, tokenizer.decode([token for token, _ in run]))
         text += f"{begin}{part}{end}" if is_supervised else part
     return text
 
@@ -173,7 +174,7 @@ def _text_at(messages: Messages) -> int | None:
             text = message["content"].rpartition(INPUT_MARK)[2] if INPUT_MARK in message["content"] else ""
             if text.strip():
                 lengths[place] = len(text)
-    return max(lengths, key=lengths.get, default=None)
+    return max(lengths, key=lambda place: lengths[place], default=None)
 
 
 def _turns(messages: Messages) -> Iterator[Messages]:

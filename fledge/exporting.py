@@ -10,18 +10,20 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, StableLmConfig
 from transformers.cache_utils import DynamicCache
 
 from fledge.cli import UserError
 from fledge.custom import FledgeGPTConfig
 from fledge.generation.answers import is_batched
-from fledge.models import context_of
+from fledge.models import context_of, embedding_of
 from fledge.tokenizers.fast import merges_of
 from fledge.version import __version__
 
@@ -57,7 +59,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     if config.model_type == "stablelm" or not config.tie_word_embeddings:
         tensors["output.weight"] = model.get_output_embeddings().weight
     # Tensors are written as the file is closed, so that what is refused leaves nothing.
-    vocabulary, differences = _vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+    vocabulary, differences = _vocabulary(tokenizer, embedding_of(model).num_embeddings)
     writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_string("fledge.version", __version__)  # by which a later export knows a file of its own
     writer.add_name(name)
@@ -67,10 +69,12 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
     for key, value in keys.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add: Callable[[str, Any], None] = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{config.model_type}.{key}", value)
     for key, value in vocabulary.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}.get(type(value), writer.add_array)
+        scalars: dict[type, Callable[[str, Any], None]]
+        scalars = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        add = scalars.get(type(value), writer.add_array)
         add(f"tokenizer.{key}", value)
     for tensor_name, tensor in tensors.items():
         writer.add_tensor(tensor_name, tensor.detach().cpu().float().contiguous().numpy())
@@ -81,7 +85,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     return differences
 
 
-def _gpt2(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+def _gpt2(config: GPT2Config, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     _refuse(
         {
             f"activation {config.activation_function}": "gelu" not in config.activation_function,
@@ -105,7 +109,7 @@ def _gpt2(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     return {"feed_forward_length": inner, "attention.layer_norm_epsilon": float(config.layer_norm_epsilon)}, tensors
 
 
-def _llama(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+def _llama(config: LlamaConfig, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     _refuse({f"activation {config.hidden_act}": config.hidden_act != "silu"})
     keys, tensors = _rotary(config, weights)
     # llama.cpp turns neighbours of a head, transformers its halves.
@@ -118,7 +122,7 @@ def _llama(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]
     return keys | {"attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}, tensors
 
 
-def _stablelm(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+def _stablelm(config: StableLmConfig, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     _refuse(
         {
             f"activation {config.hidden_act}": config.hidden_act != "silu",
@@ -130,9 +134,11 @@ def _stablelm(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tenso
     return keys | {"attention.layer_norm_epsilon": float(config.layer_norm_eps)}, tensors
 
 
-def _rotary(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+def _rotary(
+    config: LlamaConfig | StableLmConfig, weights: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What LLaMA and StableLM have in common."""
-    rope = config.rope_parameters
+    rope: Any = config.rope_parameters
     _refuse({f"RoPE of the kind {rope['rope_type']}": rope["rope_type"] != "default"})
     head = config.hidden_size // config.num_attention_heads
     keys = {
@@ -156,7 +162,12 @@ def _rotary(config, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]
     return keys, tensors
 
 
-ARCHITECTURES = {"gpt2": _gpt2, "llama": _llama, "stablelm": _stablelm}
+Written = tuple[dict[str, Any], dict[str, Tensor]]  # keys below the architecture's name, tensors by GGUF's names
+ARCHITECTURES: dict[str, Callable[[Any, dict[str, Tensor]], Written]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "stablelm": _stablelm,
+}
 
 
 def _refuse(obstacles: dict[str, bool]) -> None:
@@ -164,7 +175,7 @@ def _refuse(obstacles: dict[str, bool]) -> None:
         raise UserError(f"llama.cpp cannot run this model: it has no {found}.")
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict, list[str]]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str, Any], list[str]]:
     """The keys below `tokenizer.` for a vocabulary of as many tokens as the model has `rows`, and differences."""
     from gguf import TokenType
 
@@ -177,7 +188,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict, li
     model, split = parts["model"], parts["pre_tokenizer"]
     merges = merges_of(model) if model["type"] == "BPE" else []
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    keys, differences = {"ggml.tokens": tokens}, []
+    keys: dict[str, Any] = {"ggml.tokens": tokens}
+    differences: list[str] = []
     if model["type"] == "BPE" and parts["normalizer"] is None and split and byte_level.items() <= split.items():
         keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": [" ".join(pair) for pair in merges]}
     elif model["type"] == "BPE" and model["byte_fallback"] and split is None:
@@ -219,7 +231,7 @@ def gguf_logits(file: Path, prompts: list[list[int]]) -> list[np.ndarray]:
     from llama_cpp import GGML_TYPE_F32, Llama
 
     longest = max(map(len, prompts))
-    full = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}  # its cache is in half precision otherwise
+    full: Any = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}  # its cache is in half precision otherwise
     llama = Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, verbose=False, **full)
     found = []
     for prompt in prompts:
@@ -247,7 +259,9 @@ class _WithCache(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
             cache.update(keys, values, layer)
@@ -260,7 +274,8 @@ class _WithCache(torch.nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
+        layers: Any = cache.layers
+        return output.logits, *(part for layer in layers for part in (layer.keys, layer.values))
 
 
 def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -309,6 +324,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             ),
         )
     (folder / "onnx").mkdir()
+    assert program  # dynamo=True returns one
     program.save(folder / "onnx" / "model.onnx", external_data=False)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -12,9 +12,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import NoReturn
 
 from fledge.cli import UserError, attempt, write_json, writing
 from fledge.locks import locked
@@ -46,7 +47,7 @@ def read_mark(folder: Path) -> dict | None:
         return None
 
 
-def write_mark(folder: Path, stage: str, files: dict[str, int | None]) -> None:
+def write_mark(folder: Path, stage: str, files: Mapping[str, int | None]) -> None:
     building = folder / f"{MARK}.new"
     write_json(building, {"stage": stage, "files": files})
     building.replace(folder / MARK)
@@ -55,7 +56,7 @@ def write_mark(folder: Path, stage: str, files: dict[str, int | None]) -> None:
 def files_in(folder: Path) -> Iterator[Path]:
     """Everything below `folder` that is no folder, relative to it. A link to a folder is not followed."""
 
-    def refuse(error: OSError):
+    def refuse(error: OSError) -> NoReturn:
         raise error
 
     for place, folders, files in os.walk(folder, onerror=refuse):
@@ -81,7 +82,8 @@ def sort_out(folder: Path, stage: str) -> tuple[list[Path], list[Path]]:
         size = listed.get(path.as_posix(), -1)
         return path in (Path(MARK), Path(f"{MARK}.new")) or size in (None, (folder / path).lstat().st_size)
 
-    ours, foreign = [], []
+    ours: list[Path] = []
+    foreign: list[Path] = []
     for path in files_in(folder):
         (ours if is_ours(path) else foreign).append(path)
     return ours, foreign
@@ -103,7 +105,7 @@ def remove(folder: Path, files: list[Path]) -> None:
             Path(place).rmdir()
 
 
-def check_inputs(output: str | Path, key: str, inputs: dict[str, str | Path | list | None]) -> None:
+def check_inputs(output: str | Path, key: str, inputs: Mapping[str, str | Path | list[str] | None]) -> None:
     """Refuses an output that is an input, lies in one, or holds one. Links are followed; other spellings are known.
 
     `inputs` maps keys to paths; what is no path here, such as a model of the Hub, does not count.
@@ -137,7 +139,7 @@ def claimed(
     output_dir: str | Path,
     stage: str,
     overwrite: bool | None = None,
-    inputs: dict[str, str | Path | list | None] | None = None,
+    inputs: Mapping[str, str | Path | list[str] | None] | None = None,
     key: str = "--output_dir",
     is_main: bool = True,
 ) -> Iterator["Output"]:
@@ -182,7 +184,7 @@ class Output:
     key: str = "--output_dir"
     is_main: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.folder = self.path.resolve()
         names = (f".{self.folder.name}.fledge-{state}" for state in ("building", "replaced"))
         self.building, self.replaced = map(self.folder.with_name, names)
@@ -309,8 +311,10 @@ class Output:
         `write` is given the folder.
         """
 
-        def do():
+        def do() -> None:
             mark = read_mark(self.folder)
+            if mark is None:
+                raise UserError(f"{self.path} has lost its mark {MARK}; somebody changed it meanwhile.")
             write_mark(self.folder, self.stage, mark["files"] | {name: None})
             write(self.folder)
             written = mark["files"] | {name: (self.folder / name).lstat().st_size}

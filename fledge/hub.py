@@ -73,7 +73,7 @@ def download(
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files and list(files)))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files) if files else None))
     except errors.GatedRepoError:
         reason = "the Hub gives that model only to those who accepted its terms there and ran `hf auth login`"
     except errors.RepositoryNotFoundError:

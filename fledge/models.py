@@ -3,9 +3,12 @@
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fledge.cli import UserError
@@ -29,10 +32,13 @@ def load_model(name: str | Path, dtype: str = "float32") -> tuple[PreTrainedMode
     folder = find_model(name)
     model, tokenizer = open_model(folder, dtype=dtype, name=name), open_tokenizer(folder)
     check_vocabulary(model, tokenizer, name)
-    return model.to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
+    nn.Module.to(model, torch.accelerator.current_accelerator() or "cpu")
+    return model, tokenizer
 
 
-def open_model(folder: Path, dtype: str = "float32", name: str | Path | None = None, **settings) -> PreTrainedModel:
+def open_model(
+    folder: Path, dtype: str = "float32", name: str | Path | None = None, **settings: Any
+) -> PreTrainedModel:
     """The causal model of a folder on the CPU, in evaluation mode; `settings` change its config.
 
     transformers fills what a file lacks with random numbers, and goes on with a warning. Here that is an error.
@@ -43,7 +49,7 @@ def open_model(folder: Path, dtype: str = "float32", name: str | Path | None = N
     """
     name = name or folder
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -55,6 +61,8 @@ def open_model(folder: Path, dtype: str = "float32", name: str | Path | None = N
     except Exception as error:  # a damaged folder fails in many ways, on the Rust side too
         check_custom_code(folder, name)
         raise UserError(f"{name} holds no causal model that opens ({_cause(folder, error)}).") from error
+    model: PreTrainedModel
+    model, found = opened
     if isinstance(model.config, FledgeGPTConfig):
         check_custom_code(folder, name)
     sizes = [f"{tensor} ({_shape(held)}, not {_shape(wanted)})" for tensor, held, wanted in found["mismatched_keys"]]
@@ -95,12 +103,22 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         UserError: the tokenizer has tokens for which the model has no row.
     """
-    rows, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    rows, needed = embedding_of(model).num_embeddings, max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         raise UserError(
             f"The tokenizer of {name} has {needed:,} tokens, and the model has rows for {rows:,}; they do not belong "
             "together."
         )
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Embedding:
+    """The table (V, D) of a causal model's tokens."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The output head of a causal model, (D) to (V)."""
+    return cast(nn.Linear, model.get_output_embeddings())
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
@@ -145,6 +163,6 @@ def _shape(shape: torch.Size) -> str:
     return " x ".join(map(str, shape))
 
 
-def _listed(tensors) -> str:
+def _listed(tensors: Collection[str]) -> str:
     names, more = sorted(tensors), len(tensors) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

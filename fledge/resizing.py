@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fledge.cli import UserError
+from fledge.models import embedding_of, head_of
 from fledge.tokenizers.fast import characters_of_bytes, merges_of
 
 
@@ -21,13 +22,13 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     token starts as an average one: never far likelier than the rest, which a row near zero often is
     (https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Rows that no token uses stay as they are.
     """
-    old = model.get_input_embeddings().num_embeddings
+    old = embedding_of(model).num_embeddings
     added = max(0, max(tokenizer.get_vocab().values()) + 1 - old)
     if added:
         model.resize_token_embeddings(old + added, mean_resizing=False)
-        head = model.get_output_embeddings()
+        head = head_of(model)
         with torch.no_grad():
-            for rows in {model.get_input_embeddings().weight, head.weight, head.bias} - {None}:
+            for rows in {embedding_of(model).weight, head.weight, head.bias} - {None}:
                 rows[old:] = rows[:old].mean(0)
     return added
 
@@ -93,7 +94,7 @@ def _renumber(processor: dict | None, new_id: dict[int, int]) -> None:
 
 def keep_rows(model: PreTrainedModel, old_ids: list[int]) -> None:
     """Leaves `model` the rows `old_ids` of its embedding and its head, tied or not, in that order."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = embedding_of(model), head_of(model)
     is_tied = head.weight is embedding.weight
     embedding.weight = nn.Parameter(embedding.weight.detach()[old_ids].clone())
     head.weight = embedding.weight if is_tied else nn.Parameter(head.weight.detach()[old_ids].clone())

@@ -11,6 +11,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,23 +58,25 @@ class _Slots(Cache):
         self.longest = 0
 
     @override
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         keys, values = key_states, value_states
         if layer_idx == len(self.buffers):
             rows, capacity = self.shape
             shape = rows, keys.shape[1], capacity, keys.shape[3]
             # Zeros, not whatever memory held: a masked NaN is still a NaN.
             self.buffers.append((keys.new_zeros(shape), values.new_zeros(shape)))
-        rows, _, length, _ = keys.shape
+        count, length = keys.shape[0], keys.shape[2]
         if self.lengths is None:
             for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
-                buffer[self.first : self.first + rows, :, :length] = new
+                buffer[self.first : self.first + count, :, :length] = new
             return keys, values
-        each = torch.arange(rows, device=keys.device)
+        each = torch.arange(count, device=keys.device)
         for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
             buffer[each, :, self.lengths] = new[:, :, 0]
         held_keys, held_values = self.buffers[layer_idx]
-        return held_keys[:rows, :, : self.longest + 1], held_values[:rows, :, : self.longest + 1]
+        return held_keys[:count, :, : self.longest + 1], held_values[:count, :, : self.longest + 1]
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -192,7 +195,7 @@ def _answer(row: _Row, tokenizer: PreTrainedTokenizerBase) -> Answer | None:
         return None
     made = row.ids[row.prompt_length : len(row.ids) - stopped]
     # A role token in an answer is a fault that must be seen.
-    text = tokenizer.decode(made, skip_special_tokens=False).strip()
+    text = cast(str, tokenizer.decode(made, skip_special_tokens=False)).strip()
     return Answer(text, len(made) + stopped, stopped)
 
 
@@ -258,7 +261,8 @@ def likely(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     V = logits.shape[-1]
     if 0 < sampling.top_k < V:
         top, ids = logits.topk(sampling.top_k)
-        sizes, total = (sampling.top_k,), top.logsumexp(-1, keepdim=True)
+        sizes: tuple[int, ...] = (sampling.top_k,)
+        total = top.logsumexp(-1, keepdim=True)
     elif sampling.top_p == 1:
         return logits.cpu().double().softmax(-1), torch.arange(V).expand_as(logits)
     else:

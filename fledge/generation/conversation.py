@@ -4,6 +4,8 @@ import contextlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt, fitting_words
 from fledge.generation.answers import answer_batch
-from fledge.messages import INPUT_MARK, Messages
+from fledge.messages import INPUT_MARK, Answer, Messages
 from fledge.models import context_of
 from fledge.sampling import Sampling
 from fledge.templates import contents
@@ -96,9 +98,16 @@ def fit_beginning(
 
 
 def converse(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: Messages, sampling: Sampling, show_stats
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    system: Messages,
+    sampling: Sampling,
+    show_stats: Callable[[], AbstractContextManager[list[Answer]]],
 ) -> None:
-    """Reads messages from standard input until it ends or says /quit, and streams the answers to them."""
+    """Reads messages from standard input until it ends or says /quit, and streams the answers to them.
+
+    `show_stats` yields a list for the answers, of which it may tell something at its end.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  the keys of a terminal: history, arrows; Windows has them without it
 

@@ -39,8 +39,8 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
 @functools.cache
 def works() -> bool:
     """Whether this machine and this torch have the operator: tried once, with and without bias, for both layers."""
-    kind = {"dtype": torch.float32, "device": "cpu"}
-    inputs, weight, bias = torch.ones(2, 3, 8, **kind), torch.full((8, 4), 0.5, **kind).T, torch.ones(4, **kind)
+    ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
+    inputs, weight, bias = ones(2, 3, 8), ones(8, 4).T / 2, ones(4)
     try:
         with torch.autocast("cpu", enabled=False):
             return all(
@@ -56,10 +56,10 @@ def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
-def _forward(self: nn.Module, inputs: Tensor) -> Tensor:
+def _forward(self: nn.Linear | Conv1D, inputs: Tensor) -> Tensor:
     weight = self.weight.T if isinstance(self, Conv1D) else self.weight
     # Autocast leaves this operator as it is, and layers before it give bfloat16, which it does not multiply by float32.
     plain = inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not plain or torch.is_grad_enabled() or inputs.numel() * weight.shape[0] < WORTH:
-        return type(self).forward(self, inputs)
+        return nn.Linear.forward(self, inputs) if isinstance(self, nn.Linear) else Conv1D.forward(self, inputs)
     return _multiply(inputs, weight, self.bias)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,8 +20,19 @@ from fledge.sampling import Sampling
 from fledge.terminal import progress
 
 
+class Asked(Protocol):
+    """What generate.py is told about a file of prompts."""
+
+    model: str
+    prompts_file: str | None
+    output_file: str | None
+    num_samples: int
+    batch_size: int
+    dtype: str
+
+
 def answer_file(
-    args,
+    args: Asked,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
@@ -34,6 +46,8 @@ def answer_file(
     Raises:
         UserError: the prompts cannot be read, the partial file is of another run, or the disk is full.
     """
+    assert args.prompts_file
+    assert args.output_file
     output = Path(args.output_file)
     asked = read_prompts(Path(args.prompts_file))
     work = [(number, sample) for number in range(len(asked)) for sample in range(args.num_samples)]

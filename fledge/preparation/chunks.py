@@ -105,6 +105,7 @@ class Preparation:
             rows.append(rows_table(task, fitted))
             facts.append(facts_table(task, fitted, named.chunk.split, self.tokenizer.eos_token_id))
             texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
+        assert self.folder
         written = json.dumps(vars(found))
         write_table(self.folder / f"{named.name}.rows.arrow", pa.concat_tables(rows))
         facts = pa.concat_tables(facts).replace_schema_metadata({"chunk": written})
@@ -343,6 +344,9 @@ def spread(work: Callable[[NamedChunk], Any], chunks: Iterable[NamedChunk], num_
         raise UserError("A process was killed, perhaps for want of memory; pass a smaller --num_proc.") from error
 
 
+_work_of_this_process: Callable[[NamedChunk], Any]
+
+
 def _begin(work: Callable[[NamedChunk], Any]) -> None:
     global _work_of_this_process
     _work_of_this_process = work
@@ -351,7 +355,9 @@ def _begin(work: Callable[[NamedChunk], Any]) -> None:
 
 
 def _end_with_the_parent() -> None:
-    connection.wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 

@@ -97,7 +97,8 @@ def assign_splits(
     Raises:
         UserError: a split is empty or cannot be balanced.
     """
-    columns, left_out = facts.columns, Counter()
+    columns = facts.columns
+    left_out: Counter[str] = Counter()
     rows = np.arange(facts.total)
     if shares is None:
         rows = rows[apart(columns["source_split"], columns["group"])]

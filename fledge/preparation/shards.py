@@ -51,7 +51,8 @@ class Shards:
     def __init__(self, stem: Path, suffix: str, features: Features, writer: Callable, max_bytes: int):
         self.stem, self.suffix, self.schema = stem, suffix, features.arrow_schema
         self.make_writer, self.max_bytes = writer, max_bytes
-        self.files, self.room, self.rows = [], 0, 0
+        self.files: list[Path] = []
+        self.room = self.rows = 0
         self.open = contextlib.ExitStack()
         self._next()
 
@@ -137,7 +138,7 @@ def _describe_arrow(folder: Path, files: list[Path]) -> None:
         with file.open("rb") as content:
             while part := content.read(1 << 20):
                 digest.update(part)
-    state = {
+    state: dict[str, object] = {
         "_data_files": [{"filename": file.name} for file in files],
         "_fingerprint": digest.hexdigest(),
         "_format_columns": None,

@@ -4,6 +4,8 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonali
 learns more from a step. Its rate is matched to AdamW's (Liu et al. 2025), so one schedule serves both.
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -16,7 +18,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices = [p for name, p in named if p.dim() == 2 and ".h." in name]
         tables = [p for name, p in named if p.dim() == 2 and ".h." not in name]
         vectors = [p for _, p in named if p.dim() < 2]
-        adamw = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        adamw: list[dict[str, Any]] = [
+            {"params": tables, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         super().__init__([*adamw, {"params": matrices}], {"lr": lr})
         self.parts = [
             torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps, fused=True),
@@ -28,7 +33,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # Trainer passes no closure
         for part in self.parts:
             part.step()
 

@@ -5,9 +5,11 @@ import math
 import time
 import types
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GPT2Config,
@@ -16,17 +18,21 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 from typing_extensions import override
 
 from fledge.cli import UserError
 from fledge.encoding import IGNORED
 from fledge.guards import check_overrides
 from fledge.memory import keep_freed_memory
+from fledge.models import head_of
 from fledge.pretraining.muon import MuonWithAdamW
+from fledge.pretraining.tokens import Blocks
 from fledge.training.lineage import load_optimizer
 from fledge.training.loss import ScoreTokens
 from fledge.training.run_record import outcome
@@ -55,7 +61,9 @@ class PretrainConfig(TrainingArguments):
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step: it should be ln V"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of progress"})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "count tokens in the log"})
-    bf16: bool | None = field(default=None, metadata={"help": "train in bf16 autocast (default: where it is fast)"})
+    bf16: bool | None = field(  # type: ignore[assignment]  # as TRL's; None until __post_init__
+        default=None, metadata={"help": "train in bf16 autocast (default: where it is fast)"}
+    )
     muon: bool = field(
         default=False, metadata={"help": "Muon for the layers' matrices, which wants --learning_rate 5e-3"}
     )
@@ -66,9 +74,9 @@ class PretrainConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "only if a forward skips weights"})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_training(self)
-        choose_device_and_precision(self)
+        self.precision_reason = choose_device_and_precision(self)
         with said_in_words():
             super().__post_init__()
 
@@ -83,13 +91,13 @@ def new_gpt2(
     """
     if n_embd % n_head:
         raise UserError(f"--n_embd {n_embd} is not divisible by --n_head {n_head}; every head has the same width.")
+    other: dict[str, Any] = {"n_ctx": context_length}  # llama.cpp's converter reads this name
     config = GPT2Config(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         n_layer=n_layer,
         n_head=n_head,
         n_embd=n_embd,
         n_positions=context_length,
-        n_ctx=context_length,  # llama.cpp's converter reads this name
         activation_function="gelu_pytorch_tanh",
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -98,6 +106,7 @@ def new_gpt2(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=False,
+        **other,
     )
     return GPT2LMHeadModel(config)
 
@@ -111,11 +120,17 @@ def score_in_cache(model: PreTrainedModel) -> None:
     own_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
         if shift_labels is None:
             return own_forward(input_ids=input_ids, **kwargs)
         hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        mask, head = shift_labels != IGNORED, self.get_output_embeddings()
+        mask, head = shift_labels != IGNORED, head_of(self)
         log_probs = ScoreTokens.apply(hidden[mask], head.weight, head.bias, shift_labels[mask], 1)[0]
         count = log_probs.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=-log_probs.sum() / count)
@@ -123,12 +138,12 @@ def score_in_cache(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def flops_per_token(model: PreTrainedModel) -> int:
+def flops_per_token(model: GPT2LMHeadModel) -> int:
     """Floating-point operations of one token, forward and backward (PaLM, Chowdhery et al. 2022, appendix B).
 
     Six for each weight that multiplies (the head does, tables do not), and 12·layers·width·context in attention.
     """
-    config, head = model.config, model.get_output_embeddings().weight
+    config, head = model.config, head_of(model).weight
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
     return 6 * (blocks + head.numel()) + 12 * config.n_layer * config.n_embd * config.n_positions
 
@@ -137,7 +152,12 @@ def flops_per_token(model: PreTrainedModel) -> int:
 class PretrainTrainer(Trainer):
     """Trainer that counts tokens under TRL's name and evaluates in bits per byte."""
 
-    def __init__(self, *arguments, bytes_per_token: float, **keywords):
+    args: PretrainConfig
+    model: GPT2LMHeadModel
+    train_dataset: Blocks
+    eval_dataset: Blocks
+
+    def __init__(self, *arguments: Any, bytes_per_token: float, **keywords: Any):
         super().__init__(*arguments, **keywords)
         self.bytes_per_token = bytes_per_token
         if self.args.device.type in ("cpu", "mps"):
@@ -145,7 +165,7 @@ class PretrainTrainer(Trainer):
             keep_freed_memory()
 
     @override
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         args = self.args
         if args.muon and self.optimizer is None:
             if self.is_fsdp_enabled:
@@ -161,12 +181,14 @@ class PretrainTrainer(Trainer):
         load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
 
     @override
-    def log(self, logs: dict, *arguments) -> None:
-        super().log(logs | {"num_tokens": self.state.num_input_tokens_seen}, *arguments)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | {"num_tokens": self.state.num_input_tokens_seen}, start_time)
 
     @override
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Mean loss over every token of the validation split, once, in nats a token and in bits a byte of text.
 
         Trainer's own takes the mean of the means of batches, and repeats rows when processes do not share them evenly.
@@ -218,8 +240,16 @@ class Samples(TrainerCallback):
 
     @override
     @torch.no_grad()
-    def on_evaluate(self, args, state, control, metrics, model, **kwargs):
-        if not state.is_world_process_zero:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        model: GPT2LMHeadModel | FSDPModule | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not (state.is_world_process_zero and metrics and model):
             return
         print(f"             {metrics['eval_bits_per_byte']:.4f} bits per byte", flush=True)
         if isinstance(model, FSDPModule):  # its weights are spread over the processes, of which one is here
@@ -228,14 +258,14 @@ class Samples(TrainerCallback):
             ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                written = model.generate(
+                written = cast(Any, model).generate(
                     torch.tensor([ids], device=model.device),
                     max_new_tokens=min(self.tokens, model.config.n_positions - len(ids)),
                     do_sample=True,
                     temperature=0.8,
                     use_cache=True,
                 )
-            text = self.tokenizer.decode(written[0], skip_special_tokens=True)
+            text = cast(str, self.tokenizer.decode(written[0], skip_special_tokens=True))
             print(f"             | {' '.join(text.split())}", flush=True)
 
 

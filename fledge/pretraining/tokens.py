@@ -3,10 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def open_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     Raises:
         UserError: no text, text that the tokenizer cannot encode, or a folder that is not Fledge's.
     """
-    told = [names_and_sizes(corpus.data), names_and_sizes(corpus.validation_data), corpus.text_column]
+    told: list[object] = [names_and_sizes(corpus.data), names_and_sizes(corpus.validation_data), corpus.text_column]
     told += [corpus.document_start, corpus.validation_share, tokenizer.backend_tokenizer.to_str()]
     fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     if (folder / "tokens.json").exists():
@@ -118,7 +118,7 @@ class TokenWriter:
         if self.splits["validation"]["documents"] == 0:
             self._split_the_end_off(corpus.validation_share)
 
-    def _write_batches(self, dealt: Iterable[tuple[str, str, bool]], files: dict[str, BinaryIO]) -> None:
+    def _write_batches(self, dealt: Iterable[tuple[str, str, bool]], files: Mapping[str, IO[bytes]]) -> None:
         batch: list[tuple[str, str, bool]] = []
         size, told = 0, 0
         for piece in dealt:
@@ -132,7 +132,7 @@ class TokenWriter:
                     told = tokens
         self._write_batch(batch, files)
 
-    def _write_batch(self, batch: list[tuple[str, str, bool]], files: dict[str, BinaryIO]) -> None:
+    def _write_batch(self, batch: list[tuple[str, str, bool]], files: Mapping[str, IO[bytes]]) -> None:
         end = self.tokenizer.eos_token_id
         with encoding_of("The corpus"):
             encoded = self.encode([text for _, text, _ in batch])
@@ -151,7 +151,8 @@ class TokenWriter:
         kept = len(ids) - max(2, round(share * len(ids)))
         held_out = np.array(ids[max(0, kept) :])
         held_out.tofile(self.folder / "validation.bin")
-        size = len(self.tokenizer.decode(held_out.tolist(), skip_special_tokens=True).encode())
+        text = cast(str, self.tokenizer.decode(held_out.tolist(), skip_special_tokens=True))
+        size = len(text.encode())
         self.splits["validation"] |= {"tokens": len(held_out), "bytes": size}
         self.splits["train"]["tokens"] -= len(held_out)
         self.splits["train"]["bytes"] -= size

@@ -42,7 +42,7 @@ STAGES = {
 SHOWN = 2  # answers on the card
 
 
-def render(template: str, **values) -> str:
+def render(template: str, **values: object) -> str:
     """Renders a template of `model_card/` into Markdown, YAML or code."""
     environment = open_templates(keep_trailing_newline=True)
     environment.filters |= {"fenced": fenced, "cell": cell, "number": "{:,}".format, "words": title}
@@ -59,12 +59,12 @@ def fenced(text: str, language: str = "text") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def cell(value) -> str:
+def cell(value: object) -> str:
     """A value as a table's cell holds it."""
     return "not set" if value is None else re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
 
 
-def as_json(value) -> str:
+def as_json(value: object) -> str:
     """JSON that is a Python literal too: messages hold nothing but text."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -75,7 +75,7 @@ def read_records(model_dir: Path, evaluation_dir: Path | None) -> dict[str, dict
     Raises:
         UserError: a record that has to be there is missing, or one is damaged.
     """
-    files = {name: model_dir / f"{name}.json" for name in STAGES}
+    files: dict[str, Path | None] = {name: model_dir / f"{name}.json" for name in STAGES}
     files["metrics"] = evaluation_dir / "metrics.json" if evaluation_dir else None
     for file in ORIGINS:
         if not (model_dir / file).exists():

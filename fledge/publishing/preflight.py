@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any, cast
 
 from fledge.cli import HUB_ID, UserError, read_json
 from fledge.publishing.upload import files_of
@@ -97,6 +98,7 @@ def check_model(folder: Path, messages: list[dict]) -> str:
         UserError: it does not reload, needs code that is not Fledge's, has no chat template, or computes no numbers.
     """
     import torch
+    from transformers import BatchEncoding
 
     from fledge.custom import check_custom_code
     from fledge.models import check_vocabulary, open_model
@@ -109,9 +111,11 @@ def check_model(folder: Path, messages: list[dict]) -> str:
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; train_sft.py saves one with the model.")
     check_vocabulary(model, tokenizer, "the model")
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    form: dict[str, Any] = {"return_tensors": "pt", "return_dict": True}
+    prompt = cast(BatchEncoding, tokenizer.apply_chat_template(messages, add_generation_prompt=True, **form))
     with torch.no_grad():
         if not torch.isfinite(model(**prompt).logits).all():
             raise UserError("The model computes no finite numbers; its training diverged.")
-        ids = model.generate(**prompt, do_sample=False, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+        written = cast(Any, model).generate(**prompt, do_sample=False, max_new_tokens=12)
+        ids = written[0, prompt["input_ids"].shape[1] :]
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip()

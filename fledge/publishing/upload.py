@@ -89,7 +89,9 @@ def _commit_changes(
     deleted = [path for path in there if path not in here and any(fnmatch.fnmatch(path, like) for like in STALE[kind])]
     if not changed and not deleted:
         return Sent(str(url), [], [])
-    operations = [CommitOperationAdd(path, here[path]) for path in changed]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path, here[path]) for path in changed
+    ]
     operations += [CommitOperationDelete(path) for path in deleted]
     commit = api.create_commit(
         repo_id,
@@ -112,7 +114,7 @@ def _hashes(file: Path) -> tuple[str, str]:
     return sha256.hexdigest(), blob.hexdigest()
 
 
-def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
+def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
     """How long to wait before trying again; `None` when the same request would be refused again."""
     if isinstance(error, HfHubHTTPError):
         if error.response.status_code != 429 and error.response.status_code < 500:
@@ -122,11 +124,11 @@ def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
     return 2**attempt if isinstance(error, HTTPError) else None
 
 
-def _status(error: Exception) -> str:
+def _status(error: BaseException) -> str:
     return str(error.response.status_code) if isinstance(error, HfHubHTTPError) else type(error).__name__
 
 
-def _refusal(error: Exception, repo_id: str) -> str:
+def _refusal(error: BaseException, repo_id: str) -> str:
     reason = " ".join(str(error).split())
     if token := get_token():
         reason = reason.replace(token, "<token>")

@@ -44,6 +44,16 @@ class Chunk:
     content: str | list[Row]
     first_row: int = 1
 
+    @property
+    def text(self) -> str:
+        assert isinstance(self.content, str)
+        return self.content
+
+    @property
+    def rows(self) -> list[Row]:
+        assert not isinstance(self.content, str)
+        return self.content
+
 
 def text_chunks(data: str, end: str) -> Iterator[Chunk]:
     """Chunks of text whose records end with `end`, from text files or from the `text` column of a table.

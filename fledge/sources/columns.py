@@ -39,7 +39,7 @@ def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:
     Raises:
         UserError: a row lacks a column that was named, or holds what is neither text nor messages.
     """
-    for number, row in enumerate(chunk.content, chunk.first_row):
+    for number, row in enumerate(chunk.rows, chunk.first_row):
         for column in columns.values():
             if column not in row:
                 raise UserError(f"{chunk.origin} has no column {column}; it has {', '.join(map(str, row))}.")
@@ -57,7 +57,7 @@ def parse_form(chunk: Chunk, forms: tuple[dict[str, str], ...]) -> Iterator[dict
     Raises:
         UserError: it has none of them.
     """
-    row = chunk.content[0]
+    row = chunk.rows[0]
     for form in forms:
         if set(form.values()) <= set(row):
             return parse(chunk, form)

@@ -42,7 +42,7 @@ def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict[str, str]]:
 
     Of a repeated field the first value that is not empty counts; repeated `Features` and `Words` are one list.
     """
-    for text in chunk.content.split(END):
+    for text in chunk.text.split(END):
         if text.strip():
             yield parse_record("\n" + text)
 

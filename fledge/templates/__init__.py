@@ -1,6 +1,7 @@
 """Prompt styles as Jinja chat templates. They are saved with the tokenizer, so every later stage uses the same one."""
 
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,9 +61,10 @@ def add_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def _unwritable(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     """The characters that the template itself writes and a closed vocabulary lacks."""
-    text = tokenizer.apply_chat_template(
+    rendered = tokenizer.apply_chat_template(
         SILENCE, chat_template=load_template(name), tokenize=False, add_generation_prompt=True
     )
+    text = cast(str, rendered)
     for token in (*SPECIAL_TOKENS.get(name, ()), *tokenizer.added_tokens_encoder):
         text = text.replace(token, "")
     return Spelling(tokenizer).missing(text)

@@ -9,10 +9,14 @@ import re
 import string
 from collections import Counter
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 
 @cache
-def _rouge_scorer():
+def _rouge_scorer() -> "RougeScorer":
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)

@@ -112,7 +112,8 @@ def main_character(story: str) -> str | None:
 
 
 def _first_at(name: str, narration: str) -> int:
-    return re.search(rf"\b{re.escape(name)}\b", narration).start()
+    found = re.search(rf"\b{re.escape(name)}\b", narration)
+    return found.start() if found else len(narration)
 
 
 def _names(narration: str) -> Counter[str]:
@@ -145,7 +146,7 @@ def _unnamed(being: str, narration: str, counts: Counter[str]) -> str | None:
     if re.search(rf"\b(?:other|another|two) {being}|\b{being} and an? ", narration):
         return None
     own = Counter({phrase: count for phrase, count in mentions.items() if phrase.split()[-1] == being})
-    others = Counter()
+    others: Counter[str] = Counter()
     for phrase, count in (mentions - own).items():
         others[phrase.split()[-1]] += count
     if own.total() < max(

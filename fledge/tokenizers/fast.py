@@ -47,20 +47,21 @@ class TextEncoder:
         """
         if self.encoding is None:
             return self._slow(texts, control)
-        ids = [self._fast(text) if control else self.encoding.encode_ordinary(text) for text in texts]
+        ids = [self._fast(self.encoding, text) if control else self.encoding.encode_ordinary(text) for text in texts]
         checked = max(1, self.CHECKED - self.checked[control])
         if ids[:checked] != self._slow(texts[:checked], control):
             raise UnequalIds
         self.checked[control] += len(texts)
         return ids
 
-    def _fast(self, text: str) -> list[int]:
-        ids, begin = [], 0
+    def _fast(self, encoding: tiktoken.Encoding, text: str) -> list[int]:
+        ids: list[int] = []
+        begin = 0
         for found in self.control.finditer(text):
-            ids += self.encoding.encode_ordinary(text[begin : found.start()])
+            ids += encoding.encode_ordinary(text[begin : found.start()])
             ids.append(self.tokenizer.added_tokens_encoder[found[0]])
             begin = found.end()
-        return ids + self.encoding.encode_ordinary(text[begin:])
+        return ids + encoding.encode_ordinary(text[begin:])
 
     def _slow(self, texts: list[str], control: bool) -> list[list[int]]:
         if not texts:

@@ -4,6 +4,7 @@ import io
 import pickle
 import re
 from pathlib import Path
+from typing import NoReturn
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -69,7 +70,7 @@ def read_text(file: Path) -> Tokenizer:
 
 # The C unpickler allocates as many memo entries as a damaged file asks for; Python's own does not.
 class _PlainUnpickler(pickle._Unpickler):
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> NoReturn:
         raise ValueError(f"it holds {module}.{name}, not only text and numbers, and is not opened")
 
 

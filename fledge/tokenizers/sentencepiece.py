@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -74,7 +75,8 @@ def read_llama2c(file: Path) -> Tokenizer:
         ValueError: damaged, or the pieces of another tokenizer.
         struct.error: cut short.
     """
-    content, at, pieces = file.read_bytes(), 4, []
+    content, at = file.read_bytes(), 4
+    pieces: list[Piece] = []
     (longest,) = struct.unpack_from("<I", content)
     while at < len(content):
         score, length = struct.unpack_from("<fI", content, at)
@@ -98,7 +100,7 @@ def read_llama2c(file: Path) -> Tokenizer:
     return _build(SentencePiece(pieces, BPE, byte_fallback=True, remove_extra_whitespaces=False))
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protobuf message as (number, value): an integer, or the bytes of anything else."""
     at = 0
 
@@ -182,7 +184,7 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def _normalizer(model: SentencePiece) -> normalizers.Normalizer:
-    steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if steps:
         try:
             steps[0].normalize_str("".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x110000)])))

@@ -4,7 +4,10 @@ torch's fused kernel keeps its tiles in float32 there, away from the matrix unit
 in a core's cache and take half the time up to a length of 512, backward included; no probabilities are kept for it.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fledge.training.loss import CACHED, slices
@@ -17,7 +20,7 @@ class CausalRows(torch.autograd.Function):
     """softmax(scale · q kᵀ, causal) v for `query`, `key` and `value` of shape (B, H, T, D)."""
 
     @staticmethod
-    def forward(ctx, query, key, value, scale):
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, heads, length, _ = query.shape
         mask = torch.full((length, length), float("-inf"), dtype=query.dtype).triu_(1)
         # One row of long texts at a time, several of short ones.
@@ -30,7 +33,7 @@ class CausalRows(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx, of_mixed):
+    def backward(ctx: Any, of_mixed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch's takes any
         query, key, value, mixed, mask = ctx.saved_tensors
         of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
         # Σ_j p_ij · ∂p_ij, as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).
@@ -46,11 +49,20 @@ class CausalRows(torch.autograd.Function):
         return of_query.mul_(ctx.scale), of_key.mul_(ctx.scale), of_value, None
 
     @staticmethod
-    def probabilities(q, k, mask, scale):
+    def probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
         return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)
 
 
-def causal_rows(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def causal_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """`CausalRows` where it applies and is faster, else transformers' `sdpa`. Shapes are those of its functions."""
     fits = attention_mask is None and module.is_causal and not dropout and query.shape == key.shape
     # Autocast gives the fused kernel its type too, whatever rotary positions made of the queries.

@@ -43,7 +43,9 @@ def open_dataset(
     if template or tokenizer.chat_template is None:
         add_template(tokenizer, template or "alpaca")
     conversations: dict[str | None, list[Messages]] = {}
-    left_out, lacking, spelling = Counter(), Counter(), Spelling(tokenizer)
+    left_out: Counter[str] = Counter()
+    lacking: Counter[str] = Counter()
+    spelling = Spelling(tokenizer)
     for chunk in row_chunks(source):
         for messages in conversations_of(chunk):
             if reason := why_unusable(messages):
@@ -98,18 +100,18 @@ def conversations_of(chunk: Chunk) -> Iterator[Messages]:
     Raises:
         UserError: the columns are others, or a value is neither text nor messages.
     """
-    columns = list(chunk.content[0])
+    columns = list(chunk.rows[0])
     whole = next((name for name in CONVERSATIONS if name in columns), None)
-    pair = next((pair for pair in PAIRS if set(pair) <= set(columns)), None)
+    pair = None if whole else next((pair for pair in PAIRS if set(pair) <= set(columns)), None)
     if whole is None and pair is None:
         raise UserError(
             f"{chunk.origin} has the columns {', '.join(columns)}; give messages, instruction and response, or "
             "prompt and completion, or name yours with prepare_dataset.py --source columns."
         )
-    for number, row in enumerate(chunk.content, chunk.first_row):
+    for number, row in enumerate(chunk.rows, chunk.first_row):
         where = f"{chunk.origin}, row {number}, column"
-        if whole:
-            yield as_messages(row.get(whole), f"{where} {whole}")
+        if pair is None:
+            yield as_messages(row.get(str(whole)), f"{where} {whole}")
             continue
         asked, answered = (
             _part(row.get(column), role, f"{where} {column}")

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow.compute as pc
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from typing_extensions import override
 
@@ -45,16 +47,18 @@ class Lineage(TrainerCallback, ExportableState):
         return {"args": {"settings": self.settings, "parts": self.parts}, "attributes": {}}
 
     @override
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # A checkpoint that was saved without has no place for it, and Trainer looks for one.
-        state.stateful_callbacks[type(self).__name__] = self.state()
+        cast(dict[str, Any], state.stateful_callbacks)[type(self).__name__] = self.state()
 
     @property
     def has_changes(self) -> bool:
         return "changed" in self.parts[-1]
 
 
-def settings_of(config: TrainingArguments, **more) -> dict:
+def settings_of(config: TrainingArguments, **more: object) -> dict[str, Any]:
     """What makes the weights of a run: `config` without what does not, the number of processes, and `more`."""
     told = {key: value for key, value in config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(key)}
     return json.loads(json.dumps({**told, "processes": config.world_size, **more}, default=str))
@@ -103,13 +107,14 @@ def lineage_of(trainer: Trainer) -> Lineage:
     return next(call for call in trainer.callback_handler.callbacks if isinstance(call, Lineage))
 
 
-def load_optimizer(trainer: Trainer, load, checkpoint: str | None) -> None:
+def load_optimizer(trainer: Trainer, load: Callable[[str], None], checkpoint: str | None) -> None:
     """Loads the optimizer's and the schedule's state by `load`, and keeps the run's own settings if they were changed.
 
     A saved optimizer brings its learning rate, betas and decay, which would silently win over the new ones.
     """
     if not checkpoint:
         return
+    assert trainer.optimizer
     own = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
     with said_in_words():
         load(checkpoint)

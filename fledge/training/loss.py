@@ -9,6 +9,7 @@ import functools
 import inspect
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fledge.encoding import IGNORED
+from fledge.models import head_of
 
 # Entries of the logits in float32 at a time: 1.6 MB for a vocabulary of 50,257, which a core's level-2 cache holds.
 CACHED = 1 << 19
@@ -91,11 +93,18 @@ class ScoreTokens(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        rows: int,
+    ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         ctx.types = hidden.dtype, weight.dtype, weight.dtype
-        hidden, weight, bias = (None if x is None else x.to(dtype) for x in (hidden, weight, bias))
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         scores = torch.empty(rows, len(targets), device=hidden.device)
         ctx.slices = slices(len(targets), max(1, KEPT // len(weight)))
         with_gradient = any(ctx.needs_input_grad)
@@ -107,7 +116,7 @@ class ScoreTokens(torch.autograd.Function):
         return scores
 
     @staticmethod
-    def backward(ctx, grad_scores):
+    def backward(ctx: Any, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # torch's takes any
         hidden, weight, bias, targets = ctx.saved_tensors
         # The products run on relative weights of the tokens, which are 1 when all weigh the same, so that rounding a
         # weight of 1/1783 to bfloat16 does not bend every gradient the same way.
@@ -128,7 +137,9 @@ class ScoreTokens(torch.autograd.Function):
                 for rows in slices(len(of_logits), ROWS):
                     of_hidden[chunk][rows] = (of_logits[rows] @ weight * relative[chunk][rows]).float() * largest
             for total, factor in ((of_weight, weighted), (of_bias, relative[chunk, 0])):
-                for columns in slices(len(weight), COLUMNS) if total is not None else ():
+                if total is None:
+                    continue
+                for columns in slices(len(weight), COLUMNS):
                     part = (of_logits[:, columns].T @ factor).float()
                     if number == 0:
                         torch.mul(part, largest, out=total[columns])
@@ -164,13 +175,22 @@ def score_supervised_only(model: PreTrainedModel) -> None:
     own_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, labels=None, attention_mask=None, num_items_in_batch=None, **kwargs):
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
         if not fused_lm_head:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return own_forward(*args, labels=labels, attention_mask=attention_mask, **kwargs)
+        assert labels is not None
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
-        mask, head = labels[:, 1:] != IGNORED, self.get_output_embeddings()
+        mask, head = labels[:, 1:] != IGNORED, head_of(self)
         scores = ScoreTokens.apply(hidden[mask], head.weight, head.bias, labels[:, 1:][mask], 3)
         log_probs, entropy, is_top1 = (row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

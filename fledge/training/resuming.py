@@ -4,9 +4,11 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
@@ -69,18 +71,20 @@ class StopOnSignal(TrainerCallback):
     With several processes all stop at the same step as soon as one of them was told.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.was_told = False
 
     @override
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.earlier = signal.signal(signal.SIGTERM, self._note)
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.was_told = True
 
     @override
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.world_size > 1:
             told = torch.tensor(int(self.was_told), device=args.device)
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
@@ -89,7 +93,9 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     @override
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         signal.signal(signal.SIGTERM, self.earlier)
 
     def leave_if_told(self, state: TrainerState) -> None:

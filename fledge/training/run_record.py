@@ -10,10 +10,11 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig
 from typing_extensions import override
 
@@ -29,12 +30,21 @@ class Progress(TrainerCallback):
     """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
 
     @override
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.start = self.last_time = time.monotonic()
-        self.first_step, self.last_tokens = state.global_step, state.num_input_tokens_seen
+        self.first_step, self.last_tokens = state.global_step, float(state.num_input_tokens_seen)
 
     @override
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         done = f"{state.epoch or 0:5.2f} epochs  step {state.global_step:>5}/{state.max_steps}"
@@ -54,15 +64,17 @@ class Progress(TrainerCallback):
 def shield_trackers(trainer: Trainer) -> None:
     """Lets a tracker that fails once training has begun fail alone, with one sentence; later it is not asked again."""
 
-    def shielded(tracker: TrainerCallback, event: str) -> Callable:
+    failed = set()
+
+    def shielded(tracker: TrainerCallback, event: str) -> Callable[..., object]:
         do = getattr(tracker, event)
 
-        def ask(*arguments, **keywords):
-            if not tracker.has_failed:
+        def ask(*arguments: Any, **keywords: Any) -> object:
+            if tracker not in failed:
                 try:
                     return do(*arguments, **keywords)
                 except Exception as error:  # a dropped connection, a full disk, a service that changed
-                    tracker.has_failed = True
+                    failed.add(tracker)
                     print(f"{type(tracker).__name__} failed and is left out: {error}", file=sys.stderr, flush=True)
             return None
 
@@ -71,7 +83,6 @@ def shield_trackers(trainer: Trainer) -> None:
     events = [name for name in dir(TrainerCallback) if name.startswith("on_")]
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__module__.startswith(("transformers.integrations", "trackio")):
-            callback.has_failed = False
             for event in set(events) - {"on_init_end", "on_train_begin"}:  # there a failure stops before any work
                 setattr(callback, event, shielded(callback, event))
 
@@ -130,7 +141,14 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
     with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
         warnings.simplefilter("ignore", FutureWarning)
         usual = defaults(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
-    left_out = ("run_name", "disable_tqdm", "dataloader_pin_memory", "use_cpu", "do_eval", "save_total_limit")
+    left_out: tuple[str, ...] = (
+        "run_name",
+        "disable_tqdm",
+        "dataloader_pin_memory",
+        "use_cpu",
+        "do_eval",
+        "save_total_limit",
+    )
     left_out += ("log_level_replica", "logging_first_step", "ddp_find_unused_parameters", "gradient_checkpointing")
     chosen = args.to_dict().items()
     hyperparameters = {k: v for k, v in sorted(chosen) if k in usual and v != usual[k] and k not in left_out}

@@ -2,11 +2,12 @@
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
 from fledge.cli import UserError
@@ -56,11 +57,18 @@ class CheckSharded(TrainerCallback):
     """Stops, before the first step, a run that was told to shard and holds everything in every process."""
 
     @override
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
         told = told_to_shard(args)
         by_deepspeed = AcceleratorState().distributed_type == DistributedType.DEEPSPEED
         shards = {
-            "FSDP": any(isinstance(p, DTensor) for p in model.parameters()),
+            "FSDP": model is not None and any(isinstance(p, DTensor) for p in model.parameters()),
             "DeepSpeed": by_deepspeed,
             None: True,
         }

@@ -1,11 +1,14 @@
 """Which parameters train: all, all but some that are frozen, or an adapter's."""
 
+from typing import cast
+
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
 from fledge.cli import UserError
+from fledge.models import embedding_of
 
 
 def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -49,12 +52,12 @@ def adapter_config(arguments: ModelConfig, model: PreTrainedModel, new_tokens: i
     section 4). Rows of the embedding and of the head that belong to `new_tokens` are trained beside the adapter.
     """
     config = get_peft_config(arguments)
-    if config is None:
+    if not isinstance(config, LoraConfig):
         return None
     if config.target_modules is None and config.target_parameters is None:
         config.target_modules = "all-linear"
     if new_tokens:
-        rows = model.get_input_embeddings().num_embeddings
+        rows = embedding_of(model).num_embeddings
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         names = [name for name, module in model.named_modules() if module in ends]
         config.trainable_token_indices = {name: list(range(rows - new_tokens, rows)) for name in names}
@@ -72,7 +75,7 @@ def adapter_record(model: torch.nn.Module) -> dict | None:
     """What an adapter is, for the run's record; `None` when there is none."""
     if not isinstance(model, PeftModel):
         return None
-    config = model.peft_config["default"]
+    config = cast(LoraConfig, model.peft_config["default"])
     config.base_model_name_or_path = ""  # else a path of this machine
     kind = "DoRA" if config.use_dora else "LoRA"
     targets = sorted(config.target_modules or [])

@@ -6,11 +6,13 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from datasets import DatasetDict
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -18,6 +20,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig, SFTConfig, SFTTrainer
 from typing_extensions import override
 
@@ -50,7 +53,9 @@ class SmallModelConfig(SFTConfig):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "rows a step and device"})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows a step and device in evaluation"})
     # TRL switches it on, and transformers is renaming it: None leaves it off under either name, without a warning.
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "trade time for memory"})
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "trade time for memory"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "cut rows; prepare_dataset.py has fitted them"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate on the validation split"})
     save_strategy: str = field(default="no", metadata={"help": "when to save a checkpoint for --resume"})
@@ -67,23 +72,24 @@ class SmallModelConfig(SFTConfig):
         default=None, metadata={"help": "stop after so many evaluations without a lower loss, and keep the best model"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.load_best_model_at_end = self.load_best_model_at_end or self.early_stopping_patience is not None
         if self.load_best_model_at_end and self.save_strategy == "no":
             self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
         check_training(self)
-        choose_device_and_precision(self)
+        self.precision_reason = choose_device_and_precision(self)
         with said_in_words():
             super().__post_init__()
 
 
-def choose_device_and_precision(config: TrainingArguments) -> None:
-    """Sets `use_cpu`, `bf16` and `precision_reason` of a configuration that is not yet checked."""
+def choose_device_and_precision(config: TrainingArguments) -> str:
+    """Sets `use_cpu` and `bf16` of a configuration that is not yet checked, and returns why this precision."""
     check_deepspeed(config)
     config.use_cpu = config.use_cpu or not torch.accelerator.is_available()
-    config.precision_reason = "as asked for"
-    if config.bf16 is None and not config.fp16:
-        config.bf16, config.precision_reason = choose_bf16(config.use_cpu)
+    if config.bf16 is not None or config.fp16:
+        return "as asked for"
+    config.bf16, reason = choose_bf16(config.use_cpu)
+    return reason
 
 
 def precision(config: TrainingArguments) -> str:
@@ -114,7 +120,7 @@ def use_all_threads(config: SmallModelConfig) -> str | None:
     return f"Threads {threads}: accelerate launch leaves a process one, and this machine has more"
 
 
-def with_values(config: SmallModelConfig, **values) -> SmallModelConfig:
+def with_values(config: SmallModelConfig, **values: Any) -> SmallModelConfig:
     """A copy of a checked configuration with other `values`."""
     changed = copy.copy(config)
     for name, value in values.items():
@@ -143,10 +149,13 @@ def open_base(arguments: ModelConfig, dropout: float) -> tuple[Path, PreTrainedM
         UserError: there is no model.
     """
     name = arguments.model_name_or_path
+    assert name
     base = find_model(name, arguments.model_revision)
     rates = [key for key in open_config(base, name).to_dict() if key.endswith(("pdrop", "dropout"))]
-    attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
-    return base, open_model(base, name=name, **dict.fromkeys(rates, dropout), **attention)
+    settings: dict[str, Any] = dict.fromkeys(rates, dropout)
+    if arguments.attn_implementation:
+        settings["attn_implementation"] = arguments.attn_implementation
+    return base, open_model(base, name=name, **settings)
 
 
 def limit_length(
@@ -201,7 +210,7 @@ def check_fit(
         UserError: its token ids or its row lengths do not fit.
     """
     context = context_of(model.config)
-    check_vocabulary(model, own, model.name_or_path)
+    check_vocabulary(model, own, model.name_or_path or "the model")
     ids = tokenizer.get_vocab()
     strange = next((token for token, number in own.get_vocab().items() if ids.get(token) != number), None)
     if strange is not None:
@@ -222,6 +231,10 @@ class InstructTrainer(SFTTrainer):
     A checkpoint that was saved is therefore one to go on from: the weights in it are finite.
     """
 
+    processing_class: PreTrainedTokenizerBase
+    last_logged: tuple[float, int]
+    first_ids: torch.Tensor
+
     def start_from(self, checkpoint: str | None) -> None:
         """Goes on counting tokens where the interrupted run stopped.
 
@@ -237,24 +250,26 @@ class InstructTrainer(SFTTrainer):
         load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
 
     @override
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         self.first_ids = inputs["input_ids"][0, :24]
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse("loss", loss)
         return loss
 
     @override
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # its scaler skips such a step by itself
             self._refuse("gradient's norm", norm)
         return norm
 
-    def _refuse(self, what: str, value) -> None:
+    def _refuse(self, what: str, value: float | torch.Tensor) -> None:
         if math.isfinite(value):
             return
-        saved = newest_checkpoint(Path(self.args.output_dir))
-        begin = " ".join(self.processing_class.decode(self.first_ids).split())
+        saved = newest_checkpoint(Path(str(self.args.output_dir)))
+        begin = " ".join(cast(str, self.processing_class.decode(self.first_ids)).split())
         raise UserError(
             f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch that begins with "
             f"{begin!r}; lower --learning_rate and "
@@ -274,18 +289,18 @@ class InstructTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     @override
-    def train(self, *arguments, **keywords):
+    def train(self, *arguments: Any, **keywords: Any) -> TrainOutput:
         self.tokens_before = self._total_train_tokens
         self.last_logged = time.monotonic(), self.tokens_before
         return super().train(*arguments, **keywords)
 
     @override
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.num_input_tokens_seen = self._total_train_tokens
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
-            saved = newest_checkpoint(Path(self.args.output_dir))
+            saved = newest_checkpoint(Path(str(self.args.output_dir)))
             raise UserError(
                 f"A checkpoint cannot be written to {self.args.output_dir} ({' '.join(str(error).split())}); make room "
                 + (f"and go on from {saved.name} with --resume auto." if saved else "and start again.")
@@ -294,10 +309,10 @@ class InstructTrainer(SFTTrainer):
 
 def prepare_model(trainer: SFTTrainer) -> str:
     """Makes a trainer's model score supervised positions only where that is faster, and returns a line that says so."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         if not hasattr(head, "bias"):  # peft's wrapper around new tokens passes on the weight alone
             head.bias = head.token_adapter.base_layer.bias
     if not has_fused_head(model):
@@ -315,14 +330,14 @@ def prepare_model(trainer: SFTTrainer) -> str:
     return line
 
 
-def finished(trainer: Trainer, **decoding) -> PreTrainedModel:
+def finished(trainer: Trainer, **decoding: Any) -> PreTrainedModel:
     """The trained model as it is served: adapter merged, cache on; `decoding` is what a pipeline does untold."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model
     model.config.use_cache = True  # TRL switches it off for training
     if attention_of(model) == NAME:
         model.set_attn_implementation("sdpa")
-    tokenizer = trainer.processing_class
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad, **decoding)
     return model

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from typing import cast
 
 import pyarrow.compute as pc
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
-from transformers import Trainer
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
 
 from fledge.training.loss import has_fused_head
 from fledge.training.sharding import told_to_shard
@@ -18,7 +20,7 @@ TRIAL = 2048
 
 def seconds_of(trainer: Trainer, loss_of: Callable[[], Tensor], repeats: int) -> float:
     """The fastest of `repeats` forward and backward passes after one that warms up; weights and dice are as before."""
-    model = trainer.model.to(trainer.args.device).train()
+    model = cast(nn.Module, trainer.model).to(trainer.args.device).train()
     times = []
     with torch.random.fork_rng():
         for _ in range(1 + repeats):
@@ -35,10 +37,9 @@ def seconds_of(trainer: Trainer, loss_of: Callable[[], Tensor], repeats: int) ->
 
 def in_words(seconds: float) -> str:
     """About how long: "40 seconds", "6 minutes", "5 hours"."""
-    for limit, unit, name in ((100, 1, "seconds"), (180 * 60, 60, "minutes"), (float("inf"), 3600, "hours")):
-        if seconds < limit:
-            count = max(1, round(seconds / unit))
-            return f"{count} {name if count > 1 else name.removesuffix('s')}"
+    unit, name = (1, "second") if seconds < 100 else (60, "minute") if seconds < 180 * 60 else (3600, "hour")
+    count = max(1, round(seconds / unit))
+    return f"{count} {name}{'s' if count > 1 else ''}"
 
 
 def time_needed(trainer: Trainer, tokens_seen: int) -> str | None:
@@ -46,7 +47,8 @@ def time_needed(trainer: Trainer, tokens_seen: int) -> str | None:
 
     The rows of the trial are those nearest to the mean length, as batches of like length have them.
     """
-    args, rows = trainer.args, trainer.train_dataset
+    args, rows = trainer.args, cast(Dataset, trainer.train_dataset)
+    model = cast(PreTrainedModel, trainer.model)
     if told_to_shard(args):
         return None
     lengths = pc.list_value_length(rows.with_format("arrow")["input_ids"][:])
@@ -57,9 +59,9 @@ def time_needed(trainer: Trainer, tokens_seen: int) -> str | None:
     tokens = sum(lengths[k].as_py() for k in chosen)
 
     def loss_of() -> Tensor:
-        if has_fused_head(trainer.model):
-            return -trainer.model(**batch, fused_lm_head=True).log_probs.sum() / tokens
-        return trainer.model(**batch).loss
+        if has_fused_head(model):
+            return -model(**batch, fused_lm_head=True).log_probs.sum() / tokens
+        return model(**batch).loss
 
     seconds = seconds_of(trainer, loss_of, 1)
     speed = tokens / seconds * args.world_size
