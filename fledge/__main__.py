@@ -41,7 +41,7 @@ def usage() -> str:
     """What `fledge --help` prints: each command with the first line of its script's docstring."""
     lines = []
     for name, script in COMMANDS.items():
-        summary = importlib.import_module(f"fledge.scripts.{script}").__doc__.splitlines()[0]
+        summary = (importlib.import_module(f"fledge.scripts.{script}").__doc__ or "").partition("\n")[0]
         lines.append(f"  {name:<16} {summary}")
     return USAGE.format(commands="\n".join(lines))
 

@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from jinja2 import UndefinedError
 from safetensors import safe_open
@@ -69,7 +69,17 @@ def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def read_records(model_dir: Path, evaluation_dir: Path | None) -> dict[str, dict | None]:
+class Records(TypedDict):
+    """What each stage wrote about itself; `None` where it has left nothing."""
+
+    budget: dict[str, Any]
+    conversion: dict[str, Any] | None
+    metrics: dict[str, Any] | None
+    pretraining: dict[str, Any] | None
+    run: dict[str, Any]
+
+
+def read_records(model_dir: Path, evaluation_dir: Path | None) -> Records:
     """Each stage's record, None where it has left none. A model says at least what it was trained on and how.
 
     Raises:
@@ -80,7 +90,7 @@ def read_records(model_dir: Path, evaluation_dir: Path | None) -> dict[str, dict
     for file in ORIGINS:
         if not (model_dir / file).exists():
             files[Path(file).stem] = None
-    return {name: read_json(file, STAGES[name]) if file else None for name, file in files.items()}
+    return cast(Records, {name: read_json(file, STAGES[name]) if file else None for name, file in files.items()})
 
 
 def read_samples(evaluation_dir: Path | None) -> list[dict]:
@@ -158,7 +168,7 @@ def emissions(model_dir: Path) -> dict | None:
 def model_card(
     folder: Path,
     repo_id: str,
-    records: dict[str, dict | None],
+    records: Records,
     samples: list[dict],
     sampling: Sampling,
     license_id: str | None,
@@ -198,7 +208,16 @@ def model_card(
 
 
 def card_metadata(
-    *, repo_id, records, firsts, sampling, license_id, language, base_model, dataset_repo_id, files
+    *,
+    repo_id: str,
+    records: Records,
+    firsts: list[dict],
+    sampling: Sampling,
+    license_id: str | None,
+    language: str,
+    base_model: str | None,
+    dataset_repo_id: str | None,
+    files: dict[str, Any],
 ) -> "ModelCardData":
     """What the Hub reads of a card: the YAML block at its head."""
     from huggingface_hub import ModelCardData
@@ -228,8 +247,10 @@ def results(budget: dict, metrics: dict | None, dataset_repo_id: str | None) -> 
     """Every metric of the model as the Hub lists it, with its interval, chance and reference."""
     from huggingface_hub import EvalResult
 
+    if metrics is None:
+        return []
     found = []
-    for name, metric in (metrics["model"] if metrics else {}).items():
+    for name, metric in metrics["model"].items():
         levels = {"chance": metrics["chance"]["model"].get(name), "reference": metrics["reference"].get(name)}
         found.append(
             EvalResult(

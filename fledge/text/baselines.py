@@ -16,7 +16,7 @@ class Baseline(NamedTuple):
 
     def answers(self, rows: list[dict], train_rows: list[dict], kind: Callable[[dict], Hashable]) -> list[str]:
         """The answer to each row; rows of different kinds have nothing to do with each other."""
-        found = {}
+        found: dict[int, str] = {}
         for name in dict.fromkeys(map(kind, rows)):
             numbers = [number for number, row in enumerate(rows) if kind(row) == name]
             training = [row for row in train_rows if kind(row) == name]
@@ -26,7 +26,7 @@ class Baseline(NamedTuple):
 
 def most_frequent_answer(rows: list[dict], train_rows: list[dict]) -> list[str]:
     counts = Counter(row["messages"][-1]["content"] for row in train_rows)
-    return [max(counts, key=counts.get, default="")] * len(rows)
+    return [max(counts, key=lambda answer: counts[answer], default="")] * len(rows)
 
 
 def first_sentence(rows: list[dict], train_rows: list[dict]) -> list[str]:

@@ -33,7 +33,7 @@ class CausalRows(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, of_mixed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch's takes any
+    def backward(ctx: Any, of_mixed: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mixed, mask = ctx.saved_tensors
         of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
         # Σ_j p_ij · ∂p_ij, as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).

@@ -116,7 +116,7 @@ class ScoreTokens(torch.autograd.Function):
         return scores
 
     @staticmethod
-    def backward(ctx: Any, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # torch's takes any
+    def backward(ctx: Any, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         # The products run on relative weights of the tokens, which are 1 when all weigh the same, so that rounding a
         # weight of 1/1783 to bfloat16 does not bend every gradient the same way.
