@@ -7,6 +7,7 @@ files. Outside of Fledge they do run, for those who pass `trust_remote_code=True
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -59,5 +60,5 @@ def hashes() -> dict[str, str]:
 
 def open_as_strangers_do(folder: Path) -> PreTrainedModel:
     """The model of a folder by the files beside it, as `trust_remote_code=True` runs it, in float32."""
-    cls = get_class_from_dynamic_module(f"{FILES[1].stem}.{FledgeGPTForCausalLM.__name__}", str(folder))
+    cls: Any = get_class_from_dynamic_module(f"{FILES[1].stem}.{FledgeGPTForCausalLM.__name__}", str(folder))
     return cls.from_pretrained(folder, dtype="float32", local_files_only=True)

@@ -8,12 +8,12 @@ Shapes: B rows, T tokens given, K tokens seen (T and those in the cache), D widt
 """
 
 import math
-from typing import ClassVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,8 +32,8 @@ ACTIVATIONS = {
 OF_QUERIES = ("block.query_norm", "block.key_norm")
 
 
-def linear(config: FledgeGPTConfig, name: str, inputs: int, outputs: int) -> nn.Linear | None:
-    """The linear layer of that name, if the model has one."""
+def linear(config: FledgeGPTConfig, name: str, inputs: int, outputs: int) -> Any:
+    """The `nn.Linear` of that name, or None if the model has none."""
     return nn.Linear(inputs, outputs, bias=config.has(f"{name}.bias")) if config.has(f"{name}.weight") else None
 
 
@@ -89,7 +89,16 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([x, rest], dim=-1)
 
 
-def attend_eagerly(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+def attend_eagerly(
+    module: "FledgeGPTAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
     """Attention written out, which alone can cap its scores: (B, H, T, w) → (B, T, H, w)."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = capped(query @ key.transpose(-1, -2) * scaling, module.config.attention_cap)
@@ -138,7 +147,9 @@ class FledgeGPTAttention(nn.Module):
             value, added = self.value_lambdas[0] * value, self.value_lambdas[1] * added
         return value + added
 
-    def forward(self, x: Tensor, ids: Tensor | None, mask: Tensor | None, angles: tuple | None, cache) -> Tensor:
+    def forward(
+        self, x: Tensor, ids: Tensor | None, mask: Tensor | None, angles: tuple | None, cache: Cache | None
+    ) -> Tensor:
         config = self.config
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.value_embedding is not None:
@@ -230,13 +241,21 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
             setattr(self, name, FledgeGPTNorm(config, f"block.{name}", config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, first: Tensor, ids=None, mask=None, angles=None, past_key_values=None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        first: Tensor,
+        ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        angles: tuple | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
         """`first` is what the first block was given, of which this one may read a share."""
 
-        def attention(x):
+        def attention(x: Tensor) -> Tensor:
             return self.dropout(self.attention(x, ids, mask, angles, past_key_values))
 
-        def mlp(x):
+        def mlp(x: Tensor) -> Tensor:
             return self.dropout(self.mlp(x))
 
         if self.residual_lambdas is not None:
@@ -264,8 +283,8 @@ class FledgeGPTPreTrainedModel(PreTrainedModel):
     config_class = FledgeGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["FledgeGPTBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["FledgeGPTBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -298,19 +317,19 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.token_embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.token_embedding = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.token_embedding = cast(nn.Embedding, value)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_,
+        **_: Any,
     ) -> BaseModelOutputWithPast:
         config = self.config
         x = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -347,14 +366,25 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
-    def places(self, x, attention_mask, position_ids, past: int) -> tuple[Tensor, Tensor]:
+    def places(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
+    ) -> tuple[Tensor, Tensor]:
         """The position of each token given (B or 1, T), and of each seen (B or 1, K), with padding on either side."""
         keys = torch.arange(past + x.shape[1], device=x.device)[None]
         if attention_mask is not None and attention_mask.ndim == 2:
             keys = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return keys[:, past:] if position_ids is None else position_ids, keys
 
-    def look(self, x, attention_mask, positions, keys, given: bool, past: int, window: int | None) -> Tensor | None:
+    def look(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        keys: Tensor,
+        given: bool,
+        past: int,
+        window: int | None,
+    ) -> Tensor | None:
         """What each token sees of the K tokens: (B or 1, 1, T, K), or (…, H, T, K) and to be added to the scores with
         ALiBi; None where each token sees all before it.
 
@@ -415,7 +445,9 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
 
 
 class FledgeGPTForCausalLM(FledgeGPTPreTrainedModel, GenerationMixin):
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.token_embedding.weight"}
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "model.token_embedding.weight"
+    }
 
     def __init__(self, config: FledgeGPTConfig):
         super().__init__(config)
@@ -440,15 +472,15 @@ class FledgeGPTForCausalLM(FledgeGPTPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
         output = self.model(
             input_ids,
             attention_mask,

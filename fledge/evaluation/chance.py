@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 
 from fledge.evaluation.intervals import Ratio, means
-from fledge.tasks import Task
+from fledge.messages import Answer
+from fledge.tasks import Scorer, Task
 
 PAIRS = 1000  # of a prompt and another one, at least, where there are prompts enough
 SAME = "it does not depend on the instruction"
@@ -38,7 +39,12 @@ def permutations(rows: list[dict], kinds: list[Hashable]) -> np.ndarray:
 
 
 def against_others(
-    scorer, rows: list[dict], answers: list, others: np.ndarray, weights: np.ndarray, exchange: Callable
+    scorer: Scorer,
+    rows: list[dict],
+    answers: list[Answer],
+    others: np.ndarray,
+    weights: np.ndarray,
+    exchange: Callable,
 ) -> tuple[dict[str, Ratio], list[tuple[int, dict[str, float]]]]:
     """The metrics of answers against `exchange(own row, row that takes its place)`.
 
@@ -46,7 +52,8 @@ def against_others(
     all of both have been used. Returned as well are the scores, each with its answer's number.
     """
     num_samples = len(answers) // len(rows)
-    total, scored = {}, []
+    total: dict[str, Ratio] = {}
+    scored: list[tuple[int, dict[str, float]]] = []
     for turn in range(max(len(others), num_samples) if len(others) else 0):
         places = others[turn % len(others)]
         moved = np.flatnonzero(places >= 0)

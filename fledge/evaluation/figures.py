@@ -1,5 +1,7 @@
 """The figures of `metrics.json`: every metric with its interval, for both models and for what they are held against."""
 
+import numpy as np
+
 from fledge.evaluation.intervals import Ratio, interval, paired_difference
 
 HEADLINE = "instruction_following"
@@ -34,9 +36,9 @@ def by_class(
 
     `rows` and each metric have one element a prompt. Classes that do not occur are left out.
     """
-    found = {}
+    found: dict[str, dict[str, dict]] = {}
     for column, labels in classes.items():
-        of_labels = {label: [number for number, row in enumerate(rows) if row[column] == label] for label in labels}
+        of_labels = {label: np.flatnonzero([row[column] == label for row in rows]) for label in labels}
         found[column] = {
             label: {
                 "prompts": len(prompts),
@@ -45,12 +47,12 @@ def by_class(
                 "baselines": {name: _of(prompts, _headline(metrics)) for name, metrics in baselines.items()},
             }
             for label, prompts in of_labels.items()
-            if prompts
+            if len(prompts)
         }
     return found
 
 
-def _of(prompts: list[int], ratios: dict[str, Ratio]) -> dict[str, dict]:
+def _of(prompts: np.ndarray, ratios: dict[str, Ratio]) -> dict[str, dict]:
     return with_intervals({name: ratio.of(prompts) for name, ratio in ratios.items()}, list(ratios))
 
 

@@ -15,7 +15,7 @@ def pass_at(tries: int, samples: int, right: int) -> float:
     return 1 - math.comb(samples - right, tries) / math.comb(samples, tries)
 
 
-def headroom(following: list[float], num_samples: int, weights: np.ndarray) -> dict[str, dict[str, float]]:
+def headroom(following: list[float], num_samples: int, weights: np.ndarray) -> dict[str, dict[str, float] | None]:
     """pass@k for each power of two up to `num_samples` and for itself, and the prompts all right and all wrong.
 
     `following` holds a 0 or a 1 for each answer, `num_samples` a prompt in turn; `weights` (P,) one of each prompt.

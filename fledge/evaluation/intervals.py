@@ -81,6 +81,8 @@ def paired_difference(base: Ratio, model: Ratio) -> dict[str, float] | None:
         low, high = bca(lambda prompts, axis: model.value(prompts, axis) - base.value(prompts, axis), len(both))
     elif base.is_share:
         of_base, of_model = interval(base), interval(model)
+        assert of_base is not None  # both have a part in some prompt
+        assert of_model is not None
         low -= math.hypot(of_model["value"] - of_model["low"], of_base["high"] - of_base["value"])
         high += math.hypot(of_model["high"] - of_model["value"], of_base["value"] - of_base["low"])
     return {"value": value, "low": low, "high": high, "n": len(both)}

@@ -173,7 +173,7 @@ def judge_scores(
         for draw in range(draws)
     }
     replies = judge.ask_all(questions, progress)
-    scores = {}
+    scores: dict[str, list[float | None]] = {}
     for who, texts in answers.items():
         scores[who] = []
         for i in range(len(texts)):
@@ -181,7 +181,7 @@ def judge_scores(
             kept = [score for score in parsed if score is not None]
             scores[who].append(sum(kept) / len(kept) if kept else None)
     return scores, _tally(replies, parse_score) | {
-        "answers": sum(map(len, scores.values())),
+        "answers": sum(len(of_model) for of_model in scores.values()),
         "answers_without_score": sum(score is None for of_model in scores.values() for score in of_model),
     }
 
@@ -200,7 +200,8 @@ def judge_pairs(
         questions["pair", "model first", i, 0] = pair_question(request, model[i], base[i])
     replies = judge.ask_all(questions, progress)
     points = {"first": 0.0, "tie": 0.5, "second": 1.0}
-    verdicts, swayed = [], 0
+    verdicts: list[float | None] = []
+    swayed = 0
     for i in range(len(requests)):
         straight, swapped = (
             parse_preference(replies["pair", order, i, 0] or "") for order in ("base first", "model first")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ def distinct_ratio(texts: list[str], num_samples: int) -> Ratio:
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
-    return tokenizer.decode([label for label in row["labels"] if label != IGNORED], skip_special_tokens=True)
+    ids = [label for label in row["labels"] if label != IGNORED]
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @torch.no_grad()
@@ -76,9 +78,9 @@ def completion_nats(
     """For each row the negative log-likelihood of its supervised tokens, in nats and in their order (S,)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    nats = {}
+    nats: dict[int, Tensor] = {}
     while len(nats) < len(rows):
-        batch = []
+        batch: list[int] = []
         for i in order[len(nats) :]:
             if batch and len(rows[i]["input_ids"]) * (len(batch) + 1) > TOKENS_AT_ONCE:
                 break

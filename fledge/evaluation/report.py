@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from fledge.cli import UserError
@@ -45,7 +46,7 @@ def beside(metrics: dict, who: str = "model", name: str = HEADLINE) -> str:
 
 def table(metrics: dict) -> str:
     """Base beside instruct as a Markdown table that also reads well in a terminal; chance is that of instruct."""
-    rows = [("metric", "base", "instruct", "difference", "chance", "reference")]
+    rows: list[tuple[str, ...]] = [("metric", "base", "instruct", "difference", "chance", "reference")]
     for name in metrics["model"]:
         parts = (show(name, metrics[part].get(name)) for part in ("base", "model", "difference"))
         ends = (
@@ -74,7 +75,7 @@ def classes(metrics: dict) -> list[tuple[str, dict]]:
     return found
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -294,7 +295,7 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
 def histogram(lengths: dict[str, list[int]], bins: int = 24) -> dict:
     """Lengths in tokens → for each model the count in each of `bins` equal bins, and a round bin width."""
     longest = max(max(values) for values in lengths.values())
-    width = _round_up(max(longest / bins, 1))
+    width = int(_round_up(max(longest / bins, 1)))
     count = longest // width + 1
     counts = {who: [0] * count for who in lengths}
     for who, values in lengths.items():

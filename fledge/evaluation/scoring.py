@@ -1,6 +1,7 @@
 """Answers are scored by their task, and held against chance, the references, and answers that need no model."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Scoring:
     weights: np.ndarray = field(init=False)
     """(P,) how much each prompt counts in the task's metrics"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.weights = np.array(self.prompts.task.weights(self.prompts.rows), dtype=float)
 
     def score(self, answers: list[Answer]) -> list[dict[str, float]]:
@@ -85,7 +86,7 @@ def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, st
     reference = of_answers["reference"] | {"distinct_2": distinct_ratio([answer.text for answer in references], 1)}
     chance, met = chance_levels(scoring.scorer, prompts.task, prompts.rows, answers, scores, scoring.weights)
     baselines = scoring.of_baselines()
-    found = {
+    found: dict[str, Any] = {
         "meaning": meaning | {name: baseline.meaning for name, baseline in prompts.task.baselines.items()},
         **{who: with_intervals(of, names) for who, of in ratios.items()},
         "difference": differences(ratios["base"], ratios["model"], names),

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +51,7 @@ def copied(texts: list[str], training: Iterable[str]) -> list[float | None]:
         found.update(wanted.intersection(runs(text, COPIED_RUN)))
     shares = []
     for text in texts:
-        covered = set()
+        covered: set[int] = set()
         for begin, run in enumerate(runs(text, COPIED_RUN)):
             if run in found:
                 covered.update(range(begin, begin + COPIED_RUN))
@@ -114,17 +115,20 @@ class Wording:
 def template_marks(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> set[str]:
     """The lines that the chat template itself puts around these messages, such as `### Story:` or `<|user|>`."""
     shapes = {tuple((m["role"], INPUT_MARK in m["content"]) for m in messages) for messages in conversations}
-    marks = set()
+    marks: set[str] = set()
     for shape in shapes:
         messages = [{"role": role, "content": CONTENT + INPUT_MARK * marked + CONTENT} for role, marked in shape]
-        text = tokenizer.apply_chat_template(messages, tokenize=False).replace(tokenizer.eos_token, "\n")
+        text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False)).replace(
+            str(tokenizer.eos_token), "\n"
+        )
         marks.update(line.strip() for line in re.split(f"[{CONTENT}\n]", text))
     return {mark for mark in marks if words(mark)}
 
 
 def instruction_openings(conversations: list[list[dict]]) -> set[str]:
     """First three words of lines by which prompts are told: in 1% of the prompts, and ten times rarer in answers."""
-    asked, answered = Counter(), Counter()
+    asked: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
     for messages in conversations:
         for count, role in ((asked, "user"), (answered, "assistant")):
             count.update({begin for m in messages if m["role"] == role for begin in _openings(m["content"])})

@@ -229,6 +229,8 @@ def open_task(named: str) -> Task:
     if file.stem in task_names() or not file.stem.isidentifier():
         raise UserError(f"--task {named} needs another name: an identifier that no shipped task has.")
     spec = importlib.util.spec_from_file_location(f"{__name__}.{file.stem}", file)
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
@@ -244,9 +246,9 @@ def _task_in(module: ModuleType) -> Task:
     Raises:
         UserError: it defines none or several, or one that is incomplete.
     """
-    file = Path(module.__file__).name
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
-    kinds = [kind for kind in kinds if issubclass(kind, Task)]
+    file = Path(str(module.__file__)).name
+    named = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    kinds = [kind for kind in named if issubclass(kind, Task)]
     if len(kinds) != 1:
         raise UserError(
             f"{file} defines {len(kinds) or 'no'} tasks; a task file has one subclass of fledge.tasks.Task."
