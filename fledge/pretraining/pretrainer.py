@@ -154,6 +154,7 @@ class PretrainTrainer(Trainer):
 
     args: PretrainConfig
     model: GPT2LMHeadModel
+    processing_class: PreTrainedTokenizerBase
     train_dataset: Blocks
     eval_dataset: Blocks
 

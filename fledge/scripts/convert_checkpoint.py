@@ -219,7 +219,9 @@ def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
     from fledge.checkpoints.summary import leave_to_code
     from fledge.tokenizers import load_tokenizer
 
-    checkpoint, proof, trials = loaded.checkpoint, {}, []
+    checkpoint = loaded.checkpoint
+    trials: list[Trial] = []
+    proof: dict[str, object] = {}
     author = open_author(args, loaded)
     length = author.context_length if author else None
     by_author = Fact("context_length", length[0], Status.SETTLED, Source.REFERENCE, length[1]) if length else None

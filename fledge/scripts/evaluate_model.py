@@ -9,8 +9,10 @@ import json
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fledge.cli import UserError, parse, write_json, writing
 from fledge.commands import command
@@ -19,6 +21,13 @@ from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges
 from fledge.sampling import Sampling
 from fledge.terminal import has_colours, progress, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fledge.evaluation.measuring import Answered
+    from fledge.evaluation.prompts import Prompts
+    from fledge.generation.journal import Journal
 
 RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
 RANGES["judge_timeout"] = POSITIVE  # seconds
@@ -95,7 +104,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
 
     quiet()
     ratings = [report.read_ratings(file) for file in args.ratings or []]
-    prompts = open_prompts(Path(args.dataset), args.task, args.split, args.num_prompts, args.num_samples)
+    prompts = open_prompts(Path(str(args.dataset)), args.task, args.split, args.num_prompts, args.num_samples)
     scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
     scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
     models = open_models(args, prompts.tokenizer)
@@ -123,14 +132,14 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
         **judged,
         **figures(scoring, answered, {headline: meaning[headline]} | meaning),
     }
-    save(metrics, samples, {"base": args.base, "model": args.model}, list(prompts.task.classes), output)
+    save(metrics, samples, {"base": str(args.base), "model": args.model}, list(prompts.task.classes), output)
     said = [report.table(metrics), *report.cautions(metrics), *report.headroom(metrics), *report.judged_by(metrics)]
     print("\n".join(["", *said]))
     print(f"\n{report.asked(metrics)}, 95% intervals. Instruction following: {report.beside(metrics)}.")
     print(f"{output.path}/report.html shows every answer.\nNext: {command('generate.py')}")
 
 
-def open_models(args: EvaluateArguments, tokenizer) -> dict:
+def open_models(args: EvaluateArguments, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "PreTrainedModel"]:
     """`base` and `model`, with rows for the tokens that a template has brought.
 
     Raises:
@@ -140,7 +149,7 @@ def open_models(args: EvaluateArguments, tokenizer) -> dict:
     from fledge.resizing import add_rows
 
     models = {}
-    for who, folder in (("base", args.base), ("model", args.model)):
+    for who, folder in (("base", str(args.base)), ("model", args.model)):
         models[who], own = load_model(folder)
         if not own.get_vocab().items() <= tokenizer.get_vocab().items():
             raise UserError(
@@ -150,14 +159,14 @@ def open_models(args: EvaluateArguments, tokenizer) -> dict:
     return models
 
 
-def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list[int]], output: Output):
+def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list[int]], output: Output) -> "Journal":
     """The journal of answers, with those that an earlier run made from the same weights, prompts and settings."""
     from fledge.evaluation.measuring import fingerprint_of_prompts
     from fledge.journal import Journal
     from fledge.models import fingerprint
 
     made_with = {
-        "--base": fingerprint(find_model(args.base)),
+        "--base": fingerprint(find_model(str(args.base))),
         "--model": fingerprint(find_model(args.model)),
         "--dataset or --num_prompts": fingerprint_of_prompts(prompts),
         "--num_samples": args.num_samples,
@@ -167,7 +176,7 @@ def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list
     return Journal(output.work / "answers.jsonl", made_with)
 
 
-def side_by_side(prompts, answered: dict) -> list[dict]:
+def side_by_side(prompts: "Prompts", answered: dict[str, "Answered"]) -> list[dict]:
     """The lines of `samples.jsonl`: a prompt, its row, and the answer of each model with its scores."""
     samples = []
     for number, row in enumerate(prompts.row_of_each_answer):
@@ -201,7 +210,11 @@ def save(metrics: dict, samples: list[dict], folders: dict[str, str], columns: l
     pages = {"report.md": lambda: report.report(metrics)}
     pages["report.html"] = lambda: report.page(metrics, samples, columns, folders)
     for name, make in pages.items():
-        output.add(name, lambda folder, name=name, make=make: (folder / name).write_text(make(), encoding="utf-8"))
+
+        def write(folder: Path, name: str = name, make: Callable[[], str] = make) -> None:
+            (folder / name).write_text(make(), encoding="utf-8")
+
+        output.add(name, write)
 
 
 def begin_or_resume(output: Output, resume: bool) -> None:
@@ -222,10 +235,10 @@ def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) ->
     from fledge.journal import Journal
 
     journal = Journal(unfinished / "judgements.jsonl", {"--judge_model": args.judge_model, "questions": [SCORE, PAIR]})
-    judge = Judge(args.judge_url, args.judge_model, args.judge_timeout, journal)
+    judge = Judge(str(args.judge_url), str(args.judge_model), args.judge_timeout, journal)
     requests = ["\n\n".join(message["content"] for message in sample["messages"]) for sample in samples]
     texts = {name: [sample[name]["text"] for sample in samples] for name in ("base", "model")}
-    record = {"model": args.judge_model, "samples": args.judge_samples}
+    record: dict[str, Any] = {"model": args.judge_model, "samples": args.judge_samples}
     with progress("judge: scores", 2 * len(samples) * args.judge_samples) as tell:
         scores, record["scores"] = judge_scores(judge, requests, texts, args.judge_samples, tell)
     for name, of_model in scores.items():

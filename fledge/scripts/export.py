@@ -10,12 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, parse, writing
 from fledge.folders import Output, check_inputs, claimed
 from fledge.hub import find_model
 from fledge.locks import locked
 from fledge.terminal import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
@@ -76,7 +80,13 @@ def export(args: ExportArguments, to_target: Callable) -> None:
     to_target(model, tokenizer, prompts, texts)
 
 
-def to_gguf(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
+def to_gguf(
+    args: ExportArguments,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    texts: list[str],
+) -> None:
     from fledge.exporting import GGUF_TOLERANCE, gguf_ids, gguf_logits, largest_error, write_gguf
 
     output = Path(args.output).resolve()
@@ -101,7 +111,13 @@ def to_gguf(args, model, tokenizer, prompts: list[list[int]], texts: list[str]) 
     print(f"{args.output} holds weights, tokenizer and template. Run it: llama-cli -m {args.output}")
 
 
-def to_onnx(output: Output, model, tokenizer, prompts: list[list[int]], texts: list[str]) -> None:
+def to_onnx(
+    output: Output,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    texts: list[str],
+) -> None:
     from fledge.exporting import ONNX_TOLERANCE, largest_error, onnx_logits, write_onnx
 
     with output.staged() as folder:

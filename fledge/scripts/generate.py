@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, parse, writing
 from fledge.folders import check_inputs
@@ -23,6 +24,13 @@ from fledge.locks import locked
 from fledge.ranges import AT_LEAST_ONE, check_ranges
 from fledge.sampling import Sampling
 from fledge.terminal import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fledge.messages import Answer
 
 RANGES = {"num_samples": AT_LEAST_ONE, "batch_size": AT_LEAST_ONE}
 WAYS = ("prompt", "topic", "words", "constraints", "ask", "interactive", "prompts_file")
@@ -112,7 +120,9 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
     system = system_of(args, folder)
     messages = [*system, {"role": "user", "content": question(args)}]
 
-    def ids_for(model, tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    def ids_for(
+        model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
+    ) -> list[int]:
         context = context_of(model.config)
         if tokenizer.chat_template:
             ids, said = fit_prompt(tokenizer, messages, context, sampling.max_new_tokens)
@@ -122,7 +132,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
             print(said, file=sys.stderr)
         return ids
 
-    def show_stats():
+    def show_stats() -> contextlib.AbstractContextManager["list[Answer]"]:
         return stats(args.stats)
 
     if args.interactive:
@@ -132,7 +142,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
         with show_stats() as answers:
             answers += answer_file(args, *models[0], sampling, lambda asked: ids_for(*models[0], [*system, *asked]))
         # An earlier run may have made some of them.
-        with Path(args.output_file).open(encoding="utf-8") as lines:
+        with Path(str(args.output_file)).open(encoding="utf-8") as lines:
             return [json.loads(line)["text"] for line in lines]
     if args.compare:
         # A base model is asked as its instruct model is, with the template that it lacks.
@@ -159,7 +169,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
     return [answer.text for answer in answers]
 
 
-def check(args) -> None:
+def check(args: GenerateArguments) -> None:
     """Checks every value, and that keys go together.
 
     Raises:
@@ -184,7 +194,7 @@ def check(args) -> None:
         raise UserError("--compare answers a single prompt; it goes with neither --interactive nor --prompts_file.")
 
 
-def system_of(args, folder: Path) -> list[dict[str, str]]:
+def system_of(args: GenerateArguments, folder: Path) -> list[dict[str, str]]:
     """The system message that the model was trained with, if any; warns when it is asked for another task's."""
     from fledge.cli import read_json
 
@@ -199,7 +209,7 @@ def system_of(args, folder: Path) -> list[dict[str, str]]:
     return [message for message in budget["about_task"]["example"] if message["role"] == "system"]
 
 
-def question(args) -> str:
+def question(args: GenerateArguments) -> str:
     """What is asked, as the task that knows such questions words it."""
     from fledge.messages import INPUT_MARK
     from fledge.tasks import constraints, topic_ending
@@ -214,16 +224,17 @@ def question(args) -> str:
         return PHRASINGS["words"][0].format(words=words)
     if args.story:
         try:
-            return args.ask + INPUT_MARK + Path(args.story).read_text(encoding="utf-8").strip()
+            return f"{args.ask}{INPUT_MARK}" + Path(args.story).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--story {args.story} cannot be read as text in UTF-8: {error}.") from error
     return args.ask or args.prompt or ""
 
 
 @contextlib.contextmanager
-def stats(shown: bool):
+def stats(shown: bool) -> "Iterator[list[Answer]]":
     """Yields a list for answers; afterwards says on standard error how fast they came."""
-    answers, start = [], time.perf_counter()
+    answers: list[Answer] = []
+    start = time.perf_counter()
     yield answers
     if shown:
         tokens, stopped = sum(answer.tokens for answer in answers), sum(answer.stopped for answer in answers)

@@ -105,7 +105,8 @@ def prepare(args: PrepareArguments, output: Output) -> None:
     with output.staged() as folder:
         plan.preparation.folder = folder / "chunks"
         plan.preparation.folder.mkdir()
-        prepare_chunks(plan.preparation, lambda: named_chunks(plan.source, args.data, args.limit), args.num_proc)
+        num_proc = args.num_proc or os.cpu_count() or 1
+        prepare_chunks(plan.preparation, lambda: named_chunks(plan.source, args.data, args.limit), num_proc)
         budget = write_dataset(plan, Facts.read(folder / "chunks"), folder)
         shutil.rmtree(folder / "chunks")
     print(budget.markdown())
@@ -125,7 +126,6 @@ def make_plan(args: PrepareArguments) -> Plan:
     check_ranges(args, RANGES)
     if args.near_duplicates and not importlib.util.find_spec("rensa"):
         raise UserError("--near_duplicates needs the package rensa; pip install 'fledge-gpt[dedup]'.")
-    args.num_proc = (os.cpu_count() or 1) if args.num_proc is None else args.num_proc
 
     from fledge.encoding import OVERFLOW_POLICIES
     from fledge.preparation.chunks import Preparation
@@ -186,7 +186,7 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
         preparation.max_length,
         args.overflow,
         license=args.license or plan.source.license(args.data),
-        columns={column: list(kind) if column in classes else kind for column, kind in plan.task.columns.items()},
+        columns={column: list(kind) if isinstance(kind, tuple) else kind for column, kind in plan.task.columns.items()},
         about_task=plan.task.about,
     )
     budget.count(facts)
@@ -199,14 +199,14 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     balanced = (args.balance, classes[args.balance]) if args.balance else None
     near = None
     if args.near_duplicates:
-        signatures = [preparation.folder / f"{chunk}.minhash.npy" for chunk in facts.chunks]
+        signatures = [folder / "chunks" / f"{chunk}.minhash.npy" for chunk in facts.chunks]
         near = near_duplicates(signatures, facts.columns["group"], args.near_duplicates)
     names, split_of, repeated = assign_splits(facts, plan.shares, balanced, args.seed, near)
     budget.rejected.update(repeated)
     for number, name in enumerate(names):
         budget.describe(name, facts.of(split_of == number), classes)
     columns = written_columns(plan.task)
-    write_splits(folder, preparation.folder, facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
+    write_splits(folder, folder / "chunks", facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
     preparation.tokenizer.save_pretrained(folder / "tokenizer")
     budget.save(folder, facts.of(split_of == names.index("train")))
     rows = first_rows(folder, "train", 2)

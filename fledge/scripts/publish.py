@@ -59,9 +59,9 @@ def check(args: PublishArguments) -> None:
         raise UserError("Nothing to publish; give --repo_id, --dataset_repo_id, --space_repo_id, or several of them.")
     if (args.repo_id or args.space_repo_id) and not args.model:
         raise UserError(f"--{'repo_id' if args.repo_id else 'space_repo_id'} needs --model.")
-    if args.repo_id:
+    if args.repo_id and args.model:
         find_model(args.model)
-    if args.space_repo_id and not args.repo_id and Path(args.model).is_dir():
+    if args.space_repo_id and not args.repo_id and args.model and Path(args.model).is_dir():
         raise UserError("A Space loads its model from the Hub; give --repo_id too, or a published --model user/name.")
     if bool(args.dataset) != bool(args.dataset_repo_id):
         raise UserError("--dataset and --dataset_repo_id go together.")
@@ -91,8 +91,8 @@ def publish(args: PublishArguments, output: Output) -> None:
 
     quiet()
     # The Space names the model and the model the dataset, so each is there before it is named.
-    repositories = {"dataset": args.dataset_repo_id, "model": args.repo_id, "space": args.space_repo_id}
-    repositories = {kind: repo_id for kind, repo_id in repositories.items() if repo_id}
+    wanted = {"dataset": args.dataset_repo_id, "model": args.repo_id, "space": args.space_repo_id}
+    repositories = {kind: repo_id for kind, repo_id in wanted.items() if repo_id}
     with output.staged() as folder:
         for kind in repositories:
             (folder / kind).mkdir()
@@ -121,13 +121,14 @@ def build(args: PublishArguments, folder: Path) -> None:
     from fledge.publishing.repositories import build_dataset, build_model, build_space, download_records
 
     evaluation_dir = Path(args.evaluation) if args.evaluation else None
-    if args.dataset_repo_id:
+    if args.dataset:
         build_dataset(folder / "dataset", Path(args.dataset))
         check_folder("dataset", folder / "dataset")
         if "\nlicense:" not in (folder / "dataset" / "README.md").read_text(encoding="utf-8"):
             print("The dataset's card names no licence; that of its source belongs there.")
+    model = args.model or ""  # check() asks for one where it is used
     if args.repo_id:
-        target, model_dir = folder / "model", whole(args.model)
+        target, model_dir = folder / "model", whole(model)
         names = (args.repo_id, args.license, args.language, args.base_model, args.dataset_repo_id)
         build_model(target, model_dir, evaluation_dir, *names)
         check_folder("model", target)
@@ -138,8 +139,8 @@ def build(args: PublishArguments, folder: Path) -> None:
         if not args.license:
             print("The card names no licence, so nobody may use the model; --license apache-2.0, say, names one.")
     if args.space_repo_id:
-        model_dir = whole(args.model) if args.repo_id else download_records(args.model)
-        repo_id = args.repo_id or args.model
+        model_dir = whole(model) if args.repo_id else download_records(model)
+        repo_id = args.repo_id or model
         build_space(folder / "space", model_dir, evaluation_dir, repo_id, args.license, args.base_model)
         check_folder("space", folder / "space")
 

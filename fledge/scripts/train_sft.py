@@ -245,7 +245,7 @@ def save(trainer: "InstructTrainer", output: Output, inputs: Inputs) -> None:
     with output.staged() as folder:
         adapter = isinstance(trainer.model, PeftModel)
         if adapter:
-            trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            trainer.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         # What evaluate_model.py measures with, unless told otherwise. Greedy, a small model repeats itself.
         model = finished(trainer, **Sampling().decoding())
         model.save_pretrained(folder, state_dict=None if adapter else weights)

@@ -6,6 +6,7 @@ python train_tokenizer.py --data corpus.txt --vocab_size 8000 --output_dir token
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fledge.cli import UserError, parse, write_json
 from fledge.commands import command
@@ -57,7 +58,7 @@ def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
     tokenizer = train(held_out, args.vocab_size, [END, *args.special_tokens], args.min_frequency)
     with output.staged() as folder:
         save(tokenizer, folder)
-    record = {"data": args.data, "documents": held_out.documents, "bytes": held_out.bytes}
+    record: dict[str, Any] = {"data": args.data, "documents": held_out.documents, "bytes": held_out.bytes}
     record |= measure_tokenizer(tokenizer, held_out)
     output.add("tokenizer_report.json", lambda folder: write_json(folder / "tokenizer_report.json", record))
     print(f"{record['vocab_size']:,} tokens from {record['documents']:,} documents, {record['bytes']:,} bytes.")

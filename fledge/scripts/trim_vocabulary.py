@@ -134,7 +134,9 @@ def head_milliseconds(model: "PreTrainedModel") -> float:
     """The time of the output head for 256 tokens, the best of five."""
     import torch
 
-    hidden, head = torch.randn(256, model.get_input_embeddings().embedding_dim), model.get_output_embeddings()
+    from fledge.models import embedding_of, head_of
+
+    hidden, head = torch.randn(256, embedding_of(model).embedding_dim), head_of(model)
     times = []
     with torch.no_grad():
         for _ in range(5):

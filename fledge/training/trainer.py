@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from datasets import DatasetDict
@@ -37,6 +37,8 @@ from fledge.training.loss import has_fused_head, has_plain_logits, score_supervi
 from fledge.training.resuming import newest_checkpoint, tokens_seen
 from fledge.training.settings import check_training, said_in_words
 from fledge.training.sharding import check_deepspeed
+
+Config = TypeVar("Config", bound=TrainingArguments)
 
 
 @dataclass
@@ -107,7 +109,7 @@ def choose_bf16(use_cpu: bool) -> tuple[bool, str]:
     return False, "this device has no bfloat16 matrix unit"
 
 
-def use_all_threads(config: SmallModelConfig) -> str | None:
+def use_all_threads(config: TrainingArguments) -> str | None:
     """Undoes the one thread a process that `accelerate launch` leaves on a CPU, and returns a line that says so.
 
     It sets OMP_NUM_THREADS to 1 unless told otherwise, which leaves every core but one idle.
@@ -120,7 +122,7 @@ def use_all_threads(config: SmallModelConfig) -> str | None:
     return f"Threads {threads}: accelerate launch leaves a process one, and this machine has more"
 
 
-def with_values(config: SmallModelConfig, **values: Any) -> SmallModelConfig:
+def with_values(config: Config, **values: Any) -> Config:
     """A copy of a checked configuration with other `values`."""
     changed = copy.copy(config)
     for name, value in values.items():
@@ -231,6 +233,8 @@ class InstructTrainer(SFTTrainer):
     A checkpoint that was saved is therefore one to go on from: the weights in it are finite.
     """
 
+    args: SmallModelConfig
+    model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
     last_logged: tuple[float, int]
     first_ids: torch.Tensor
