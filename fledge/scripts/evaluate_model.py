@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fledge.evaluation.measuring import Answered
     from fledge.evaluation.prompts import Prompts
-    from fledge.generation.journal import Journal
+    from fledge.journal import Journal
 
 RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
 RANGES["judge_timeout"] = POSITIVE  # seconds
