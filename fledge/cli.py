@@ -161,7 +161,7 @@ def _split_config(argument: str) -> list[str]:
     return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Runs a script's `main`; a `UserError` becomes one sentence on stderr and exit status 2.
 
     A reader of the output that goes away ends it quietly, and what the output's encoding lacks becomes a question mark.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[s
     read = {name: _read(name, source[name], name in structure.transposed) for name in structure.roles}
     embedding = next((name for name, role in structure.roles.items() if role == "token_embedding.weight"), None)
     width = read[embedding].shape[-1] if embedding else 0
-    tensors, heads = {}, {}
+    tensors: dict[str, Tensor] = {}
+    heads: dict[str, dict[int, Tensor]] = {}
     for name, role in structure.roles.items():
         tensor = read[name]
         head = re.fullmatch(r"(.*\.(?:query|key|value))\.(\d+)\.(weight|bias)", role)
@@ -76,7 +78,7 @@ def _join_heads(heads: Mapping[str, Mapping[int, Tensor]]) -> tuple[dict[str, Te
     count = max((len(indices) for indices in heads.values()), default=None)
     joined = {}
     for name, indices in heads.items():
-        if sorted(indices) != list(range(count)):
+        if sorted(indices) != list(range(count or 0)):
             raise UserError(
                 f"The attention heads of {name} are numbered {sorted(indices)}; every block needs them all."
             )
@@ -157,7 +159,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
     return shape
 
 
-def reordered(gpt: CanonicalGPT, fact: str, value: object, undo: bool = False) -> CanonicalGPT:
+def reordered(gpt: CanonicalGPT, fact: str, value: Any, undo: bool = False) -> CanonicalGPT:
     """The model with tensors of one shape read as a fact says, or as before it was heard (`undo`).
 
     `qkv_order` (`kqv`, for example) says what the first, second and third of three matrices are that were taken for

@@ -190,7 +190,7 @@ class Forward:
         gpt = self.gpt
         x = gpt.tensors["token_embedding.weight"][ids].to(self.dtype) * gpt.embedding_scale
         if "position_embedding.weight" in gpt.tensors:
-            x = x + self.get("position_embedding.weight")[: ids.shape[1]]
+            x = x + self.tensor("position_embedding.weight")[: ids.shape[1]]
         if gpt.embedding_norm:
             x = self.norm("embedding_norm", x)
         if "smear_gate.weight" in gpt.tensors:
@@ -332,10 +332,13 @@ class Forward:
         return scaled if bias is None else scaled + bias
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.get(f"{name}.weight"), self.get(f"{name}.bias"))
+        return F.linear(x, self.tensor(f"{name}.weight"), self.get(f"{name}.bias"))
+
+    def tensor(self, name: str) -> Tensor:
+        return self.gpt.tensors[name].to(self.dtype)
 
     def get(self, name: str) -> Tensor | None:
-        return self.gpt.tensors[name].to(self.dtype) if name in self.gpt.tensors else None
+        return self.tensor(name) if name in self.gpt.tensors else None
 
 
 def _capped(x: Tensor, cap: float | None) -> Tensor:

@@ -1,6 +1,7 @@
 """The canonical GPT as a model with code of its own: nothing is folded, each feature has a field in config.json."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -46,7 +47,7 @@ SAME = (
 
 
 def represent(
-    gpt: CanonicalGPT, token_ids: dict[str, int | None], target: str, allow_custom_code: bool
+    gpt: CanonicalGPT, token_ids: dict[str, Any], target: str, allow_custom_code: bool
 ) -> tuple[PreTrainedConfig, dict[str, Tensor], list[str]]:
     """`to_target`, or a model with code of its own where no class of transformers holds `gpt` and that is allowed.
 
@@ -65,7 +66,7 @@ def represent(
         return *to_custom(gpt, token_ids), [f"{reason} So it gets code of its own."]
 
 
-def to_custom(gpt: CanonicalGPT, token_ids: dict[str, int | None]) -> tuple[FledgeGPTConfig, dict[str, Tensor]]:
+def to_custom(gpt: CanonicalGPT, token_ids: dict[str, Any]) -> tuple[FledgeGPTConfig, dict[str, Tensor]]:
     """The config and the state dict of `FledgeGPTForCausalLM`.
 
     Raises:
@@ -123,8 +124,8 @@ def _parameters(tensors: Mapping[str, Tensor], n_layer: int) -> tuple[list[str],
     Raises:
         UserError: the blocks differ in more than these and the widths of their MLPs.
     """
-    blocks = [{} for _ in range(n_layer)]
-    values = [set() for _ in range(n_layer)]
+    blocks: list[dict[str, tuple[int, ...] | None]] = [{} for _ in range(n_layer)]
+    values: list[set[str]] = [set() for _ in range(n_layer)]
     ends = set()
     for name, tensor in tensors.items():
         if not name.startswith("blocks."):

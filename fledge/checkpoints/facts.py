@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, TypeGuard
 
 from fledge.checkpoints.assembly import POSITIONS, QKV_ORDERS, SWAPS
 from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, SPANS
@@ -66,14 +67,14 @@ class Fact:
     """
 
     name: str
-    value: object
+    value: Any
     status: Status
     source: Source
     detail: str = ""
     layout: str = ""
 
     @classmethod
-    def of(cls, name: str, value: object, source: Source) -> "Fact":
+    def of(cls, name: str, value: Any, source: Source) -> "Fact":
         """A fact with the status that its source gives it."""
         return cls(name, value, STATUSES.get(source, Status.SETTLED), source)
 
@@ -138,7 +139,15 @@ CONFIG_ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish"), "silu"),
 }
 
-SWITCHES = ("qkv_by_head", "causal", "parallel", "final_norm", "embedding_norm", "alibi", "qk_norm_after_rope")
+SWITCHES: tuple[str, ...] = (
+    "qkv_by_head",
+    "causal",
+    "parallel",
+    "final_norm",
+    "embedding_norm",
+    "alibi",
+    "qk_norm_after_rope",
+)
 SWITCHES += ("renormalise_experts", "norm_unbiased", "norm_eps_outside", *SWAPS)
 ALLOWED = {
     "activation": tuple(ACTIVATIONS),
@@ -156,7 +165,16 @@ ALLOWED = {
 }
 CAPS = ("attention_cap", "logit_cap", "window", "rope_width", "final_norm_eps", "qk_norm_eps", "window_pattern")
 """Facts with a number that a model may lack: None is a value too."""
-TOLD = ("n_head", "activation", "attention_scale", "norm_eps", "norm", "rope", "rope_theta", "context_length")
+TOLD: tuple[str, ...] = (
+    "n_head",
+    "activation",
+    "attention_scale",
+    "norm_eps",
+    "norm",
+    "rope",
+    "rope_theta",
+    "context_length",
+)
 TOLD += ("embedding_scale", "norm_placement", "norm_offset", "rope_direction", "qk_norm", "qk_norm_type")
 TOLD += (
     "rope_span",
@@ -190,7 +208,7 @@ def from_config(config: Mapping[str, object], name: str) -> object:
     return value if _is_number(value, (int, float)) else None
 
 
-def check_fact(fact: Fact) -> object:
+def check_fact(fact: Fact) -> Any:
     """Returns the fact's value if the fact can have it; a number is made a float unless it must be whole.
 
     Raises:
@@ -218,5 +236,5 @@ def check_fact(fact: Fact) -> object:
     return fact.value
 
 
-def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
+def _is_number(value: object, kind: type | tuple[type, ...]) -> TypeGuard[float]:
     return isinstance(value, kind) and not isinstance(value, bool)

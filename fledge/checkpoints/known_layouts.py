@@ -231,7 +231,7 @@ class Layout:
     computed: Callable[[CanonicalGPT, Mapping], dict[str, object]] | None = None
     patterns: dict[re.Pattern, str] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", {pattern_of(source): role for source, role in self.names.items()})
 
     def role(self, name: str) -> str | None:
@@ -247,8 +247,12 @@ class Layout:
 
     def roles(self, names: Iterable[str]) -> dict[str, str] | None:
         """The canonical name of each tensor, or None if one of them is not in the table."""
-        found = {name: self.role(name) for name in names}
-        return found if all(found.values()) else None
+        found = {}
+        for name in names:
+            if (role := self.role(name)) is None:
+                return None
+            found[name] = role
+        return found
 
     def fits(self, names: Iterable[str], beside: Iterable[str], transposed: bool) -> bool:
         """Whether a checkpoint with these names, entries beside the weights, and orientation has this layout."""

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from fledge.checkpoints.facts import CAPS, TOLD, Fact, Source
 from fledge.cli import UserError
@@ -64,7 +65,7 @@ def _is_role(key: object) -> bool:
     return key in OUTSIDE or bool(inside and inside[1] in INSIDE)
 
 
-def _number(value: object) -> object:
+def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-5 as a word; only 1.0e-5 is a number to it."""
     is_exponent = isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value)
     return float(value) if is_exponent else value

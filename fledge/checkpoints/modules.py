@@ -30,7 +30,7 @@ class Module:
     @property
     def words(self) -> list[str]:
         """Lower-case words of the path, the last first; of a spelling such as `c_attn`, also the joined word."""
-        words = []
+        words: list[str] = []
         for part in reversed(re.split(r"[./]", self.path)):
             pieces = [piece.lower() for piece in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
             words += dict.fromkeys([re.sub(r"[^a-z0-9]", "", part.lower()), *reversed(pieces)])
@@ -61,7 +61,8 @@ def modules_of(
 
     A layer's names begin with `stack` and its number; a model of a single layer may do without the number.
     """
-    outer, blocks = {}, defaultdict(dict)
+    outer: dict[str, Module] = {}
+    blocks: defaultdict[int, dict[str, Module]] = defaultdict(dict)
     pattern = re.escape(stack or "") + (r"(\d+)[./](.*)" if numbered else r"()(.*)")
     for name, tensor in tensors.items():
         found = re.fullmatch(pattern, name) if stack is not None else None
@@ -88,7 +89,7 @@ def prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def layer_stack(tensors: Mapping[str, Tensor]) -> str | None:
     """What stands before the layer number: the numbered part of the names that covers most of them."""
-    suffixes = defaultdict(lambda: defaultdict(set))
+    suffixes: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in tensors:
         for number in re.finditer(r"(?:(?<=[./])|(?<=^)|(?<=[A-Za-z_]))\d+(?=[./])", name):
             suffixes[name[: number.start()]][number[0]].add(name[number.end() :])

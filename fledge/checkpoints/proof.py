@@ -5,9 +5,10 @@ float32 after the saved folder is opened again.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -150,7 +151,7 @@ def prove_greedy(gpt: CanonicalGPT, model: PreTrainedModel, new_tokens: int = 16
     if count < 1:
         return 0
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count}
-    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    ids = cast(Any, model).generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
     logits = canonical_logits(gpt, ids[:, :-1])[0, prompt.shape[1] - 1 :]
     chosen = logits.gather(1, ids[0, prompt.shape[1] :, None])[:, 0]
     short = (logits.amax(-1) - chosen) / logits.abs().amax()
@@ -178,7 +179,7 @@ def _streamed(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator
     tied = next(f"{prefix}.weight" for prefix, module in model.named_modules() if module is embedding)
     for prefix, module in model.named_modules():
         if own := [name for name, _ in module.named_parameters(recurse=False)]:
-            parameters = {name: weights.get(f"{prefix}.{name}", weights.get(tied)) for name in own}
+            parameters = {name: weights[key if (key := f"{prefix}.{name}") in weights else tied] for name in own}
             handles.append(module.register_forward_pre_hook(partial(_widen, parameters)))
             handles.append(module.register_forward_hook(partial(_release, own)))
     try:
@@ -198,7 +199,7 @@ def _widen(parameters: Mapping[str, Tensor], module: nn.Module, inputs: object) 
         setattr(module, name, nn.Parameter(widened, requires_grad=False))
 
 
-def _release(names: list[str], module: nn.Module, inputs: object, output: object) -> object:
+def _release(names: list[str], module: nn.Module, inputs: object, output: Any) -> Any:
     for name in names:
         setattr(module, name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
     return output.double() if isinstance(module, nn.Embedding) else output
@@ -210,7 +211,9 @@ class _InFloat64(TorchFunctionMode):
     What is made in float32 from whole numbers, as tables of rotations are, stays so.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args):
             if function is Tensor.float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ their values apart, usual practice settles them."""
 MATTERS = 1e-4
 """A fact is open only if another value changes a logit by more than this share of the largest one."""
 
-Values = dict[str, object]
+Values = dict[str, Any]
 """The values of facts, by name."""
 
 
@@ -179,7 +180,7 @@ class Questions:
     choices: dict[str, list] = field(init=False)
     open: set[str] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         by_name = {fact.name: fact for fact in self.facts}
         free = {name for name, fact in by_name.items() if fact.status is not Status.SHOWN and not fact.stated}
         self.choices = {name: values for name in by_name if name in free and (values := choices(self.gpt, name))}

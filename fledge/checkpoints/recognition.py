@@ -150,7 +150,7 @@ def _shown(
     )
 
 
-def _rotation(left_out: Mapping[str, str], facts: Settling) -> object:
+def _rotation(left_out: Mapping[str, str], facts: Settling) -> str | None:
     """Which coordinates RoPE turns together, as far as saved buffers show it."""
     buffers = [name for name, reason in left_out.items() if reason == LeftOut.BUFFER]
     if any("freqs" in name for name in buffers):

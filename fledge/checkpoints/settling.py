@@ -63,7 +63,7 @@ class Settling:
     def __init__(
         self,
         known: KnownLayout | None,
-        config: Mapping[str, object],
+        config: Mapping[str, Any],
         told: Mapping[str, Fact],
         by_author: Fact | None = None,
         origins: Mapping[str, str] | None = None,
@@ -81,15 +81,15 @@ class Settling:
     def listed(self) -> list[Fact]:
         return list(self.facts.values())
 
-    def add(self, fact: Fact) -> object:
+    def add(self, fact: Fact) -> Any:
         self.facts[fact.name] = fact
         return fact.value
 
-    def show(self, name: str, value: object) -> object:
+    def show(self, name: str, value: Any) -> Any:
         """Records what the tensors show."""
         return self.add(Fact.of(name, value, Source.TENSORS))
 
-    def settle(self, name: str, default: object, source: Source = Source.PRACTICE) -> object:
+    def settle(self, name: str, default: Any, source: Source = Source.PRACTICE) -> Any:
         """Records the word of the surest who says what a fact is, or else the `default`, and returns the value.
 
         Raises:
@@ -98,7 +98,7 @@ class Settling:
         self.add(self._said(name, default, source))
         return check_fact(self.facts[name])
 
-    def _said(self, name: str, default: object, source: Source) -> Fact:
+    def _said(self, name: str, default: Any, source: Source) -> Fact:
         """The user comes first, then the config, and then the known authors."""
         if name in self.told:
             return self.told[name]
@@ -114,7 +114,7 @@ class Settling:
             return Fact.of(name, default, source)
         return self._by_layout(self.known, name, default, source)
 
-    def _by_layout(self, known: KnownLayout, name: str, default: object, source: Source) -> Fact:
+    def _by_layout(self, known: KnownLayout, name: str, default: Any, source: Source) -> Fact:
         layout = known.layout
         value = layout.facts.get(name, default)
         is_shared = known.exact and (name not in layout.open or layout.dated in self.config)
@@ -142,7 +142,7 @@ class Settling:
         """The facts that the user, the config or the layout states."""
         return {*self.told, *self.stated, *(self.known.layout.facts if self.known else ())}
 
-    def check_told(self, fields: Mapping[str, object]) -> None:
+    def check_told(self, fields: Mapping[str, Any]) -> None:
         """Checks that each told fact was asked for, or else agrees with the model's own `fields`.
 
         Raises:

@@ -47,7 +47,9 @@ class Author:
     def __init__(self, module: nn.Module, label: str, tensors: Mapping[str, Tensor]):
         self.module, self.label = module, label
         self.avoid = padding_ids(module)
-        self.tolerance, self.widen, self.length = FLOAT64_TOLERANCE, "doubles", None
+        self.tolerance = FLOAT64_TOLERANCE
+        self.widen: str | None = "doubles"
+        self.length: int | None = None
         self.notes: list[str] = []
         self.values: dict[str, tuple[object, str]] = {}
         self.context_length: tuple[int, str] | None = None
@@ -115,7 +117,8 @@ class Author:
         Raises:
             UserError: it cannot be called.
         """
-        first, works = None, None
+        first: Exception | None = None
+        works = None
         for extra, transposed in self._ways():
             self.extra, self.transposed = extra, transposed
             try:
@@ -128,6 +131,7 @@ class Author:
             if quality == (True, True):
                 break
         if works is None:
+            assert first
             raise UserError(
                 f"--reference {self.label} fails in its forward: {type(first).__name__}: {one_line(first)}."
             ) from first
@@ -159,7 +163,7 @@ class Author:
         Returns:
             Whether no later token changes an earlier logit, and whether an earlier token changes a later one.
         """
-        failure = None
+        failure: Exception | None = None
         for widen, length in product(("doubles", "all", None), (None, *self.lengths[::-1])):
             if length is not None and length > 2048:
                 continue
@@ -174,6 +178,7 @@ class Author:
             if not logits.isfinite().all():
                 raise ValueError("its logits are not finite")
             return self._quality(ids, logits)
+        assert failure
         raise failure
 
     def _quality(self, ids: Tensor, logits: Tensor) -> tuple[bool, bool]:

@@ -60,7 +60,7 @@ def _attributes(cls: ast.ClassDef, by_name: Mapping[str, ast.ClassDef]) -> tuple
         elif isinstance(node, ast.FunctionDef) and node.name == "forward":
             runs = True
     for base in cls.bases:
-        name = getattr(base, "id", getattr(base, "attr", None))
+        name = str(getattr(base, "id", getattr(base, "attr", None)))
         if name in by_name and name != cls.name:
             more, also = _attributes(by_name[name], {k: v for k, v in by_name.items() if k != cls.name})
             found, runs = found | more, runs or also

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -19,19 +20,19 @@ OBJECT = re.compile(
 """Names of a constructor's argument that holds all others."""
 
 
-class OpenField(OpenName, AttributeError, KeyError):
+class OpenField(OpenName, AttributeError, KeyError):  # type: ignore[misc]  # `name` is a str in both
     """A field of the config that nobody gave; code that has a default for it never sees this."""
 
 
 class Config(dict):
     """A config that a constructor may read as `config["emb_dim"]` or as `config.emb_dim`."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self[name]
 
-    def __missing__(self, name: str):
+    def __missing__(self, name: str) -> NoReturn:
         raise OpenField(name)
 
 

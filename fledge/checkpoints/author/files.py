@@ -2,9 +2,10 @@
 
 import ast
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from torch import nn
 
@@ -72,12 +73,12 @@ class Files:
     def candidates(self) -> list[tuple[AuthorFile, str]]:
         """Classes that may be the checkpoint's, those first that have all names of its outermost modules."""
         if self.class_name:
-            source = self.parsed[self.file.resolve()]
+            source = self.parsed[Path(str(self.file)).resolve()]
             if self.class_name not in source.bindings and not source.stars:
                 raise UserError(f"{self.file} defines no {self.class_name}; it has {names_in(source)}.")
             return [(source, self.class_name)]
         if self.file:
-            self._follow_imports()
+            self._follow_imports(self.file)
         ranked = ranked_classes([*self.parsed.values()], self.checkpoint)
         if not ranked:
             seen = sorted({cls.name for source in self.parsed.values() for cls in source.classes()})
@@ -89,9 +90,9 @@ class Files:
         full = [item for item in ranked if item[0] == 1]
         return [(source, name) for _, source, name in (full or ranked[:3])[:MOST_CLASSES]]
 
-    def _follow_imports(self) -> None:
+    def _follow_imports(self, file: Path) -> None:
         """Adds the author's files that the named one imports, and those that they import."""
-        code, todo = AuthorCode(self.root, {}, bool, self.parsed), [self.parsed[self.file.resolve()]]
+        code, todo = AuthorCode(self.root, {}, bool, self.parsed), [self.parsed[file.resolve()]]
         seen = set()
         while todo:
             source = todo.pop()
@@ -112,7 +113,7 @@ class Files:
         try:
             with author_runs("cpu"):
                 author = getattr(code.open(source.path), name)
-            signature = inspect.signature(author).parameters
+            signature = dict(inspect.signature(author).parameters)
         except OpenName:
             signature = {}
         except (Exception, SystemExit) as error:  # whatever the author's code does
@@ -146,7 +147,7 @@ class Files:
             return Slot(name, [Said(self.given[name], "--reference_kwargs", Rank.FLAG)])
         kind = kind_of(name)
         stated = [*self._said_outside(name, kind), *_said_in_code(name, kind, default, calls, said)]
-        slot = Slot(name, sorted((one for one in stated if type(one.value).__hash__), key=lambda one: one.rank))
+        slot = Slot(name, sorted((one for one in stated if isinstance(one.value, Hashable)), key=lambda one: one.rank))
         slot.proposed = self.shapes.propose(name)
         slot.likely = len(slot.proposed)
         if kind not in ("dropout", "device", "flag", "activation", "epsilon", "theta"):
@@ -210,8 +211,9 @@ class Files:
             raise UserError(f"--reference {self.spec}: {name} is a {type(made).__name__} and no torch.nn.Module.")
         return made
 
-    def _bind(self, author: object, values: Mapping[str, object], module: AuthorModule) -> tuple[list, dict]:
-        positional, keywords = [], {}
+    def _bind(self, author: Callable, values: Mapping[str, object], module: AuthorModule) -> tuple[list, dict]:
+        positional: list[object] = []
+        keywords: dict[str, object] = {}
         for name, parameter in inspect.signature(author).parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 continue
@@ -232,7 +234,7 @@ class Files:
         return {**self.checkpoint.config, **self.given, **values}
 
 
-def _nothing(*args) -> None:
+def _nothing(*args: object) -> NoReturn:
     raise OpenName("")
 
 

@@ -54,7 +54,7 @@ class Vocabulary(dict):
     def get_vocab_size(self) -> int:
         return len(self)
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]  # it never changes
         return len(self)
 
     def __repr__(self) -> str:
@@ -88,7 +88,7 @@ class Shapes:
         wide = [dim for dim in dims if dim != vocabulary and dim > width]
         ratios = [dim // width for dim in wide if dim % width == 0]
         heads = [n for n in inner if n in divisors] + usual
-        by_kind = {
+        by_kind: dict[str, list] = {
             "vocabulary": [vocabulary], "width": [width], "context": context or [LONG], "layers": outer + inner,
             "heads": heads, "key heads": heads, "head width": [width // n for n in heads],
             "vocabulary itself": [Vocabulary(vocabulary), vocabulary],
@@ -97,5 +97,5 @@ class Shapes:
         return cls({kind: list(dict.fromkeys(values)) for kind, values in by_kind.items()}, dims)
 
     def propose(self, name: str) -> list:
-        kind = kind_of(name)
+        kind = kind_of(name) or ""
         return [*SAME.get(kind, ()), *self.by_kind.get(kind, ())]

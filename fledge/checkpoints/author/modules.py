@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class AuthorModule(types.ModuleType):
         self.__builtins__ = Names(self)
         sys.modules[name] = self  # where dataclasses and pickle look for it
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return self._make(name)
         except KeyError:
@@ -63,7 +64,7 @@ class AuthorModule(types.ModuleType):
             raise AttributeError(f"{self.__file__} defines no {name}")
         return found
 
-    def _make(self, name: str):
+    def _make(self, name: str) -> Any:
         """The value of a name that the file defines.
 
         Raises:
@@ -96,7 +97,7 @@ class AuthorModule(types.ModuleType):
             self._code.used[name] = self.__dict__[name] = on_cpu(value)
         return self.__dict__[name]
 
-    def _make_from_stars(self, name: str):
+    def _make_from_stars(self, name: str) -> Any:
         for star in reversed(self._file.stars):
             module = self._code.load(self, star.module or "", ("*",), star.level)
             if name.startswith("_") or isinstance(module, StandIn):
@@ -152,11 +153,13 @@ class AuthorModule(types.ModuleType):
         if isinstance(statement, ast.Import):
             return statement.names[0].name.split(".")[0] in HARMLESS_PACKAGES
         if isinstance(statement, ast.ImportFrom):
-            if not statement.level and statement.module.split(".")[0] in HARMLESS_PACKAGES:
+            if not statement.level and (statement.module or "").split(".")[0] in HARMLESS_PACKAGES:
                 return not {alias.name for alias in statement.names} & HARMFUL
             module = self._code.local(self, statement.module or "", statement.level)
             there = module._file.bindings.get(statement.names[0].name) if module and module._file else None
-            return bool(there) and all(part is not None and module._is_harmless(part, seen) for part in there)
+            if not module or not there:
+                return False
+            return all(part is not None and module._is_harmless(part, seen) for part in there)
         return self._is_plain(statement, seen)
 
 
@@ -169,13 +172,15 @@ class Names(dict):
         self["__import__"] = self.load
         self["input"] = self["exit"] = self["quit"] = refuse
 
-    def __getitem__(self, name: str):
+    def __getitem__(self, name: str) -> Any:
         try:
             return self.module._make(name)
         except KeyError:
             return super().__getitem__(name)
 
-    def load(self, name, globals=None, locals=None, fromlist=(), level=0):
+    def load(
+        self, name: str, globals: object = None, locals: object = None, fromlist: tuple[str, ...] = (), level: int = 0
+    ) -> Any:
         return self.module._code.load(self.module, name, fromlist or (), level)
 
 
@@ -235,9 +240,9 @@ class AuthorCode:
                     return self.module_at(place)
         return None
 
-    def load(self, importer: AuthorModule, name: str, fromlist: tuple, level: int):
+    def load(self, importer: AuthorModule, name: str, fromlist: tuple[str, ...], level: int) -> Any:
         """`import name`, in one of the author's files."""
-        found = self.local(importer, name, level)
+        found: Any = self.local(importer, name, level)
         if found is None and not level:
             try:
                 return self._outside(name, fromlist)
@@ -251,7 +256,7 @@ class AuthorCode:
             return found
         return self.local(importer, name.split(".")[0]) or self.local(importer, name.split(".")[0], anywhere=True)
 
-    def _outside(self, name: str, fromlist: tuple):
+    def _outside(self, name: str, fromlist: tuple[str, ...]) -> types.ModuleType:
         module = ARGPARSE if name == "argparse" else importlib.import_module(name)
         if not fromlist:
             return module if module is ARGPARSE else sys.modules[name.split(".")[0]]

@@ -6,6 +6,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,9 @@ class Tamed(TorchFunctionMode):
         super().__init__()
         self.widen = widen
 
-    def __torch_function__(self, func: Callable, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func in (Tensor.cuda, Tensor.pin_memory):
             return args[0].to(PLACE.device) if PLACE.device == "cpu" else args[0]
@@ -103,7 +106,7 @@ def author_runs(device: str = "cpu", widen: str | None = None) -> Iterator[None]
         torch.set_default_dtype(dtype)
 
 
-def _not_compiled(model: Callable | None = None, **options) -> Callable:
+def _not_compiled(model: Callable | None = None, **options: object) -> Callable:
     return model if model is not None else lambda function: function
 
 

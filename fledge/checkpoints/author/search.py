@@ -33,7 +33,7 @@ class Slot:
 
     def values(self) -> list[tuple[object, str]]:
         """Each value once, with its source, in the order in which they are tried."""
-        kept = {}
+        kept: dict[tuple, tuple[object, str]] = {}
         proposed = [(value, GUESS) for value in self.proposed]
         for value, source in [*((said.value, said.source) for said in self.stated), *proposed]:
             kept.setdefault((type(value), value), (value, source))  # True is not 1

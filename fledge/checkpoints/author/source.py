@@ -89,7 +89,8 @@ def find_files(root: Path, most: int = MOST_FILES) -> list[AuthorFile]:
     Raises:
         UserError: there is none, or a file cannot be read.
     """
-    found, folders = [], [root]
+    found: list[Path] = []
+    folders = [root]
     while folders and len(found) < most:
         try:
             entries = sorted(folders.pop(0).iterdir())
@@ -159,7 +160,7 @@ def bindings_of(statement: ast.stmt) -> dict[str, ast.stmt | None]:
         filled = isinstance(call.func, ast.Attribute) and call.func.attr in IN_PLACE and root_of(call.func)
         return {filled: statement} if filled else {}
     if isinstance(statement, ast.If):
-        bodies = [{}, {}]
+        bodies: list[dict[str, list[ast.stmt | None]]] = [{}, {}]
         for bound, body in zip(bodies, (statement.body, statement.orelse), strict=True):
             for part in body:
                 for name, kept in bindings_of(part).items():
@@ -182,7 +183,7 @@ def _one_import(statement: ast.Import | ast.ImportFrom, alias: ast.alias) -> ast
 def _one_branch(statement: ast.If, then: list, otherwise: list) -> ast.stmt | None:
     if None in then or None in otherwise:
         return None
-    nothing = [ast.copy_location(ast.Pass(), statement)]
+    nothing: list[ast.stmt] = [ast.copy_location(ast.Pass(), statement)]
     return ast.copy_location(ast.If(statement.test, then or nothing, otherwise), statement)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import types
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -27,17 +28,17 @@ class StandIn:
         self._name = name
         self.__name__ = name
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> "StandIn":
         if name.startswith("__"):
             raise AttributeError(name)
         return StandIn(f"{self._name}.{name}")
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], (type, types.FunctionType)):  # a decorator
             return args[0]
         raise ImportError(f"{self._name} is not installed")
 
-    def __getitem__(self, key):  # an annotation
+    def __getitem__(self, key: object) -> "StandIn":  # an annotation
         return self
 
     __or__ = __ror__ = __getitem__
@@ -49,15 +50,17 @@ class StandIn:
 class Defaults(argparse.ArgumentParser):
     """What a script's options are when nobody gives any; a required one is None."""
 
-    def parse_args(self, *args, **kwargs):
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]
         return argparse.Namespace(**{action.dest: action.default for action in self._actions if action.dest != "help"})
 
-    def parse_known_args(self, *args, **kwargs):
+    def parse_known_args(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[argparse.Namespace, list[str]]:
         return self.parse_args(), []
 
 
 ARGPARSE = types.ModuleType("argparse")
 
 
-def refuse(*args):
+def refuse(*args: object) -> NoReturn:
     raise RuntimeError("the model's code asks for input or wants to end the program")

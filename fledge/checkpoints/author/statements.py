@@ -112,7 +112,7 @@ def _value_of(expression: ast.expr, said: Constants) -> object:
     """A constant's value, or that of a name to which the code gives only one."""
     if isinstance(expression, ast.Constant):
         return expression.value
-    key = _last_name(expression)
+    key: object = _last_name(expression)
     if isinstance(expression, ast.Subscript) and isinstance(expression.slice, ast.Constant):
         key = expression.slice.value
     values = [value for value, _ in said.get(key, ())] if isinstance(key, str) else []

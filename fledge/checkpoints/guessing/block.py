@@ -114,7 +114,7 @@ def _propose_projections(structure: Structure, block: str, matrices: list[Module
 
 def _first_three(matrices: list[Module], width: int) -> list[list[Module]] | None:
     """The first three matrices of one shape that stand in one place, or three such of every head, as defined."""
-    places = defaultdict(lambda: defaultdict(list))
+    places: defaultdict[tuple, defaultdict[str, list[Module]]] = defaultdict(lambda: defaultdict(list))
     for module in matrices:
         home, _, name = module.path.replace("/", ".").rpartition(".")
         by_head = re.fullmatch(r"(.*?)\.?(\d+)", home) if module.shape[0] < width == module.shape[1] else None

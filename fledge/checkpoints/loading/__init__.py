@@ -1,6 +1,7 @@
 """Checkpoint files → tensors by name. Nothing in a file is ever executed."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +56,9 @@ def load_checkpoint(path: str) -> Checkpoint:
     if other:
         raise UserError(other)
     if binary:
+        state: Mapping
         state, said, left_out = read_binary(file)
-        levels = [state]
+        levels: list[Mapping] = [state]
     else:
         state, said, left_out, levels = unwrap(file, open_file(file))
     beside, name = read_config_beside(file)

@@ -66,7 +66,7 @@ def _is_llama(header: tuple[int, ...]) -> bool:
 
 def _llama2_c_config(header: tuple[int, ...]) -> dict[str, object]:
     names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-    return dict(zip(names, header[:7], strict=True)) | {"vocab_size": abs(header[5])}
+    return {**dict(zip(names, header[:7], strict=True)), "vocab_size": abs(header[5])}
 
 
 def _llama2_c_parts(header: tuple[int, ...]) -> dict[str, Parts]:

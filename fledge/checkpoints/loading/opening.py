@@ -82,7 +82,7 @@ def _read_inert(file: Path, start: bytes) -> Mapping | None:
             }
     if not isinstance(content, Mapping):
         return None
-    told = {}  # what objects beside the weights hold, such as the vocabulary of a tokenizer
+    told: dict[str, object] = {}  # what objects beside the weights hold, such as the vocabulary of a tokenizer
     for value in content.values():
         if isinstance(value, pickled.Record):
             told |= {k: v for k, v in vars(value).items() if says_token_ids(k)}

@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,13 +31,14 @@ class Record:
     """What a pickle stored of one object; `kind` is the class that it names."""
 
     kind = ""
+    stored: list[object]
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: object, **kwargs: object) -> "Record":
         made = super().__new__(cls)
         made.__dict__["stored"] = list(args)
         return made
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     def __setstate__(self, state: object) -> None:
@@ -57,7 +59,15 @@ class Record:
         return id(self)
 
 
-def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> Tensor:
+def _tensor(
+    storage: Any,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool = False,
+    hooks: object = None,
+    metadata: object = None,
+) -> Tensor:
     """As torch's own, but a tensor that is larger than what is stored of it is refused."""
     untyped, dtype = storage.untyped(), storage.dtype
     last = offset + sum((dim - 1) * step for dim, step in zip(size, stride, strict=True) if dim)
@@ -75,7 +85,7 @@ def _parameter(data: Tensor, *rest: object) -> Tensor:
     return data
 
 
-def _storage(content: bytes):
+def _storage(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
@@ -141,7 +151,7 @@ def read_inert(file: Path) -> object:
         return content
 
 
-def is_module(content: object) -> bool:
+def is_module(content: object) -> TypeGuard[Record]:
     return isinstance(content, Record) and isinstance(content.__dict__.get("_modules"), Mapping)
 
 

@@ -23,20 +23,23 @@ def unwrap(file: Path, content: object) -> tuple[Mapping, dict[str, object], dic
     """The state dict, the config beside it, what else is beside it and why, and every mapping on the way there."""
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}, not a state dict; save model.state_dict() instead.")
-    config, left_out, levels = {}, {}, [content]
+    config: dict[str, object] = {}
+    left_out: dict[str, str] = {}
+    inner: Mapping = content
+    levels = [inner]
     while True:
-        config = _beside(content) | config
-        for key in configs_in(content):
-            config |= content[key]
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), _only_state(content))
+        config = _beside(inner) | config
+        for key in configs_in(inner):
+            config |= inner[key]
+        wrapper = next((key for key in WRAPPERS if isinstance(inner.get(key), Mapping)), _only_state(inner))
         # Two levels of wrapping are all that people write; a damaged file may hold itself.
         if wrapper is None or len(levels) == 3:
-            return content, config, left_out, levels
-        for key, value in content.items():
-            if key != wrapper and key not in configs_in(content):
+            return inner, config, left_out, levels
+        for key, value in inner.items():
+            if key != wrapper and key not in configs_in(inner):
                 left_out[str(key)] = _why_beside(str(key), value) or f"beside {wrapper}"
-        content = content[wrapper]
-        levels.append(content)
+        inner = inner[wrapper]
+        levels.append(inner)
 
 
 def _only_state(content: Mapping) -> str | None:

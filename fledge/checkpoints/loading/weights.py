@@ -35,7 +35,8 @@ class LeftOut(StrEnum):
 
 def weights_in(file: Path, state: Mapping) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors that are weights, under their names without prefixes, and what is none and why."""
-    weights, left_out = {}, {}
+    weights: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
     for name, value in state.items():
         name = str(name)
         if not isinstance(value, Tensor):

@@ -7,6 +7,7 @@ one name are stacked.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ ATTENTION = frozenset({*QKV, "output"})
 MLP = frozenset({"mlp_in", "mlp_gate", "mlp_out"})
 NORMS = frozenset({"norm_1", "norm_2", "final_norm"})
 
-Config = dict[str, object]
+Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ QK_RMS = frozenset({"RMSNorm of each head's queries and keys", "weights in a nor
 OWN_HEADS = frozenset({"heads of another width than the model's share"})
 WINDOW = frozenset({"sliding window"})
 
-LLAMA_NAMES = {
+Names = dict[str | tuple[str, ...], str]  # the module of each role, or of several that are one tensor
+LLAMA_NAMES: Names = {
     "token_embedding": "model.embed_tokens",
     "norm_1": "model.layers.{n}.input_layernorm",
     "query": "model.layers.{n}.self_attn.q_proj",
@@ -94,17 +96,17 @@ LLAMA_NAMES = {
     "final_norm": "model.norm",
     "head": "lm_head",
 }
-UNGATED_NAMES = {role: name for role, name in LLAMA_NAMES.items() if role != "mlp_gate"}
-QK_NORM_NAMES = {
+UNGATED_NAMES: Names = {role: name for role, name in LLAMA_NAMES.items() if role != "mlp_gate"}
+QK_NORM_NAMES: Names = {
     "query_norm": "model.layers.{n}.self_attn.q_norm",
     "key_norm": "model.layers.{n}.self_attn.k_norm",
 }
-EXPERT_NAMES = {role: name for role, name in LLAMA_NAMES.items() if role not in MLP} | {
+EXPERT_NAMES: Names = {role: name for role, name in LLAMA_NAMES.items() if role not in MLP} | {
     "router": "model.layers.{n}.mlp.gate",
     ("experts.mlp_gate", "experts.mlp_in"): "model.layers.{n}.mlp.experts.gate_up_proj",
     "experts.mlp_out": "model.layers.{n}.mlp.experts.down_proj",
 }
-GPT2_NAMES = {
+GPT2_NAMES: Names = {
     "token_embedding": "transformer.wte",
     "position_embedding": "transformer.wpe",
     "norm_1": "transformer.h.{n}.ln_1",
@@ -140,7 +142,7 @@ def _whole_share(gpt: CanonicalGPT) -> list[str]:
     return [f"width {gpt.width} with {gpt.n_head} heads"] if gpt.width % gpt.n_head else []
 
 
-def _rms(gpt: CanonicalGPT, given: Config, **more: object) -> Config:
+def _rms(gpt: CanonicalGPT, given: Config, **more: Any) -> Config:
     return _common(gpt, given) | {"rms_norm_eps": gpt.norm_eps} | more
 
 
@@ -155,7 +157,6 @@ def _mlp_bias(gpt: CanonicalGPT) -> bool:
 def _gpt2(gpt: CanonicalGPT, given: Config) -> PreTrainedConfig:
     return GPT2Config(
         n_positions=gpt.context_length,
-        n_ctx=gpt.context_length,  # llama.cpp's converter reads this name
         n_embd=gpt.width,
         n_layer=gpt.n_layer,
         n_head=gpt.n_head,
@@ -166,7 +167,7 @@ def _gpt2(gpt: CanonicalGPT, given: Config) -> PreTrainedConfig:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        **given,
+        **given | {"n_ctx": gpt.context_length},  # llama.cpp's converter reads this name
     )
 
 
@@ -189,7 +190,7 @@ def _stablelm(gpt: CanonicalGPT, given: Config) -> PreTrainedConfig:
 def _stablelm_limits(gpt: CanonicalGPT) -> list[str]:
     def differs(kind: str) -> bool:
         pairs = [[gpt.tensors.get(f"blocks.{n}.norm_{i}.{kind}") for i in (1, 2)] for n in range(gpt.n_layer)]
-        return any((a is None) != (b is None) or (a is not None and not torch.equal(a, b)) for a, b in pairs)
+        return any(a is not b and (a is None or b is None or not torch.equal(a, b)) for a, b in pairs)
 
     return ["two norms in parallel blocks"] if gpt.parallel and (differs("weight") or differs("bias")) else []
 
