@@ -81,10 +81,10 @@ def dependent(own: list[dict[str, float]], scored: list[tuple[int, dict[str, flo
 
 
 def chance_levels(
-    scorer,
+    scorer: Scorer,
     task: Task,
     rows: list[dict],
-    answers: dict[str, list],
+    answers: dict[str, list[Answer]],
     scores: dict[str, list[dict[str, float]]],
     weights: np.ndarray,
 ) -> tuple[dict[str, dict[str, tuple[str, Ratio]]], set[str]]:
@@ -94,7 +94,8 @@ def chance_levels(
     that any answer got under another instruction.
     """
     others = permutations(rows, [task.kind(row) for row in rows])
-    found, met = {who: {} for who in answers}, set()
+    found: dict[str, dict[str, tuple[str, Ratio]]] = {who: {} for who in answers}
+    met: set[str] = set()
     for part in task.parts:
         exchange = partial(task.exchanged, part)
         of_part, names = {}, set()

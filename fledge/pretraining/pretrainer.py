@@ -32,7 +32,7 @@ from fledge.guards import check_overrides
 from fledge.memory import keep_freed_memory
 from fledge.models import head_of
 from fledge.pretraining.muon import MuonWithAdamW
-from fledge.pretraining.tokens import Blocks
+from fledge.pretraining.tokens import Windows
 from fledge.training.lineage import load_optimizer
 from fledge.training.loss import ScoreTokens
 from fledge.training.run_record import outcome
@@ -155,8 +155,8 @@ class PretrainTrainer(Trainer):
     args: PretrainConfig
     model: GPT2LMHeadModel
     processing_class: PreTrainedTokenizerBase
-    train_dataset: Blocks
-    eval_dataset: Blocks
+    train_dataset: Windows
+    eval_dataset: Windows
 
     def __init__(self, *arguments: Any, bytes_per_token: float, **keywords: Any):
         super().__init__(*arguments, **keywords)

@@ -51,7 +51,7 @@ LENGTH = re.compile(r"at (most|least) (\d+)")
 
 
 def _length(value: str, text: str) -> float:
-    bound, count = LENGTH.fullmatch(value).groups()
+    _, bound, count = value.split()
     return (checks.is_at_most if bound == "most" else checks.is_at_least)(int(count), text)
 
 

@@ -15,7 +15,7 @@ FILE = Path(__file__).parent / "pronunciations.txt.gz"
 @cache
 def _pronunciations() -> dict[str, list[list[str]]]:
     """word → its pronunciations, each a list of ARPAbet phones; a vowel ends in its stress (0 none, 1 first, 2)."""
-    found = {}
+    found: dict[str, list[list[str]]] = {}
     with gzip.open(FILE, "rt", encoding="utf-8") as lines:
         for line in lines:
             if not line.startswith("#"):

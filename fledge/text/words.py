@@ -5,6 +5,7 @@ NIH's SPECIALIST lexicon (https://github.com/bjascob/LemmInflect). "A run" and "
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 FUNCTION_WORDS = frozenset(
@@ -35,7 +36,7 @@ def in_order(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'(?!s\b)[^\W_]+)*", re.sub(r"'s\b", "", text.lower().replace("’", "'")))
 
 
-def used(requested: list[str], text: str) -> list[bool]:
+def used(requested: Sequence[str], text: str) -> list[bool]:
     """For each requested word, or phrase of several words, whether `text` uses it in any inflection."""
     words = [lemmas(word) for word in in_order(text)]
     known, found = frozenset().union(*words), []
