@@ -234,7 +234,7 @@ class CoherenceJudge:
     def _of_people(self, story: str) -> dict[str, float]:
         found, middle = names(story), len(story) // 2
         first, second = story[:middle], story[middle:]
-        main = max(found, key=found.get) if found else ""
+        main = max(found, key=lambda name: found[name]) if found else ""
         introduced = re.compile(r"(?:named|called|was|is) ([A-Z][a-z]+)")
         brought = set(introduced.findall(story))
         before, after = (np.array(pronouns(part)) + 1 for part in (first, second))

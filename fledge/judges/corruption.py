@@ -26,7 +26,8 @@ class Corrupter:
         self.rng, self.stories = rng, stories
         self.names = sorted({name for story in stories for name in names(story)}) or ["Zed"]
         counts = Counter(word for story in stories for word in re.findall(r"[a-z]+", story))
-        self.verbs, self.weights = {}, {}
+        self.verbs: dict[str, list[str]] = {}
+        self.weights: dict[str, list[int]] = {}
         for word, count in sorted(counts.items()):
             if form := verb_form(word):
                 self.verbs.setdefault(form, []).append(word)
@@ -46,7 +47,7 @@ class Corrupter:
         found = names(story)
         if not found:
             return None
-        old = max(found, key=found.get)
+        old = max(found, key=lambda name: found[name])
         places = [match.start() for match in re.finditer(rf"\b{old}\b", story)]
         if len(places) < 2:
             return None
@@ -68,7 +69,7 @@ class Corrupter:
         if not places:
             return None
         match = self.rng.choice(places)
-        form = verb_form(match[0])
+        form = verb_form(match[0]) or ""
         new = self.rng.choices(self.verbs[form], self.weights[form])[0]
         return story[: match.start()] + new + story[match.end() :] if new != match[0] else None
 

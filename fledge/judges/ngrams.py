@@ -55,7 +55,7 @@ class WordModel:
             mixed = (np.maximum(count - DISCOUNT, 0) + DISCOUNT * types * probability) / seen
             probability = np.where(total > 0, mixed, probability)
         bits = np.concatenate([[0.0, 0.0], -np.log2(probability)])
-        ends = np.cumsum(np.bincount(text, minlength=len(texts))) if len(texts) else []
+        ends: np.ndarray | list[int] = np.cumsum(np.bincount(text, minlength=len(texts))) if len(texts) else []
         return [part[2:] for part in np.split(bits, ends[:-1])] if len(texts) else []
 
 

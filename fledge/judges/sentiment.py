@@ -6,17 +6,21 @@ the first judge by its turns of phrase does not please this one by the same.
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fledge.judges.endings import last_sentences
 from fledge.text.stories import sentences
 
+if TYPE_CHECKING:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
 HAPPY_FROM = 0.1  # of a valence from -1 to 1: stories for children are cheerful on the whole
 
 
 @cache
-def _analyzer():
+def _analyzer() -> "SentimentIntensityAnalyzer":
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     return SentimentIntensityAnalyzer()

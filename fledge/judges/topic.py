@@ -175,7 +175,9 @@ def base(word: str) -> str:
 
 def heads(text: str) -> list[str]:
     """The last word of each noun phrase: of what follows a determiner or preposition, up to a verb or function word."""
-    found, phrase, is_open = [], [], False
+    found: list[str] = []
+    phrase: list[str] = []
+    is_open = False
     for token in [*re.findall(r"[a-z]+(?:'[a-z]+)?|[.,!?;]", text.lower().replace("’", "'")), "."]:
         ends = (
             token in FUNCTION_WORDS - ADJECTIVES

@@ -6,7 +6,7 @@ import numpy as np
 
 from fledge.cli import UserError
 from fledge.preparation.chunks import Facts
-from fledge.preparation.reasons import DUPLICATE, HELD_OUT, NEAR_DUPLICATE, surplus
+from fledge.preparation.reasons import DUPLICATE, HELD_OUT, NEAR_DUPLICATE, Reason, surplus
 from fledge.reading.files import SPLITS
 
 
@@ -98,7 +98,7 @@ def assign_splits(
         UserError: a split is empty or cannot be balanced.
     """
     columns = facts.columns
-    left_out: Counter[str] = Counter()
+    left_out: Counter[Reason] = Counter()
     rows = np.arange(facts.total)
     if shares is None:
         rows = rows[apart(columns["source_split"], columns["group"])]
