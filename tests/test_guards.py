@@ -44,7 +44,7 @@ PRIVATE = {
     ),
     # Python's own.
     "_actions": (1, "argparse has had it under this name in every release"),
-    "_Unpickler": (1, "the unpickler in Python, which Python's own tests use under this name"),
+    "_Unpickler": (2, "the unpickler in Python, which Python's own tests use under this name"),
 }
 # Modules of the libraries that their documentation does not list, and what is done where they are missing.
 UNLISTED: dict[str, str] = {

@@ -202,7 +202,7 @@ class Forward:
             x = self.block(n, x, ids)
             backed_out = x if n == gpt.backout_layer else backed_out
         if backed_out is not None:
-            x = x - self.get("backout_lambda.weight") * backed_out
+            x = x - self.tensor("backout_lambda.weight") * backed_out
         if gpt.final_norm:
             x = self.norm("final_norm", x)
         # The widest matrix by far is widened in pieces.
@@ -212,8 +212,8 @@ class Forward:
         return _capped(logits if bias is None else logits + bias, gpt.logit_cap)
 
     def smeared(self, x: Tensor) -> Tensor:
-        gate = self.get("smear_gate.weight")
-        share = self.get("smear_lambda.weight") * F.linear(x[:, 1:, : gate.shape[1]], gate).sigmoid()
+        gate = self.tensor("smear_gate.weight")
+        share = self.tensor("smear_lambda.weight") * F.linear(x[:, 1:, : gate.shape[1]], gate).sigmoid()
         return torch.cat([x[:, :1], x[:, 1:] + share * x[:, :-1]], dim=1)
 
     def block(self, n: int, x: Tensor, ids: Tensor) -> Tensor:

@@ -140,11 +140,11 @@ def _parameters(tensors: Mapping[str, Tensor], n_layer: int) -> tuple[list[str],
         blocks[int(number)][part] = None if part.startswith("mlp_") else tuple(tensor.shape)
     value_layers = [number for number, parts in enumerate(values) if parts]
     own = values[value_layers[0]] if value_layers else set()
-    for number, (block, parts) in enumerate(zip(blocks, values, strict=True)):
+    for place, (block, parts) in enumerate(zip(blocks, values, strict=True)):
         odd = {part for part in blocks[0].keys() | block.keys() if blocks[0].get(part, ()) != block.get(part, ())}
         odd |= parts ^ own if parts else set()
         if odd:
-            raise UserError(f"Block {number} has another {min(odd)} than block 0, and the blocks must be alike.")
+            raise UserError(f"Block {place} has another {min(odd)} than block 0, and the blocks must be alike.")
     return sorted(ends - {"alibi.slopes"}) + [f"block.{part}" for part in sorted({*blocks[0], *own})], value_layers
 
 

@@ -200,7 +200,7 @@ def config_key(config: Mapping[str, object], name: str) -> str | None:
 
 def from_config(config: Mapping[str, object], name: str) -> object:
     """What the checkpoint's own config says about a fact, or None."""
-    value = config.get(config_key(config, name))
+    value = config.get(config_key(config, name) or "")
     if name == "activation":
         return CONFIG_ACTIVATIONS.get(str(value).lower())
     if name == "renormalise_experts":

@@ -194,7 +194,7 @@ NANOCHAT_FACTS = {
     "final_norm": True,
     "logit_cap": 15.0,
 }
-LITGPT_CHOOSES = ("activation", "norm", "norm_eps", "parallel", "qk_norm", "rope_theta", "rope_width")
+LITGPT_CHOOSES: tuple[str, ...] = ("activation", "norm", "norm_eps", "parallel", "qk_norm", "rope_theta", "rope_width")
 LITGPT_CHOOSES += ("embedding_scale", "attention_scale", "attention_cap", "logit_cap", "window")
 """What a config of litgpt says."""
 LLAMA_FACTS = {"activation": "silu", "norm": "rmsnorm"}

@@ -45,8 +45,15 @@ Values = dict[str, Any]
 def asked(gpt: CanonicalGPT) -> Values:
     """The facts that could be otherwise in a model with these tensors, each with what most authors do."""
     tensors = gpt.tensors
-    names = {"attention_scale": gpt.usual_scale, "activation": "silu" if gpt.gated else "gelu", "norm_eps": 1e-5}
-    names |= {"embedding_scale": 1.0, "causal": True, "window": None, "attention_cap": None, "logit_cap": None}
+    names: Values = {"attention_scale": gpt.usual_scale, "activation": "silu" if gpt.gated else "gelu"}
+    names |= {
+        "norm_eps": 1e-5,
+        "embedding_scale": 1.0,
+        "causal": True,
+        "window": None,
+        "attention_cap": None,
+        "logit_cap": None,
+    }
     if "final_norm.weight" in tensors or gpt.final_norm:
         names["final_norm_eps"] = None
     if not {"blocks.0.norm_1_after.weight", "blocks.0.norm_1_after.bias"} & tensors.keys():

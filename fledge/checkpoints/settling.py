@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -105,7 +106,7 @@ class Settling:
         if name in self.stated:
             return Fact.of(name, self.stated[name], Source.CONFIG)
         if name in CONFIG_KEYS and (said := from_config(self.config, name)) is not None:
-            key = config_key(self.config, name)
+            key = config_key(self.config, name) or ""
             place = self.origins.get(key, "")
             fact = Fact.of(name, said, Source.PICKLED if place == Source.PICKLED else Source.CONFIG)
             fact.detail = key if place in ("", Source.PICKLED) else f"{key}, {place}"

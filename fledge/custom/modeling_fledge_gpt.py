@@ -139,6 +139,7 @@ class FledgeGPTAttention(nn.Module):
         """Adds to each token's value (B, T, K) an embedding of the token (Zhou et al. 2024), gated for each head."""
         if ids is None:
             raise ValueError("This model has value embeddings, which need input_ids and not inputs_embeds.")
+        assert self.value_embedding is not None
         added = self.value_embedding(ids)
         if self.value_gate is not None:
             gate = self.config.value_gate_factor * self.value_gate(x[..., : self.config.value_gate_width]).sigmoid()
@@ -147,9 +148,7 @@ class FledgeGPTAttention(nn.Module):
             value, added = self.value_lambdas[0] * value, self.value_lambdas[1] * added
         return value + added
 
-    def forward(
-        self, x: Tensor, ids: Tensor | None, mask: Tensor | None, angles: tuple | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None, mask: Tensor | None, angles: Any, cache: Cache | None) -> Tensor:
         config = self.config
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.value_embedding is not None:
@@ -158,7 +157,7 @@ class FledgeGPTAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None and config.rope_span == "width":
             query, key = (
-                turned(part[:, None], *table, config.rope == "interleaved")[:, 0]
+                turned(part[:, None], *table, interleaved=config.rope == "interleaved")[:, 0]
                 for part, table in zip((query, key), angles, strict=True)
             )
         query, key, value = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in (query, key, value))
@@ -166,7 +165,7 @@ class FledgeGPTAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None and config.rope_span == "head":
             query, key = (
-                turned(part, *table, config.rope == "interleaved")
+                turned(part, *table, interleaved=config.rope == "interleaved")
                 for part, table in zip((query, key), angles, strict=True)
             )
         if config.qk_norm == "head" and config.qk_norm_after_rope:
@@ -412,7 +411,7 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
         slopes = torch.tensor(config.alibi_slopes, device=x.device)[:, None, None].to(x.dtype)
         return (-slopes * distance.abs()).masked_fill(~seen, -math.inf)
 
-    def smeared(self, x: Tensor, positions: Tensor, keys: Tensor, past: int, cache) -> Tensor:
+    def smeared(self, x: Tensor, positions: Tensor, keys: Tensor, past: int, cache: Cache | None) -> Tensor:
         """Adds to each embedding (B, T, D) a share of the one before it; a text's first token has none before it."""
         before = F.pad(x, (0, 0, 1, 0))[:, :-1]
         if cache is not None:
@@ -455,7 +454,7 @@ class FledgeGPTForCausalLM(FledgeGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.has("head.bias"))
         self.post_init()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Value embeddings have a row for each token too; those of new ones are zero."""
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         for block in self.model.blocks:

@@ -66,10 +66,10 @@ def byte_level(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    for token, number in sorted(special.items(), key=lambda item: item[1]):
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        if tokenizer.token_to_id(token) != number:
-            raise ValueError(f"the id of {token!r} is {number}, and not the next after its other tokens")
+    for name, number in sorted(special.items(), key=lambda item: item[1]):
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+        if tokenizer.token_to_id(name) != number:
+            raise ValueError(f"the id of {name!r} is {number}, and not the next after its other tokens")
     return tokenizer
 
 

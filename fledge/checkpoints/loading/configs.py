@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fledge.cli import UserError, read_json
 
@@ -48,14 +49,14 @@ def _read_yaml(file: Path) -> object:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
-def stated_by_litgpt(config: Mapping[str, object]) -> dict[str, object]:
+def stated_by_litgpt(config: Mapping[str, Any]) -> dict[str, object]:
     """The facts that a litgpt config states in words of its own; nothing for any other config."""
     if not {"norm_class_name", "mlp_class_name", "n_head", "n_embd"} <= config.keys():
         return {}
     head = config.get("head_size") or config["n_embd"] // config["n_head"]
     turned = int(config.get("rotary_percentage", 0.25) * head)
     tanh = config.get("gelu_approximate") == "tanh"
-    facts = {
+    facts: dict[str, object] = {
         "activation": LITGPT_MLPS.get(config["mlp_class_name"], "gelu_tanh" if tanh else "gelu"),
         "norm": str(config["norm_class_name"]).lower(),
         "parallel": bool(config.get("parallel_residual", True)),
@@ -75,7 +76,7 @@ def stated_by_litgpt(config: Mapping[str, object]) -> dict[str, object]:
 
 def origins(levels: list[Mapping], configs: tuple[str, ...], pickled: bool) -> dict[str, str]:
     """Where each entry of a config is from: a mapping in the file, by its name, or the file itself."""
-    found = {}
+    found: dict[str, str] = {}
     for content in levels:
         found |= {str(key): "an entry of the file" for key in content if str(key) not in found}
         for name in configs:
