@@ -157,16 +157,16 @@ class FledgeGPTAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None and config.rope_span == "width":
             query, key = (
-                turned(part[:, None], *table, interleaved=config.rope == "interleaved")[:, 0]
-                for part, table in zip((query, key), angles, strict=True)
+                turned(part[:, None], cos, sin, config.rope == "interleaved")[:, 0]
+                for part, (cos, sin) in zip((query, key), angles, strict=True)
             )
         query, key, value = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in (query, key, value))
         if config.qk_norm == "head" and not config.qk_norm_after_rope:
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None and config.rope_span == "head":
             query, key = (
-                turned(part, *table, interleaved=config.rope == "interleaved")
-                for part, table in zip((query, key), angles, strict=True)
+                turned(part, cos, sin, config.rope == "interleaved")
+                for part, (cos, sin) in zip((query, key), angles, strict=True)
             )
         if config.qk_norm == "head" and config.qk_norm_after_rope:
             query, key = self.query_norm(query), self.key_norm(key)

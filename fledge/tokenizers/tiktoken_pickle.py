@@ -5,7 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from fledge.tokenizers.fast import characters_of_bytes
 
 
 class Encoding:
@@ -47,7 +48,7 @@ def byte_level(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -
 
     A token's two halves, which tokenizers wants as a merge, are what the lower ranks leave of its bytes.
     """
-    letters = bytes_to_unicode()
+    letters = {byte: character for character, byte in characters_of_bytes().items()}
 
     def spelled(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
