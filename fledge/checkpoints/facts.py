@@ -40,7 +40,7 @@ class Source(StrEnum):
     REFERENCE = "--reference"
     PROBE_TEXT = "--probe_text"
     NO_EFFECT = "no effect"
-    UNTOLD = "usual practice, where no text could tell"
+    UNTOLD = "usual practice, which the text does not contradict"
     # Assumed until evidence settles it.
     DEFAULT = "layout default"
     PRACTICE = "usual practice"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import Fact, Source
 from fledge.checkpoints.questions import RARE, Questions, Values
-from fledge.checkpoints.race import FIRST_TOKENS, WORK, Compared, Outcome, Race
+from fledge.checkpoints.race import FIRST_TOKENS, WORK, Compared, Comparison, Outcome, Race
 from fledge.checkpoints.text_loss import pair_loss, text_losses, text_windows, unigram_loss
 from fledge.cli import UserError
 from fledge.tokenizers import encoding_of
@@ -116,12 +116,16 @@ def _judge(fact: Fact, about: Compared, used: str) -> None:
     elif not unsure:
         surely = min(comparison.errors for _, comparison in about)
         fact.settle(Source.PROBE_TEXT, f"by {surely:.0f} standard errors, {used}")
-    elif fact.name in RARE and not any(comparison.outcome is Outcome.OPEN for _, comparison in about):
-        fact.settle(Source.UNTOLD, f"{used} rule out all other values but those too close to tell")
+    elif fact.name in RARE and fact.value in (None, "head") and not any(_does_better(one) for _, one in about):
+        fact.settle(Source.UNTOLD, f"{used} are predicted better under no other value")
     else:
         fewest = min(map(len, unsure))
         left = dict.fromkeys(_said(changes) for changes in unsure if len(changes) == fewest)
         fact.detail = f"{used} do not rule out {', '.join(left)}"
+
+
+def _does_better(comparison: Comparison) -> bool:
+    return comparison.outcome is Outcome.OPEN and comparison.difference < 0
 
 
 def _said(changes: Values) -> str:
