@@ -10,6 +10,7 @@ import random
 import re
 
 from fledge.cli import UserError
+from fledge.judges import AGAINST_READERS
 from fledge.judges.coherence import CoherenceJudge
 from fledge.judges.endings import EndingJudge, balanced_accuracy
 from fledge.judges.sentiment import SentimentJudge
@@ -114,6 +115,7 @@ class StoryScorer(Scorer):
             f"On {len(stories)} unseen stories the classifier of endings agrees with {found['accuracy']:.1%} of the "
             f"labels, the lexicon of sentiment with {second:.1%}, both endings weighing the same.",
             f"The judge of coherence prefers an unseen story to itself with {pairs}." if pairs else "",
+            *AGAINST_READERS,
         ]
         return found | {"second_accuracy": second, "coherence": coherence, "says": list(filter(None, says))}
 

@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -6,6 +7,11 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from judges import kappa
+
+from fledge.judges import AGAINST_READERS
+from fledge.judges.endings import EndingJudge
+from fledge.judges.sentiment import SentimentJudge
+from fledge.judges.topic import judge_topic
 
 
 def test_kappa_is_agreement_beyond_chance():
@@ -26,3 +32,21 @@ def test_the_readers_agreement_is_what_the_docs_say(yardsticks, name, value):
     one, other = ([row["readers"][i][name] for row in yardsticks] for i in (0, 1))
 
     assert kappa(one, other) == pytest.approx(value, abs=0.0005)
+
+
+def test_what_reports_say_of_the_judges_is_what_the_readings_show(yardsticks):
+    def share(right: list[bool]) -> str:
+        return f"{sum(right) / len(right):.1%}"
+
+    stories, said = [row["story"] for row in yardsticks], [row["agreed"]["ending"] for row in yardsticks]
+    shown = []
+    for judge in (EndingJudge(), SentimentJudge()):
+        judged = list(zip(judge.judge(stories), said, strict=True))
+        shown += [share([found == label for found, label in judged if label == of]) for of in ("happy", "sad")]
+    told = [(judge_topic(row["topic"], row["story"]).label == "about", row["agreed"]["topic"]) for row in yardsticks]
+    shown.append(share([found for found, label in told if label == "about"]))
+    shown.append(share([not found for found, label in told if label != "about"]))
+    rules = [(row["rule"], row["agreed"]["ending"]) for row in yardsticks if "rule" in row]
+    shown += [share([label == rule for rule, label in rules if rule == of]) for of in ("happy", "sad")]
+
+    assert re.findall(r"[\d.]+%", " ".join(AGAINST_READERS)) == shown
