@@ -149,24 +149,6 @@ def corpus(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def yardsticks() -> list[dict]:
-    """Stories with what readers said of them."""
-    lines = (ROOT / "tests" / "judges" / "yardsticks.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-@pytest.fixture(scope="session")
-def tales(yardsticks) -> list[str]:
-    """A thousand shipped tales that no reader labelled."""
-    from fledge.sources.tinystories_instruct import END, parse_record
-
-    with gzip.open(ROOT / "examples" / "tales.txt.gz", "rt", encoding="utf-8") as file:
-        stories = [parse_record("\n" + part).get("Story", "") for part in file.read().split(END)]
-    read = {row["story"] for row in yardsticks}
-    return [story for story in stories if story.endswith(".") and story not in read][:1000]
-
-
-@pytest.fixture(scope="session")
 def run_node():
     """Runs JavaScript that uses transformers.js and returns its last line, read as JSON; skips where it is missing."""
     found = shutil.which("node") and subprocess.run(

@@ -9,11 +9,6 @@ from fledge.judges.corruption import ALL, TESTED, Corrupter, verb_form
 from fledge.judges.ngrams import WordModel
 
 
-@pytest.fixture(scope="module")
-def coherence(tales) -> CoherenceJudge:
-    return CoherenceJudge(tales[100:])
-
-
 @pytest.mark.parametrize(
     ("kind", "least"),
     [("shuffled", 0.95), ("name", 0.9), ("foreign", 0.75), ("verb", 0.75), ("repeated", 0.95), ("cut", 0.95)],
