@@ -237,7 +237,13 @@ def test_a_record_that_fails_costs_nothing_else(tmp_path, capsys):
             write(folder, run="new")
         output.add("curve.png", fail)
         output.add("log.json", lambda folder: write(folder, log="new"))
-    assert "curve.png failed and is left out (RuntimeError: no font)" in capsys.readouterr().err
+        mark = (tmp_path / "out" / MARK).read_text()
+        (tmp_path / "out" / MARK).unlink()
+        output.add("late.json", lambda folder: write(folder, late="new"))
+        (tmp_path / "out" / MARK).write_text(mark)
+    told = capsys.readouterr().err
+    assert "curve.png failed and is left out (RuntimeError: no font)" in told
+    assert f"late.json failed and is left out (UserError: {tmp_path / 'out'} has lost its mark" in told
     assert without_mark(tmp_path / "out") == {"run.json": "new", "curve.png": "half", "log.json": "new"}
     finish(tmp_path / "out", overwrite=True, run="newer")  # all of it is Fledge's
     assert without_mark(tmp_path / "out") == {"run.json": "newer"}

@@ -55,7 +55,7 @@ class SmallModelConfig(SFTConfig):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "rows a step and device"})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows a step and device in evaluation"})
     # TRL switches it on, and transformers is renaming it: None leaves it off under either name, without a warning.
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # see above
         default=None, metadata={"help": "trade time for memory"}
     )
     max_length: int | None = field(default=None, metadata={"help": "cut rows; prepare_dataset.py has fitted them"})

@@ -50,10 +50,10 @@ class StandIn:
 class Defaults(argparse.ArgumentParser):
     """What a script's options are when nobody gives any; a required one is None."""
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]  # takes anything
         return argparse.Namespace(**{action.dest: action.default for action in self._actions if action.dest != "help"})
 
-    def parse_known_args(  # type: ignore[override]
+    def parse_known_args(  # type: ignore[override]  # takes anything
         self, *args: Any, **kwargs: Any
     ) -> tuple[argparse.Namespace, list[str]]:
         return self.parse_args(), []
