@@ -110,23 +110,7 @@ def answer_each(
     Raises:
         UserError: a prompt leaves no room for an answer in the model's context, or the model keeps no keys and values.
     """
-    context = context_of(model.config)
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise UserError(f"{type(model).__name__} keeps no keys and values, as recurrent models do; use pipeline().")
-    numbers = list(range(len(prompts))) if numbers is None else numbers
-    longest = max(map(len, prompts), default=0)
-    if longest >= context:
-        raise UserError(f"A prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it.")
-    waiting = deque(
-        _Row(
-            number=numbers[i],
-            ids=list(prompts[i]),
-            prompt_length=len(prompts[i]),
-            limit=min(len(prompts[i]) + sampling.max_new_tokens, context),
-            random=np.random.default_rng([sampling.seed, numbers[i]]),
-        )
-        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    )
+    waiting = _rows(model, prompts, sampling, list(range(len(prompts))) if numbers is None else numbers)
     if not is_batched(model):
         yield from _one_by_one(model, tokenizer, waiting, sampling, told)
         return
@@ -156,6 +140,31 @@ def answer_each(
                     rows[i] = rows[-1]
                 rows.pop()
                 yield row.number, answer
+
+
+def _rows(model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> deque[_Row]:
+    """A row for each prompt, the shortest first.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in the model's context, or the model keeps no keys and values.
+    """
+    context = context_of(model.config)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"{type(model).__name__} keeps no keys and values, as recurrent models do; use pipeline().")
+    longest = max(map(len, prompts), default=0)
+    if longest >= context:
+        raise UserError(f"A prompt of {longest} tokens leaves no room in the model's context of {context}; shorten it.")
+    rows = [
+        _Row(
+            number=number,
+            ids=list(prompt),
+            prompt_length=len(prompt),
+            limit=min(len(prompt) + sampling.max_new_tokens, context),
+            random=np.random.default_rng([sampling.seed, number]),
+        )
+        for number, prompt in zip(numbers, prompts, strict=True)
+    ]
+    return deque(sorted(rows, key=lambda row: row.prompt_length))
 
 
 def is_batched(model: PreTrainedModel) -> bool:

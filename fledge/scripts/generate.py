@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fledge.messages import Answer
+    from fledge.messages import Answer, Messages
+
+    ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 RANGES = {"num_samples": AT_LEAST_ONE, "batch_size": AT_LEAST_ONE}
 WAYS = ("prompt", "topic", "words", "constraints", "ask", "interactive", "prompts_file")
@@ -103,13 +105,8 @@ def check_output_file(file: Path, overwrite: bool) -> None:
 
 def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[str]:
     """The answers to what is asked; they are also printed, or written to --output_file. None of a conversation."""
-    from transformers import TextStreamer
-
-    from fledge.generation.answers import answer_batch
-    from fledge.generation.conversation import converse, fit_beginning, fit_prompt
-    from fledge.generation.prompts_file import answer_file
-    from fledge.models import context_of, load_model
-    from fledge.resizing import add_rows
+    from fledge.generation.conversation import converse
+    from fledge.models import load_model
 
     quiet()
     names = [name for name in (args.model, args.compare) if name]
@@ -118,55 +115,87 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
         if not tokenizer.chat_template and (args.interactive or args.ask or args.words or args.constraints):
             raise UserError(f"{name} is a base model without a chat template; give it a --prompt.")
     system = system_of(args, folder)
-    messages = [*system, {"role": "user", "content": question(args)}]
-
-    def ids_for(
-        model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
-    ) -> list[int]:
-        context = context_of(model.config)
-        if tokenizer.chat_template:
-            ids, said = fit_prompt(tokenizer, messages, context, sampling.max_new_tokens)
-        else:  # a base model continues the text itself, as the beginning of a document
-            ids, said = fit_beginning(tokenizer, messages[-1]["content"], context, sampling.max_new_tokens)
-        if said:
-            print(said, file=sys.stderr)
-        return ids
-
-    def show_stats() -> contextlib.AbstractContextManager["list[Answer]"]:
-        return stats(args.stats)
-
     if args.interactive:
-        converse(*models[0], system, sampling, show_stats)
+        converse(*models[0], system, sampling, lambda: stats(args.stats))
         return []
     if args.prompts_file:
-        with show_stats() as answers:
-            answers += answer_file(args, *models[0], sampling, lambda asked: ids_for(*models[0], [*system, *asked]))
-        # An earlier run may have made some of them.
-        with Path(str(args.output_file)).open(encoding="utf-8") as lines:
-            return [json.loads(line)["text"] for line in lines]
+        return answer_prompts(args, sampling, models[0], system)
+    messages = [*system, {"role": "user", "content": question(args)}]
     if args.compare:
-        # A base model is asked as its instruct model is, with the template that it lacks.
-        (_, one), (_, other) = models
-        models = [(m, t if t.chat_template else other if t is one else one) for m, t in models]
-        columns = []
-        for model, tokenizer in models:
-            add_rows(model, tokenizer)
-            ids = ids_for(model, tokenizer, messages)
-            with show_stats() as answers:
-                answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed)
-            columns.append([answer.text for answer in answers])
-        for texts in zip(*columns, strict=True):
-            print(side_by_side((args.model, args.compare), texts))
-        return [text for texts in columns for text in texts]
-    model, tokenizer = models[0]
-    ids = ids_for(model, tokenizer, messages)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if args.num_samples == 1 else None
-    with show_stats() as answers:
-        answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed, streamer)
+        return compare(args, sampling, models, messages)
+    return answer_one(args, sampling, models[0], messages)
+
+
+def answer_one(
+    args: GenerateArguments, sampling: Sampling, model: "ModelAndTokenizer", messages: "Messages"
+) -> list[str]:
+    """Prints the answers to one prompt; a single one as it is made."""
+    from transformers import TextStreamer
+
+    from fledge.generation.answers import answer_batch
+
+    ids = prompt_ids(*model, messages, sampling.max_new_tokens)
+    streamer = TextStreamer(model[1], skip_special_tokens=True) if args.num_samples == 1 else None
+    with stats(args.stats) as answers:
+        answers += answer_batch(*model, [ids] * args.num_samples, sampling, sampling.seed, streamer)
     if not streamer:
         for number, answer in enumerate(answers, 1):
             print(f"--- {number}\n{answer.text}\n")
     return [answer.text for answer in answers]
+
+
+def answer_prompts(
+    args: GenerateArguments, sampling: Sampling, model: "ModelAndTokenizer", system: "Messages"
+) -> list[str]:
+    """Writes the answers to --prompts_file; an earlier run may have made some of them."""
+    from fledge.generation.prompts_file import answer_file
+
+    def ids_for(asked: "Messages") -> list[int]:
+        return prompt_ids(*model, [*system, *asked], sampling.max_new_tokens)
+
+    with stats(args.stats) as answers:
+        answers += answer_file(args, *model, sampling, ids_for)
+    with Path(str(args.output_file)).open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def compare(
+    args: GenerateArguments, sampling: Sampling, models: list["ModelAndTokenizer"], messages: "Messages"
+) -> list[str]:
+    """Prints the answers of two models to one prompt side by side."""
+    from fledge.generation.answers import answer_batch
+    from fledge.resizing import add_rows
+
+    # A base model is asked as its instruct model is, with the template that it lacks.
+    (_, one), (_, other) = models
+    columns = []
+    for model, own in models:
+        tokenizer = own if own.chat_template else other if own is one else one
+        add_rows(model, tokenizer)
+        ids = prompt_ids(model, tokenizer, messages, sampling.max_new_tokens)
+        with stats(args.stats) as answers:
+            answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed)
+        columns.append([answer.text for answer in answers])
+    for texts in zip(*columns, strict=True):
+        print(side_by_side((args.model, str(args.compare)), texts))
+    return [text for texts in columns for text in texts]
+
+
+def prompt_ids(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", messages: "Messages", max_new_tokens: int
+) -> list[int]:
+    """The ids of a prompt that fits the context; says on standard error what was left out for that."""
+    from fledge.generation.conversation import fit_beginning, fit_prompt
+    from fledge.models import context_of
+
+    context = context_of(model.config)
+    if tokenizer.chat_template:
+        ids, said = fit_prompt(tokenizer, messages, context, max_new_tokens)
+    else:  # a base model continues the text itself, as the beginning of a document
+        ids, said = fit_beginning(tokenizer, messages[-1]["content"], context, max_new_tokens)
+    if said:
+        print(said, file=sys.stderr)
+    return ids
 
 
 def check(args: GenerateArguments) -> None:
@@ -194,7 +223,7 @@ def check(args: GenerateArguments) -> None:
         raise UserError("--compare answers a single prompt; it goes with neither --interactive nor --prompts_file.")
 
 
-def system_of(args: GenerateArguments, folder: Path) -> list[dict[str, str]]:
+def system_of(args: GenerateArguments, folder: Path) -> "Messages":
     """The system message that the model was trained with, if any; warns when it is asked for another task's."""
     from fledge.cli import read_json
 
