@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # What computes: its results must not hang on the kind of CPU.
 NUMERICAL := tests/checkpoints tests/custom tests/generation tests/pretraining tests/training \
-	tests/evaluation/test_measuring.py tests/test_encoding.py tests/test_vocabulary.py
+	tests/evaluation/test_measuring.py tests/test_encoding.py tests/test_resizing.py tests/judges
 CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2
 
 .PHONY: quickstart check test test-cpus test-lowest lint bench clean

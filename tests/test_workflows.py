@@ -41,6 +41,12 @@ def test_a_workflow_names_targets_and_paths_that_exist(file):
     assert {system.partition("-")[0] for system in systems} == {"macos", "windows"}
 
 
+def test_the_makefile_names_tests_and_files_that_exist():
+    named = re.findall(r"\b(?:tests|benchmarks|recipes)/[\w./-]+", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert {"tests/checkpoints", "tests/lowest.py"} <= set(named)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_markers_that_are_chosen_by_name_are_declared(pytestconfig):
     declared = {line.partition(":")[0] for line in pytestconfig.getini("markers")}
     files = [ROOT / "Makefile", *WORKFLOWS]
