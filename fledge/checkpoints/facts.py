@@ -109,6 +109,8 @@ class Fact:
         }
 
     def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.name} none"
         return f"{self.name} {self.value:.6g}" if isinstance(self.value, float) else f"{self.name} {self.value}"
 
 

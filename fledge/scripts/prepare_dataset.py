@@ -107,7 +107,7 @@ def prepare(args: PrepareArguments, output: Output) -> None:
         plan.preparation.folder.mkdir()
         num_proc = args.num_proc or os.cpu_count() or 1
         prepare_chunks(plan.preparation, lambda: named_chunks(plan.source, args.data, args.limit), num_proc)
-        budget = write_dataset(plan, Facts.read(folder / "chunks"), folder)
+        budget = write_dataset(plan, Facts.read(folder / "chunks"), folder / "chunks", folder)
         shutil.rmtree(folder / "chunks")
     print(budget.markdown())
     if args.show:
@@ -163,8 +163,8 @@ def make_plan(args: PrepareArguments) -> Plan:
     return Plan(args, source, task, template, shares, max_shard_bytes, preparation)
 
 
-def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
-    """Splits and balances the rows that lie in chunks, and writes the dataset into `folder`.
+def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Budget":
+    """Splits and balances the rows that lie in the folder `chunks`, and writes the dataset into `folder`.
 
     Raises:
         UserError: there is no row, or a split is empty or cannot be balanced.
@@ -199,14 +199,14 @@ def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
     balanced = (args.balance, classes[args.balance]) if args.balance else None
     near = None
     if args.near_duplicates:
-        signatures = [folder / "chunks" / f"{chunk}.minhash.npy" for chunk in facts.chunks]
+        signatures = [chunks / f"{chunk}.minhash.npy" for chunk in facts.chunks]
         near = near_duplicates(signatures, facts.columns["group"], args.near_duplicates)
     names, split_of, repeated = assign_splits(facts, plan.shares, balanced, args.seed, near)
     budget.rejected.update(repeated)
     for number, name in enumerate(names):
         budget.describe(name, facts.of(split_of == number), classes)
     columns = written_columns(plan.task)
-    write_splits(folder, folder / "chunks", facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
+    write_splits(folder, chunks, facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
     preparation.tokenizer.save_pretrained(folder / "tokenizer")
     budget.save(folder, facts.of(split_of == names.index("train")))
     rows = first_rows(folder, "train", 2)
