@@ -138,6 +138,7 @@ def used_names(tree: ast.Module) -> Counter:
     return Counter({name: n for name, n in found.items() if is_private(name) and name not in DOCUMENTED})
 
 
+@pytest.mark.slow
 def test_every_private_name_of_a_library_is_known_and_guarded():
     own = set().union(*map(own_names, trees())) - PRIVATE.keys()
     used = sum(map(used_names, trees()), Counter())
@@ -166,6 +167,7 @@ def test_an_access_to_a_private_name_is_seen(code):
     assert used_names(tree).keys() - own_names(tree) == {"_hidden"}
 
 
+@pytest.mark.slow
 def test_every_unlisted_module_of_a_library_is_known():
     modules = {
         node.module
@@ -176,6 +178,7 @@ def test_every_unlisted_module_of_a_library_is_known():
     assert modules - {*LISTED} == UNLISTED.keys()
 
 
+@pytest.mark.slow
 def test_every_override_of_a_trainer_or_a_callback_is_checked():
     for tree in trees():
         for cls in of_library(tree)[1]:

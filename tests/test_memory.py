@@ -6,7 +6,10 @@ import pytest
 
 from fledge.memory import return_freed_memory
 
-pytestmark = pytest.mark.skipif(not return_freed_memory(), reason="no glibc, whose allocator this is about")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not return_freed_memory(), reason="no glibc, whose allocator this is about"),
+]
 
 MEASURES = """
     import resource, torch

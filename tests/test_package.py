@@ -89,6 +89,7 @@ def test_the_notebook_is_kept_without_outputs():
     assert [cell["outputs"] for cell in code] == [[]] * len(code)
 
 
+@pytest.mark.slow
 def test_the_console_command_lists_the_stages_and_runs_one(installed, tmp_path):
     listed = start(installed / "fledge", "--help", cwd=tmp_path)
     assert "\n  train " in listed

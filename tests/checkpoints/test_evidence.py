@@ -28,6 +28,8 @@ from fledge.checkpoints.summary import verdict
 from fledge.checkpoints.targets import to_target
 from fledge.cli import UserError
 
+pytestmark = pytest.mark.slow  # each test searches the readings of a module
+
 
 class ByHeadAttention(NanoAttention):
     """Sees a fused projection as (head, query/key/value, row of the head)."""

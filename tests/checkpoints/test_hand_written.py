@@ -29,6 +29,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+pytestmark = pytest.mark.slow  # each layout is read in many ways
+
 IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 # A query's product with the keys' bias is the same for every key, and the softmax takes it away.

@@ -21,6 +21,8 @@ from fledge.checkpoints.proof import probes_of, prove_exact
 from fledge.checkpoints.recognition import fit_vocabulary, recognise
 from fledge.cli import UserError
 
+pytestmark = pytest.mark.slow  # each flipped fact is searched for
+
 IDS = torch.randint(nanochat_2026.VOCAB, (2, nanochat_2026.CONTEXT), generator=torch.Generator().manual_seed(1))
 FLIPPED = {
     "attention_scale": 12**-0.5, "window": None, "window_pattern": None, "backout_layer": 1, "value_gate_factor": 2.0,

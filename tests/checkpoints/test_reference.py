@@ -14,6 +14,8 @@ from fledge.checkpoints.author.reference import load_reference
 from fledge.checkpoints.loading import Checkpoint
 from fledge.cli import UserError
 
+pytestmark = pytest.mark.slow  # each test builds the modules of an author
+
 V, D, T, LAYERS, HEADS = 13, 12, 8, 2, 3
 
 PARTS = """

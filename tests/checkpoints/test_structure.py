@@ -18,6 +18,8 @@ from fledge.checkpoints.roles import detect, name_by_layout
 from fledge.checkpoints.structure import Structure
 from fledge.cli import UserError
 
+pytestmark = pytest.mark.slow  # names and shapes are drawn at random
+
 # The tensors of a block whose attention and MLP bear the words that most authors use, one layer and two heads.
 ROLES = {
     "student": """

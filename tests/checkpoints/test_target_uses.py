@@ -21,6 +21,8 @@ from fledge.sampling import Sampling
 from fledge.training.attention import attend_by_rows
 from fledge.training.loss import has_plain_logits, score_supervised_only
 
+pytestmark = pytest.mark.slow  # each class is trained, exported and answers
+
 few = settings(
     max_examples=3,
     deadline=None,

@@ -30,6 +30,8 @@ from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import TARGETS, fold_head_bias, refuse_unconvertible, to_target
 from fledge.cli import UserError
 
+pytestmark = pytest.mark.slow  # each class is proven over random architectures
+
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
 HEAD_BIAS = "The head's bias is carried by one coordinate of the final norm, which the other ones determine."

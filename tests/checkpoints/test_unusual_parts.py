@@ -12,6 +12,8 @@ from fledge.checkpoints.evidence import settle_by_reference
 from fledge.checkpoints.proof import probes_of, prove_exact
 from fledge.checkpoints.recognition import recognise
 
+pytestmark = pytest.mark.slow  # each part is searched for
+
 VOCAB, CONTEXT, WIDTH, HEADS, KEYS = 29, 20, 16, 4, 2
 HEAD = WIDTH // HEADS
 TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))

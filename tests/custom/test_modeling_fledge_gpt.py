@@ -15,6 +15,8 @@ from fledge.exporting import write_gguf, write_onnx
 from fledge.generation.answers import answer_each
 from fledge.sampling import Sampling
 
+pytestmark = pytest.mark.slow  # architectures are drawn at random
+
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 IDS = torch.randint(VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(1))
 TOLERANCE = 1e-9

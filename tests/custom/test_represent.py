@@ -14,6 +14,8 @@ from fledge.checkpoints.proof import probes_of, prove_exact, prove_greedy
 from fledge.cli import UserError
 from fledge.custom import FledgeGPTConfig
 
+pytestmark = pytest.mark.slow  # architectures are drawn at random
+
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 few = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 

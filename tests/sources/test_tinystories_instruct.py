@@ -167,6 +167,7 @@ def corpus_file(tmp_path_factory):
     return tmp_path_factory.mktemp("corpus") / "corpus.txt"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(corpora())
 def test_a_corpus_is_read_back_exactly(corpus_file, corpus):

@@ -41,6 +41,7 @@ def test_tiktoken_gives_the_same_ids_for_any_text(encoders, tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.slow
 def test_every_character_there_is_falls_into_the_same_class(encoders):
     fast, slow = encoders
     # A letter, a digit and a sign around each: whether they join with it shows what it is taken for.

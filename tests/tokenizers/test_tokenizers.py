@@ -16,6 +16,8 @@ from fledge.cli import UserError
 from fledge.tokenizers import load_tokenizer, open_tokenizer
 from fledge.tokenizers.tiktoken_pickle import byte_level
 
+pytestmark = pytest.mark.slow  # vocabularies are drawn at random
+
 STORIES = ["Once upon a time there was a fox.", "The fox was quick, and it's said: “Ça va?” 12 345\n\n日本 🦊"] * 3
 CONTEXT_LENGTH = 64
 

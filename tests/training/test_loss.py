@@ -115,6 +115,7 @@ def losses_of_training(trainer: SFTTrainer) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 2e-2)])
 def test_fifty_steps_equal_trl(bf16, tolerance, tmp_path):
     changes = {"max_steps": 50, "bf16": bf16, "use_cpu": True}
