@@ -1,6 +1,6 @@
 """What the judges of stories are worth: against readers, against broken stories, on real stories, and when gamed.
 
-    python benchmarks/judges.py --data ../shared/data
+    python benchmarks/judges.py --data DIR
 
 `--data` holds tinystories_instruct/ and hacked/answers.jsonl. The judge of coherence learns from the shipped tales,
 without those that readers labelled.

@@ -1,6 +1,6 @@
 """Learns the weights that the judges ship: fledge/judges/endings.json and fledge/judges/coherence.json.
 
-    python benchmarks/train_judges.py --data ../shared/data
+    python benchmarks/train_judges.py --data DIR
 
 `--data` holds tinystories_instruct/ (real stories in the format of TinyStories-Instruct); the shipped tales are read
 from examples/. Stories of tests/judges/yardsticks.jsonl are left out, and so are the real ones on which
