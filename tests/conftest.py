@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -44,11 +44,18 @@ def write_records(file: Path, count: int) -> None:
     file.write_text("".join(f"{record}\n<|endoftext|>\n" for record in records), encoding="utf-8")
 
 
-def load_scratch_gpt():
-    spec = importlib.util.spec_from_file_location("scratch_gpt", ROOT / "examples" / "scratch_gpt.py")
+def load_module(file: Path) -> ModuleType:
+    """Runs a file as a module and leaves no bytecode beside it, where other tests compare the files of a folder."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "dont_write_bytecode", True)
+        spec.loader.exec_module(module)
     return module
+
+
+def load_scratch_gpt() -> ModuleType:
+    return load_module(ROOT / "examples" / "scratch_gpt.py")
 
 
 def run_script(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
 """The Space, as a visitor meets it: started from the Hub's files alone, and used in a real browser."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -12,6 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import load_module
 from hub import Hub, Repository
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -200,9 +200,7 @@ def test_a_conversation_keeps_its_turns(client):
 
 @pytest.fixture(scope="module")
 def writer(folder, tiny):
-    spec = importlib.util.spec_from_file_location("space_app", folder / "app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
+    app = load_module(folder / "app.py")
     return app.Writer(str(tiny.model), app.AutoTokenizer.from_pretrained(tiny.model))
 
 

@@ -1,6 +1,5 @@
 """What the figures were measured with is what everyone draws with who loads the model, by whatever way."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -8,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+from conftest import load_module
 from transformers import AutoModelForCausalLM, pipeline
 
 from fledge.sampling import Sampling
@@ -85,9 +85,7 @@ def test_a_base_draws_as_the_model_made_of_it(tiny):
 def test_the_space_draws_as_was_measured_for_model_and_base(published, tiny, monkeypatch):
     pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'fledge-gpt[demo]'")
     folder, sampling = published
-    spec = importlib.util.spec_from_file_location("app", folder / "space" / "app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
+    app = load_module(folder / "space" / "app.py")
     made, given = [], {}
 
     class Recorded(app.Writer):
