@@ -21,9 +21,10 @@ BUFFERS = re.compile(r"(^|\.)(attn\.bias|masked_bias|causal_mask|inv_freq|(posit
 # What architectures call the length that they were made for.
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 NAMED = 4  # tensors that a sentence names
+ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def load_model(name: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str | Path, dtype: str = "float32") -> ModelAndTokenizer:
     """Opens the model of a folder or of the Hub, with its tokenizer, on the best device there is.
 
     Raises:

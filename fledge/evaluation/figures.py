@@ -3,8 +3,9 @@
 import numpy as np
 
 from fledge.evaluation.intervals import Ratio, interval, paired_difference
+from fledge.tasks import FOLLOWING
 
-HEADLINE = "instruction_following"
+HEADLINE = FOLLOWING
 
 
 def with_intervals(ratios: dict[str, Ratio], names: list[str]) -> dict[str, dict]:

@@ -186,16 +186,18 @@ class CoherenceJudge:
     def features(self, stories: list[str]) -> np.ndarray:
         """(stories, features)."""
         bits = self.words.surprise([tokens(story) for story in stories])
-        rows = [
-            self._of_words(story, part) | self._of_company(story) | self._of_people(story)
-            for story, part in zip(stories, bits, strict=True)
-        ]
+        rows = []
+        for story, of_story in zip(stories, bits, strict=True):
+            parts = sentences(story)
+            each = [content(part) for part in parts]
+            row = self._of_words(story, of_story, parts, each) | self._of_company(story, each) | self._of_people(story)
+            rows.append(row)
         return np.array([[row[name] for name in FEATURES] for row in rows]).reshape(len(rows), len(FEATURES))
 
-    def _of_words(self, story: str, bits: np.ndarray) -> dict[str, float]:
-        words, parts = tokens(story), sentences(story)
+    def _of_words(self, story: str, bits: np.ndarray, parts: list[str], each: list[list[str]]) -> dict[str, float]:
+        """What the words of a story tell; `each` are the content words of each of its sentences `parts`."""
+        words = tokens(story)
         runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-        each = [content(part) for part in parts]
         return {
             "surprise": bits.mean() if len(bits) else 0.0,
             "unevenness": bits.std() if len(bits) else 0.0,
@@ -210,8 +212,7 @@ class CoherenceJudge:
             "words": np.log(len(words) + 1),
         }
 
-    def _of_company(self, story: str) -> dict[str, float]:
-        each = [content(part) for part in sentences(story)]
+    def _of_company(self, story: str, each: list[list[str]]) -> dict[str, float]:
         counts = Counter(word for found in each for word in found)
         known = [[self.index[word] for word in dict.fromkeys(found) if word in self.index] for found in each]
         fits = []

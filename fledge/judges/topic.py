@@ -198,10 +198,12 @@ def heads(text: str) -> list[str]:
 
 
 def _other_number(part: str, beside: _Sentence) -> tuple[str, str] | None:
+    told = list(pairwise(beside.words))
     for number, noun in pairwise(words(part)):
-        for other, same in pairwise(beside.words):
-            is_stated = (number, noun) in pairwise(beside.words)
-            if {number, other} <= set(NUMBERS) and not is_stated and lemmas(same) & lemmas(noun):
+        if number not in NUMBERS or (number, noun) in told:
+            continue
+        for other, same in told:
+            if other in NUMBERS and lemmas(same) & lemmas(noun):
                 return CONTRADICTS, f"{number} {noun} became {other}"
     return None
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fledge.messages import Answer, Messages
-
-    ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    from fledge.models import ModelAndTokenizer
 
 RANGES = {"num_samples": AT_LEAST_ONE, "batch_size": AT_LEAST_ONE}
 WAYS = ("prompt", "topic", "words", "constraints", "ask", "interactive", "prompts_file")

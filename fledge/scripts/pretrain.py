@@ -178,32 +178,23 @@ def make_trainer(
     callbacks: list["TrainerCallback"],
 ) -> "PretrainTrainer":
     """The trainer of an `untrained` model with its tokenizer on a `corpus`: the folder of token ids and its record."""
-    from transformers.trainer_callback import PrinterCallback
-
     from fledge.pretraining.pretrainer import PretrainTrainer, Samples
     from fledge.pretraining.tokens import Windows
-    from fledge.training.run_record import Progress, shield_trackers
-    from fledge.training.settings import said_in_words
-    from fledge.training.sharding import CheckSharded, shard_on_cpus
+    from fledge.training.opening import open_trainer
 
     model, tokenizer = untrained
     folder, tokens = corpus
     train, validation = (Windows(folder, name, tokens, args.context_length) for name in ("train", "validation"))
-    samples = Samples(tokenizer, args.sample_prompts, args.sample_tokens)
-    shard_on_cpus(config)
-    with said_in_words():
-        trainer = PretrainTrainer(
-            model=model,
-            args=config,
-            train_dataset=train,
-            eval_dataset=validation,
-            processing_class=tokenizer,
-            callbacks=[CheckSharded(), Progress(), samples, *callbacks],
-            bytes_per_token=validation.bytes_per_token,
-        )
-    trainer.remove_callback(PrinterCallback)
-    shield_trackers(trainer)
-    return trainer
+    return open_trainer(
+        PretrainTrainer,
+        config,
+        [Samples(tokenizer, args.sample_prompts, args.sample_tokens), *callbacks],
+        model=model,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        bytes_per_token=validation.bytes_per_token,
+    )
 
 
 def save(trainer: "PretrainTrainer", output: Output) -> None:

@@ -193,30 +193,22 @@ def trained_parts(args: RunArguments) -> dict:
 
 def make_trainer(config: "SmallModelConfig", inputs: Inputs, callbacks: list) -> "InstructTrainer":
     from transformers import EarlyStoppingCallback
-    from transformers.trainer_callback import PrinterCallback
 
-    from fledge.training.run_record import Progress, shield_trackers
-    from fledge.training.settings import said_in_words
-    from fledge.training.sharding import CheckSharded, shard_on_cpus
+    from fledge.training.opening import open_trainer
     from fledge.training.trainer import InstructTrainer
 
-    callbacks = [CheckSharded(), Progress(), *callbacks]
     if config.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-    shard_on_cpus(config)
-    with said_in_words():
-        trainer = InstructTrainer(
-            model=inputs.model,
-            args=config,
-            train_dataset=inputs.rows["train"],
-            eval_dataset=inputs.rows["validation"] if config.eval_strategy != "no" else None,
-            processing_class=inputs.tokenizer,
-            peft_config=inputs.adapter,
-            callbacks=callbacks,
-        )
-    trainer.remove_callback(PrinterCallback)
-    shield_trackers(trainer)
-    return trainer
+        callbacks = [*callbacks, EarlyStoppingCallback(config.early_stopping_patience)]
+    return open_trainer(
+        InstructTrainer,
+        config,
+        callbacks,
+        model=inputs.model,
+        train_dataset=inputs.rows["train"],
+        eval_dataset=inputs.rows["validation"] if config.eval_strategy != "no" else None,
+        processing_class=inputs.tokenizer,
+        peft_config=inputs.adapter,
+    )
 
 
 def announce(trainer: "InstructTrainer", new_tokens: int, notes: list[str | None]) -> None:

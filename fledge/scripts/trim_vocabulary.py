@@ -22,7 +22,7 @@ from fledge.terminal import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    from fledge.models import ModelAndTokenizer
 
 RANGES = {"min_count": AT_LEAST_ONE}
 

@@ -1,0 +1,28 @@
+"""A trainer with what every training of Fledge has: sharding that is checked, lines of progress, shielded trackers."""
+
+from typing import Any, TypeVar
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from fledge.training.run_record import Progress, shield_trackers
+from fledge.training.settings import said_in_words
+from fledge.training.sharding import CheckSharded, shard_on_cpus
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def open_trainer(
+    kind: type[AnyTrainer], config: TrainingArguments, callbacks: list[TrainerCallback], **inputs: Any
+) -> AnyTrainer:
+    """A trainer of the class `kind`, which takes `inputs` (model, datasets, …).
+
+    Raises:
+        UserError: transformers or TRL refuses the configuration.
+    """
+    shard_on_cpus(config)
+    with said_in_words():
+        trainer = kind(args=config, callbacks=[CheckSharded(), Progress(), *callbacks], **inputs)
+    trainer.remove_callback(PrinterCallback)
+    shield_trackers(trainer)
+    return trainer
