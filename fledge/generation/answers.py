@@ -44,6 +44,9 @@ class _Row:
     limit: int
     random: np.random.Generator
 
+    def is_done(self, end: int | None) -> bool:
+        return self.ids[-1] == end or len(self.ids) >= self.limit
+
 
 @check_overrides
 class _Slots(Cache):
@@ -92,7 +95,6 @@ class _Slots(Cache):
                 buffer[target] = buffer[source]
 
 
-@torch.inference_mode()
 def answer_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -104,15 +106,41 @@ def answer_each(
 ) -> Iterator[tuple[int, Answer]]:
     """Continues prompts of token ids and yields each one's number and answer as soon as it is complete.
 
-    `numbers` (default: 0, 1, …) and the seed decide what a prompt draws. `told` hears of every token, with the number
-    of its prompt.
+    See `continue_each`, which does the work and gives token ids instead of text.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in the model's context, or the model keeps no keys and values.
+    """
+    end = cast(int | None, tokenizer.eos_token_id)
+    for number, made in continue_each(model, end, prompts, sampling, batch_size, numbers, told):
+        stopped = made[-1] == end
+        # A role token in an answer is a fault that must be seen.
+        text = cast(str, tokenizer.decode(made[:-1] if stopped else made, skip_special_tokens=False)).strip()
+        yield number, Answer(text, len(made), stopped)
+
+
+@torch.inference_mode()
+def continue_each(
+    model: PreTrainedModel,
+    end: int | None,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    batch_size: int,
+    numbers: list[int] | None = None,
+    told: Callable[[int, int], None] = lambda number, token: None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continues prompts of token ids and yields each one's number and new tokens as soon as it is complete.
+
+    A continuation that the model ended has the token `end` as its last; any other ran into a limit. `numbers`
+    (default: 0, 1, …) and the seed decide what a prompt draws. `told` hears of every token, with the number of its
+    prompt.
 
     Raises:
         UserError: a prompt leaves no room for an answer in the model's context, or the model keeps no keys and values.
     """
     waiting = _rows(model, prompts, sampling, list(range(len(prompts))) if numbers is None else numbers)
     if not is_batched(model):
-        yield from _one_by_one(model, tokenizer, waiting, sampling, told)
+        yield from _one_by_one(model, end, waiting, sampling, told)
         return
     batch_size = min(batch_size, len(prompts))
     cache = _Slots(batch_size, max((row.limit for row in waiting), default=0))
@@ -132,14 +160,14 @@ def answer_each(
                 told(row.number, token)
             rows += read_in
             for i in reversed(range(len(rows))):
-                row, answer = rows[i], _answer(rows[i], tokenizer)
-                if answer is None:
+                row = rows[i]
+                if not row.is_done(end):
                     continue
                 if i < len(rows) - 1:
                     cache.move(len(rows) - 1, i)
                     rows[i] = rows[-1]
                 rows.pop()
-                yield row.number, answer
+                yield row.number, row.ids[row.prompt_length :]
 
 
 def _rows(model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> deque[_Row]:
@@ -178,34 +206,24 @@ def is_batched(model: PreTrainedModel) -> bool:
 
 def _one_by_one(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    end: int | None,
     rows: Iterable[_Row],
     sampling: Sampling,
     told: Callable[[int, int], None],
-) -> Iterator[tuple[int, Answer]]:
-    """The answers of `answer_each` from a model that is not batched."""
+) -> Iterator[tuple[int, list[int]]]:
+    """The tokens of `continue_each` from a model that is not batched."""
     with by_onednn(model):
         for row in rows:
-            cache, new, answer = DynamicCache(config=model.config), row.ids, None
-            while answer is None:
+            cache, new = DynamicCache(config=model.config), row.ids
+            while True:
                 ids = torch.tensor([new], device=model.device)
                 logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
                 new = choose(logits.float(), [row], sampling)
                 row.ids += new
                 told(row.number, new[0])
-                answer = _answer(row, tokenizer)
-            yield row.number, answer
-
-
-def _answer(row: _Row, tokenizer: PreTrainedTokenizerBase) -> Answer | None:
-    """What was answered, when the row has come to its end."""
-    stopped = row.ids[-1] == tokenizer.eos_token_id and len(row.ids) > row.prompt_length
-    if not stopped and len(row.ids) < row.limit:
-        return None
-    made = row.ids[row.prompt_length : len(row.ids) - stopped]
-    # A role token in an answer is a fault that must be seen.
-    text = cast(str, tokenizer.decode(made, skip_special_tokens=False)).strip()
-    return Answer(text, len(made) + stopped, stopped)
+                if row.is_done(end):
+                    break
+            yield row.number, row.ids[row.prompt_length :]
 
 
 def _read_in(model: PreTrainedModel, cache: _Slots, rows: list[_Row], first: int) -> Tensor:

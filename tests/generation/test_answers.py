@@ -23,7 +23,7 @@ from transformers import (
 
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
-from fledge.generation.answers import answer_all, answer_batch, answer_each, likely
+from fledge.generation.answers import answer_all, answer_batch, answer_each, continue_each, likely
 from fledge.models import load_model
 from fledge.sampling import Sampling
 
@@ -131,6 +131,18 @@ def test_greedy_equals_generate(kind, penalty):
         assert answer.tokens == len(made)
         assert answer.text.split() == [str(token) for token in made.tolist() if token != 7]
         assert answer.stopped == (7 in made.tolist())
+
+
+@pytest.mark.parametrize("kind", ["llama", "ALiBi"])
+def test_tokens_and_text_are_of_one_answer(kind):
+    model, sampling = random_model(MODELS[kind]), Sampling(max_new_tokens=30)
+    prompts = [[8 + i] * (1 + i) for i in range(9)]
+    prompts[3][-1] = 7  # a prompt may end with the token that ends an answer
+    tokens = dict(continue_each(model, 7, prompts, sampling, 4))
+    for number, answer in answer_each(model, Spelled(), prompts, sampling, 4):
+        assert answer.stopped == (tokens[number][-1] == 7)
+        assert answer.tokens == len(tokens[number]) <= 30
+        assert answer.text.split() == [str(token) for token in tokens[number] if token != 7]
 
 
 def test_a_model_without_keys_and_values_is_refused():
