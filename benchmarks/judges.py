@@ -28,7 +28,7 @@ def main() -> None:
     yardsticks = [json.loads(line) for line in (ROOT / "tests/judges/yardsticks.jsonl").open(encoding="utf-8")]
     with gzip.open(ROOT / "examples/tales.txt.gz", "rt", encoding="utf-8") as file:
         read = {row["story"] for row in yardsticks}
-        tales = [story for story, _ in read_records(file.read()) if story not in read]
+        tales = [story for story, *_ in read_records(file.read()) if story not in read]
     random.Random(1).shuffle(tales)
     valid = "".join((args.data / f"tinystories_instruct/{name}.txt").read_text() for name in ("train", "valid"))
     real = [record for record in read_records(valid) if record[1] or not learned_from(record[0])]
@@ -39,7 +39,7 @@ def main() -> None:
     of_readers(yardsticks)
     of_endings(yardsticks, real)
     of_topics(yardsticks)
-    of_coherence(coherence, yardsticks, tales[:300], [story for story, is_sad in real if not is_sad][:300])
+    of_coherence(coherence, yardsticks, tales[:300], [story for story, is_sad, _ in real if not is_sad][:300])
     of_hacks(args.data / "hacked/answers.jsonl", tales)
 
 
@@ -69,16 +69,16 @@ def of_readers(rows: list[dict]) -> None:
         print(f"  shipped tales whose rule says {rule}: readers agree on {share(found)}")
 
 
-def of_endings(rows: list[dict], real: list[tuple[str, bool]]) -> None:
+def of_endings(rows: list[dict], real: list[tuple[str, bool, str]]) -> None:
     from fledge.judges.endings import EndingJudge
     from fledge.judges.sentiment import SentimentJudge
 
     said = np.array([row["agreed"]["ending"] for row in rows])
     is_tale = np.array(["rule" in row for row in rows])
     by_hand = json.loads((ROOT / "benchmarks/real_endings.json").read_text(encoding="utf-8"))
-    sad = [story for story, is_sad in real if is_sad]
+    sad = [story for story, is_sad, _ in real if is_sad]
     read = np.array([by_hand.get(name_of(story), "") for story in sad])
-    happy = [story for story, is_sad in real if not is_sad]
+    happy = [story for story, is_sad, _ in real if not is_sad]
     for name, judge in (("classifier", EndingJudge()), ("lexicon", SentimentJudge())):
         found = np.array(judge.judge([row["story"] for row in rows]))
         print(f"Endings by the {name}")

@@ -1,10 +1,13 @@
-"""Learns the weights that the judges ship: fledge/judges/endings.json and fledge/judges/coherence.json.
+"""Learns the weights that the judges ship, in fledge/judges: endings.json, rewarding.json and coherence.json.
 
     python benchmarks/train_judges.py --data DIR
 
 `--data` holds tinystories_instruct/ (real stories in the format of TinyStories-Instruct); the shipped tales are read
 from examples/. Stories of tests/judges/yardsticks.jsonl are left out, and so are the real ones on which
 benchmarks/judges.py measures. What is written are weights, not text.
+
+Of the stories that endings are learned from, one half makes the judge that evaluates (endings.json), and the other half
+the judge that rewards (rewarding.json). Stories with the same summary lie in the same half, by its hash.
 """
 
 import argparse
@@ -31,20 +34,39 @@ def main() -> None:
         tales = [record for record in read_records(file.read()) if record[0] not in kept_back]
     real = read_records((args.data / "tinystories_instruct/train.txt").read_text(encoding="utf-8"))
     random.Random(0).shuffle(tales)
-    write("endings.json", learn_endings(tales, [story for story, is_sad in real if not is_sad and learned_from(story)]))
-    write("coherence.json", learn_coherence([story for story, _ in tales]))
+    for name, rewards in (("endings.json", False), ("rewarding.json", True)):
+        of_half = [(story, is_sad) for story, is_sad, group in tales if rewards_with(group) == rewards]
+        others = [
+            story
+            for story, is_sad, group in real
+            if not is_sad and learned_from(story) and rewards_with(group) == rewards
+        ]
+        write(name, learn_endings(of_half, others))
+    write("coherence.json", learn_coherence([story for story, *_ in tales]))
 
 
-def read_records(text: str) -> list[tuple[str, bool]]:
-    """(story, whether its features say BadEnding) of each record with a whole story."""
+def read_records(text: str) -> list[tuple[str, bool, str]]:
+    """(story, whether its features say BadEnding, its group) of each record with a whole story.
+
+    The group is the summary. The story stands for it where a record has none.
+    """
     from fledge.sources.tinystories_instruct import END, parse_record
 
     found = [parse_record("\n" + part) for part in text.split(END) if part.strip()]
     return [
-        (record["Story"], "BadEnding" in record.get("Features", ""))
+        (
+            record["Story"],
+            "BadEnding" in record.get("Features", ""),
+            " ".join(record.get("Summary", record["Story"]).split()),
+        )
         for record in found
         if record.get("Story", "").endswith((".", "!", "?", '"'))
     ]
+
+
+def rewards_with(group: str) -> bool:
+    """Whether stories of a group are learned from by the judge that rewards; the other one has those that are not."""
+    return zlib.crc32(group.encode()) % 2 == 0
 
 
 def learned_from(story: str) -> bool:

@@ -3,7 +3,8 @@
 `EndingJudge` is a linear model of the words and word pairs of the last four sentences. It does not learn from the
 labels of the run that it judges: a rule made those, and the judge would find the rule again. Its weights are made by
 benchmarks/train_judges.py, from the shipped tales first, then from real stories on whose ending it agrees with the
-second judge (co-training, Blum and Mitchell 1998, https://doi.org/10.1145/279943.279962).
+second judge (co-training, Blum and Mitchell 1998, https://doi.org/10.1145/279943.279962). One half of these stories
+makes the judge that evaluates (`endings.json`), and the other half the one that rewards (`rewarding.json`).
 """
 
 import json
@@ -22,8 +23,8 @@ ERRORS_SHOWN = 5
 
 
 @cache
-def _weights() -> dict:
-    return json.loads(Path(__file__).with_name("endings.json").read_text(encoding="utf-8"))
+def _weights(name: str) -> dict:
+    return json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def last_sentences(story: str) -> str:
@@ -49,7 +50,12 @@ class EndingJudge:
     """
 
     def __init__(self, weights: dict[str, list[float]] | None = None):
-        self.weights = _weights() if weights is None else weights
+        self.weights = _weights("endings.json") if weights is None else weights
+
+    @classmethod
+    def that_rewards(cls) -> "EndingJudge":
+        """The judge for rewards, which shares no story with the one that evaluates."""
+        return cls(_weights("rewarding.json"))
 
     def sadness(self, stories: list[str]) -> np.ndarray:
         """(stories,), the probability that each of them ends sadly."""

@@ -56,8 +56,12 @@ class Task(ABC):
     constraints: dict[str, float]
     """The metrics that say whether an answer did what its prompt asks, and the least value that counts as done.
 
-    Higher is better for each of them. They are the rewards that a model can be trained with, one by one.
+    Higher is better for each of them. Without `rewards` they are what a model is rewarded for.
     """
+
+    rewards: dict[str, float] = {}
+    """What a model is rewarded for by `train_grpo.py`: reward → its weight. A task that defines `reward` names what
+    that returns; any other task may name metrics. Every task also rewards what fledge/rewards/functions.py says."""
 
     parts: tuple[str, ...] = ("instruction",)
     """The parts of an instruction that an answer can ignore, each by itself. Chance is what is reached without one."""
@@ -125,6 +129,14 @@ class Task(ABC):
 
         Returns a value in [0, 1] for each metric that the prompt calls for; any other metric is absent, not 0.
         `instruction_following` is not among them: it follows from the constraints.
+        """
+        raise NotImplementedError
+
+    def reward(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
+        """A value in [0, 1] for each of `rewards` that the row's prompt calls for.
+
+        A task defines it where what rewards should not be what evaluates: a model learns to please a judge that
+        rewards it, so another one must tell whether it got better. Without it, metrics of the same name are rewards.
         """
         raise NotImplementedError
 
@@ -257,6 +269,8 @@ def _task_in(module: ModuleType) -> Task:
     missing = [name for name in Task.__annotations__ if not hasattr(kind, name)] + sorted(kind.__abstractmethods__)
     if kind.score is Task.score and kind.scorer is Task.scorer:
         missing.append("score")
+    if kind.reward is Task.reward and (unknown := set(kind.rewards) - set(kind.meaning)):
+        missing.append(f"reward (or a meaning of {', '.join(sorted(unknown))})")
     if missing:
         raise UserError(f"The task in {file} lacks {', '.join(missing)}; fledge/tasks/__init__.py says what each is.")
     for column, labels in kind.columns.items():

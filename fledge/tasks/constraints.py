@@ -186,6 +186,7 @@ class Constraints(Task):
         **{f"{kind}_kept": f"{kind}: exactly as requested" for kind in SHARES},
     }
     constraints = {"story": 1.0, **dict.fromkeys(KINDS, 1.0)}
+    rewards = {"story": 1.0, "all_kept": 1.0, **dict.fromkeys(KINDS, 1.0)}
     asks_once = True
     baselines = {name: BASELINES[name] for name in ("most_frequent_answer", "copied_prompt")}
 

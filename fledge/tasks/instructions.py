@@ -63,6 +63,8 @@ class Instructions(Task):
         "refusal_when_not": "a request that should be answered is refused (lower is better)",
     }
     constraints = {"responds": 1.0, "right_number": 1.0, "code_parses": 1.0, "f1": 0.5, "limits_met": 1.0}
+    # Overlap is no measure of quality, but it rewards something in every answer; without it most prompts give nothing.
+    rewards = {**dict.fromkeys(constraints, 1.0), "rougeL": 0.5}
     may_cut = True  # see answer_is_lost
 
     def examples(self, record: dict, rng: random.Random) -> list[dict]:

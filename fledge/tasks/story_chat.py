@@ -11,6 +11,7 @@ from collections import Counter
 
 from fledge.messages import INPUT_MARK, Answer
 from fledge.tasks import RejectedRecord, Task
+from fledge.text import checks
 from fledge.text.overlap import exact_match, f1, rouge
 from fledge.text.stories import COMPLETE, ends_happily, happenings, main_character, moral, sentences, speaks
 from fledge.text.words import content_words, is_run, used
@@ -109,6 +110,18 @@ class StoryChat(Task):
         "own_words": 1.0,
         "no_role_leak": 1.0,
     }
+    rewards = {
+        "words": 1.0,
+        "all_words": 1.0,
+        "dialogue": 1.0,
+        "story": 1.0,
+        "overlap": 1.0,
+        "grounded": 1.0,
+        "short_enough": 1.0,
+        "own_words": 1.0,
+        "right": 1.0,
+        "no_role_leak": 1.0,
+    }
 
     def examples(self, record: dict, rng: random.Random) -> list[dict]:
         """The group of every example is the story.
@@ -173,6 +186,19 @@ class StoryChat(Task):
         else:
             scores |= {"exact_match": exact_match(reference, text), "f1": f1(reference, text)}
         return scores
+
+    def reward(self, row: dict, answer: Answer) -> dict[str, float]:
+        """As `score`, but a list of the words is no story, and an answer is held against its reference word by word."""
+        scores = self.score(row, answer)
+        same = ("dialogue", "grounded", "short_enough", "own_words", "no_role_leak")
+        found = {name: scores[name] for name in same if name in scores}
+        if row["kind"] == "words":
+            share = checks.uses(row["words"], answer.text)
+            story = checks.tells(answer.text, row["messages"][-2]["content"])
+            return found | {"words": share, "all_words": float(share == 1), "story": float(story)}
+        if "exact_match" in scores:
+            return found | {"right": scores["exact_match"], "overlap": scores["f1"]}
+        return found | {"overlap": scores.get("rougeL", scores.get("moral_rougeL", 0.0))}
 
     def kind(self, row: dict) -> str:
         return row["kind"]

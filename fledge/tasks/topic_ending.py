@@ -19,6 +19,7 @@ from fledge.messages import Answer
 from fledge.tasks import RejectedRecord, Scorer, Task
 from fledge.text.stories import COMPLETE
 
+SURE = 0.8  # a judge's probability of an ending that earns the whole reward: what makes it surer is no better story
 KEPT = 20_000  # texts whose judgements are kept: an evaluation scores the same ones again for chance, rewards never do
 DAMAGE = {
     "shuffled": "its sentences shuffled",
@@ -60,6 +61,7 @@ class TopicEnding(Task):
         "twentieth of the training stories, and stopped by end-of-text",
     }
     constraints = {"ending_match": 1.0, "ending_match_second": 1.0, "topic": 0.5, "coherence": 0.05}
+    rewards = {"ending": 1.0, "topic": 1.0}
     judged_twice = ("ending_match", "ending_match_second")
     parts = ("topic", "ending")
     asks_once = True
@@ -90,6 +92,16 @@ class TopicEnding(Task):
         topic, ending = (other_topic, ending) if part == "topic" else (topic, other_ending)
         messages = [{"role": "user", "content": instruction(topic, ending)}, row["messages"][-1]]
         return row | {"messages": messages, "ending": ending}
+
+    def reward(self, row: dict, answer: Answer) -> dict[str, float]:
+        """The probability of the ending by a judge of its own, and the share of the topic's words that the story has.
+
+        The second judge of endings, what contradicts a topic, and coherence are never rewarded.
+        """
+        topic, ending = requested(row["messages"][-2]["content"])
+        sadness = float(EndingJudge.that_rewards().sadness([answer.text])[0])
+        probability = sadness if ending == "sad" else 1 - sadness
+        return {"ending": min(1.0, probability / SURE), "topic": judge_topic(topic, answer.text).share}
 
     def scorer(self, train_rows: list[dict], unseen_rows: list[dict]) -> "StoryScorer":
         return StoryScorer(self, train_rows, unseen_rows)
