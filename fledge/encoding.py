@@ -29,16 +29,19 @@ OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
 class Encoded:
     """Token ids of one example; the last `completion_length` of them are its last answer.
 
-    `labels` are the ids where an answer stands and `IGNORED` elsewhere. An answer that was cut has no end-of-text.
+    `labels` are the ids where an answer stands and `IGNORED` elsewhere. An answer that was cut has no end-of-text. A
+    preference pair also has the `rejected_ids` of another answer to the same prompt, and its length is the longer one.
     """
 
     input_ids: list[int]
     labels: list[int]
     completion_length: int
     was_cut: bool = False
+    rejected_ids: list[int] | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        longer = max(self.completion_length, len(self.rejected_ids or ()))
+        return len(self.input_ids) - self.completion_length + longer
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -50,7 +53,8 @@ class Encoded:
 
     @property
     def row(self) -> dict[str, list[int]]:
-        return {"input_ids": self.input_ids, "labels": self.labels}
+        pair = {} if self.rejected_ids is None else {"rejected_ids": self.rejected_ids}
+        return {"input_ids": self.input_ids, "labels": self.labels, **pair}
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
@@ -90,6 +94,22 @@ def encode(
                 labels[begin:end] = answer
         encoded.append(Encoded(prompt + completion, labels, len(completion)))
     return encoded
+
+
+def encode_rejected(
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[Encoded],
+    rejected: list[str],
+    stopped: list[bool],
+    encoder: TextEncoder | None = None,
+) -> None:
+    """Makes pairs of `encoded` examples: each gets the ids of a rejected answer, which `encode` would give it.
+
+    An answer that did not stop by itself has no end-of-text.
+    """
+    encoder = encoder or TextEncoder(tokenizer, fast=False)
+    for example, ids, ended in zip(encoded, encoder(rejected) if rejected else [], stopped, strict=True):
+        example.rejected_ids = [*ids, *([tokenizer.eos_token_id] if ended else [])]
 
 
 def _encode_prompts(
@@ -246,9 +266,11 @@ def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetD
 
 
 def with_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the stages work with it: a pair of `instruction` and `response` becomes `messages`."""
+    """A row as the stages work with it: `instruction` and `response`, or `prompt` and `chosen`, become `messages`."""
     if "messages" in row:
         return row
+    if "chosen" in row:
+        return {"messages": row.pop("prompt") + row.pop("chosen"), **row}
     pair = (("user", row.pop("instruction")), ("assistant", row.pop("response")))
     return {"messages": [{"role": role, "content": content} for role, content in pair], **row}
 

@@ -4,7 +4,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fledge.encoding import IGNORED, OVERFLOW_POLICIES, Encoded, encode, encode_prompt, fit, prompt_text, shortest
+from fledge.encoding import (
+    IGNORED,
+    OVERFLOW_POLICIES,
+    Encoded,
+    encode,
+    encode_prompt,
+    encode_rejected,
+    fit,
+    prompt_text,
+    shortest,
+)
 from fledge.messages import INPUT_MARK
 from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer
@@ -74,6 +84,25 @@ def test_ids_and_labels_of_one_example():
         "labels": [-100] * 16 + [47, 72, 221, 78, 79, 1, 0],
     }
     # fmt: on
+
+
+def test_ids_of_a_pair():
+    """Chosen and rejected follow the same ids of the prompt. What ran into the limit has no end."""
+    tokenizer = byte_level_tokenizer(257)
+    encoded = encode(tokenizer, [chat("Hi.", "Oh no!")] * 2)
+    encode_rejected(tokenizer, encoded, ["No", " Oh no, no"], [True, False])
+    whole, cut = encoded
+
+    # fmt: off
+    prompt = [40, 73, 14, 199, 199, 3, 3, 3, 221, 51, 84, 79, 82, 89, 26, 199]
+    assert (whole.prompt_ids, whole.completion_ids) == (prompt, [47, 72, 221, 78, 79, 1, 0])
+    assert whole.rejected_ids == encode_one(tokenizer, "Hi.", "No").completion_ids == [46, 79, 0]
+    assert cut.rejected_ids == [221, 47, 72, 221, 78, 79, 12, 221, 78, 79]
+    # fmt: on
+    assert (len(whole), len(cut)) == (16 + 7, 16 + 10)  # the longer answer counts
+    assert fit(tokenizer, chat("Hi.", "Oh no!"), cut, 25, "drop") is None
+    assert whole.row["rejected_ids"] == [46, 79, 0]
+    assert "rejected_ids" not in encode_one(tokenizer, "Hi.", "Oh no!").row
 
 
 def test_the_prompt_reads_literally(tokenizer):

@@ -106,6 +106,24 @@ def test_a_page_that_fails_and_a_full_disk_lose_no_answer(evaluate, tmp_path, mo
     assert not (out / "report.html").exists()
 
 
+def test_answers_alone_are_those_of_a_whole_evaluation(tiny, evaluate, tmp_path):
+    asked = ("--split", "train", "--num_samples", 2)
+    evaluate(tmp_path / "whole", *asked)
+    said = evaluate(tmp_path / "alone", *asked, "--base", None, "--answers_only", True)
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {".fledge.json", "samples.jsonl", "answers.jsonl"}
+    assert "8 answers to 4 prompts, instruction following " in said
+    assert "prepare_dataset.py --source answers --data " in said
+    alone, whole = (read_lines(tmp_path / name / "samples.jsonl") for name in ("alone", "whole"))
+    assert {(line["task"], line["split"]) for line in alone + whole} == {("topic_ending", "train")}
+    for line, other in zip(alone, whole, strict=True):
+        assert line["model"]["text"] == other["model"]["text"]
+        assert line["model"]["scores"].items() <= other["model"]["scores"].items()
+        assert "base" not in line
+    with pytest.raises(UserError, match="asks the model alone and writes no report; leave out --base"):
+        evaluate(tmp_path / "out", "--answers_only", True)
+
+
 def test_several_answers_to_a_prompt(evaluate, tmp_path):
     evaluate(tmp_path / "out", "--num_samples", 3)
     samples = read_lines(tmp_path / "out" / "samples.jsonl")

@@ -643,7 +643,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--max_shard_size", "big"], "--max_shard_size big is no size", id="size"),
         pytest.param(["--seed", "one"], "--seed: invalid int value: 'one'", id="seed"),
         pytest.param(["--config", "number.yaml"], "--split 85 ", id="a number as the recipe's split"),
-        pytest.param(["--split", "85/5"], "--split 85/5 is not three positive percentages", id="split"),
+        pytest.param(["--split", "85/5"], "--split 85/5 is not three percentages", id="split"),
     ],
 )
 def test_a_mistake_is_refused_and_nothing_is_written(usual, tmp_path, monkeypatch, arguments, message):

@@ -56,10 +56,15 @@ def open_prompts(data: Path, task_file: str | None, split: str, num_prompts: int
     """Opens what `prepare_dataset.py` wrote. `task_file` is what --task names, for a task that is not shipped.
 
     Raises:
-        UserError: there is no such dataset or split, the split is empty, or `task_of` refuses.
+        UserError: there is no such dataset or split, the split is empty, it holds a model's own answers, or `task_of`
+            refuses.
     """
     task = task_of(data, task_file)
-    _, tokenizer, encoded = open_prepared(data)
+    budget, tokenizer, encoded = open_prepared(data)
+    if budget.get("keep"):
+        raise UserError(
+            f"{data} holds a model's own answers to training prompts; evaluate on the dataset that these came from."
+        )
     if split not in encoded:
         raise UserError(f"{data} has no split {split!r}; it has {', '.join(encoded)}.")
     count = min(num_prompts, len(encoded[split]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from fledge.cli import write_json
 from fledge.preparation.chunks import Facts
-from fledge.preparation.reasons import ANSWER_LOST, Reason, too_long, unwritable
+from fledge.preparation.reasons import ANSWER_LOST, OF_ANSWERS, Reason, too_long, unwritable
 from fledge.tokenizers.spelling import named
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -43,14 +43,16 @@ class Budget:
     license: str | None = None
     columns: dict[str, str | list[str]] = field(default_factory=dict)  # a kind, or the labels of a class
     about_task: dict[str, Any] = field(default_factory=dict)  # see `Task.about`
+    keep: str | None = None  # what is made of a model's answers: pairs or best
 
     def count(self, facts: Facts) -> None:
         """Adds the counts of what was read and what was left out."""
         found = facts.found
         self.rows_read, self.records_used, self.examples = (found.counts[key] for key in ("read", "used", "examples"))
         self.cuttable = found.counts["cuttable"]
-        # A chunk's file holds the words of a reason; every reason that encoding does not give is the task's.
-        own = {reason.text: reason for reason in (too_long(self.max_length), ANSWER_LOST, unwritable())}
+        # A chunk's file holds the words of a reason; the others are the task's.
+        of_encoding = (too_long(self.max_length), ANSWER_LOST, unwritable())
+        own = {reason.text: reason for reason in (*of_encoding, *OF_ANSWERS)}
         self.rejected.update({own.get(text, Reason(text)): count for text, count in found.rejected.items()})
         if found.lacking:
             self.rejected[unwritable(named(found.lacking))] = self.rejected.pop(unwritable())
@@ -80,6 +82,11 @@ class Budget:
             "longer_than": {str(limit): int((total > limit).sum()) for limit in LENGTHS},
         }
 
+    @property
+    def record(self) -> str:
+        """What a record is called."""
+        return "prompt" if self.keep else "record"
+
     def as_dict(self) -> dict:
         kept = sum(split["rows"] for split in self.splits.values())
         content = dict(vars(self))
@@ -107,7 +114,7 @@ class Budget:
                     f"{counts[most]:,}; --balance {column} makes them equal."
                 )
         for reason, count in self.rejected.most_common():
-            of_what, total = ("examples", self.examples) if reason.of_examples else ("records", self.rows_read)
+            of_what, total = ("examples", self.examples) if reason.of_examples else (f"{self.record}s", self.rows_read)
             if count <= MANY_DROPPED * total:
                 continue
             changes = f"{reason.remedy} changes that"
@@ -120,15 +127,18 @@ class Budget:
     def markdown(self) -> str:
         """The report for people: what was kept, what was not and why, and how long the rows are."""
         content = self.as_dict()
+        kept = f"{content['rows_kept']:,}"
+        if self.keep == "pairs":
+            kept += " pairs; the figures below are those of the chosen answers"
         lines = [
             f"# Budget: {self.task} from {self.source}",
             "",
-            f"Read {self.rows_read:,} records and kept {content['rows_kept']:,}.",
+            f"Read {self.rows_read:,} {self.record}s and kept {kept}.",
             f"Template `{self.template}`, max_length {self.max_length}, overflow `{self.overflow}`, seed {self.seed}.",
             "",
         ]
         if self.rejected:
-            lines += ["| left out | records |", "|---|---:|"]
+            lines += [f"| left out | {self.record}s |", "|---|---:|"]
             lines += [f"| {reason} | {count:,} |" for reason, count in content["rejected"].items()]
             lines.append("")
         lines += [

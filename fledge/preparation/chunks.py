@@ -26,9 +26,10 @@ from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
-from fledge.encoding import IGNORED, Encoded, encode, fit, shortest
+from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, fit, shortest
 from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
+from fledge.preparation.preferences import examples_of
 from fledge.preparation.reasons import ANSWER_LOST, too_long, unwritable
 from fledge.reading.files import SPLITS
 from fledge.sources import Chunk, Source
@@ -40,6 +41,7 @@ from fledge.tokenizers.spelling import Spelling
 
 RECORDS = 500  # at a time: what a process holds
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+TOKENS_OF_PAIRS = Features({**TOKENS, "rejected_ids": List(Value("int32"))})
 FACTS = {
     "source_split": pa.int8(),
     "group": pa.uint64(),
@@ -74,9 +76,15 @@ class Preparation:
     seed: int
     near_duplicates: bool = False
     folder: Path | None = None
+    keep: str | None = None  # of a model's answers: pairs or best
+    pairs_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         self.spelling = Spelling(self.tokenizer)
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.keep == "pairs"
 
     def __call__(self, named: NamedChunk) -> None:
         """Makes the rows of a chunk and writes them with their facts.
@@ -86,15 +94,19 @@ class Preparation:
             UnequalIds: see `TextEncoder`.
         """
         task, found = open_task(self.task), Found()
-        rows, facts, texts = [rows_table(task, [])], [facts_table(task, [], None, self.tokenizer.eos_token_id)], []
+        eos_token_id = self.tokenizer.eos_token_id
+        rows, facts, texts = [rows_table(task, [], self.has_pairs)], [facts_table(task, [], None, eos_token_id)], []
         numbered = enumerate(self.source.parse(named.chunk)[: named.limit])
         while records := list(islice(numbered, RECORDS)):
             examples = []
             for number, record in records:
                 found.counts["read"] += 1
                 try:
-                    # Chance is the record's own, so that its examples do not depend on the records before it.
-                    made = task.checked_examples(record, random.Random(f"{self.seed} {named.name} {number}"))
+                    if self.keep:
+                        made = examples_of(record, task, self.keep, self.pairs_per_prompt)
+                    else:
+                        # Chance is the record's own, so that its examples do not depend on the records before it.
+                        made = task.checked_examples(record, random.Random(f"{self.seed} {named.name} {number}"))
                 except RejectedRecord as reason:
                     found.rejected[str(reason)] += 1
                     continue
@@ -102,8 +114,8 @@ class Preparation:
                 found.counts["examples"] += len(made)
                 examples += made
             fitted = self._encoded(examples, found)
-            rows.append(rows_table(task, fitted))
-            facts.append(facts_table(task, fitted, named.chunk.split, self.tokenizer.eos_token_id))
+            rows.append(rows_table(task, fitted, self.has_pairs))
+            facts.append(facts_table(task, fitted, named.chunk.split, eos_token_id))
             texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
         assert self.folder
         written = json.dumps(vars(found))
@@ -117,13 +129,16 @@ class Preparation:
         """The examples that can be written and fit, with their ids; the others are counted in `found`."""
         writable = []
         for example in examples:
-            if missing := self.spelling.missing(contents(example["messages"])):
+            if missing := self.spelling.missing(contents(example["messages"]) + example.get("rejected", "")):
                 found.rejected[unwritable().text] += 1
                 found.lacking.update(missing)
             else:
                 writable.append(example)
         with encoding_of("A record"):
             encoded = encode(self.tokenizer, [example["messages"] for example in writable], self.encoder)
+            if self.has_pairs:
+                rejected, stopped = ([example[name] for example in writable] for name in ("rejected", "stopped"))
+                encode_rejected(self.tokenizer, encoded, rejected, stopped, self.encoder)
         task, rows = open_task(self.task), []
         for example, whole in zip(writable, encoded, strict=True):
             messages = example["messages"]
@@ -247,40 +262,46 @@ def prepare_chunks(preparation: Preparation, chunks: Callable[[], Iterator[Named
         prepare_chunks(preparation, chunks, num_proc)
 
 
-def written_columns(task: Task) -> Features:
-    """The columns of a published row: `instruction` and `response` replace the messages if the task `asks_once`."""
-    columns = columns_of(task)
-    if not task.asks_once:
+def written_columns(task: Task, has_pairs: bool = False) -> Features:
+    """The columns of a published row: `instruction` and `response` replace the messages if the task `asks_once`.
+
+    Those of a pair are TRL's: `prompt`, `chosen` and `rejected`, each a list of messages.
+    """
+    columns = columns_of(task, has_pairs)
+    if not task.asks_once and not has_pairs:
         return columns
-    del columns["messages"]
+    messages = columns.pop("messages")
+    if has_pairs:
+        return Features({"prompt": messages, "chosen": messages, **columns, "rejected": messages})
     return Features({"instruction": Value("string"), "response": Value("string"), **columns})
 
 
-def columns_of(task: Task) -> Features:
+def columns_of(task: Task, has_pairs: bool = False) -> Features:
     """The columns of a row in a chunk."""
     kinds = {"string": Value("string"), "strings": List(Value("string"))}
     columns = {
         column: ClassLabel(names=list(kind)) if isinstance(kind, tuple) else kinds[kind]
         for column, kind in task.columns.items()
     }
-    return Features({"messages": List({"role": Value("string"), "content": Value("string")}), **columns})
+    rejected = {"rejected": Value("string")} if has_pairs else {}
+    return Features({"messages": List({"role": Value("string"), "content": Value("string")}), **rejected, **columns})
 
 
-def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]]) -> pa.Table:
-    """Examples and their ids as a table of the task's columns, then `input_ids` and `labels`."""
-    features = columns_of(task)
+def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]], has_pairs: bool = False) -> pa.Table:
+    """Examples and their ids as a table of the task's columns, then `input_ids` and `labels`, of pairs more of both."""
+    features, tokens = columns_of(task, has_pairs), TOKENS_OF_PAIRS if has_pairs else TOKENS
     arrays = []
     for name, column in zip(features, features.arrow_schema, strict=True):
         values = [example[name] for example, _ in rows]
         if isinstance(features[name], ClassLabel):
             values = [features[name].str2int(value) for value in values]
         arrays.append(pa.array(values, column.type))
-    lengths = [len(ids) for _, ids in rows]
-    offsets = pa.array(np.cumsum([0, *lengths], dtype=np.int32))
-    for part in ([ids.input_ids for _, ids in rows], [ids.labels for _, ids in rows]):
-        flat = np.fromiter(chain.from_iterable(part), np.int32, count=sum(lengths))
+    for name in tokens:
+        parts = [ids.row[name] for _, ids in rows]
+        offsets = pa.array(np.cumsum([0, *map(len, parts)], dtype=np.int32))
+        flat = np.fromiter(chain.from_iterable(parts), np.int32, count=sum(map(len, parts)))
         arrays.append(pa.ListArray.from_arrays(offsets, pa.array(flat)))
-    return pa.table(arrays, names=[*features, *TOKENS])
+    return pa.table(arrays, names=[*features, *tokens])
 
 
 def facts_table(
@@ -293,9 +314,9 @@ def facts_table(
         "source_split": [SPLITS.index(split) if split else -1] * len(rows),
         "group": [hash_of(example["group"]) for example, _ in rows],
         "fingerprint": list(map(hash_of, texts)),
-        "length": [len(ids) for _, ids in rows],
+        "length": [len(ids.input_ids) for _, ids in rows],
         "completion_length": [ids.completion_length for _, ids in rows],
-        "supervised": [len(ids) - ids.labels.count(IGNORED) for _, ids in rows],
+        "supervised": [len(ids.labels) - ids.labels.count(IGNORED) for _, ids in rows],
         "is_ended": [ids.input_ids[-1] == eos_token_id for _, ids in rows],
         "was_cut": [ids.was_cut for _, ids in rows],
     }

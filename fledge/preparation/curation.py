@@ -11,14 +11,17 @@ from fledge.reading.files import SPLITS
 
 
 def split_shares(text: str) -> dict[str, float]:
-    """`85/5/10` → the share of each split."""
+    """`85/5/10` → the share of each split. `95/5/0` → train and validation alone."""
     try:
         percents = [float(part) for part in text.split("/")]
     except ValueError:
         percents = []
-    if len(percents) != 3 or not min(percents) > 0 or not abs(sum(percents) - 100) <= 1e-6:
-        raise UserError(f"--split {text} is not three positive percentages that add up to 100, such as 85/5/10.")
-    return dict(zip(("train", "validation", "test"), (percent / 100 for percent in percents), strict=True))
+    is_three = len(percents) == 3 and min(percents[:2]) > 0 and percents[2] >= 0
+    if not is_three or not abs(sum(percents) - 100) <= 1e-6:
+        raise UserError(
+            f"--split {text} is not three percentages that add up to 100, of which the last may be 0, such as 85/5/10."
+        )
+    return {name: percent / 100 for name, percent in zip(SPLITS, percents, strict=True) if percent}
 
 
 def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, load_
 
 from fledge.cli import UserError
 from fledge.encoding import with_messages
-from fledge.preparation.chunks import TOKENS, Facts, read_table
+from fledge.preparation.chunks import TOKENS, TOKENS_OF_PAIRS, Facts, read_table
 
 SHUFFLED = 32  # chunks whose rows are shuffled together: about 100 MB
 
@@ -98,12 +98,12 @@ def write_splits(
     """
     files = [chunks / f"{name}.rows.arrow" for name in facts.chunks]
     split_of_chunk = np.split(split_of, np.cumsum(facts.rows)[:-1])
-    text, tokens = [], []
+    text, tokens, features = [], [], TOKENS_OF_PAIRS if "rejected" in columns else TOKENS
     (folder / "data").mkdir()
     for name in splits:
         (folder / "tokenized" / name).mkdir(parents=True)
         text.append(Shards(folder / "data" / name, ".parquet", columns, parquet_writer, max_bytes))
-        tokens.append(Shards(folder / "tokenized" / name / "data", ".arrow", TOKENS, arrow_writer, max_bytes))
+        tokens.append(Shards(folder / "tokenized" / name / "data", ".arrow", features, arrow_writer, max_bytes))
 
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(files))
@@ -113,25 +113,32 @@ def write_splits(
         split_of_row = np.concatenate([split_of_chunk[number] for number in together])
         for number in range(len(splits)):
             chosen = rows.take(rng.permutation(np.flatnonzero(split_of_row == number)))
-            chosen = chosen if "messages" in columns else with_pairs(chosen)
-            text[number].write(chosen)
             tokens[number].write(chosen)
+            text[number].write(published(chosen, columns))
 
     for name, of_text, of_tokens in zip(splits, text, tokens, strict=True):
         of_text.close()
-        _describe_arrow(folder / "tokenized" / name, of_tokens.close())
+        _describe_arrow(folder / "tokenized" / name, of_tokens.close(), features)
     (folder / "tokenized" / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
 
 
-def with_pairs(rows: pa.Table) -> pa.Table:
-    """Adds `instruction` and `response`, the first and the second of two `messages`."""
-    for place, name in enumerate(("instruction", "response")):
-        message = pa.compute.list_element(rows["messages"], place)
-        rows = rows.append_column(name, pa.compute.struct_field(message, "content"))
+def published(rows: pa.Table, columns: Features) -> pa.Table:
+    """The rows with what `columns` (see `written_columns`) have in place of `messages`."""
+    if "rejected" in columns:
+        messages = rows["messages"].to_pylist()
+        rejected = [[{"role": "assistant", "content": text}] for text in rows["rejected"].to_pylist()]
+        made = {"prompt": [m[:-1] for m in messages], "chosen": [m[-1:] for m in messages], "rejected": rejected}
+        rows = rows.drop_columns(["rejected"])
+        for name, values in made.items():
+            rows = rows.append_column(name, pa.array(values, columns.arrow_schema.field(name).type))
+    elif "messages" not in columns:
+        for place, name in enumerate(("instruction", "response")):
+            message = pa.compute.list_element(rows["messages"], place)
+            rows = rows.append_column(name, pa.compute.struct_field(message, "content"))
     return rows
 
 
-def _describe_arrow(folder: Path, files: list[Path]) -> None:
+def _describe_arrow(folder: Path, files: list[Path], features: Features) -> None:
     """Puts beside Arrow files what `Dataset.save_to_disk` would, without taking the rows through memory for it."""
     digest = blake2b(digest_size=8)
     for file in files:
@@ -148,7 +155,7 @@ def _describe_arrow(folder: Path, files: list[Path]) -> None:
         "_split": folder.name,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    info = dict(sorted(asdict(DatasetInfo(features=TOKENS)).items()))
+    info = dict(sorted(asdict(DatasetInfo(features=features)).items()))
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
     try:
         load_from_disk(str(folder))

@@ -21,11 +21,12 @@ def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
     """The README of a dataset folder, from its budget report, some of its rows, and the prompt of the first of them."""
     from huggingface_hub import DatasetCardData
 
+    use = "preference" if budget["keep"] == "pairs" else "instruction-tuning"
     metadata = DatasetCardData(
         language=None if budget["source"] == "columns" else "en",
         license=budget["license"],
         task_categories=["text-generation"],
-        tags=["instruction-tuning", "fledge"],
+        tags=[use, "fledge"],
         configs=[
             {
                 "config_name": "default",

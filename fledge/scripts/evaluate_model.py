@@ -2,6 +2,7 @@
 
 python evaluate_model.py --model model --base base --dataset data --output_dir evaluation
 python evaluate_model.py --config recipes/quickstart/evaluate.yaml --resume --ratings ratings.json
+python evaluate_model.py --model model --dataset data --split train --num_samples 8 --answers_only --output_dir answers
 python evaluate_model.py --model model --capabilities
 """
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
 RANGES["judge_timeout"] = POSITIVE  # seconds
+NEEDED = ("base", "dataset", "output_dir")
 
 
 @dataclass
@@ -48,6 +50,10 @@ class EvaluateArguments:
     batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
     resume: bool = field(default=False, metadata={"help": "use the answers that output_dir already holds"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier evaluation in output_dir"})
+    answers_only: bool = field(
+        default=False,
+        metadata={"help": "only answer and score, for prepare_dataset.py --source answers: no base, losses or report"},
+    )
     capabilities: bool = field(default=False, metadata={"help": "only show answers to the story-chat system's prompts"})
     ratings: list[str] | None = field(default=None, metadata={"help": "what report.html's blind mode saved"})
     judge_url: str | None = field(default=None, metadata={"help": "an OpenAI-compatible server: http://HOST:PORT/v1"})
@@ -63,9 +69,14 @@ class EvaluateArguments:
             UserError: a value out of range, or a key that needs another one.
         """
         check_ranges(self, RANGES)
-        for name in () if self.capabilities else ("base", "dataset", "output_dir"):
+        needed = () if self.capabilities else ("dataset", "output_dir") if self.answers_only else NEEDED
+        for name in needed:
             if getattr(self, name) is None:
-                raise UserError(f"--{name} is missing; only --capabilities does without it.")
+                others = "--capabilities and --answers_only do" if name == "base" else "--capabilities does"
+                raise UserError(f"--{name} is missing; only {others} without it.")
+        for name in ("base", "ratings", "judge_url", "capabilities") if self.answers_only else ():
+            if getattr(self, name):
+                raise UserError(f"--answers_only asks the model alone and writes no report; leave out --{name}.")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("--judge_url and --judge_model belong together; give both or neither.")
         if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
@@ -89,7 +100,7 @@ def main() -> Path | None:
         if output.owns_work and not (args.overwrite or args.resume):
             raise UserError(f"{output.path} holds an unfinished evaluation; --resume goes on, --overwrite begins anew.")
         output.check(args.overwrite or args.resume)
-        evaluate(args, sampling, output)
+        (answer if args.answers_only else evaluate)(args, sampling, output)
     return output.path
 
 
@@ -139,6 +150,30 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     print(f"{output.path}/report.html shows every answer.\nNext: {command('generate.py')}")
 
 
+def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
+    """Asks the model alone and keeps its scored answers."""
+    from fledge.evaluation.measuring import Answered, answer_prompts
+    from fledge.evaluation.prompts import open_prompts
+    from fledge.tasks import FOLLOWING
+
+    quiet()
+    prompts = open_prompts(Path(str(args.dataset)), args.task, args.split, args.num_prompts, args.num_samples)
+    scorer = prompts.task.scorer(prompts.train_rows, [])  # what its judges are worth is for a report to say
+    model = open_models(args, prompts.tokenizer)["model"]
+    journal = open_journal(args, sampling, prompts.ids, output)
+    with progress("answers", len(prompts.rows) * prompts.num_samples) as tell:
+        answers = answer_prompts(
+            model, prompts.tokenizer, prompts.ids, sampling, args.num_samples, args.batch_size, journal, "model", tell
+        )
+    scores = scorer.score(prompts.row_of_each_answer, answers)
+    samples = side_by_side(prompts, {"model": Answered(answers, [], {}, scores)})
+    with output.staged() as folder:
+        keep_answers(samples, output.work, folder)
+    following = sum(score[FOLLOWING] for score in scores) / len(scores)
+    print(f"{len(samples):,} answers to {len(prompts.rows):,} prompts, instruction following {following:.1%}.")
+    print(f"Next: {command('prepare_dataset.py')} --source answers --data {output.path}")
+
+
 def open_models(args: EvaluateArguments, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "PreTrainedModel"]:
     """`base` and `model`, with rows for the tokens that a template has brought.
 
@@ -149,7 +184,9 @@ def open_models(args: EvaluateArguments, tokenizer: "PreTrainedTokenizerBase") -
     from fledge.resizing import add_rows
 
     models = {}
-    for who, folder in (("base", str(args.base)), ("model", args.model)):
+    for who, folder in (("base", args.base), ("model", args.model)):
+        if folder is None:
+            continue
         models[who], own = load_model(folder)
         if not own.get_vocab().items() <= tokenizer.get_vocab().items():
             raise UserError(
@@ -165,9 +202,9 @@ def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list
     from fledge.journal import Journal
     from fledge.models import fingerprint
 
+    folders = {"--base": args.base, "--model": args.model}
     made_with = {
-        "--base": fingerprint(find_model(str(args.base))),
-        "--model": fingerprint(find_model(args.model)),
+        **{key: fingerprint(find_model(folder)) for key, folder in folders.items() if folder},
         "--dataset or --num_prompts": fingerprint_of_prompts(prompts),
         "--num_samples": args.num_samples,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
@@ -183,6 +220,8 @@ def side_by_side(prompts: "Prompts", answered: dict[str, "Answered"]) -> list[di
         made = {who: vars(model.answers[number]) | {"scores": model.scores[number]} for who, model in answered.items()}
         samples.append(
             {
+                "task": prompts.task.name,
+                "split": prompts.split,
                 "prompt": number // prompts.num_samples,
                 "sample": number % prompts.num_samples,
                 "instruction": row["messages"][-2]["content"],
@@ -199,13 +238,8 @@ def save(metrics: dict, samples: list[dict], folders: dict[str, str], columns: l
     """Puts the complete evaluation in place at once. A page that cannot be made or written takes nothing with it."""
     from fledge.evaluation import report
 
-    unfinished = output.work
     with output.staged() as folder:
-        with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        for kept in unfinished.iterdir():
-            if kept.name != MARK:
-                shutil.copy(kept, folder)
+        keep_answers(samples, output.work, folder)
         write_json(folder / "metrics.json", metrics)
     pages = {"report.md": lambda: report.report(metrics)}
     pages["report.html"] = lambda: report.page(metrics, samples, columns, folders)
@@ -215,6 +249,15 @@ def save(metrics: dict, samples: list[dict], folders: dict[str, str], columns: l
             (folder / name).write_text(make(), encoding="utf-8")
 
         output.add(name, write)
+
+
+def keep_answers(samples: list[dict], unfinished: Path, folder: Path) -> None:
+    """Puts `samples.jsonl` and the journals of `unfinished` into `folder`."""
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    for kept in unfinished.iterdir():
+        if kept.name != MARK:
+            shutil.copy(kept, folder)
 
 
 def begin_or_resume(output: Output, resume: bool) -> None:

@@ -2,6 +2,7 @@
 
     python prepare_dataset.py --source tinystories_instruct --data tales.txt.gz --task topic_ending \\
         --tokenizer base --balance ending --output_dir data
+    python prepare_dataset.py --source answers --data answers --task topic_ending --tokenizer model --output_dir pairs
 """
 
 import importlib.util
@@ -22,6 +23,8 @@ from fledge.tasks import Task, open_task, task_names
 from fledge.terminal import has_colours, quiet
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fledge.preparation.budget import Budget
     from fledge.preparation.chunks import Facts, Preparation
     from fledge.sources import Source
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 RANGES = {
     "show": NOT_NEGATIVE,
     "limit": AT_LEAST_ONE,
+    "pairs_per_prompt": AT_LEAST_ONE,
     "max_length": AT_LEAST_ONE,
     "near_duplicates": Range(above=0, below=1),  # a similarity
     "num_proc": AT_LEAST_ONE,
@@ -53,9 +57,21 @@ class PrepareArguments:
         },
     )
     columns: str | None = field(default=None, metadata={"help": "for --source columns: instruction=COLUMN,response=…"})
-    template: str | None = field(default=None, metadata={"help": "the prompt's style; default: the task's own"})
+    keep: str | None = field(
+        default=None,
+        metadata={
+            "help": "for --source answers: pairs (default), preferences for train_dpo.py; or best, the best answer to "
+            "each prompt for train_sft.py"
+        },
+    )
+    pairs_per_prompt: int = field(default=4, metadata={"help": "for --keep pairs: at most so many (default 4)"})
+    template: str | None = field(
+        default=None, metadata={"help": "the prompt's style; default: the task's own, of answers the model's"}
+    )
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
-    split: str = field(default="85/5/10", metadata={"help": "percents, or source: its own splits (default 85/5/10)"})
+    split: str | None = field(
+        default=None, metadata={"help": "percents, or source: its own splits (default 85/5/10, of answers 95/5/0)"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "in tokens; default: the model's context length"})
     overflow: str = field(default="drop", metadata={"help": "drop, cut_prompt or cut_completion (default drop)"})
     near_duplicates: float | None = field(
@@ -131,17 +147,17 @@ def make_plan(args: PrepareArguments) -> Plan:
     from fledge.preparation.chunks import Preparation
     from fledge.preparation.curation import split_shares
     from fledge.preparation.shards import bytes_of
-    from fledge.templates import add_template
     from fledge.tokenizers import open_tokenizer
     from fledge.tokenizers.fast import TextEncoder
 
     quiet()
-    shares = None if args.split == "source" else split_shares(args.split)
+    keep = kept_of_answers(args)
+    split = args.split or ("95/5/0" if keep else "85/5/10")
+    shares = None if split == "source" else split_shares(split)
     max_shard_bytes = bytes_of(args.max_shard_size)
     source, task = load_source(args.source, args.columns), open_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
-    template = args.template or task.template
-    add_template(tokenizer, template)
+    template = choose_template(args, task, tokenizer, keep)
     max_length = tokenizer.model_max_length if args.max_length is None else args.max_length
     if not 0 < max_length <= tokenizer.model_max_length:
         raise UserError(f"--max_length {max_length} is outside 1 to {tokenizer.model_max_length}, the model's context.")
@@ -159,8 +175,47 @@ def make_plan(args: PrepareArguments) -> Plan:
         args.overflow,
         args.seed,
         args.near_duplicates is not None,
+        keep=keep,
+        pairs_per_prompt=args.pairs_per_prompt,
     )
     return Plan(args, source, task, template, shares, max_shard_bytes, preparation)
+
+
+def kept_of_answers(args: PrepareArguments) -> str | None:
+    """What is made of a model's answers: `pairs` or `best`; None for another source.
+
+    Raises:
+        UserError: a key does not go with the source.
+    """
+    if args.source != "answers":
+        if args.keep:
+            raise UserError(f"--keep {args.keep} goes with --source answers; {args.source} has no answers to choose.")
+        return None
+    if args.keep not in (None, "pairs", "best"):
+        raise UserError(f"--keep {args.keep} is unknown; choose pairs or best.")
+    if args.overflow != "drop":
+        raise UserError(f"--overflow {args.overflow} does not go with --source answers, which are kept whole or not.")
+    if args.split == "source":
+        raise UserError("--split source does not go with --source answers, which are all to training prompts.")
+    return args.keep or "pairs"
+
+
+def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTokenizerBase", keep: str | None) -> str:
+    """Gives the tokenizer the template and returns its name. Answers keep that of the model which gave them.
+
+    Raises:
+        UserError: there is none of that name, or the model has none.
+    """
+    from fledge.templates import add_template, load_template, names
+
+    if keep and not args.template:
+        if tokenizer.chat_template is None:
+            raise UserError(f"--tokenizer {args.tokenizer} has no chat template; name the model that gave the answers.")
+        own = (name for name in names() if load_template(name) == tokenizer.chat_template)
+        return next(own, "the model's own")
+    template = args.template or task.template
+    add_template(tokenizer, template)
+    return template
 
 
 def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Budget":
@@ -188,13 +243,14 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
         license=args.license or plan.source.license(args.data),
         columns={column: list(kind) if isinstance(kind, tuple) else kind for column, kind in plan.task.columns.items()},
         about_task=plan.task.about,
+        keep=preparation.keep,
     )
     budget.count(facts)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())
     left_out = f" Left out: {reasons}." if reasons else ""
-    print(f"Read {budget.rows_read:,} records: {budget.examples:,} examples.{left_out}", flush=True)
+    print(f"Read {budget.rows_read:,} {budget.record}s: {budget.examples:,} examples.{left_out}", flush=True)
     if not facts.total:
-        raise UserError(f"No record of {', '.join(args.data)} can be used ({reasons}).")
+        raise UserError(f"No {budget.record} of {', '.join(args.data)} can be used ({reasons}).")
 
     balanced = (args.balance, classes[args.balance]) if args.balance else None
     near = None
@@ -205,7 +261,7 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
     budget.rejected.update(repeated)
     for number, name in enumerate(names):
         budget.describe(name, facts.of(split_of == number), classes)
-    columns = written_columns(plan.task)
+    columns = written_columns(plan.task, preparation.has_pairs)
     write_splits(folder, chunks, facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
     preparation.tokenizer.save_pretrained(folder / "tokenizer")
     budget.save(folder, facts.of(split_of == names.index("train")))
@@ -241,3 +297,5 @@ def show(data: Path, count: int) -> None:
         row = rows["train"][number]
         print(f"--- row {number}: {len(row['input_ids'])} tokens, supervised {marks[0]}so{marks[1]}")
         print(marked(tokenizer, row["input_ids"], row["labels"], *marks))
+        if "rejected_ids" in row:
+            print(f"--- row {number}, rejected\n{tokenizer.decode(row['rejected_ids'])}")

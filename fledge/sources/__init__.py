@@ -44,6 +44,8 @@ class Source:
         Raises:
             UserError: `data` is no file, folder or Hub dataset that can be read.
         """
+        if self.name == "answers":  # all answers to a prompt are one record
+            return self.module.chunks(data)
         return text_chunks(data, self.module.END) if self.module.END else row_chunks(data)
 
     def parse(self, chunk: Chunk) -> list[dict[str, Any]]:
