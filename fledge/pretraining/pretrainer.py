@@ -33,11 +33,11 @@ from fledge.memory import keep_freed_memory
 from fledge.models import head_of
 from fledge.pretraining.muon import MuonWithAdamW
 from fledge.pretraining.tokens import Windows
+from fledge.training.configuration import choose_device_and_precision
 from fledge.training.lineage import load_optimizer
 from fledge.training.loss import ScoreTokens
 from fledge.training.run_record import outcome
 from fledge.training.settings import check_training, said_in_words
-from fledge.training.trainer import choose_device_and_precision
 from fledge.training.trial import in_words, seconds_of
 
 

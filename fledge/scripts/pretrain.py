@@ -104,9 +104,9 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
 
     from fledge.pretraining.pretrainer import new_gpt2, plan
     from fledge.pretraining.tokens import Corpus, open_tokens
+    from fledge.training.configuration import precision, use_all_threads, with_values
     from fledge.training.lineage import go_on, settings_of
     from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
-    from fledge.training.trainer import precision, use_all_threads, with_values
 
     # ------------------------------------------------------------ Load and check
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig
 from typing_extensions import override
 
 from fledge.cpu import describe
 from fledge.guards import check_overrides
+from fledge.training.checked import CheckedTrainer
+from fledge.training.configuration import precision
 from fledge.training.lineage import lineage_of
-from fledge.training.trainer import InstructTrainer, precision
 from fledge.version import __version__
 
 
@@ -93,7 +93,7 @@ def save_log(log_history: list[dict], folder: Path) -> None:
         log.writelines(json.dumps(entry) + "\n" for entry in log_history)
 
 
-def save_curve(log_history: list[dict], folder: Path, what: str) -> None:
+def save_curve(log_history: list[dict], folder: Path, what: str = "completion loss") -> None:
     """Training and validation loss (`what`) over steps as a picture."""
     import matplotlib
 
@@ -112,16 +112,21 @@ def save_curve(log_history: list[dict], folder: Path, what: str) -> None:
     pyplot.close(figure)
 
 
-def run_record(trainer: InstructTrainer, seconds: float, rows: DatasetDict, trained: dict) -> dict:
+def run_record(trainer: CheckedTrainer, seconds: float, rows: DatasetDict, trained: dict) -> dict:
     """Everything that made the run: data, which parameters `trained`, and what `outcome` tells."""
     return {
         "rows": {name: len(split) for name, split in rows.items()},
         "data_fingerprint": lineage_of(trainer).settings["data"],
         "trained": trained,
-        **outcome(trainer, seconds, SFTConfig, trainer.tokens_before),
+        **outcome(trainer, seconds, trl_config(trainer.args), trainer.tokens_before),
         "best_validation_loss": trainer.state.best_metric,
         "resumed": trainer.tokens_before > 0,
     }
+
+
+def trl_config(config: TrainingArguments) -> type[TrainingArguments]:
+    """TRL's own class of a configuration, whose defaults are what people know."""
+    return next(kind for kind in type(config).__mro__ if kind.__module__.startswith("trl."))
 
 
 def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments], tokens_before: int = 0) -> dict:

@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from trl import ModelConfig, SFTConfig
 
 from fledge.cli import UserError
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
@@ -77,17 +77,16 @@ def said_in_words() -> Iterator[None]:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def check_effect(*configs: object) -> None:
+def check_effect(*configs: TrainingArguments | ModelConfig) -> None:
     """Checks that every key that was given has an effect.
 
     Raises:
         UserError: a key is given that would be ignored.
     """
     for config in configs:
-        kind = ModelConfig if isinstance(config, ModelConfig) else SFTConfig
-        for key in WITHOUT_EFFECT.keys() & vars(config).keys():
-            value = getattr(config, key)
-            if value != kind.__dataclass_fields__[key].default:
+        for entry in fields(config):
+            key, value = entry.name, getattr(config, entry.name)
+            if key in WITHOUT_EFFECT and value != entry.default:
                 raise UserError(f"--{key} {value} would have no effect: {WITHOUT_EFFECT[key]}.")
 
 

@@ -13,16 +13,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fledge.cli import UserError
+from fledge.training.configuration import check_processes, choose_bf16, use_all_threads
 from fledge.training.resuming import newest_checkpoint
 from fledge.training.run_record import save_curve, save_log
-from fledge.training.trainer import (
-    SmallModelConfig,
-    check_fit,
-    check_processes,
-    choose_bf16,
-    limit_length,
-    use_all_threads,
-)
+from fledge.training.trainer import SmallModelConfig, check_fit, limit_length
 
 
 def test_precision_is_chosen_with_a_reason_and_the_user_wins(tmp_path):
@@ -92,7 +86,7 @@ def test_a_process_of_accelerate_launch_gets_its_share_of_the_cores(variables, e
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     chosen = []
-    monkeypatch.setattr("fledge.training.trainer.cores", lambda: 6)
+    monkeypatch.setattr("fledge.training.configuration.cores", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     said = use_all_threads(config)
     assert chosen == ([expected] if expected else [])
@@ -116,10 +110,10 @@ def test_fewer_processes_than_the_launcher_was_told_are_refused(variables, world
         monkeypatch.setenv(name, value)
     config = SimpleNamespace(world_size=world_size, n_gpu=n_gpu)
     if message is None:
-        check_processes(config)
+        check_processes(config, "train_sft.py")
     else:
         with pytest.raises(UserError, match=message):
-            check_processes(config)
+            check_processes(config, "train_sft.py")
 
 
 @pytest.mark.parametrize(

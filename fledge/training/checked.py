@@ -1,0 +1,116 @@
+"""What each of Fledge's trainers that fine-tune adds to TRL's: safe stops, and what people read in the log."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import TrainOutput
+from typing_extensions import override
+
+from fledge.cli import UserError
+from fledge.guards import check_overrides, missing
+from fledge.training.lineage import load_optimizer
+from fledge.training.resuming import newest_checkpoint, tokens_seen
+
+
+@check_overrides
+class CheckedTrainer(Trainer):
+    """Stops at the first loss or gradient that is no number. To be inherited before one of TRL's trainers.
+
+    A checkpoint that was saved is therefore one to go on from: the weights in it are finite.
+    """
+
+    args: Any  # one of Fledge's configurations, each with SmallDefaults
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
+    _total_train_tokens: int  # TRL's SFT and DPO trainers count them so
+    last_logged: tuple[float, int]
+    first_ids: torch.Tensor
+
+    def tokens_so_far(self) -> int:
+        """The tokens that the run has read, over all processes and from its beginning."""
+        return self._total_train_tokens
+
+    def start_from(self, checkpoint: str | None) -> None:
+        """Goes on counting tokens where the interrupted run stopped.
+
+        Raises:
+            UserError: TRL no longer counts them under this name.
+        """
+        if "_total_train_tokens" not in vars(self):
+            raise missing("trl", f"{type(self).__bases__[-1].__name__}._total_train_tokens")
+        self._total_train_tokens = tokens_seen(checkpoint)
+
+    def first_ids_of(self, inputs: Any) -> torch.Tensor:
+        """The ids at the beginning of a batch, by which a message can name it."""
+        return inputs["input_ids"][0]
+
+    def said_at_the_end(self, record: dict) -> list[str]:
+        """Lines about the way of the run, from its record (`run.json`)."""
+        if record["first_loss"] is None:  # --logging_strategy no
+            return []
+        return [f"Loss {record['first_loss']:.3f} to {record['last_loss']:.3f}."]
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
+
+    @override
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        self.first_ids = self.first_ids_of(inputs)[:24]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._refuse("loss", loss)
+        return loss
+
+    @override
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # its scaler skips such a step by itself
+            self._refuse("gradient's norm", norm)
+        return norm
+
+    def _refuse(self, what: str, value: float | torch.Tensor) -> None:
+        if math.isfinite(value):
+            return
+        saved = newest_checkpoint(Path(str(self.args.output_dir)))
+        begin = " ".join(cast(str, self.processing_class.decode(self.first_ids)).split())
+        raise UserError(
+            f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch that begins with "
+            f"{begin!r}; lower --learning_rate and "
+            + (f"go on from {saved.name} with --resume auto." if saved else "start again.")
+        )
+
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now, tokens = time.monotonic(), self.tokens_so_far()
+            since, before = self.last_logged
+            logs["tokens_per_second"] = round((tokens - before) / (now - since), 1)
+            self.last_logged = now, tokens
+        super().log(logs, start_time)
+
+    @override
+    def train(self, *arguments: Any, **keywords: Any) -> TrainOutput:
+        self.tokens_before = self.tokens_so_far()
+        self.last_logged = time.monotonic(), self.tokens_before
+        return super().train(*arguments, **keywords)
+
+    @override
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.state.num_input_tokens_seen = self.tokens_so_far()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
+            saved = newest_checkpoint(Path(str(self.args.output_dir)))
+            raise UserError(
+                f"A checkpoint cannot be written to {self.args.output_dir} ({' '.join(str(error).split())}); make room "
+                + (f"and go on from {saved.name} with --resume auto." if saved else "and start again.")
+            ) from error

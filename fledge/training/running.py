@@ -1,0 +1,181 @@
+"""A fine-tuning from its checked inputs to a finished folder: what the scripts that fine-tune share."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from datasets import DatasetDict
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from trl import ModelConfig
+
+from fledge.cli import UserError, attempt, keep_origin, write_json
+from fledge.commands import command
+from fledge.folders import Output
+from fledge.models import fingerprint
+from fledge.sampling import Sampling
+from fledge.training.checked import CheckedTrainer
+from fledge.training.configuration import precision, use_all_threads, with_values
+from fledge.training.lineage import Lineage, fingerprint_of_rows, go_on, settings_of
+from fledge.training.resuming import StopOnSignal, find_checkpoint
+from fledge.training.run_record import run_record, save_log
+from fledge.training.starting import RunArguments
+from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
+from fledge.training.trainer import finished
+
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+@dataclass
+class Inputs:
+    """The base and the dataset, checked to fit together."""
+
+    base: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase  # the dataset's: the base's with the template's special tokens
+    rows: DatasetDict
+    budget: dict | None  # a table has none
+    new_tokens: int
+    adapter: LoraConfig | None
+    notes: list[str]  # what the reader should know about the rows
+
+
+@dataclass
+class Run:
+    """One run of a script that fine-tunes: what it goes on from, what it writes to, and what people are told."""
+
+    args: RunArguments
+    inputs: Inputs
+    output: Output
+    checkpoint: str | None
+    lineage: Lineage
+    stop: StopOnSignal
+    notes: list[str | None]
+
+    @property
+    def callbacks(self) -> list:
+        return [self.stop, self.lineage]
+
+    def train(self, trainer: CheckedTrainer, pictures: dict[str, Callable[[list[dict], Path], None]]) -> None:
+        """Trains to the end, saves the model, and adds the records of the run and `pictures` of its log by file name.
+
+        Told by SIGTERM to stop, it saves a checkpoint and leaves the program.
+        """
+        if trainer.is_world_process_zero():
+            self.announce(trainer)
+        trainer.start_from(self.checkpoint)
+        start = time.monotonic()
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.stop.leave_if_told(trainer.state)
+        seconds = time.monotonic() - start
+        self.save(trainer)
+        if trainer.is_world_process_zero():
+            self.record(trainer, seconds, pictures)
+        trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
+        attempt("The end of tracking", trainer.end)
+
+    def announce(self, trainer: CheckedTrainer) -> None:
+        """Prints what will be trained, with what was chosen automatically and why."""
+        print(trained_share(trainer.model))
+        if self.inputs.new_tokens:
+            print(f"New tokens {self.inputs.new_tokens}: the dataset's template has them, and the model learns them")
+        config = trainer.args
+        print(f"Processes {config.world_size}; precision {precision(config)}: {config.precision_reason}")
+        print(*filter(None, self.notes), sep="\n")
+        if self.args.resume:
+            found = self.checkpoint
+            print(f"Going on from {found}" if found else "A fresh start: there is no complete checkpoint")
+        sys.stdout.flush()
+
+    def save(self, trainer: CheckedTrainer) -> None:
+        """Puts the model into place: the weights first, and nothing that may fail for another reason than the disk."""
+        inputs, output = self.inputs, self.output
+        # Asked of all processes, which may hold a part of the weights each.
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if not trainer.is_world_process_zero():
+            return
+        with output.staged() as folder:
+            adapter = isinstance(trainer.model, PeftModel)
+            if adapter:
+                trainer.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+            # What evaluate_model.py measures with, unless told otherwise. Greedy, a small model repeats itself.
+            model = finished(trainer, **Sampling().decoding())
+            model.save_pretrained(folder, state_dict=None if adapter else weights)
+            trainer.processing_class.save_pretrained(folder)
+            keep_origin(inputs.base, folder)
+            if inputs.budget:
+                write_json(folder / "budget.json", inputs.budget)
+            curves, emissions = output.work / "runs", output.work / "emissions.csv"  # what trackers have been writing
+            if curves.is_dir():
+                attempt(f"{output.path / 'runs'}", lambda: shutil.copytree(curves, folder / "runs"))
+            if emissions.exists():
+                attempt(f"{output.path / 'emissions.csv'}", lambda: shutil.copy(emissions, folder))
+
+    def record(
+        self, trainer: CheckedTrainer, seconds: float, pictures: dict[str, Callable[[list[dict], Path], None]]
+    ) -> None:
+        """Adds the log, the record of the run and its pictures to the finished model."""
+        history, output = trainer.state.log_history, self.output
+        trained = {"new_tokens": self.inputs.new_tokens, "adapter": adapter_record(trainer.model)}
+        trained = self.args.trained_parts | trained
+        output.add("training_log.jsonl", lambda folder: save_log(history, folder))
+        made = attempt("The record of the run", lambda: run_record(trainer, seconds, self.inputs.rows, trained))
+        if made:
+            output.add("run.json", lambda folder: write_json(folder / "run.json", made))
+            print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")
+            for said in trainer.said_at_the_end(made):
+                print(said)
+        for name, draw in pictures.items():
+            output.add(name, partial(draw, history))
+        shown = " and ".join(pictures)
+        print(f"{output.path} holds the model; its {shown} shows the way. Next: {command('evaluate_model.py')}")
+
+
+def adapt(
+    args: RunArguments, model_args: ModelConfig, model: PreTrainedModel, new_tokens: int = 0
+) -> LoraConfig | None:
+    """Freezes what shall stay, or returns the adapter that is asked for, which freezes all that it does not add.
+
+    Raises:
+        UserError: both are asked for, or what is to be frozen is not there.
+    """
+    adapter = adapter_config(model_args, model, new_tokens)
+    if adapter and (args.freeze_layers or args.freeze_modules):
+        raise UserError("An adapter freezes all that it does not add; leave out --freeze_layers and --freeze_modules.")
+    freeze(model, args.freeze_layers, args.freeze_modules, new_tokens)
+    return adapter
+
+
+def open_run(
+    args: RunArguments,
+    config: Config,
+    model_args: ModelConfig,
+    output: Output,
+    open_inputs: Callable[[], tuple[Inputs, Config]],
+    **made_with: object,
+) -> tuple[Run, Config]:
+    """The run and its configuration, once all of the input is known to be good and before anything is written.
+
+    `made_with` is what the weights depend on beside the configuration, the base and the rows.
+
+    Raises:
+        UserError: an input cannot be used, the output holds something else, or a run cannot go on with these settings.
+    """
+    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
+    notes: list[str | None] = [use_all_threads(config)]
+    inputs, config = open_inputs()
+    # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
+    config = with_values(config, output_dir=str(output.work))
+    adapting = {key: value for key, value in asdict(model_args).items() if model_args.use_peft and "lora" in key}
+    adapting |= {key: getattr(model_args, key) for key in ("use_peft", "use_dora")}
+    made_from = {"base": fingerprint(inputs.base), "data": fingerprint_of_rows(inputs.rows["train"])}
+    settings = settings_of(config, **args.trained_parts, **adapting, **made_from, **made_with)
+    lineage = go_on(checkpoint, settings, args.resume_with_changes)
+    output.check_room(4 * inputs.model.num_parameters())  # float32
+    output.begin_work(checkpoint)
+    return Run(args, inputs, output, checkpoint, lineage, StopOnSignal(), notes), config

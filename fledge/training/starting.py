@@ -1,0 +1,87 @@
+"""The keys of every script that fine-tunes, and how it begins. Nothing heavy is imported at the top."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fledge.cli import UserError, parse
+from fledge.folders import claimed
+from fledge.hub import find_model
+from fledge.ranges import check_ranges
+from fledge.terminal import quiet
+
+
+@dataclass
+class BaseArguments:
+    """Two keys of TRL's ModelConfig, which takes seconds to import."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "the base, a folder or a model of the Hub"})
+    model_revision: str = field(default="main", metadata={"help": "its revision on the Hub (default main)"})
+
+
+@dataclass
+class RunArguments:
+    dataset: str = field(metadata={"help": "a folder of prepare_dataset.py"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout everywhere; a short fine-tuning wants none"})
+    freeze_layers: int = field(
+        default=0, metadata={"help": "freeze the first N blocks and the embeddings; the last N if negative"}
+    )
+    freeze_modules: list[str] = field(default_factory=list, metadata={"help": "freeze modules by name, such as wte"})
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "go on although data or settings are others than the checkpoint's"}
+    )
+    resume: str | None = field(
+        default=None, metadata={"help": "auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint"}
+    )
+    smoke: bool = field(default=False, metadata={"help": "three steps of the recipe, into output_dir-smoke"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
+
+    @property
+    def trained_parts(self) -> dict[str, Any]:
+        """Which parameters train, for the record of the run and for what a resumed run is compared with."""
+        return {name: getattr(self, name) for name in ("dropout", "freeze_layers", "freeze_modules")}
+
+
+def start(
+    script: str,
+    about: str | None,
+    kind: type[RunArguments],
+    config_kind: Callable[[], type],
+    train: Callable[..., None],
+) -> Path:
+    """Parses the keys of `script`, claims its output folder, and calls `train(args, config, model_args, output)`.
+
+    `kind` holds Fledge's own keys, which `--help` shows with the text `about`. `config_kind` imports the class of the
+    trainer's configuration. Returns the folder that was written.
+
+    Raises:
+        UserError: a key is wrong or would have no effect, or the output folder cannot be used.
+    """
+    if {"-h", "--help"} & set(sys.argv):  # TRL's own keys take seconds to import
+        parse(sys.argv[1:], BaseArguments, kind, description=about)
+    arguments = ["--help" if argument == "--help_all" else argument for argument in sys.argv[1:]]
+    if "--help" not in arguments:
+        (named,) = parse(arguments, BaseArguments, partly=True)
+        if not named.model_name_or_path:
+            raise UserError("--model_name_or_path is missing; name the base, a folder or a model of the Hub.")
+        find_model(named.model_name_or_path, named.model_revision)
+
+    from trl import ModelConfig
+
+    from fledge.training.configuration import check_processes, smoke
+    from fledge.training.settings import RANGES, check_effect
+
+    args, config, model_args = parse(arguments, kind, config_kind(), ModelConfig, description=about)
+    for given in (args, model_args):
+        check_ranges(given, RANGES)
+    check_effect(config, model_args)
+    quiet()
+    if args.smoke:
+        args, config = replace(args, overwrite=True), smoke(config)
+    check_processes(config, script)
+    inputs = {"--dataset": args.dataset, "--model_name_or_path": model_args.model_name_or_path}
+    with claimed(config.output_dir, script, None, inputs, is_main=config.process_index == 0) as output:
+        train(args, config, model_args, output)
+    return output.path
