@@ -12,6 +12,7 @@ from fledge.api import (
     pretrain,
     publish,
     train,
+    train_grpo,
     train_tokenizer,
     trim,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "pretrain",
     "publish",
     "train",
+    "train_grpo",
     "train_tokenizer",
     "trim",
 ]

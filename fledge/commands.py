@@ -10,6 +10,7 @@ COMMANDS = {
     "convert": "convert_checkpoint",
     "prepare": "prepare_dataset",
     "train": "train_sft",
+    "train-grpo": "train_grpo",
     "evaluate": "evaluate_model",
     "generate": "generate",
     "export": "export",

@@ -37,6 +37,10 @@ PRIVATE = {
     "_load_optimizer_and_scheduler": (4, "check_overrides"),
     "_get_grad_norm": (2, "check_overrides"),
     "_save_checkpoint": (2, "check_overrides"),
+    "_get_per_token_logps_and_entropies": (2, "check_overrides"),
+    "_get_train_sampler": (2, "check_overrides"),
+    "_prepare_inputs": (2, "check_overrides"),
+    "_buffered_inputs": (7, "a UserError when the trainer is made"),
     "_remove_final_layer_norm": (1, "a key of OPT's config.json; the proof of equal logits refuses a model without it"),
     **dict.fromkeys(
         ("_init_weights", "_no_split_modules", "_skip_keys_device_placement", "_supports_sdpa", "_tied_weights_keys"),

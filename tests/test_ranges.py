@@ -13,6 +13,7 @@ from fledge import sampling
 from fledge.cli import UserError, parse
 from fledge.pretraining.pretrainer import PretrainConfig
 from fledge.ranges import Range, check_ranges
+from fledge.rewards.configuration import SmallGrpoConfig
 from fledge.training import settings
 from fledge.training.trainer import SmallModelConfig
 
@@ -31,6 +32,7 @@ TABLES = [
     *((getattr(module, SCRIPTS[name]), module.RANGES) for name, module in MODULES.items()),
     (sampling.Sampling, sampling.RANGES),
     (SmallModelConfig, settings.RANGES),
+    (SmallGrpoConfig, settings.RANGES),
     (PretrainConfig, settings.RANGES),
     (ModelConfig, settings.RANGES),
     (importlib.import_module("fledge.scripts.train_sft").RunArguments, settings.RANGES),

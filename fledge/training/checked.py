@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from typing_extensions import override
 
 from fledge.cli import UserError
@@ -31,7 +31,7 @@ class CheckedTrainer(Trainer):
     processing_class: PreTrainedTokenizerBase
     _total_train_tokens: int  # TRL's SFT and DPO trainers count them so
     last_logged: tuple[float, int]
-    first_ids: torch.Tensor
+    inputs: Any  # of the step under way
 
     def tokens_so_far(self) -> int:
         """The tokens that the run has read, over all processes and from its beginning."""
@@ -47,9 +47,16 @@ class CheckedTrainer(Trainer):
             raise missing("trl", f"{type(self).__bases__[-1].__name__}._total_train_tokens")
         self._total_train_tokens = tokens_seen(checkpoint)
 
-    def first_ids_of(self, inputs: Any) -> torch.Tensor:
-        """The ids at the beginning of a batch, by which a message can name it."""
-        return inputs["input_ids"][0]
+    def begin_of(self, inputs: Any) -> str:
+        """The text at the beginning of a batch, by which a message can name it."""
+        return cast(str, self.processing_class.decode(inputs["input_ids"][0, :24]))
+
+    def save_beside(self, folder: Path) -> None:
+        """Saves, in a checkpoint's `folder`, what this process needs to go on and Trainer does not know."""
+
+    def more_of_the_way(self) -> dict:
+        """What `run.json` says of the way of this kind of training, beside its losses."""
+        return {}
 
     def said_at_the_end(self, record: dict) -> list[str]:
         """Lines about the way of the run, from its record (`run.json`)."""
@@ -65,7 +72,7 @@ class CheckedTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        self.first_ids = self.first_ids_of(inputs)[:24]
+        self.inputs = inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse("loss", loss)
         return loss
@@ -81,7 +88,7 @@ class CheckedTrainer(Trainer):
         if math.isfinite(value):
             return
         saved = newest_checkpoint(Path(str(self.args.output_dir)))
-        begin = " ".join(cast(str, self.processing_class.decode(self.first_ids)).split())
+        begin = " ".join(self.begin_of(self.inputs).split())[:200]
         raise UserError(
             f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch that begins with "
             f"{begin!r}; lower --learning_rate and "
@@ -106,7 +113,10 @@ class CheckedTrainer(Trainer):
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.num_input_tokens_seen = self.tokens_so_far()
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save_beside(folder)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
             saved = newest_checkpoint(Path(str(self.args.output_dir)))

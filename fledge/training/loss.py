@@ -36,7 +36,7 @@ def slices(count: int, size: int) -> list[slice]:
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
     """Scores `logits` (N, V) against `targets` (N,): log-probability, entropy, and whether nothing is likelier.
 
-    They go to the rows of `scores` (3, N), or the first alone to one row (1, N). With `with_gradient` the logits become
+    They go to the rows of `scores` (3, N), or the first of them to fewer rows. With `with_gradient` the logits become
     the gradient of the negative log-probability by them, softmax − onehot, in place.
     """
     for rows in slices(len(targets), max(1, CACHED // logits.size(1))):
@@ -46,8 +46,9 @@ def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tens
         if len(scores) == 1 and not with_gradient:
             continue
         probs = log_probs.exp()
-        if len(scores) == 3:
+        if len(scores) >= 2:
             scores[1, rows] = -torch.linalg.vecdot(probs, log_probs)
+        if len(scores) == 3:
             scores[2, rows] = chosen[:, 0] >= log_probs.amax(-1)
         if with_gradient:
             logits[rows] = probs.scatter_add_(1, target, probs.new_full(target.shape, -1))
@@ -87,7 +88,7 @@ class TokenScores(ModelOutput):
 class ScoreTokens(torch.autograd.Function):
     """`score_logits` of `hidden` (N, D) through a head of `weight` (V, D) and `bias` (V,), differentiable in its row 0.
 
-    `rows` of scores are asked for: 3, or 1 where the log-probability is enough.
+    `rows` of scores are asked for: 3, 2 with the entropy, or 1 where the log-probability is enough.
 
     Under autocast the products run in its type, as any linear layer's do; softmax always runs in float32.
     """
@@ -161,13 +162,14 @@ def has_fused_head(model: PreTrainedModel | PeftModel) -> bool:
     return "fused_lm_head" in inspect.signature(inner.forward, follow_wrapped=False).parameters
 
 
-def score_supervised_only(model: PreTrainedModel) -> None:
+def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows: int = 3) -> None:
     """Replaces TRL's fused head in `model`, after `add_fused_lm_head` (SFTTrainer calls it) has added it.
 
     `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns `TokenScores`:
     per-token scores of shape (B, T − 1), zero where the label is ignored, and `loss`, their negative sum over
     `num_items_in_batch` (by default over the supervised tokens here). Any `Trainer` may call it so; through
-    `DistributedDataParallel` too. Without `fused_lm_head` the forward is the model's own.
+    `DistributedDataParallel` too. `temperature` divides the logits. Of the three scores the first `rows` are computed,
+    the others are `None`. Without `fused_lm_head` the forward is the model's own.
 
     Batches must be padded on the right, as TRL's are: there causal attention never looks, so no mask is passed and
     attention takes its causal path.
@@ -191,8 +193,11 @@ def score_supervised_only(model: PreTrainedModel) -> None:
         assert labels is not None
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
         mask, head = labels[:, 1:] != IGNORED, head_of(self)
-        scores = ScoreTokens.apply(hidden[mask], head.weight, head.bias, labels[:, 1:][mask], 3)
-        log_probs, entropy, is_top1 = (row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores)
+        # hidden / t · weightᵀ + bias / t are the logits divided by t.
+        bias = None if head.bias is None else head.bias / temperature
+        scores = ScoreTokens.apply(hidden[mask] / temperature, head.weight, bias, labels[:, 1:][mask], rows)
+        found = [row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores]
+        log_probs, entropy, is_top1 = *found, *[None] * (3 - rows)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return TokenScores(
             loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask

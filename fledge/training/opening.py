@@ -13,16 +13,20 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 def open_trainer(
-    kind: type[AnyTrainer], config: TrainingArguments, callbacks: list[TrainerCallback], **inputs: Any
+    kind: type[AnyTrainer],
+    config: TrainingArguments,
+    callbacks: list[TrainerCallback],
+    progress: type[Progress] = Progress,
+    **inputs: Any,
 ) -> AnyTrainer:
-    """A trainer of the class `kind`, which takes `inputs` (model, datasets, …).
+    """A trainer of the class `kind`, which takes `inputs` (model, datasets, …) and says its `progress`.
 
     Raises:
         UserError: transformers or TRL refuses the configuration.
     """
     shard_on_cpus(config)
     with said_in_words():
-        trainer = kind(args=config, callbacks=[CheckSharded(), Progress(), *callbacks], **inputs)
+        trainer = kind(args=config, callbacks=[CheckSharded(), progress(), *callbacks], **inputs)
     trainer.remove_callback(PrinterCallback)
     shield_trackers(trainer)
     return trainer

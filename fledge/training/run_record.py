@@ -58,7 +58,11 @@ class Progress(TrainerCallback):
             steps_left = state.max_steps - state.global_step
             seconds_left = round((now - self.start) / (state.global_step - self.first_step) * steps_left)
             time_left = f"{seconds_left // 60}:{seconds_left % 60:02d} left"
-            print(f"{done}  loss {float(logs['loss']):.3f}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
+            print(f"{done}  {self.figures(logs)}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
+
+    def figures(self, logs: dict[str, float]) -> str:
+        """What a line says of a step that was logged."""
+        return f"loss {float(logs['loss']):.3f}"
 
 
 def shield_trackers(trainer: Trainer) -> None:
@@ -119,6 +123,7 @@ def run_record(trainer: CheckedTrainer, seconds: float, rows: DatasetDict, train
         "data_fingerprint": lineage_of(trainer).settings["data"],
         "trained": trained,
         **outcome(trainer, seconds, trl_config(trainer.args), trainer.tokens_before),
+        **trainer.more_of_the_way(),
         "best_validation_loss": trainer.state.best_metric,
         "resumed": trainer.tokens_before > 0,
     }

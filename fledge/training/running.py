@@ -66,6 +66,7 @@ class Run:
 
         Told by SIGTERM to stop, it saves a checkpoint and leaves the program.
         """
+        trained = {"new_tokens": self.inputs.new_tokens, "adapter": adapter_record(trainer.model)}
         if trainer.is_world_process_zero():
             self.announce(trainer)
         trainer.start_from(self.checkpoint)
@@ -75,7 +76,7 @@ class Run:
         seconds = time.monotonic() - start
         self.save(trainer)
         if trainer.is_world_process_zero():
-            self.record(trainer, seconds, pictures)
+            self.record(trainer, seconds, self.args.trained_parts | trained, pictures)
         trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
         attempt("The end of tracking", trainer.end)
 
@@ -106,7 +107,7 @@ class Run:
             # What evaluate_model.py measures with, unless told otherwise. Greedy, a small model repeats itself.
             model = finished(trainer, **Sampling().decoding())
             model.save_pretrained(folder, state_dict=None if adapter else weights)
-            trainer.processing_class.save_pretrained(folder)
+            inputs.tokenizer.save_pretrained(folder)
             keep_origin(inputs.base, folder)
             if inputs.budget:
                 write_json(folder / "budget.json", inputs.budget)
@@ -117,12 +118,14 @@ class Run:
                 attempt(f"{output.path / 'emissions.csv'}", lambda: shutil.copy(emissions, folder))
 
     def record(
-        self, trainer: CheckedTrainer, seconds: float, pictures: dict[str, Callable[[list[dict], Path], None]]
+        self,
+        trainer: CheckedTrainer,
+        seconds: float,
+        trained: dict,
+        pictures: dict[str, Callable[[list[dict], Path], None]],
     ) -> None:
         """Adds the log, the record of the run and its pictures to the finished model."""
         history, output = trainer.state.log_history, self.output
-        trained = {"new_tokens": self.inputs.new_tokens, "adapter": adapter_record(trainer.model)}
-        trained = self.args.trained_parts | trained
         output.add("training_log.jsonl", lambda folder: save_log(history, folder))
         made = attempt("The record of the run", lambda: run_record(trainer, seconds, self.inputs.rows, trained))
         if made:

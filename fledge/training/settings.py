@@ -6,12 +6,15 @@ from dataclasses import fields
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig
 
 from fledge.cli import UserError
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 
 BELOW_ONE = Range(at_least=0, below=1)
-# Keys that transformers' TrainingArguments, TRL's SFTConfig and ModelConfig have in common or alone.
+SHARE = Range(above=0, at_most=1)
+PORT = Range(at_least=1, below=2**16)
+# Keys that transformers' TrainingArguments, TRL's configurations and ModelConfig have in common or alone.
 RANGES = {
     "learning_rate": POSITIVE,
     "num_train_epochs": POSITIVE,
@@ -50,6 +53,41 @@ RANGES = {
     "lora_alpha": AT_LEAST_ONE,
     "lora_dropout": BELOW_ONE,
     "dropout": BELOW_ONE,
+    # GRPOConfig's.
+    "num_generations": Range(at_least=2),  # one answer has none to be compared with
+    "num_generations_eval": AT_LEAST_ONE,
+    "max_completion_length": AT_LEAST_ONE,
+    "generation_batch_size": AT_LEAST_ONE,
+    "steps_per_generation": AT_LEAST_ONE,
+    "rollout_batch_size": AT_LEAST_ONE,
+    "temperature": POSITIVE,
+    "top_p": SHARE,
+    "top_k": NOT_NEGATIVE,
+    "min_p": Range(at_least=0, at_most=1),
+    "repetition_penalty": POSITIVE,
+    "beta": NOT_NEGATIVE,
+    "num_iterations": AT_LEAST_ONE,
+    "epsilon": NOT_NEGATIVE,
+    "epsilon_high": NOT_NEGATIVE,
+    "delta": POSITIVE,
+    "ref_model_mixup_alpha": SHARE,
+    "ref_model_sync_steps": AT_LEAST_ONE,
+    "top_entropy_quantile": SHARE,
+    "off_policy_mask_threshold": NOT_NEGATIVE,
+    "max_tool_calling_iterations": AT_LEAST_ONE,
+    "num_completions_to_print": AT_LEAST_ONE,
+    **dict.fromkeys(("entropy_coef", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"), NOT_NEGATIVE),
+    "entropy_target": NOT_NEGATIVE,
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), POSITIVE),
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), NOT_NEGATIVE),
+    "vllm_server_port": PORT,
+    "vllm_group_port": PORT,
+    "vllm_server_timeout": POSITIVE,
+    "vllm_gpu_memory_utilization": SHARE,
+    "vllm_max_model_length": AT_LEAST_ONE,
+    "vllm_tensor_parallel_size": AT_LEAST_ONE,
+    **dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), NOT_NEGATIVE),
+    "vllm_importance_sampling_cap": NOT_NEGATIVE,
 }
 NO_QUANTISATION = "models of this size are trained in float32; leave it out"
 ENCODED = "the data is encoded before TRL sees it; prepare_dataset.py and --template decide this"
@@ -59,6 +97,7 @@ WITHOUT_EFFECT = {
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "assistant_only_loss", "completion_only_loss"), ENCODED),
     **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), ENCODED),
     "model_init_kwargs": "Fledge opens the model itself; leave it out",
+    "max_tool_calling_iterations": "no task of Fledge calls tools; leave it out",
     "trust_remote_code": "Fledge runs no code from a model's folder; leave it out",
 }
 TRACK = ("trackio", "tensorboard")  # what the extra `track` brings

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import ModelConfig, SFTConfig, SFTTrainer
 from typing_extensions import override
 
@@ -118,7 +118,14 @@ class InstructTrainer(CheckedTrainer, SFTTrainer):
 
 def prepare_model(trainer: SFTTrainer) -> str:
     """Makes a trainer's model score supervised positions only where that is faster, and returns a line that says so."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return score_faster(trainer.accelerator.unwrap_model(trainer.model), trainer.args)
+
+
+def score_faster(model: Any, args: TrainingArguments, temperature: float = 1.0, rows: int = 3) -> str:
+    """Makes a model with TRL's fused head score supervised positions only, where that is faster; a line that says so.
+
+    `temperature` divides its logits, and `rows` of scores are asked for (see `score_supervised_only`).
+    """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
         head: Any = model.get_output_embeddings()
@@ -126,14 +133,14 @@ def prepare_model(trainer: SFTTrainer) -> str:
             head.bias = head.token_adapter.base_layer.bias
     if not has_fused_head(model):
         return "Loss: TRL's own, because this release of TRL has no fused head to replace"
-    if trainer.args.device.type not in ("cpu", "mps"):
+    if args.device.type not in ("cpu", "mps"):
         return "Loss: TRL's fused head, which projects supervised positions only on this device"
     keep_freed_memory()
     if not has_plain_logits(model.config):
         return "Loss: TRL's head, because this architecture scales or caps its logits"
-    score_supervised_only(model)
+    score_supervised_only(model, temperature, rows)
     line = "Loss: supervised positions only, padding without a mask"
-    if trainer.args.bf16 and trainer.args.device.type == "cpu" and attention_of(model) == "sdpa":
+    if args.bf16 and args.device.type == "cpu" and attention_of(model) == "sdpa":
         attend_by_rows(model)
         line += f"; attention row by row up to a length of {LONGEST}"
     return line

@@ -1,0 +1,107 @@
+"""What GRPO is configured with: TRL's keys, with defaults for small models."""
+
+import inspect
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from fledge.cli import UserError
+from fledge.encoding import prompt_length
+from fledge.models import context_of
+from fledge.training.configuration import SmallDefaults, with_values
+from fledge.training.sharding import told_to_shard
+
+# Keys that TRL's own generation has alone, with what they are without a wish.
+TRLS_OWN = {
+    "use_vllm": False,
+    "use_transformers_continuous_batching": False,
+    "min_p": None,
+    "generation_kwargs": None,
+    "chat_template_kwargs": None,
+    "cache_implementation": None,
+}
+
+
+@dataclass
+class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradient_checkpointing may be None
+    """`GRPOConfig` with the defaults that a model of 1M to 200M parameters wants.
+
+    TRL's are a rate of 1e-6 for thousands of steps. A small model learns in tens of steps of 24 prompts and 8 answers
+    to each, at a rate a few hundred times as high, held near its start by `beta`.
+    """
+
+    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "learning rate schedule"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the prompts"})
+    logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
+    weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "answers in a forward pass and device"})
+    gradient_accumulation_steps: int = field(
+        default=6, metadata={"help": "forward passes a step: with 32 answers each, 24 prompts of 8 answers"}
+    )
+    num_generations: int | None = field(default=8, metadata={"help": "answers to a prompt, compared with one another"})
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "longest answer in tokens (default: the longest of the training answers)"}
+    )
+    beta: float = field(default=0.04, metadata={"help": "price of the distance (KL) to the model at the start"})
+    loss_type: str = field(default="dr_grpo", metadata={"help": "grpo, dr_grpo, dapo, …: how tokens are weighted"})
+    scale_rewards: str = field(
+        default="none", metadata={"help": "divide a group's rewards by their spread: group, batch or none"}
+    )
+    rollout_batch_size: int = field(default=64, metadata={"help": "answers that are sampled at once"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns would take from the rewards what they need; leave it out.")
+
+
+def why_not(config: SmallGrpoConfig) -> str | None:
+    """Why Fledge's loop does not sample the answers, if it does not."""
+    if "rollout_func" not in inspect.signature(GRPOTrainer).parameters:
+        return "this release of TRL takes no other"
+    asked = [key for key, usual in TRLS_OWN.items() if getattr(config, key) != usual]
+    if asked:
+        return f"--{asked[0]} is TRL's"
+    return f"{told_to_shard(config)} spreads the weights" if told_to_shard(config) else None
+
+
+def check_prompts(
+    config: SmallGrpoConfig, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, count: int
+) -> None:
+    """Checks that a model with the tokenizer `own` answers `count` prompts of a dataset with `tokenizer`.
+
+    Raises:
+        UserError: it has no chat template or another one, or the prompts are fewer than one step takes.
+    """
+    train_sft = "fine-tune it on the dataset with train_sft.py first"
+    if own.chat_template is None:
+        raise UserError(f"The model has no chat template, so it cannot answer a prompt yet; {train_sft}.")
+    if own.chat_template != tokenizer.chat_template:
+        raise UserError(f"The dataset was prepared with another chat template than the model's; {train_sft}.")
+    if len(own) < len(tokenizer):
+        raise UserError(f"The dataset has {len(tokenizer) - len(own)} tokens that the model lacks; {train_sft}.")
+    assert config.generation_batch_size
+    assert config.num_generations
+    prompts = config.generation_batch_size // config.num_generations
+    if count < prompts:
+        raise UserError(
+            f"The training split has {count} prompts and a step takes {prompts}; lower --gradient_accumulation_steps "
+            "or --per_device_train_batch_size."
+        )
+
+
+def fit_answers(config: SmallGrpoConfig, model: PreTrainedModel, rows: Dataset) -> tuple[SmallGrpoConfig, str]:
+    """The configuration with a limit for answers to the prompts of encoded `rows`, and a line that says it.
+
+    Raises:
+        UserError: TRL's generation is to be used, and a prompt leaves no room for an answer.
+    """
+    prompts = [prompt_length(labels) for labels in rows["labels"]]
+    longest = max(len(labels) - prompt for labels, prompt in zip(rows["labels"], prompts, strict=True))
+    limit = config.max_completion_length or longest
+    if why_not(config):  # Fledge's loop ends each answer where the context ends
+        limit = min(limit, context_of(model.config) - max(prompts))
+    return with_values(config, max_completion_length=limit), f"Answers of {limit} tokens at most"

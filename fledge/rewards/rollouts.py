@@ -1,0 +1,53 @@
+"""Answers to train on, sampled by Fledge's own loop: each draws from a random stream of its own."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fledge.encoding import prompt_length
+from fledge.generation.answers import continue_each
+from fledge.messages import Messages
+from fledge.sampling import Sampling
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+
+class Rollouts:
+    """A `rollout_func` of TRL: answers to prompts of the rows of an encoded training split.
+
+    An answer depends on the seed, on its place among all answers of the run, and on the weights alone. A run that goes
+    on from a checkpoint therefore samples what it would have sampled, and so do two processes in place of one.
+    """
+
+    def __init__(self, rows: "Dataset", prompts: list[Messages]):
+        # A prompt that was cut in preparation is shorter than its messages are.
+        self.ids = {
+            json.dumps(messages): ids[: prompt_length(labels)]
+            for messages, ids, labels in zip(prompts, rows["input_ids"], rows["labels"], strict=True)
+        }
+
+    def __call__(self, prompts: list[Messages], trainer: "GRPOTrainer") -> dict[str, Any]:
+        config, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        prompt_ids = [self.ids[json.dumps(messages)] for messages in prompts]
+        first = trainer.generation * config.generation_batch_size + config.process_index * len(prompts)
+        numbers = list(range(first, first + len(prompts)))
+        sampling = Sampling(
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            seed=config.seed,
+        )
+        training = model.training
+        model.eval()  # dropout would answer otherwise than the model that is served
+        end = trainer.processing_class.eos_token_id
+        made = dict(continue_each(model, end, prompt_ids, sampling, config.rollout_batch_size, numbers))
+        model.train(training)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [made[number] for number in numbers],
+            "logprobs": None,
+        }

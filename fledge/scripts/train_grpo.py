@@ -1,0 +1,112 @@
+"""An instruct model and its prompts → a model that follows them better, through TRL's GRPOTrainer.
+
+    python train_grpo.py --model_name_or_path model --dataset data --output_dir rewarded --max_steps 20
+    accelerate launch train_grpo.py --config recipes/quickstart_grpo/train_grpo.yaml
+
+The model answers each prompt several times, its task rewards the answers, and what was better than the others becomes
+likelier. Besides the keys below, every key of TRL's GRPOConfig and ModelConfig works under its own name, among them
+--learning_rate, --max_steps, --num_generations, --per_device_train_batch_size, --gradient_accumulation_steps, --beta,
+--temperature, --max_completion_length, --reward_weights, --loss_type, --save_strategy, --report_to, --use_peft;
+--help_all lists them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fledge.folders import Output
+from fledge.training import starting
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from fledge.rewards.configuration import SmallGrpoConfig
+    from fledge.training.running import Inputs
+
+
+@dataclass
+class GrpoArguments(starting.RunArguments):
+    dataset: str = field(metadata={"help": "a folder of prepare_dataset.py; its training prompts are answered"})
+    task: str | None = field(
+        default=None, metadata={"help": "the Python file of a task that is not shipped; its code is run"}
+    )
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={"help": "rewards of the task, by name (default: all), or functions of your own, file.py:function"},
+    )
+
+
+def main() -> Path:
+    """Returns the folder it wrote."""
+    return starting.start("train_grpo.py", __doc__, GrpoArguments, config_kind, train)
+
+
+def config_kind() -> "type[SmallGrpoConfig]":
+    from fledge.rewards.configuration import SmallGrpoConfig
+
+    return SmallGrpoConfig
+
+
+def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig", output: Output) -> None:
+    from fledge.encoding import open_rows
+    from fledge.evaluation.prompts import task_of
+    from fledge.rewards.curves import RewardProgress, save_curves
+    from fledge.rewards.functions import chosen_rewards, reward_functions
+    from fledge.rewards.rollouts import Rollouts
+    from fledge.rewards.trainer import SmallGrpoTrainer, StopWhenDead
+    from fledge.training.configuration import with_values
+    from fledge.training.opening import open_trainer
+    from fledge.training.running import open_run
+
+    # ------------------------------------------------------------ Load and check
+    data = Path(args.dataset)
+    task = task_of(data, args.task)
+    weights = chosen_rewards(task, args.rewards, config.reward_weights)
+    config = with_values(config, reward_weights=list(weights.values()))
+    run, config = open_run(
+        args, config, model_args, output, lambda: load_inputs(args, config, model_args), rewards=weights
+    )
+    inputs, rows = run.inputs, open_rows(data)["train"]
+
+    # ------------------------------------------------------------ Train
+    prompts = [row["messages"][:-1] for row in rows]
+    trainer = open_trainer(
+        SmallGrpoTrainer,
+        config,
+        [*run.callbacks, StopWhenDead()],
+        RewardProgress,
+        model=inputs.model,
+        prompts=prompts,
+        reward_funcs=reward_functions(task, rows, inputs.tokenizer, list(weights)),
+        rollouts=Rollouts(inputs.rows["train"], prompts),
+        processing_class=inputs.tokenizer,
+        peft_config=inputs.adapter,
+    )
+    run.notes += [trainer.sampling_line, trainer.loss_line, *inputs.notes]
+    run.train(trainer, {"reward_curves.png": save_curves})
+
+
+def load_inputs(
+    args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig"
+) -> "tuple[Inputs, SmallGrpoConfig]":
+    """Opens the model and the dataset, and the configuration with the longest answer that they allow.
+
+    Raises:
+        UserError: one of them cannot be used, they do not fit together, or the model cannot answer the prompts.
+    """
+    from fledge.encoding import open_prepared
+    from fledge.rewards.configuration import check_prompts, fit_answers
+    from fledge.tokenizers import open_tokenizer
+    from fledge.training.dataset import check_supervised, longest_row
+    from fledge.training.running import Inputs, adapt
+    from fledge.training.trainer import check_fit, open_base
+
+    base, model = open_base(model_args, args.dropout)
+    own = open_tokenizer(base)
+    budget, tokenizer, rows = open_prepared(Path(args.dataset))
+    check_supervised(rows)
+    check_fit(model, own, tokenizer, longest_row(rows))
+    check_prompts(config, own, tokenizer, len(rows["train"]))
+    config, line = fit_answers(config, model, rows["train"])
+    adapter = adapt(args, model_args, model)
+    return Inputs(base, model, tokenizer, rows, budget, 0, adapter, [line]), config
