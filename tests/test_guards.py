@@ -60,7 +60,8 @@ UNLISTED: dict[str, str] = {
 }
 LISTED = (
     "accelerate.state", "accelerate.utils", "datasets.utils.logging", "torch.distributed.fsdp",
-    "torch.distributed.tensor", "torch.nn.functional", "torch.optim.lr_scheduler", "torch.overrides",
+    "torch.distributed.tensor", "torch.nn.functional", "torch.nn.utils.rnn", "torch.optim.lr_scheduler",
+    "torch.overrides",
     "torch.utils.data", "transformers.cache_utils", "transformers.integrations", "transformers.modeling_outputs",
     "transformers.trainer_callback", "transformers.trainer_utils", "transformers.utils",
 )  # fmt: skip
