@@ -87,8 +87,8 @@ def generate(**keys: Any) -> list[str]:
 
 
 def export(**keys: Any) -> Written | None:
-    """A model folder → a GGUF file or an ONNX folder, proven against the original."""
-    return _written("export", keys, None)
+    """A model → GGUF or ONNX, proven; the record is `export.json`, with what `quantize` lost."""
+    return _written("export", keys, "export.json")
 
 
 def publish(**keys: Any) -> Written | None:

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 MISSING = {
     "generate.py": ["--model", "{}", "--prompt", "x"],
     "evaluate_model.py": ["--model", "{}", "--capabilities"],
-    "export.py": ["--model", "{}", "--to", "gguf", "--output", "out"],
+    "export.py": ["--model", "{}", "--to", "gguf", "--output_dir", "out"],
     "publish.py": ["--model", "{}", "--repo_id", "a/b", "--dry_run"],
     "trim_vocabulary.py": ["--model", "{}", "--data", "x", "--output_dir", "out"],
     "train_sft.py": ["--model_name_or_path", "{}", "--dataset", "x", "--output_dir", "out"],

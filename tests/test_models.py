@@ -90,7 +90,7 @@ SCRIPTS = {
     "generate, compared": (generate, ["--model", "{sound}", "--compare", "{model}", "--prompt", "t5"]),
     "evaluate": (evaluate_model, ["--model", "{model}", "--capabilities"]),
     "evaluate, base": (evaluate_model, ["--model", "{sound}", "--base", "{model}", "--capabilities"]),
-    "export": (export, ["--model", "{model}", "--to", "gguf", "--output", "{out}"]),
+    "export": (export, ["--model", "{model}", "--to", "gguf", "--output_dir", "{out}"]),
     "trim": (trim_vocabulary, ["--model", "{model}", "--data", "{data}", "--output_dir", "{out}"]),
     "train": (
         train_sft,

@@ -24,7 +24,7 @@ for cell in cells:
         exec("".join(cell["source"]), known)
     if "parameters" in cell["metadata"].get("tags", ()):
         known |= dict(folder="../runs", limit=120, max_steps=2, num_prompts=2)
-known["fledge"].export(model=known["model"], to="gguf", output="../runs/model.gguf")
+known["fledge"].export(model=known["model"], to="gguf", output_dir="../runs/gguf")
 print(known["fledge"].__file__)
 """
 
@@ -74,7 +74,7 @@ def test_a_wheel_runs_the_notebook_without_the_checkout(installed, tmp_path):
     assert said.splitlines()[-1].startswith(str(installed.parent))
     assert (runs / "evaluation" / "report.html").stat().st_size > 10_000
     assert {"README.md", "app.py", "requirements.txt"} <= {path.name for path in (runs / "repository/space").iterdir()}
-    assert (runs / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert (runs / "gguf" / "runs-f32.gguf").exists()
     # The repository that the environment lies in is not the one that Fledge's code comes from.
     assert json.loads((runs / "model" / "run.json").read_text(encoding="utf-8"))["commit"] is None
 

@@ -1,129 +1,233 @@
 """A model folder → GGUF (llama.cpp, Ollama) or ONNX (transformers.js, onnxruntime), proven against the original.
 
-python export.py --model model --to gguf --output model.gguf
-python export.py --model model --to onnx --output model-onnx
+python export.py --model model --to gguf --output_dir model-gguf
+python export.py --model model --to onnx --quantize int8 --dataset data --output_dir model-onnx
+
+A quantised file is written when what it loses is within limits. With --dataset that is also measured in prompts
+followed.
 """
 
+import re
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fledge.cli import UserError, parse, writing
-from fledge.folders import Output, check_inputs, claimed
+from fledge.cli import UserError, parse, write_json
+from fledge.folders import Output, claimed
 from fledge.hub import find_model
-from fledge.locks import locked
-from fledge.terminal import quiet
+from fledge.ranges import AT_LEAST_ONE, check_ranges
+from fledge.terminal import progress, quiet
+from fledge.trained import Trained, read_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fledge.exporting.programs import Program
+    from fledge.models import ModelAndTokenizer
+
 NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+KINDS = {"gguf": ("f16", "q8_0", "q4_0"), "onnx": ("fp16", "int8")}
+UNKNOWN_TASK = Trained("", False, [])
 
 
 @dataclass
 class ExportArguments:
     model: str = field(metadata={"help": "a model folder, or a model of the Hub (user/name)"})
     to: str = field(metadata={"help": "gguf or onnx"})
-    output: str = field(metadata={"help": "the file (gguf) or the folder (onnx) to write"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier export"})
+    output_dir: str = field(metadata={"help": "the folder to write"})
+    quantize: str | None = field(
+        default=None, metadata={"help": "store smaller numbers: f16, q8_0, q4_0 (gguf), fp16, int8 (onnx)"}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "the folder that prepare_dataset.py wrote, to measure prompts followed"}
+    )
+    num_prompts: int = field(default=200, metadata={"help": "prompts of --dataset to answer (default 200)"})
+    task: str | None = field(
+        default=None, metadata={"help": "the Python file of a task of your own, whose code is run; others are known"}
+    )
+    accept_loss: bool = field(
+        default=False, metadata={"help": "write a quantised file that loses more than the limits"}
+    )
+    name: str | None = field(default=None, metadata={"help": "what the file calls the model (default: its folder)"})
+    license: str | None = field(
+        default=None, metadata={"help": "an SPDX id for the GGUF file (default: what the model's card says)"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier export in output_dir"})
 
 
 def main() -> Path:
-    """Returns the file or folder it wrote."""
+    """Returns the folder it wrote."""
     (args,) = parse(sys.argv[1:], ExportArguments, description=__doc__)
+    check(args)
+    inputs = {"--model": args.model, "--dataset": args.dataset}
+    with claimed(args.output_dir, "export.py", args.overwrite, inputs) as output:
+        export(args, find_model(args.model), output)
+    return output.path
+
+
+def check(args: ExportArguments) -> None:
+    """Checks every value, that keys go together, and that the packages are there.
+
+    Raises:
+        UserError: it is not so.
+    """
     if args.to not in NEEDED:
         raise UserError(f"--to {args.to} is unknown; choose gguf or onnx.")
+    if args.quantize and args.quantize not in KINDS[args.to]:
+        raise UserError(
+            f"--quantize {args.quantize} is no kind of {args.to}; choose one of {', '.join(KINDS[args.to])}."
+        )
+    if args.dataset and not args.quantize:
+        raise UserError("--dataset measures what --quantize loses; add --quantize, or leave --dataset out.")
+    check_ranges(args, {"num_prompts": AT_LEAST_ONE})
     if missing := [package for package in NEEDED[args.to] if find_spec(package) is None]:
         raise UserError(
             f"Export to {args.to} needs {', '.join(missing)}; `pip install 'fledge-gpt[export]'` brings it."
         )
-    output = Path(args.output)
-    if args.to == "onnx":
-        with claimed(output, "export.py", args.overwrite, {"--model": args.model}, "--output") as folder:
-            export(args, lambda *model: to_onnx(folder, *model))
-            return output
-    check_inputs(output, "--output", {"--model": args.model})
-    if output.exists() and not (args.overwrite and output.is_file()):
-        raise UserError(f"{output} is already there; name another --output or pass --overwrite.")
-    if output.exists() and not is_ours(output):
-        raise UserError(f"{output} was not written by export.py and will not be replaced; name another --output.")
-    find_model(args.model)
-    with locked(output.resolve(), "--output"):
-        export(args, lambda *model: to_gguf(args, *model))
-    return output
+    if args.to == "gguf" and args.quantize and not (args.accept_loss or find_spec("llama_cpp")):
+        raise UserError(
+            "What --quantize loses is measured by llama.cpp: `pip install llama-cpp-python`, or pass --accept_loss."
+        )
 
 
-def is_ours(file: Path) -> bool:
-    """Whether a GGUF file says in its first entries that Fledge wrote it."""
-    with writing(file), file.open("rb") as content:
-        return b"fledge.version" in content.read(4096)
-
-
-def export(args: ExportArguments, to_target: Callable) -> None:
-    import torch
-
-    from fledge.encoding import prompt_text
-    from fledge.models import context_of, load_model
+def export(args: ExportArguments, source: Path, output: Output) -> None:
+    """Writes the float32 file and proves it, then the quantised one in its place and measures it."""
+    from fledge.models import load_model
 
     quiet()
     model, tokenizer = load_model(args.model)
     model.cpu()
+    trained = read_trained(source) or UNKNOWN_TASK
+    to_target = to_gguf if args.to == "gguf" else to_onnx
+    with output.staged() as folder:
+        record = to_target(args, source, folder, (model, tokenizer), trained)
+        write_json(folder / "export.json", {"to": args.to, "quantize": args.quantize} | record)
+    file = output.path / record["file"]
+    print(f"{file} has {file.stat().st_size / 1e6:,.1f} MB.")
+    if args.to == "gguf":
+        print(f"Next: llama-cli -m {file}\n      ollama create {file.stem.lower()} -f {output.path / 'Modelfile'}")
+    else:
+        print(f"{output.path} runs in transformers.js and onnxruntime.")
+
+
+def to_gguf(args: ExportArguments, source: Path, folder: Path, model: "ModelAndTokenizer", trained: Trained) -> dict:
+    """Writes the file and Ollama's Modelfile; what `export.json` says of them."""
+    from fledge.exporting.gguf_file import Description, write_gguf
+    from fledge.exporting.programs import GGUF_TOLERANCE, LlamaCpp
+    from fledge.exporting.templates import modelfile
+    from fledge.models import context_of
+
+    name = args.name or name_of(args.model)
+    about = Description(name, args.license or license_of(source), trained.system)
+    stem, context = re.sub(r"[^\w.-]+", "-", name), context_of(model[0].config)
+    file = folder / f"{stem}-f32.gguf"
+    for difference in write_gguf(*model, file, about):
+        print(difference)
+    record = {}
+    if find_spec("llama_cpp"):
+        program, text = LlamaCpp(file, context), probe(model[1])
+        record["proof"] = prove(model, program, GGUF_TOLERANCE, "llama.cpp")
+        if program.ids(text) != model[1](text, add_special_tokens=False)["input_ids"]:
+            raise UserError(f"llama.cpp splits {text!r} into other tokens; nothing was written.")
+    else:
+        print("Not proven: `pip install llama-cpp-python` lets this script compare llama.cpp's logits.")
+    if args.quantize:
+        file.unlink()
+        file = folder / f"{stem}-{args.quantize}.gguf"
+        write_gguf(*model, file, about, args.quantize)
+        if find_spec("llama_cpp"):
+            record["loss"] = measure(args, model, LlamaCpp(file, context), trained)
+    (folder / "Modelfile").write_text(modelfile(*model, file.name, trained.system), encoding="utf-8")
+    return record | {"file": file.name}
+
+
+def to_onnx(args: ExportArguments, source: Path, folder: Path, model: "ModelAndTokenizer", trained: Trained) -> dict:
+    """Writes the graph, and the configs and tokenizer beside it; what `export.json` says of them."""
+    from fledge.exporting.onnx_graph import quantize_onnx, write_onnx
+    from fledge.exporting.programs import ONNX_TOLERANCE, OnnxRuntime
+
+    write_onnx(*model, folder, trained.system)
+    file = folder / "onnx" / "model.onnx"
+    record = {"proof": prove(model, OnnxRuntime(file), ONNX_TOLERANCE, "onnxruntime")}
+    if args.quantize:
+        file = quantize_onnx(folder, args.quantize)
+        record["loss"] = measure(args, model, OnnxRuntime(file), trained)
+    return record | {"file": file.relative_to(folder).as_posix()}
+
+
+def random_prompts(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Prompts of one token, of 33, and of a whole context."""
+    import torch
+
+    from fledge.models import context_of
+
     context, V = context_of(model.config), min(len(tokenizer), model.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]
+    return [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]
+
+
+def probe(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A text that another program must split as transformers does."""
+    from fledge.encoding import prompt_text
+
     messages = [{"role": "user", "content": "What did Zoë's 2 cats do?\n\nThey ran."}]
-    texts = [prompt_text(tokenizer, messages) if tokenizer.chat_template else messages[0]["content"]]
-    to_target(model, tokenizer, prompts, texts)
+    return prompt_text(tokenizer, messages) if tokenizer.chat_template else messages[0]["content"]
 
 
-def to_gguf(
-    args: ExportArguments,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: list[list[int]],
-    texts: list[str],
-) -> None:
-    from fledge.exporting import GGUF_TOLERANCE, gguf_ids, gguf_logits, largest_error, write_gguf
+def prove(model: "ModelAndTokenizer", program: "Program", tolerance: float, by: str) -> dict:
+    """Compares the float32 logits of a program with the model's own.
 
-    output = Path(args.output).resolve()
-    with writing(output), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as building:
-        file = Path(building) / output.name
-        differences = write_gguf(model, tokenizer, file, Path(args.model).resolve().name)
-        if find_spec("llama_cpp"):
-            error = largest_error(model, prompts, gguf_logits(file, prompts))
-            if error > GGUF_TOLERANCE:
-                raise UserError(
-                    f"llama.cpp computes other logits: {error:.1e} of the largest one; nothing was written."
-                )
-            for text, ids in zip(texts, gguf_ids(file, texts), strict=True):
-                if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
-                    raise UserError(f"llama.cpp splits {text!r} into other tokens; nothing was written.")
-            print(f"Proven by llama.cpp: logits within {error:.1e} of the largest one, the same tokens of a prompt.")
-        else:
-            print("Not proven: `pip install llama-cpp-python` lets this script compare llama.cpp's logits.")
-        file.replace(output)
-    for difference in differences:
-        print(difference)
-    print(f"{args.output} holds weights, tokenizer and template. Run it: llama-cli -m {args.output}")
+    Raises:
+        UserError: they differ by more than `tolerance` of the largest one.
+    """
+    from fledge.exporting.programs import largest_error, logits_of
+
+    prompts = random_prompts(*model)
+    error = largest_error(model[0], prompts, logits_of(program, prompts))
+    if error > tolerance:
+        raise UserError(f"{by} computes other logits: {error:.1e} of the largest one; nothing was written.")
+    print(f"Proven by {by}: float32 logits within {error:.1e} of the largest one, with the cache and without.")
+    return {"by": by, "largest_logit_error": error}
 
 
-def to_onnx(
-    output: Output,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: list[list[int]],
-    texts: list[str],
-) -> None:
-    from fledge.exporting import ONNX_TOLERANCE, largest_error, onnx_logits, write_onnx
+def measure(args: ExportArguments, model: "ModelAndTokenizer", program: "Program", trained: Trained) -> dict:
+    """What a quantised file loses, as `export.json` has it.
 
-    with output.staged() as folder:
-        write_onnx(model, tokenizer, folder)
-        error = largest_error(model, prompts, onnx_logits(folder / "onnx" / "model.onnx", prompts))
-        if error > ONNX_TOLERANCE:
-            raise UserError(f"onnxruntime computes other logits: {error:.1e} of the largest one; nothing was written.")
-        print(f"Proven by onnxruntime: logits within {error:.1e} of the largest one, with the cache and without.")
-    print(f"{output.path} runs in transformers.js and onnxruntime.")
+    Raises:
+        UserError: it is more than the limits, and --accept_loss is not given.
+    """
+    from fledge.exporting.programs import largest_error, logits_of
+    from fledge.exporting.verdict import held_out, judge, self_written
+
+    trial = (
+        held_out(Path(args.dataset), args.task, model[1], args.num_prompts)
+        if args.dataset
+        else self_written(*model, trained.example)
+    )
+    prompts = random_prompts(*model)
+    error = largest_error(model[0], prompts, logits_of(program, prompts))
+    with progress("quantised: answers", len(trial.prompts)) as tell:
+        verdict = judge(*model, program, trial, error, tell)
+    print(f"Measured at {args.quantize}: {verdict}")
+    if verdict.faults and not args.accept_loss:
+        raise UserError(
+            f"--quantize {args.quantize} loses too much: {' and '.join(verdict.faults)}; nothing was written. "
+            "Choose a finer kind, or pass --accept_loss."
+        )
+    return verdict.record
+
+
+def name_of(model: str) -> str:
+    """The name of a model's folder, or of the folder above if that is only called `model`."""
+    folder = Path(model).resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def license_of(folder: Path) -> str | None:
+    """The license that the model's card states, if it has a card."""
+    from huggingface_hub import ModelCard
+
+    card = folder / "README.md"
+    return ModelCard.load(card).data.license if card.exists() else None

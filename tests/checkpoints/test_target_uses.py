@@ -14,7 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fledge.checkpoints.targets import TARGETS
 from fledge.cli import UserError
-from fledge.exporting import ARCHITECTURES, ONNX_TOLERANCE, largest_error, onnx_logits, write_gguf, write_onnx
+from fledge.exporting.architectures import ARCHITECTURES
+from fledge.exporting.gguf_file import write_gguf
+from fledge.exporting.onnx_graph import write_onnx
+from fledge.exporting.programs import ONNX_TOLERANCE, OnnxRuntime, largest_error, logits_of
 from fledge.generation.answers import answer_all, is_batched
 from fledge.models import context_of
 from fledge.sampling import Sampling
@@ -102,10 +105,10 @@ def test_onnx_computes_the_same_or_is_refused_for_its_cache(target, data):
     with TemporaryDirectory() as folder:
         if not is_batched(model):
             with pytest.raises(UserError, match=f"without sliding windows and ALiBi, and this {target} has one"):
-                write_onnx(model, tokenizer, Path(folder))
+                write_onnx(model, tokenizer, Path(folder), [])
             return
-        write_onnx(model, tokenizer, Path(folder))
-        found = onnx_logits(Path(folder) / "onnx" / "model.onnx", prompts)
+        write_onnx(model, tokenizer, Path(folder), [])
+        found = logits_of(OnnxRuntime(Path(folder) / "onnx" / "model.onnx"), prompts)
         assert largest_error(model, prompts, found) <= ONNX_TOLERANCE
 
 
@@ -114,7 +117,7 @@ def test_onnx_computes_the_same_or_is_refused_for_its_cache(target, data):
 @given(st.data())
 def test_gguf_is_refused_in_a_class_that_is_not_exported(target, data):
     with TemporaryDirectory() as folder, pytest.raises(UserError) as refused:
-        write_gguf(data.draw(models(target, shortest=1)), None, Path(folder) / "model.gguf", "tales")
+        write_gguf(data.draw(models(target, shortest=1)), None, Path(folder) / "model.gguf", None)
     assert str(refused.value) == f"GGUF export does gpt2, llama, stablelm; this model is a {target}."
 
 

@@ -11,7 +11,8 @@ from fledge.checkpoints.custom import to_custom
 from fledge.cli import UserError
 from fledge.custom import FILES, FledgeGPTConfig, check_custom_code, open_as_strangers_do
 from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
-from fledge.exporting import write_gguf, write_onnx
+from fledge.exporting.gguf_file import write_gguf
+from fledge.exporting.onnx_graph import write_onnx
 from fledge.generation.answers import answer_each
 from fledge.sampling import Sampling
 
@@ -165,7 +166,7 @@ def test_new_tokens_get_rows_and_change_no_other_logit(gpt):
 def test_no_export_writes_it(tmp_path):
     model = FledgeGPTForCausalLM(FledgeGPTConfig(parameters=["block.mlp_in.weight"]))
     with pytest.raises(UserError, match=r"transformers\.js has no fledge_gpt"):
-        write_onnx(model, None, tmp_path)
+        write_onnx(model, None, tmp_path, [])
     with pytest.raises(UserError, match="this model is a fledge_gpt"):
-        write_gguf(model, None, tmp_path / "model.gguf", "tales")
+        write_gguf(model, None, tmp_path / "model.gguf", None)
     assert not [*tmp_path.iterdir()]

@@ -1,0 +1,143 @@
+"""A model folder as GGUF, which llama.cpp and Ollama run."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fledge.cli import UserError
+from fledge.exporting.architectures import ARCHITECTURES
+from fledge.exporting.templates import served_template
+from fledge.messages import Messages
+from fledge.models import context_of, embedding_of
+from fledge.tokenizers.fast import merges_of
+from fledge.version import __version__
+
+# What --quantize takes → llama.cpp's type of the matrices, and of a whole file. Its own tools name them so.
+TYPES = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
+TYPES |= {"q4_0": ("Q4_0", "MOSTLY_Q4_0")}
+# The embeddings and the head suffer most, and llama.cpp's own tools keep them finer too.
+OUTER = ("token_embd.weight", "output.weight")
+
+
+@dataclass
+class Description:
+    """What a file says of its model beside the weights. `system` is the system message it was trained with, if any."""
+
+    name: str
+    license: str | None
+    system: Messages
+
+
+def write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, about: Description, kind: str = "f32"
+) -> list[str]:
+    """Writes weights, tokenizer and chat template to one file; returns what llama.cpp will do differently.
+
+    `kind` is one of `TYPES`: matrices are stored so; vectors and the table of positions stay in float32.
+
+    Raises:
+        UserError: llama.cpp has no counterpart of the architecture, one of its options, or the tokenizer.
+    """
+    import gguf
+
+    config = model.config
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(f"GGUF export does {', '.join(ARCHITECTURES)}; this model is a {config.model_type}.")
+    keys, tensors = ARCHITECTURES[config.model_type](config, model.state_dict())
+    if config.model_type == "stablelm" or not config.tie_word_embeddings:
+        tensors["output.weight"] = model.get_output_embeddings().weight
+    # Tensors are written as the file is closed, so that what is refused leaves nothing.
+    vocabulary, differences = _vocabulary(tokenizer, embedding_of(model).num_embeddings, about.system)
+    writer = gguf.GGUFWriter(file, config.model_type)
+    writer.add_string("fledge.version", __version__)
+    writer.add_name(about.name)
+    if about.license:
+        writer.add_license(about.license)
+    writer.add_file_type(gguf.LlamaFileType[TYPES[kind][1]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(context_of(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    for key, value in keys.items():
+        add: Callable[[str, Any], None] = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{config.model_type}.{key}", value)
+    for key, value in vocabulary.items():
+        scalars: dict[type, Callable[[str, Any], None]]
+        scalars = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        add = scalars.get(type(value), writer.add_array)
+        add(f"tokenizer.{key}", value)
+    for tensor_name, tensor in tensors.items():
+        numbers = tensor.detach().cpu().float().contiguous().numpy()
+        stored_as = gguf.GGMLQuantizationType[_type_of(tensor_name, numbers.shape, kind)]
+        writer.add_tensor(tensor_name, gguf.quants.quantize(numbers, stored_as), raw_dtype=stored_as)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return differences
+
+
+def _type_of(tensor_name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The type a tensor is stored in. Blocks are of 32 numbers; a matrix whose rows do not fill them stays in F16."""
+    if len(shape) == 1 or tensor_name == "position_embd.weight" or kind == "f32":
+        return "F32"
+    if shape[-1] % 32:
+        return "F16"
+    return "Q8_0" if kind == "q4_0" and tensor_name in OUTER else TYPES[kind][0]
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, system: Messages) -> tuple[dict[str, Any], list[str]]:
+    """The keys below `tokenizer.` for a vocabulary of as many tokens as the model has `rows`, and differences."""
+    from gguf import TokenType
+
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = {i: token for token, i in tokenizer.get_vocab().items()}
+    tokens = [ids.get(i, f"[unused {i}]") for i in range(rows)]
+    types = [TokenType.NORMAL if i in ids else TokenType.UNUSED for i in range(rows)]
+    for i, added in tokenizer.added_tokens_decoder.items():
+        types[i] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+    model, split = parts["model"], parts["pre_tokenizer"]
+    merges = merges_of(model) if model["type"] == "BPE" else []
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    keys: dict[str, Any] = {"ggml.tokens": tokens}
+    differences: list[str] = []
+    if model["type"] == "BPE" and parts["normalizer"] is None and split and byte_level.items() <= split.items():
+        keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": [" ".join(pair) for pair in merges]}
+    elif model["type"] == "BPE" and model["byte_fallback"] and split is None:
+        # SentencePiece joins what makes the piece of the highest score; the order of the merges stands for it.
+        ranks = {left + right: -float(i) for i, (left, right) in reversed(list(enumerate(merges)))}
+        for i, token in enumerate(tokens):
+            if types[i] is TokenType.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                types[i] = TokenType.BYTE
+        normalizers = json.dumps(parts["normalizer"])
+        if "Precompiled" in normalizers:
+            differences.append("llama.cpp takes unusual characters as they are, and this tokenizer normalizes them.")
+        if r"\\A +" in normalizers:
+            differences.append("llama.cpp keeps runs of spaces, and this tokenizer joins them.")
+        keys |= {
+            "ggml.model": "llama",
+            "ggml.pre": "default",
+            "ggml.scores": [ranks.get(token, -1e6) for token in tokens],
+            "ggml.add_space_prefix": "Prepend" in normalizers,
+        }
+        if model["unk_token"]:
+            unknown = tokens.index(model["unk_token"])
+            types[unknown] = TokenType.UNKNOWN
+            keys["ggml.unknown_token_id"] = unknown
+    else:
+        raise UserError(
+            "llama.cpp cannot run this model: it has neither byte-level BPE split as GPT-2 does nor SentencePiece's "
+            "BPE, and this tokenizer is another kind."
+        )
+    keys |= {"ggml.token_type": [int(kind) for kind in types], "ggml.add_bos_token": False}
+    named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
+    keys |= {f"ggml.{role}_token_id": i for role, i in named.items() if i is not None}
+    if template := served_template(tokenizer, system):
+        keys["chat_template"] = template
+    return keys, differences

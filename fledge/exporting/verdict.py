@@ -1,0 +1,177 @@
+"""What a quantised model has lost, measured by the program that will run it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fledge.cli import UserError
+from fledge.encoding import IGNORED, encode_prompt
+from fledge.evaluation.intervals import Ratio, interval, means, paired_difference
+from fledge.evaluation.measuring import completion_nats, loss_ratios, supervised_text
+from fledge.evaluation.prompts import open_prompts
+from fledge.exporting.programs import Program
+from fledge.generation.answers import answer_all, answer_each
+from fledge.messages import Answer, Messages
+from fledge.models import context_of
+from fledge.sampling import Sampling
+from fledge.tasks import FOLLOWING
+
+MOST_LOST_BITS = 0.02  # of the original's bits per byte
+MOST_LOST_OBEDIENCE = 0.05  # of all prompts, beyond the 95% interval's doubt
+TEXTS = 32  # that the model writes itself to be measured on, without a dataset
+BEGINNING = 8  # tokens of such a text from which both models go on
+GREEDY = Sampling(temperature=0, max_new_tokens=300)
+
+
+@dataclass
+class Trial:
+    """What both models are measured on.
+
+    `prompts` are answered greedily. `rows` have `input_ids` and `labels`, whose loss is measured. `score` gives the
+    part of each answer in a metric of obedience; without a dataset there is none.
+    """
+
+    prompts: list[list[int]]
+    rows: list[dict[str, list[int]]]
+    on: str
+    score: Callable[[list[Answer]], Ratio] | None = None
+
+
+def held_out(data: Path, task_file: str | None, tokenizer: PreTrainedTokenizerBase, num_prompts: int) -> Trial:
+    """The prompts and answers of a dataset's test split.
+
+    Raises:
+        UserError: see `open_prompts`; or the dataset is encoded with another vocabulary than the model's.
+    """
+    prompts = open_prompts(data, task_file, "test", num_prompts, 1)
+    if prompts.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{data} has another vocabulary than the model; name the dataset it was trained on.")
+    scorer = prompts.task.scorer(prompts.train_rows, [])
+    weights = np.array(prompts.task.weights(prompts.rows), dtype=float)
+
+    def score(answers: list[Answer]) -> Ratio:
+        return means(scorer.score(prompts.rows, answers), 1, weights)[FOLLOWING]
+
+    return Trial(prompts.ids, prompts.encoded, f"the held-out answers of {data}", score)
+
+
+def self_written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Messages) -> Trial:
+    """Texts that the model draws itself: what another model loses on them is its KL divergence.
+
+    `example` is what the model is asked; without a chat template it begins a document.
+    """
+    if tokenizer.chat_template:
+        prompt = encode_prompt(tokenizer, example or [{"role": "user", "content": "Tell me something."}])
+    else:
+        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        prompt = [0 if begin is None else begin]
+    texts: dict[int, list[int]] = {number: [] for number in range(TEXTS)}
+    drawn = Sampling(temperature=1, top_p=1, max_new_tokens=200)
+    for _ in answer_each(
+        model, tokenizer, [prompt] * TEXTS, drawn, TEXTS, told=lambda number, token: texts[number].append(token)
+    ):
+        pass
+    rows = [{"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids} for ids in texts.values()]
+    rows = [row for row in rows if supervised_text(tokenizer, row)]
+    return Trial([row["input_ids"][: len(prompt) + BEGINNING] for row in rows], rows, f"{len(rows)} texts of its own")
+
+
+@dataclass
+class Verdict:
+    """Each as `intervals` gives them: `value`, `low`, `high`, `n`. `record` is what a file keeps of them."""
+
+    record: dict
+    faults: list[str]
+
+    def __str__(self) -> str:
+        bits, same = self.record["bits_per_byte"], self.record["same_greedy_answers"]
+        lost = "{value:+.4f} bits per byte (95% interval {low:+.4f} to {high:+.4f}".format(**bits["lost"])
+        said = [
+            f"logits within {self.record['largest_logit_error']:.1e} of the largest one",
+            f"{lost}, from {bits['original']:.4f}) on {self.record['measured_on']}",
+            f"{same['value']:.0%} of {same['n']} greedy answers are the same",
+        ]
+        if followed := self.record.get(FOLLOWING):
+            value, low, high = (100 * followed["difference"][name] for name in ("value", "low", "high"))
+            said.append(
+                f"prompts followed {followed['original']:.1%} to {followed['quantised']:.1%} ({value:+.1f} points, 95% "
+                f"interval {low:+.1f} to {high:+.1f}; greedy)"
+            )
+        return "; ".join(said) + "."
+
+
+def judge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    program: Program,
+    trial: Trial,
+    error: float,
+    tell: Callable[[int], None],
+) -> Verdict:
+    """What a quantised model in its program loses against `model`; `tell` is told how many prompts are done.
+
+    `error` is the largest error of its logits, already measured.
+    """
+    texts = [supervised_text(tokenizer, row) for row in trial.rows]
+    nats = completion_nats(model, tokenizer, trial.rows, lambda done: None)
+    bits = loss_ratios([row.cpu() for row in nats], texts)["bits_per_byte"]
+    of_program = [_nats(program, row) for row in trial.rows]
+    quantised_bits = loss_ratios(of_program, texts)["bits_per_byte"]
+    original = answer_all(model, tokenizer, trial.prompts, GREEDY, 64, lambda done: None)
+    context = context_of(model.config)
+    quantised = []
+    for prompt in trial.prompts:
+        quantised.append(_answer(program, tokenizer, prompt, context))
+        tell(len(quantised))
+    same = np.array([float(one.text == other.text) for one, other in zip(original, quantised, strict=True)])
+    lost = paired_difference(bits, quantised_bits)
+    assert lost
+    values = float(bits.value()), float(quantised_bits.value())
+    record = {
+        "measured_on": trial.on,
+        "largest_logit_error": error,
+        "bits_per_byte": {"original": values[0], "quantised": values[1], "lost": lost},
+        "same_greedy_answers": interval(Ratio(same, np.ones_like(same))),
+    }
+    faults = []
+    if lost["value"] > MOST_LOST_BITS * values[0]:
+        faults.append(f"it loses {lost['value'] / values[0]:.1%} of the bits per byte (limit {MOST_LOST_BITS:.0%})")
+    if trial.score:
+        before, after = trial.score(original), trial.score(quantised)
+        difference = cast(dict, paired_difference(before, after))
+        shares = {"original": float(before.value()), "quantised": float(after.value())}
+        record[FOLLOWING] = shares | {"difference": difference}
+        if difference["value"] < -MOST_LOST_OBEDIENCE and difference["high"] < 0:
+            faults.append(
+                f"it follows {-100 * difference['value']:.1f} points fewer prompts (limit {MOST_LOST_OBEDIENCE:.0%})"
+            )
+    return Verdict(record, faults)
+
+
+def _nats(program: Program, row: dict[str, list[int]]) -> torch.Tensor:
+    """The negative log-likelihood (S,) of a row's supervised tokens."""
+    program.restart()
+    logits = torch.from_numpy(program.read(row["input_ids"])[:-1])
+    labels = torch.tensor(row["labels"][1:])
+    kept = labels != IGNORED
+    return torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="none")
+
+
+def _answer(program: Program, tokenizer: PreTrainedTokenizerBase, prompt: list[int], context: int) -> Answer:
+    """The greedy answer, as `answer_each` gives it."""
+    program.restart()
+    ids: list[int] = []
+    new = prompt
+    while len(ids) < min(GREEDY.max_new_tokens, context - len(prompt)):
+        new = [int(program.read(new)[-1].argmax())]
+        ids += new
+        if new[0] == tokenizer.eos_token_id:
+            break
+    stopped = ids[-1] == tokenizer.eos_token_id
+    text = cast(str, tokenizer.decode(ids[: len(ids) - stopped], skip_special_tokens=False)).strip()
+    return Answer(text, len(ids), stopped)
