@@ -74,7 +74,7 @@ def random_rows(count: int = 24) -> list[dict]:
     return made
 
 
-def trainer_for(model, folder: Path, rows: list[dict] | None = None, **changes) -> SFTTrainer:
+def trainer_for(model, folder: Path, rows: list[dict] | None = None, peft_config=None, **changes) -> SFTTrainer:
     """TRL's trainer as it is: nothing of Fledge's but the defaults of its configuration."""
     config = {"bf16": False, "eval_strategy": "no", "per_device_train_batch_size": 4, "seed": 1, "report_to": "none"}
     return SFTTrainer(
@@ -82,4 +82,5 @@ def trainer_for(model, folder: Path, rows: list[dict] | None = None, **changes) 
         args=SmallModelConfig(output_dir=str(folder), **config | changes),
         train_dataset=Dataset.from_list(rows or random_rows()),
         processing_class=small_tokenizer(),
+        peft_config=peft_config,
     )

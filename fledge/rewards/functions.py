@@ -57,17 +57,22 @@ def chosen_rewards(task: Task, names: list[str] | None, weights: list[float] | N
 
 
 def reward_functions(
-    task: Task, rows: list[dict], tokenizer: PreTrainedTokenizerBase, names: list[str] | None = None
+    task: Task,
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str] | None = None,
+    train_rows: list[dict] | None = None,
 ) -> list[RewardFunction]:
     """TRL's reward functions for the rewards of `task`, or for those that `names` has (see `chosen_rewards`).
 
-    Each is called with `completion_ids` and `row`, the number of each answer's prompt among `rows`, the training split.
-    It returns a value in [0, 1] for each answer, and None where the prompt does not call for this reward.
+    Each is called with `completion_ids` and `row`, the number of each answer's prompt among `rows`. It returns a value
+    in [0, 1] for each answer, and None where the prompt does not call for this reward. `train_rows`, which show what is
+    usual, are `rows` themselves unless others are given.
 
     Raises:
         UserError: a name is no reward; a user's file cannot be run; a task returned a value outside 0 to 1.
     """
-    rewarder = Rewarder(task, rows, tokenizer)
+    rewarder = Rewarder(task, rows, tokenizer, train_rows)
     return [
         _of_user(name, rows) if FILE_MARK in name else rewarder.function(name)
         for name in chosen_rewards(task, names, None)
@@ -75,13 +80,19 @@ def reward_functions(
 
 
 class Rewarder:
-    """Rewards the answers to training prompts. All functions of one step share one scoring."""
+    """Rewards the answers to the prompts of `rows`. All functions of one step share one scoring."""
 
-    def __init__(self, task: Task, rows: list[dict], tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        task: Task,
+        rows: list[dict],
+        tokenizer: PreTrainedTokenizerBase | None,
+        train_rows: list[dict] | None = None,
+    ):
         self.task, self.rows, self.tokenizer = task, rows, tokenizer
-        self.names = weights_of(task)
-        self.usual = Usual(task, rows)
-        self.scorer = task.scorer(rows, []) if type(task).reward is Task.reward else None
+        self.names, train_rows = weights_of(task), train_rows or rows
+        self.usual = Usual(task, train_rows)
+        self.scorer = task.scorer(train_rows, []) if type(task).reward is Task.reward else None
         self.last: tuple[list[int], list[list[int]], list[dict[str, float]]] = ([], [], [])
 
     def function(self, name: str) -> RewardFunction:
@@ -93,6 +104,7 @@ class Rewarder:
 
     def of_step(self, numbers: list[int], completion_ids: list[list[int]]) -> list[dict[str, float]]:
         if self.last[:2] != (numbers, completion_ids):
+            assert self.tokenizer
             answers = [answer_of(self.tokenizer, ids) for ids in completion_ids]
             self.last = (numbers, completion_ids, self.rewards([self.rows[number] for number in numbers], answers))
         return self.last[2]

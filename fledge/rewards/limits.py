@@ -1,0 +1,74 @@
+"""What a run with rewards may cost: limits on what no reward looks at, and the best of the models that keep them."""
+
+import math
+from dataclasses import dataclass, field
+
+from fledge.ranges import NOT_NEGATIVE, Range
+from fledge.tasks import FOLLOWING
+
+SHARE = Range(at_least=0, at_most=1)
+RANGES = {
+    "watch_prompts": NOT_NEGATIVE,
+    "watch_patience": NOT_NEGATIVE,
+    "max_distinct_2_drop": SHARE,
+    "max_loss_rise": NOT_NEGATIVE,
+    "max_coherence_drop": SHARE,
+    "min_eos_rate": SHARE,
+}
+SURE = 2.0  # standard errors by which a mean over few answers must differ to count
+Look = dict[str, float]  # `step`, and each figure of what was seen then
+
+
+@dataclass
+class WatchArguments:
+    watch_prompts: int = field(
+        default=64, metadata={"help": "validation prompts answered at each look, every eval_steps; 0: no looks"}
+    )
+    watch_patience: int = field(
+        default=2, metadata={"help": "stop after so many looks in a row outside the limits; 0: never"}
+    )
+    max_distinct_2_drop: float = field(
+        default=0.10, metadata={"help": "limit: distinct-2 may fall by this share of what it was at the start"}
+    )
+    max_loss_rise: float = field(
+        default=0.15, metadata={"help": "limit: the loss on the references may rise by this share of the start's"}
+    )
+    max_coherence_drop: float = field(
+        default=0.0, metadata={"help": "limit: coherence may fall by so much, and by what chance explains"}
+    )
+    min_eos_rate: float = field(
+        default=0.98, metadata={"help": "limit: the share of answers that stop, unless it was lower at the start"}
+    )
+
+
+def outside(look: Look, start: Look, limits: WatchArguments) -> list[str]:
+    """The limits that a look does not keep, each in words."""
+    variety = (1 - limits.max_distinct_2_drop) * start["distinct_2"]
+    loss = (1 + limits.max_loss_rise) * start["completion_loss"]
+    stopping = min(limits.min_eos_rate, start["eos_rate"])
+    said = []
+    if look["distinct_2"] < variety:
+        said.append(f"distinct-2 is {look['distinct_2']:.1%}, and its limit {variety:.1%}")
+    if not look["completion_loss"] <= loss:  # also when it is no number
+        said.append(f"the completion loss is {look['completion_loss']:.3f}, and its limit {loss:.3f}")
+    if look["eos_rate"] < stopping:
+        said.append(f"{look['eos_rate']:.1%} of the answers stop, and the limit is {stopping:.1%}")
+    if "coherence" in start:
+        noise = SURE * math.hypot(look["coherence_error"], start["coherence_error"])
+        coherence = start["coherence"] - limits.max_coherence_drop - noise
+        if look["coherence"] < coherence:
+            said.append(f"coherence is {look['coherence']:.1%}, and its limit {coherence:.1%}")
+    return said
+
+
+def best_of(looks: list[Look], start: Look, limits: WatchArguments) -> Look | None:
+    """The look with the most instruction following among those within the limits; the earlier one of equals."""
+    within = [look for look in looks if not outside(look, start, limits)]
+    return max(within, key=lambda look: look[FOLLOWING], default=None)
+
+
+def broken(looks: list[Look], limits: WatchArguments) -> list[str]:
+    """The limits that the last look does not keep, if it is time to stop: as many looks in a row kept not all."""
+    last = looks[1:][-limits.watch_patience :] if limits.watch_patience else []
+    found = [outside(look, looks[0], limits) for look in last]
+    return found[-1] if len(found) == limits.watch_patience and all(found) and found else []

@@ -1,0 +1,292 @@
+"""Looks at a model while it learns from rewards: what it gained by the reported metrics, and what that cost.
+
+A model learns to please whatever rewards it. So at the start, every `eval_steps` and at the end it answers validation
+prompts, and what is reported is measured: by judges that do not reward, on prompts that are not trained on. What is
+saved in the end is the best of these models that kept the limits, not the last one.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+from fledge.cli import writing
+from fledge.encoding import IGNORED
+from fledge.evaluation.measuring import completion_nats, distinct_ratio, loss_ratios, supervised_text
+from fledge.evaluation.prompts import Prompts, open_prompts
+from fledge.evaluation.scoring import Scoring
+from fledge.evaluation.wording import Wording
+from fledge.generation.answers import continue_each
+from fledge.guards import check_overrides
+from fledge.rewards.functions import RewardFunction, answer_of, reward_functions
+from fledge.rewards.limits import Look, WatchArguments, best_of, broken, outside
+from fledge.sampling import Sampling
+from fledge.tasks import FOLLOWING
+
+PREFIX = "watch/"
+KEPT = f"{PREFIX}kept_step"
+LOOKS = 10  # in a run, without --eval_steps
+BATCH = 64  # answers sampled at once
+
+
+@dataclass
+class Seen:
+    """One answer to a prompt: its token ids, the mean KL of its tokens, and the nats of the prompt's reference."""
+
+    ids: list[int]
+    kl: float
+    nats: torch.Tensor
+
+
+class Watched:
+    """What is looked at: prompts, what reports on their answers, and what rewards them.
+
+    Args:
+        prompts: of the validation split, one answer each.
+        functions: reward functions over the rows of `prompts`, with their weights.
+    """
+
+    def __init__(self, prompts: Prompts, functions: list[RewardFunction], weights: Sequence[float]):
+        self.prompts, self.functions, self.weights = prompts, functions, weights
+        scorer = prompts.task.scorer(prompts.train_rows, [])
+        self.scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
+        self.texts = [supervised_text(prompts.tokenizer, row) for row in prompts.encoded]
+
+    def see(self, model: PreTrainedModel, start: Any, numbers: list[int]) -> dict[int, Seen]:
+        """The answers of `model` to the prompts with these numbers; `start()` is a context that gives its start."""
+        prompts, tokenizer = self.prompts, self.prompts.tokenizer
+        asked = [prompts.ids[number] for number in numbers]
+        made = dict(continue_each(model, tokenizer.eos_token_id, asked, Sampling(), BATCH, numbers))
+        rows = [
+            {"input_ids": ids + made[number], "labels": [IGNORED] * len(ids) + made[number]}
+            for number, ids in zip(numbers, asked, strict=True)
+        ]
+        nats = completion_nats(model, tokenizer, rows, lambda done: None)
+        references = completion_nats(model, tokenizer, [prompts.encoded[i] for i in numbers], lambda done: None)
+        with start() as first:
+            of_start = completion_nats(first, tokenizer, rows, lambda done: None)
+        seen = {}
+        for i, number in enumerate(numbers):
+            ratio = nats[i] - of_start[i]  # log of the start's probability over the model's
+            kl = (ratio.exp() - ratio - 1).mean()  # the estimate of TRL's own log (Schulman 2020)
+            seen[number] = Seen(made[number], float(kl), references[i])
+        return seen
+
+    def figures(self, seen: dict[int, Seen], state: TrainerState) -> dict[str, float]:
+        """Everything that a look reports of the answers to all prompts."""
+        prompts = self.prompts
+        of_each = [seen[number] for number in range(len(prompts.rows))]
+        answers = [answer_of(prompts.tokenizer, one.ids) for one in of_each]
+        scores = self.scoring.score(answers)
+        ratios = self.scoring.ratios(scores)
+        ratios["distinct_2"] = distinct_ratio([answer.text for answer in answers], 1)
+        ratios["completion_loss"] = loss_ratios([one.nats for one in of_each], self.texts)["completion_loss"]
+        found = {name: float(ratio.value()) if ratio.denominator.any() else 0.0 for name, ratio in ratios.items()}
+        if "coherence" in found:
+            coherence = [score["coherence"] for score in scores]
+            found["coherence_error"] = float(np.std(coherence) / np.sqrt(len(coherence)))
+        given = {
+            "prompts": [row["messages"][:-1] for row in prompts.rows],
+            "completions": [[{"role": "assistant", "content": answer.text}] for answer in answers],
+            "completion_ids": [one.ids for one in of_each],
+            "row": list(range(len(of_each))),
+            "trainer_state": state,
+        }
+        rewards = np.array([function(**given) for function in self.functions], dtype=float)  # None becomes NaN
+        weighted = np.nansum(rewards * np.array(self.weights)[:, None], axis=0)
+        for function, of_function in zip(self.functions, rewards, strict=True):
+            if not np.isnan(of_function).all():
+                found[f"rewards/{function.__name__}"] = float(np.nanmean(of_function))
+        lengths = [len(one.ids) for one in of_each]
+        found |= {
+            "reward": float(weighted.mean()),
+            "kl": float(np.average([one.kl for one in of_each], weights=lengths)),
+        }
+        return found
+
+
+@check_overrides
+class Watch(TrainerCallback):
+    """Looks, keeps the best model, and stops a run that leaves the limits.
+
+    What it has seen is in the trainer's log, so a run that goes on from a checkpoint knows it. The best model so far
+    lies beside the checkpoints. Where weights are spread over processes, nothing is watched.
+
+    Args:
+        start: the model before training; None where the trainer has a reference, or an adapter to switch off.
+    """
+
+    def __init__(self, watched: Watched, limits: WatchArguments, start: PreTrainedModel | None):
+        self.watched, self.limits, self.start = watched, limits, start
+        self.reasons: list[str] = []
+
+    def attach(self, trainer: Trainer) -> None:
+        """Makes this watch a callback of `trainer`, the last one."""
+        self.trainer = trainer
+        reference = getattr(trainer, "ref_model", None)
+        if self.start is None and reference is not None:
+            self.start = trainer.accelerator.unwrap_model(reference)
+        trainer.add_callback(self)
+
+    @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = args.eval_steps or 1 / LOOKS
+        self.every = max(1, round(steps if steps >= 1 else steps * state.max_steps))
+        seen = [look["step"] for look in looks_in(state.log_history)]
+        if state.global_step not in seen and state.global_step % self.every == 0:
+            self._look(state, control)
+
+    @override
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+        if control.should_training_stop and state.global_step < state.max_steps:  # told to stop: at once
+            return
+        if is_due:
+            self._look(state, control)
+
+    @override
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        best = self._best(state)
+        if state.is_world_process_zero and best:
+            self._keep_only(best["step"])
+
+    @override
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:  # which alone saves the model
+            return
+        best, looks = self._best(state), looks_in(state.log_history)
+        if best and best["step"] != state.global_step:
+            kept, model = load_file(self._file(best["step"])), self.trainer.accelerator.unwrap_model(self.trainer.model)
+            own = dict(model.named_parameters())
+            with torch.no_grad():
+                for name, value in kept.items():
+                    own[name].copy_(value)
+        self._log({KEPT: best["step"] if best else state.global_step}, control)
+        print("\n".join(said_at_the_end(looks, best, self.reasons)), flush=True)
+
+    def _best(self, state: TrainerState) -> Look | None:
+        """The best look whose model is there; a checkpoint that was copied elsewhere has come without."""
+        looks = looks_in(state.log_history)
+        return best_of([look for look in looks if self._file(look["step"]).exists()], looks[0], self.limits)
+
+    def _look(self, state: TrainerState, control: TrainerControl) -> None:
+        accelerator = self.trainer.accelerator
+        model = accelerator.unwrap_model(self.trainer.model)
+        training = model.training
+        model.eval()
+        numbers = range(accelerator.process_index, len(self.watched.prompts.rows), accelerator.num_processes)
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        parts = gather_object([self.watched.see(inner, lambda: self._start_of(model), list(numbers))])
+        found = [self.watched.figures({k: v for part in parts for k, v in part.items()}, state)]
+        broadcast_object_list(found)  # sums of floats may differ between machines, and all must stop together
+        self._log({f"{PREFIX}{name}": value for name, value in found[0].items()}, control)
+        model.train(training)
+        looks = looks_in(state.log_history)
+        if state.is_world_process_zero:
+            print(said_of(looks[-1], looks[0], self.limits), flush=True)
+            best = self._best(state)
+            if not outside(looks[-1], looks[0], self.limits) and (not best or looks[-1][FOLLOWING] > best[FOLLOWING]):
+                self._keep(model, looks[-1]["step"])
+        self.reasons = broken(looks, self.limits)
+        control.should_training_stop = control.should_training_stop or bool(self.reasons)
+
+    @contextlib.contextmanager
+    def _start_of(self, model: PreTrainedModel | PeftModel):
+        """The model as it was before training."""
+        if self.start is not None:
+            self.start.eval()
+            yield self.start
+            return
+        assert isinstance(model, PeftModel)
+        with model.disable_adapter():
+            yield model.get_base_model()
+
+    def _log(self, logs: dict[str, float], control: TrainerControl) -> None:
+        """Logs as the trainer does, which is still to log its own step."""
+        wanted = control.should_log
+        self.trainer.log(logs)
+        control.should_log = wanted
+
+    def _file(self, step: float) -> Path:
+        return Path(str(self.trainer.args.output_dir)) / f"best-{int(step)}.safetensors"
+
+    def _keep(self, model: PreTrainedModel | PeftModel, step: float) -> None:
+        """Saves what training changes. An earlier best stays until a checkpoint knows of this one."""
+        file = self._file(step)
+        with writing(file, "; make room and start again"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+            save_file({name: value.detach().cpu().contiguous() for name, value in trained.items()}, file)
+        if self.trainer.args.save_strategy == "no":
+            self._keep_only(step)
+
+    def _keep_only(self, step: float) -> None:
+        for file in self._file(step).parent.glob("best-*.safetensors"):
+            if file != self._file(step):
+                file.unlink()
+
+
+def looks_in(log_history: list[dict]) -> list[Look]:
+    """The looks in a trainer's log, by step; a step that was run again counts once, as it was the last time."""
+    found = {}
+    for entry in log_history:
+        if f"{PREFIX}{FOLLOWING}" in entry:
+            figures = {key.removeprefix(PREFIX): value for key, value in entry.items() if key.startswith(PREFIX)}
+            found[entry["step"]] = {"step": entry["step"], **figures}
+    return [found[step] for step in sorted(found)]
+
+
+def said_of(look: Look, start: Look, limits: WatchArguments) -> str:
+    """A line about a look."""
+    line = (
+        f"Looked at step {look['step']}: instruction following {look[FOLLOWING]:.1%}, reward {look['reward']:.3f}, "
+        f"distinct-2 {look['distinct_2']:.1%}, completion loss {look['completion_loss']:.3f}, stopping "
+        f"{look['eos_rate']:.1%}, {look['answer_tokens']:.0f} tokens an answer, KL {look['kl']:.3f}"
+    )
+    left = outside(look, start, limits)
+    return f"{line}. Outside the limits: {'; '.join(left)}" if left else line
+
+
+def said_at_the_end(looks: list[Look], best: Look | None, reasons: list[str]) -> list[str]:
+    """Why a run stopped before its end, and which model is kept."""
+    said = [f"Stopped at step {looks[-1]['step']}: {'; '.join(reasons)}."] if reasons else []
+    if best is None:
+        return [*said, "Kept the last model: none within the limits was found."]
+    if best["step"] == 0:
+        return [
+            *said,
+            "Kept the model of the start: no later one within the limits follows its instructions more often.",
+        ]
+    return [
+        *said,
+        f"Kept the model of step {best['step']}, the best within the limits: instruction following "
+        f"{looks[0][FOLLOWING]:.1%} at the start, {best[FOLLOWING]:.1%} now.",
+    ]
+
+
+def open_watch(
+    limits: WatchArguments, data: Path, task_file: str | None, weights: dict[str, float], start: PreTrainedModel | None
+) -> Watch | None:
+    """The watch of a run on the dataset `data`, with the rewards `weights` by name; None for `--watch_prompts 0`.
+
+    Raises:
+        UserError: the dataset has no validation prompts, or `task_file` is not its task.
+    """
+    if not limits.watch_prompts:
+        return None
+    prompts = open_prompts(data, task_file, "validation", limits.watch_prompts, num_samples=1)
+    functions = reward_functions(prompts.task, prompts.rows, prompts.tokenizer, list(weights), prompts.train_rows)
+    return Watch(Watched(prompts, functions, list(weights.values())), limits, start)
