@@ -14,6 +14,7 @@ from fledge.cli import UserError, parse
 from fledge.pretraining.pretrainer import PretrainConfig
 from fledge.ranges import Range, check_ranges
 from fledge.rewards.configuration import SmallGrpoConfig
+from fledge.rewards.limits import WatchArguments
 from fledge.training import settings
 from fledge.training.trainer import SmallModelConfig
 
@@ -33,6 +34,7 @@ TABLES = [
     (sampling.Sampling, sampling.RANGES),
     (SmallModelConfig, settings.RANGES),
     (SmallGrpoConfig, settings.RANGES),
+    (WatchArguments, settings.RANGES),
     (PretrainConfig, settings.RANGES),
     (ModelConfig, settings.RANGES),
     (importlib.import_module("fledge.scripts.train_sft").RunArguments, settings.RANGES),

@@ -1,22 +1,30 @@
 """How a run with rewards went: a line for each step, and a picture at the end."""
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
+from fledge.evaluation.scoring import MEANING
+from fledge.rewards.watch import KEPT, looks_in
 from fledge.training.run_record import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MEAN = "/mean"
 REWARDS = "rewards/"
-# Beside the rewards: what the log calls it, and what the picture does.
-OTHERS = {
-    "completions/mean_length": "tokens of an answer",
-    "completions/clipped_ratio": "share of answers that were cut",
-    "kl": "KL to the start (nats per token)",
-    "entropy": "entropy (nats per token)",
-    "frac_reward_zero_std": "share of groups without a difference",
-    "grad_norm": "norm of the gradient",
+# What the picture shows of the looks, and under which title.
+OF_LOOKS = {
+    "KL to the start (nats a token)": ("kl",),
+    "variety": ("distinct_2", "repetition", "copied", "coherence"),
+    "completion loss on the references (nats)": ("completion_loss",),
+    "tokens an answer": ("answer_tokens",),
+    "share of answers that stop": ("eos_rate",),
 }
+OF_NO_TASK = {*MEANING, *(name for names in OF_LOOKS.values() for name in names), "step", "reward", "coherence_error"}
+OF_LOG = {"frac_reward_zero_std": "groups without a difference", "entropy": "entropy (nats a token)"}
 
 
 def rewards_in(entry: dict) -> dict[str, float]:
@@ -39,30 +47,55 @@ class RewardProgress(Progress):
         return "  ".join(said)
 
 
-def save_curves(log_history: list[dict], folder: Path) -> None:
-    """The rewards by name and what they cost, over steps, as `reward_curves.png`."""
+def save_picture(log_history: list[dict], folder: Path) -> None:
+    """`rewards.png`: what was rewarded, what is reported, and what it cost; a dotted line where the model is kept."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [entry for entry in log_history if "reward" in entry]
-    shown = {key: label for key, label in OTHERS.items() if any(key in entry for entry in steps)}
-    figure, panels = pyplot.subplots((len(shown) + 3) // 2, 2, figsize=(10, 9), layout="constrained", squeeze=False)
+    looks, steps = looks_in(log_history), [entry for entry in log_history if "reward" in entry]
+    own = sorted({name for look in looks for name in look if name not in OF_NO_TASK and not name.startswith(REWARDS)})
+    figure, panels = pyplot.subplots(3, 3, figsize=(15, 11), layout="constrained")
     axes = panels.flatten()
-    axes[0].plot([entry["step"] for entry in steps], [entry["reward"] for entry in steps])
-    axes[0].set(title="reward, weighted and summed")
-    for name in dict.fromkeys(name for entry in steps for name in rewards_in(entry)):
-        points = [(entry["step"], rewards_in(entry)[name]) for entry in steps if name in rewards_in(entry)]
-        axes[1].plot(*zip(*points, strict=True), label=name)
-    axes[1].set(title="rewards by name")
-    axes[1].legend(frameon=False)
-    for panel, (key, label) in zip(axes[2:], shown.items(), strict=False):
-        points = [(entry["step"], float(entry[key])) for entry in steps if key in entry]
-        panel.plot(*zip(*points, strict=True))
-        panel.set(title=label)
-    for panel in axes:
-        panel.grid(alpha=0.3)
-        panel.set_xlabel("step")
-    figure.savefig(folder / "reward_curves.png", dpi=110)
+    axes[0].set_title("reward, weighted and summed")
+    _draw(axes[0], steps, {"reward": "of training prompts"}, "")
+    _draw(axes[0], looks, {"reward": "of validation prompts"})
+    axes[1].set_title("rewards of training prompts")
+    _draw(axes[1], steps, {f"{REWARDS}{name}{MEAN}": name for entry in steps for name in rewards_in(entry)}, "")
+    axes[2].set_title("reported of validation prompts")
+    _draw(axes[2], looks, {name: name.replace("_", " ") for name in own})
+    for axis, (title, names) in zip(axes[3:], OF_LOOKS.items(), strict=False):
+        axis.set_title(title)
+        _draw(axis, looks, {name: name.replace("_", " ") for name in names})
+    axes[8].set_title("of the trainer's log")
+    _draw(axes[8], steps, OF_LOG, "")
+    kept = kept_step(log_history)
+    for axis in axes:
+        if kept is not None:
+            axis.axvline(kept, color="0.6", linestyle=":")
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("step")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False, fontsize="small")
+    figure.savefig(folder / "rewards.png", dpi=110)
     pyplot.close(figure)
+
+
+def _draw(axis: "Axes", entries: list[dict], names: dict[str, str], marker: str = "o") -> None:
+    for name, label in names.items():
+        points = [(entry["step"], float(entry[name])) for entry in entries if entry.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=label)
+
+
+def save_looks(log_history: list[dict], folder: Path) -> None:
+    """`watch.jsonl`: a line for each look, with `kept` in the one whose model is kept."""
+    kept = kept_step(log_history)
+    lines = [json.dumps(look | {"kept": look["step"] == kept}) + "\n" for look in looks_in(log_history)]
+    (folder / "watch.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def kept_step(log_history: list[dict]) -> int | None:
+    """The step whose model is kept, in the log of a run that was watched to its end."""
+    return next((entry[KEPT] for entry in reversed(log_history) if KEPT in entry), None)

@@ -3,18 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from fledge.ranges import NOT_NEGATIVE, Range
 from fledge.tasks import FOLLOWING
 
-SHARE = Range(at_least=0, at_most=1)
-RANGES = {
-    "watch_prompts": NOT_NEGATIVE,
-    "watch_patience": NOT_NEGATIVE,
-    "max_distinct_2_drop": SHARE,
-    "max_loss_rise": NOT_NEGATIVE,
-    "max_coherence_drop": SHARE,
-    "min_eos_rate": SHARE,
-}
 SURE = 2.0  # standard errors by which a mean over few answers must differ to count
 Look = dict[str, float]  # `step`, and each figure of what was seen then
 

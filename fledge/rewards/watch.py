@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from fledge.cli import writing
+from fledge.cli import UserError, writing
 from fledge.encoding import IGNORED
 from fledge.evaluation.measuring import completion_nats, distinct_ratio, loss_ratios, supervised_text
 from fledge.evaluation.prompts import Prompts, open_prompts
@@ -31,6 +31,7 @@ from fledge.rewards.functions import RewardFunction, answer_of, reward_functions
 from fledge.rewards.limits import Look, WatchArguments, best_of, broken, outside
 from fledge.sampling import Sampling
 from fledge.tasks import FOLLOWING
+from fledge.training.sharding import told_to_shard
 
 PREFIX = "watch/"
 KEPT = f"{PREFIX}kept_step"
@@ -119,7 +120,7 @@ class Watch(TrainerCallback):
     """Looks, keeps the best model, and stops a run that leaves the limits.
 
     What it has seen is in the trainer's log, so a run that goes on from a checkpoint knows it. The best model so far
-    lies beside the checkpoints. Where weights are spread over processes, nothing is watched.
+    lies beside the checkpoints.
 
     Args:
         start: the model before training; None where the trainer has a reference, or an adapter to switch off.
@@ -129,12 +130,11 @@ class Watch(TrainerCallback):
         self.watched, self.limits, self.start = watched, limits, start
         self.reasons: list[str] = []
 
-    def attach(self, trainer: Trainer) -> None:
-        """Makes this watch a callback of `trainer`, the last one."""
-        self.trainer = trainer
-        reference = getattr(trainer, "ref_model", None)
-        if self.start is None and reference is not None:
-            self.start = trainer.accelerator.unwrap_model(reference)
+    def attach(self, trainer: Any) -> None:
+        """Makes this watch the last callback of `trainer`, one of TRL's that may have a reference model."""
+        self.trainer: Trainer = trainer
+        if self.start is None and trainer.ref_model is not None:
+            self.start = trainer.accelerator.unwrap_model(trainer.ref_model)
         trainer.add_callback(self)
 
     @override
@@ -277,16 +277,38 @@ def said_at_the_end(looks: list[Look], best: Look | None, reasons: list[str]) ->
     ]
 
 
-def open_watch(
-    limits: WatchArguments, data: Path, task_file: str | None, weights: dict[str, float], start: PreTrainedModel | None
-) -> Watch | None:
-    """The watch of a run on the dataset `data`, with the rewards `weights` by name; None for `--watch_prompts 0`.
+def watched_in(limits: WatchArguments, data: Path, task_file: str | None, weights: dict[str, float]) -> Watched | None:
+    """What is looked at in a run on the dataset `data` with the rewards `weights` by name; None for no prompts.
 
     Raises:
         UserError: the dataset has no validation prompts, or `task_file` is not its task.
     """
     if not limits.watch_prompts:
         return None
-    prompts = open_prompts(data, task_file, "validation", limits.watch_prompts, num_samples=1)
+    try:
+        prompts = open_prompts(data, task_file, "validation", limits.watch_prompts, num_samples=1)
+    except UserError as error:
+        raise UserError(f"{error} Or train without being watched: --watch_prompts 0.") from error
     functions = reward_functions(prompts.task, prompts.rows, prompts.tokenizer, list(weights), prompts.train_rows)
-    return Watch(Watched(prompts, functions, list(weights.values())), limits, start)
+    return Watched(prompts, functions, list(weights.values()))
+
+
+def watch(watched: Watched | None, limits: WatchArguments, trainer: Any, start: PreTrainedModel | None) -> str:
+    """Watches a run of `trainer`, unless nothing is `watched` or its weights are spread; returns a line that says so.
+
+    `start` is a copy of the model before training, for a trainer that has neither a reference nor an adapter.
+    """
+    if watched is None:
+        return "Not watched: what is rewarded may rise while all else falls, and the last model is kept"
+    if sharded := told_to_shard(trainer.args):
+        return f"Not watched: {sharded} spreads the weights, and the last model is kept"
+    Watch(watched, limits, start).attach(trainer)
+    return f"Watched: {len(watched.prompts.rows)} validation prompts, answered at the start, on the way and at the end"
+
+
+def without_reference(config: TrainingArguments, is_adapted: bool) -> bool:
+    """Whether a trainer with this configuration has no model of the start, so that a copy has to be kept."""
+    keys = config.to_dict()
+    return not is_adapted and (
+        not keys["beta"] or keys["sync_ref_model"] or keys.get("precompute_ref_log_probs", False)
+    )

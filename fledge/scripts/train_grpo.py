@@ -10,11 +10,13 @@ likelier. Besides the keys below, every key of TRL's GRPOConfig and ModelConfig 
 --help_all lists them.
 """
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fledge.folders import Output
+from fledge.rewards.limits import WatchArguments
 from fledge.training import starting
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class GrpoArguments(starting.RunArguments):
+class GrpoArguments(WatchArguments, starting.RunArguments):
     dataset: str = field(metadata={"help": "a folder of prepare_dataset.py; its training prompts are answered"})
     task: str | None = field(
         default=None, metadata={"help": "the Python file of a task that is not shipped; its code is run"}
@@ -50,10 +52,11 @@ def config_kind() -> "type[SmallGrpoConfig]":
 def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig", output: Output) -> None:
     from fledge.encoding import open_rows
     from fledge.evaluation.prompts import task_of
-    from fledge.rewards.curves import RewardProgress, save_curves
+    from fledge.rewards.curves import RewardProgress, save_looks, save_picture
     from fledge.rewards.functions import chosen_rewards, reward_functions
     from fledge.rewards.rollouts import Rollouts
     from fledge.rewards.trainer import SmallGrpoTrainer, StopWhenDead
+    from fledge.rewards.watch import watch, watched_in, without_reference
     from fledge.training.configuration import with_values
     from fledge.training.opening import open_trainer
     from fledge.training.running import open_run
@@ -63,6 +66,7 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
     task = task_of(data, args.task)
     weights = chosen_rewards(task, args.rewards, config.reward_weights)
     config = with_values(config, reward_weights=list(weights.values()))
+    watched = watched_in(args, data, args.task, weights)
     run, config = open_run(
         args, config, model_args, output, lambda: load_inputs(args, config, model_args), rewards=weights
     )
@@ -70,6 +74,7 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
 
     # ------------------------------------------------------------ Train
     prompts = [row["messages"][:-1] for row in rows]
+    start = copy.deepcopy(inputs.model) if watched and without_reference(config, bool(inputs.adapter)) else None
     trainer = open_trainer(
         SmallGrpoTrainer,
         config,
@@ -82,8 +87,8 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
         processing_class=inputs.tokenizer,
         peft_config=inputs.adapter,
     )
-    run.notes += [trainer.sampling_line, trainer.loss_line, *inputs.notes]
-    run.train(trainer, {"reward_curves.png": save_curves})
+    run.notes += [trainer.sampling_line, trainer.loss_line, watch(watched, args, trainer, start), *inputs.notes]
+    run.train(trainer, {"rewards.png": save_picture, "watch.jsonl": save_looks})
 
 
 def load_inputs(

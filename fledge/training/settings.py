@@ -13,6 +13,7 @@ from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, che
 
 BELOW_ONE = Range(at_least=0, below=1)
 SHARE = Range(above=0, at_most=1)
+RATE = Range(at_least=0, at_most=1)
 PORT = Range(at_least=1, below=2**16)
 # Keys that transformers' TrainingArguments, TRL's configurations and ModelConfig have in common or alone.
 RANGES = {
@@ -88,6 +89,12 @@ RANGES = {
     "vllm_tensor_parallel_size": AT_LEAST_ONE,
     **dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), NOT_NEGATIVE),
     "vllm_importance_sampling_cap": NOT_NEGATIVE,
+    "watch_prompts": NOT_NEGATIVE,
+    "watch_patience": NOT_NEGATIVE,
+    "max_distinct_2_drop": RATE,
+    "max_loss_rise": NOT_NEGATIVE,
+    "max_coherence_drop": RATE,
+    "min_eos_rate": RATE,
 }
 NO_QUANTISATION = "models of this size are trained in float32; leave it out"
 ENCODED = "the data is encoded before TRL sees it; prepare_dataset.py and --template decide this"

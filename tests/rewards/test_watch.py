@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fledge.encoding import encode
 from fledge.evaluation.prompts import Prompts
+from fledge.rewards.curves import save_looks, save_picture
 from fledge.rewards.limits import WatchArguments, best_of, broken, outside
-from fledge.rewards.picture import save_looks, save_picture
 from fledge.rewards.watch import Seen, Watch, Watched, looks_in
 from fledge.tasks import load_task
 from fledge.tasks.topic_ending import instruction
@@ -171,8 +171,8 @@ def watched_run(folder, planned: Planned, adapter=None, resume=None, start=None,
     start = None if adapter else small_gpt2()
     trainer = trainer_for(model, folder, peft_config=adapter, eval_steps=1, learning_rate=0.01, **changes)
     planned.model = trainer.model
-    watch = Watch(planned, WatchArguments(), start)
-    watch.attach(trainer)
+    trainer.ref_model = None  # TRL's trainers with rewards or preferences have one
+    Watch(planned, WatchArguments(), start).attach(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
