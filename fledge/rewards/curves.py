@@ -73,7 +73,7 @@ def save_picture(log_history: list[dict], folder: Path) -> None:
     kept = kept_step(log_history)
     for axis in axes:
         if kept is not None:
-            axis.axvline(kept, color="0.6", linestyle=":")
+            axis.axvline(kept, color="0.6", linestyle=":", label="kept" if axis is axes[0] else None)
         axis.grid(alpha=0.3)
         axis.set_xlabel("step")
         if axis.get_legend_handles_labels()[1]:
