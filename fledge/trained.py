@@ -1,6 +1,6 @@
 """What a model's folder says of the task it was trained on. No code of that task is run for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fledge.cli import UserError, read_json
@@ -9,11 +9,14 @@ from fledge.messages import Messages
 
 @dataclass(frozen=True)
 class Trained:
-    """The task's name, whether it asks once, and a conversation that ends with its prompt."""
+    """The task's name, whether it asks once, and a conversation that ends with its prompt; the rest as in `Task`."""
 
     task: str
     asks_once: bool
     example: Messages
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    wording: str = ""
+    text: str | None = None
 
     @property
     def system(self) -> Messages:
@@ -33,6 +36,6 @@ def read_trained(folder: Path) -> Trained | None:
     budget = read_json(file, "train_sft.py", task=str, about_task=dict)
     about = budget["about_task"]
     try:
-        return Trained(budget["task"], about["asks_once"], about["example"])
-    except KeyError as error:
-        raise UserError(f"{file} is damaged (about_task lacks {error}); run train_sft.py again.") from error
+        return Trained(budget["task"], **{key: value for key, value in about.items() if key != "purpose"})
+    except TypeError as error:
+        raise UserError(f"{file} is damaged (about_task: {error}); run train_sft.py again.") from error

@@ -1,153 +1,234 @@
-"""What is asked of a model: made to fit its context by rule, and a conversation in the terminal."""
+"""A model asked in the terminal: the fields of its task, a text and questions about it, or a conversation."""
 
 import contextlib
 import json
+import os
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from fledge.cli import UserError
-from fledge.encoding import encode_prompt, fitting_words
 from fledge.generation.answers import answer_batch
+from fledge.generation.fitting import fit_prompt
 from fledge.messages import INPUT_MARK, Answer, Messages
 from fledge.models import context_of
 from fledge.sampling import Sampling
-from fledge.templates import contents
-from fledge.tokenizers import encoding_of
-from fledge.tokenizers.spelling import Spelling, named
+from fledge.trained import Trained
 
-HELP = """\
-/retry      another answer to the last message
-/reset      forget the conversation
-/save FILE  add the conversation to FILE as one line of JSON
-/help       this text
-/quit       leave (Ctrl-D does, too); Ctrl-C stops an answer"""
-
-
-def fit_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, context: int, max_new_tokens: int
-) -> tuple[list[int], str]:
-    """Ids that ask for the next answer and leave room for it, and a sentence about what was left out ("" if nothing).
-
-    A quarter of the context is kept for the answer, less if `max_new_tokens` is less. The oldest turns go first, whole.
-    Then the text that the question is about (after `INPUT_MARK`) loses its end, as in preparation. The question never
-    loses a word, nor does the system message.
-
-    Raises:
-        UserError: the question alone does not fit, or has a character that the tokenizer lacks.
-    """
-    room = context - min(max_new_tokens, context // 4)
-    kept, left_out = list(messages), []
-    _check_spelling(tokenizer, contents(messages))
-    with encoding_of("The prompt"):
-        ids = encode_prompt(tokenizer, kept)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        for dropped, begin in enumerate(turns[1:], 1):
-            if len(ids) <= room:
-                break
-            kept = [*messages[: turns[0]], *messages[begin:]]
-            ids = encode_prompt(tokenizer, kept)
-            left_out = [f"the oldest {dropped} of {len(turns)} turns"]
-        question, mark, text = kept[-1]["content"].rpartition(INPUT_MARK)
-        if len(ids) > room and mark:
-
-            def with_text(text: str) -> list[int]:
-                return encode_prompt(tokenizer, [*kept[:-1], {**kept[-1], "content": question + mark + text}])
-
-            fitting, count, words = fitting_words(text, room, lambda text: len(with_text(text)))
-            ids = with_text(fitting)
-            left_out.append(f"the last {words - count:,} of the {words:,} words of the text")
-    if len(ids) >= context:
-        raise UserError(
-            f"A prompt of {len(ids)} tokens leaves no room in the model's context of {context}; shorten it."
-        )
-    return (
-        ids,
-        f"To fit the model's context of {context} tokens, {' and '.join(left_out)} were left out." if left_out else "",
-    )
-
-
-def _check_spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    if missing := Spelling(tokenizer).missing(text):
-        raise UserError(f"The prompt has {named(Counter(missing))}, which the model's vocabulary lacks; leave it out.")
-
-
-def fit_beginning(
-    tokenizer: PreTrainedTokenizerBase, text: str, context: int, max_new_tokens: int
-) -> tuple[list[int], str]:
-    """The same for a base model, which has no template and goes on from the text's end: it loses its beginning.
-
-    Raises:
-        UserError: the text is empty, or has a character that the tokenizer lacks.
-    """
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    _check_spelling(tokenizer, text)
-    with encoding_of("The prompt"):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError("The prompt is empty.")
-    excess = len(begin) + len(ids) - (context - min(max_new_tokens, context // 4))
-    if excess <= 0:
-        return begin + ids, ""
-    said = f"To fit the model's context of {context} tokens, the first {excess:,} of {len(ids):,} tokens were left out."
-    return begin + ids[excess:], said
+COMMON = {
+    "/retry": "another answer to the last prompt",
+    "/save FILE": "add the prompt and its answer to FILE, or the whole conversation, as one line of JSON",
+    "/help": "this text",
+    "/quit": "leave (Ctrl-D does, too); Ctrl-C stops an answer or clears the line, twice it leaves",
+}
 
 
 def converse(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    system: Messages,
+    trained: Trained | None,
     sampling: Sampling,
     show_stats: Callable[[], AbstractContextManager[list[Answer]]],
 ) -> None:
-    """Reads messages from standard input until it ends or says /quit, and streams the answers to them.
+    """Reads lines from standard input until it ends or says /quit, and streams the answers.
 
-    `show_stats` yields a list for the answers, of which it may tell something at its end.
+    `trained` says what the model's task asks for. `show_stats` yields a list for the answers, of which it may tell
+    something at its end.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  the keys of a terminal: history, arrows; Windows has them without it
 
-    messages, asked = list(system), 0
-    print("Write a message, or /help.")
-    while True:
+    trained = trained or Trained("", asks_once=False, example=[])
+
+    def answer(messages: Messages, seed: int) -> Answer:
+        messages = [*trained.system, *messages]
+        ids, said = fit_prompt(tokenizer, messages, context_of(model.config), sampling.max_new_tokens)
+        if said:
+            print(f"({said})", file=sys.stderr)
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        with show_stats() as answers:
+            answers += answer_batch(model, tokenizer, [ids], sampling, sampling.seed + seed, streamer)
+        return answers[0]
+
+    session, is_leaving = Session(trained, answer), False
+    print(session.greeting)
+    while not session.is_over:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input(session.prompt if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        command, _, argument = line.partition(" ")
-        retried = command == "/retry"
-        if command == "/quit":
-            return
-        if not line:
+        except KeyboardInterrupt:
+            print("" if is_leaving else "\n(Ctrl-C again leaves)")
+            if is_leaving:
+                return
+            session.at, is_leaving = 0, True
             continue
-        if command == "/reset":
-            messages = list(system)
-            print("Forgotten.")
+        is_leaving = False
+        try:
+            session.take(line)
+        except UserError as error:
+            print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+
+
+@dataclass
+class Session:
+    """What was asked and answered. `answer` is given the messages without the system's, and which answer this is.
+
+    The fields of the task are asked for one by one: `at` is the place of the next. A task without fields has a
+    conversation, or single prompts if it asks once. The text of a task that is about one is asked for first.
+    """
+
+    trained: Trained
+    answer: Callable[[Messages, int], Answer]
+    at: int = 0
+    asked: int = 0
+    values: dict[str, str] = field(default_factory=dict)
+    messages: Messages = field(default_factory=list)
+    text: str | None = None
+    is_over: bool = False
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """What may be typed beside prompts, and what it does."""
+        own = {f"/{name} {'|'.join(labels)}": "the last prompt with this" for name, labels in self.classes.items()}
+        if self.classes:
+            own["/both"] = f"the last prompt with each {' and each '.join(self.classes)}"
+        if self.trained.text:
+            own[f"/{self.trained.text} FILE"] = f"another {self.trained.text}, from a file or typed here"
+        if not self.trained.asks_once:
+            own["/reset"] = "forget the conversation"
+        return own | COMMON
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """The fields that take one of a few labels."""
+        return {name: labels for name, labels in self.trained.fields.items() if labels}
+
+    @property
+    def greeting(self) -> str:
+        """What is expected, and an example of it."""
+        fields = list(self.trained.fields)
+        if fields:
+            return f"Type {' and '.join(fields)}, or /help."
+        if self.trained.text:
+            return f"Name the file of a {self.trained.text} or type one; Enter goes without. Then ask, or /help."
+        example = [message["content"] for message in self.trained.example if message["role"] == "user"]
+        return "Write a message, or /help." + (f" For example: {json.dumps(example[-1])}" if example else "")
+
+    @property
+    def prompt(self) -> str:
+        if self.trained.text and self.text is None:
+            return f"{self.trained.text}> "
+        if not self.trained.fields:
+            return "> "
+        name = list(self.trained.fields)[self.at]
+        labels = self.trained.fields[name]
+        return f"{name} ({', '.join(labels)}) [{self.values.get(name, labels[0])}]> " if labels else f"{name}> "
+
+    def take(self, line: str) -> None:
+        """Does what a line says.
+
+        Raises:
+            UserError: the prompt does not fit the model, or a file cannot be read.
+        """
+        wants_text = self.trained.text and self.text is None
+        if line.startswith("/") and not (wants_text and _is_file(line)):
+            self._command(*line.partition(" ")[::2])
+        elif wants_text:
+            self._begin(line)
+        elif self.trained.fields:
+            self._fill(line)
+        elif line:
+            self._ask(line)
+
+    def _command(self, command: str, argument: str) -> None:
+        name, argument = command[1:], argument.strip()
+        if command == "/quit":
+            self.is_over = True
+        elif command == "/help":
+            width = max(map(len, self.commands)) + 2
+            print("\n".join(f"{typed:<{width}}{does}" for typed, does in self.commands.items()))
         elif command == "/save":
-            print(save(messages, argument.strip()))
-        elif retried and len(messages) == len(system):
-            print("There is no message yet to answer again.")
-        elif line.startswith("/") and not retried:
-            print(HELP if command == "/help" else f"{command} is unknown; /help lists the commands.")
+            print(save([*self.trained.system, *self.messages], argument) if self.messages else "Nothing to save yet.")
+        elif command == "/reset" and not self.trained.asks_once:
+            self.messages, self.text = [], None
+            print("Forgotten.")
+        elif self.trained.text and name == self.trained.text:
+            self._begin(argument)
+        elif name in self.classes and argument not in self.classes[name]:
+            print(f"{command} takes one of {', '.join(self.classes[name])}.")
+        elif command == "/retry" or name in self.classes or (command == "/both" and self.classes):
+            self._again(name, argument)
         else:
-            turn = messages[:-1] if retried else [*messages, {"role": "user", "content": line}]
-            try:
-                ids, said = fit_prompt(tokenizer, turn, context_of(model.config), sampling.max_new_tokens)
-                if said:
-                    print(f"({said})", file=sys.stderr)
-                streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-                with show_stats() as answers:
-                    answers += answer_batch(model, tokenizer, [ids], sampling, sampling.seed + asked, streamer)
-                messages = [*turn, {"role": "assistant", "content": answers[0].text}]
-                asked += 1
-            except UserError as error:
-                print(error, file=sys.stderr)
-            except KeyboardInterrupt:
-                print("\n(stopped; the message is not part of the conversation)")
+            print(f"{command} is unknown; /help lists the commands.")
+
+    def _again(self, name: str, argument: str) -> None:
+        """The last prompt once more: as it was, with another label, or with every label."""
+        if not self.messages:
+            print("There is no prompt yet to answer again.")
+        elif name == "retry":
+            self.asked += 1
+            self._exchange(self.messages[:-1])
+        elif name == "both":
+            field_name, labels = next(iter(self.classes.items()))
+            before = self.values
+            for label in labels:
+                print(f"--- {label}")
+                self.values = before | {field_name: label}
+                self._exchange(self._worded())
+        else:
+            self.values |= {name: argument}
+            self._exchange(self._worded())
+
+    def _begin(self, given: str) -> None:
+        """Takes the text that questions are about, from a file or as typed; an empty line goes without."""
+        try:
+            self.text = Path(given).read_text(encoding="utf-8").strip() if _is_file(given) else given
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{given} cannot be read as text in UTF-8: {error}.") from error
+        self.messages = []
+        print(f"Ask about it, or /help ({len(self.text.split()):,} words)." if self.text else "Ask for something.")
+
+    def _fill(self, line: str) -> None:
+        """Takes the value of the next field; after the last one the prompt is complete."""
+        names = list(self.trained.fields)
+        name, labels = names[self.at], self.trained.fields[names[self.at]]
+        if labels:
+            line = line or self.values.get(name, labels[0])
+            if line not in labels:
+                print(f"{name} is one of {', '.join(labels)}.")
+                return
+        elif not line:
+            return
+        self.values[name] = " ".join(line.split())
+        self.at = (self.at + 1) % len(names)
+        if self.at == 0:
+            self._exchange(self._worded())
+
+    def _worded(self) -> Messages:
+        return [{"role": "user", "content": self.trained.wording.format(**self.values)}]
+
+    def _ask(self, line: str) -> None:
+        before = [] if self.trained.asks_once else self.messages
+        if self.text and not before:
+            line += INPUT_MARK + self.text
+        self._exchange([*before, {"role": "user", "content": line}])
+
+    def _exchange(self, messages: Messages) -> None:
+        made = self.answer(messages, self.asked)
+        self.messages = [*messages, {"role": "assistant", "content": made.text}]
+        if not self.trained.fields:
+            self.asked += 1
+
+
+def _is_file(given: str) -> bool:
+    return os.path.isfile(given)  # noqa: PTH113  Path.is_file raises for a text that is longer than a name can be
 
 
 def save(messages: Messages, file: str) -> str:

@@ -24,6 +24,7 @@ from fledge.locks import locked
 from fledge.ranges import AT_LEAST_ONE, check_ranges
 from fledge.sampling import Sampling
 from fledge.terminal import quiet
+from fledge.trained import Trained, read_trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +50,7 @@ class GenerateArguments:
     )
     story: str | None = field(default=None, metadata={"help": "a text file that --ask is about"})
     ask: str | None = field(default=None, metadata={"help": "a question, about --story if given"})
-    interactive: bool = field(default=False, metadata={"help": "a conversation; /help lists its commands"})
+    interactive: bool = field(default=False, metadata={"help": "ask in the terminal what the model's task asks"})
     prompts_file: str | None = field(
         default=None, metadata={"help": "a prompt a line, or .jsonl with `prompt` or `messages` in each line"}
     )
@@ -113,10 +114,12 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
     for name, (_, tokenizer) in zip(names, models, strict=True):
         if not tokenizer.chat_template and (args.interactive or args.ask or args.words or args.constraints):
             raise UserError(f"{name} is a base model without a chat template; give it a --prompt.")
-    system = system_of(args, folder)
+    trained = read_trained(folder)
     if args.interactive:
-        converse(*models[0], system, sampling, lambda: stats(args.stats))
+        converse(*models[0], trained, sampling, lambda: stats(args.stats))
         return []
+    warn_of_task(args, trained)
+    system = trained.system if trained else []
     if args.prompts_file:
         return answer_prompts(args, sampling, models[0], system)
     messages = [*system, {"role": "user", "content": question(args)}]
@@ -184,7 +187,7 @@ def prompt_ids(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", messages: "Messages", max_new_tokens: int
 ) -> list[int]:
     """The ids of a prompt that fits the context; says on standard error what was left out for that."""
-    from fledge.generation.conversation import fit_beginning, fit_prompt
+    from fledge.generation.fitting import fit_beginning, fit_prompt
     from fledge.models import context_of
 
     context = context_of(model.config)
@@ -222,19 +225,12 @@ def check(args: GenerateArguments) -> None:
         raise UserError("--compare answers a single prompt; it goes with neither --interactive nor --prompts_file.")
 
 
-def system_of(args: GenerateArguments, folder: Path) -> "Messages":
-    """The system message that the model was trained with, if any; warns when it is asked for another task's."""
-    from fledge.cli import read_json
-
-    file = folder / "budget.json"
-    if not file.exists():
-        return []
-    budget = read_json(file, "train_sft.py", task=str, about_task=dict)
+def warn_of_task(args: GenerateArguments, trained: Trained | None) -> None:
+    """Says on standard error that a model is asked for another task's prompts than its own."""
     asks = {"topic_ending": args.topic, "story_chat": args.words, "constraints": args.constraints}
     wanted = next((task for task, is_asked in asks.items() if is_asked), None)
-    if wanted and budget["task"] != wanted:
-        print(f"{args.model} was trained on the task {budget['task']}, and this asks for {wanted}.", file=sys.stderr)
-    return [message for message in budget["about_task"]["example"] if message["role"] == "system"]
+    if wanted and trained and trained.task != wanted:
+        print(f"{args.model} was trained on the task {trained.task}, and this asks for {wanted}.", file=sys.stderr)
 
 
 def question(args: GenerateArguments) -> str:

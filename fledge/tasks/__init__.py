@@ -12,6 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from types import ModuleType
 from typing import Any
 
@@ -69,6 +70,18 @@ class Task(ABC):
     judged_twice: tuple[str, str] | None = None
     """Two metrics that say the same by judges of different kinds. Where they part, one of the judges is being gamed."""
 
+    fields: dict[str, tuple[str, ...]] = {}
+    """What a prompt is made of, if it is made of fields: each with the labels that it takes, `()` for any text.
+
+    `generate.py --interactive` asks for them one by one.
+    """
+
+    wording: str = ""
+    """The prompt, with the fields' names in braces."""
+
+    text: str | None = None
+    """What a conversation is about, such as a story. It is given once, and the first question brings it."""
+
     asks_once: bool = False
     """Whether every example is one instruction and one answer, never a conversation. Such a dataset is written with the
     columns `instruction` and `response` in place of `messages`."""
@@ -91,7 +104,8 @@ class Task(ABC):
     @property
     def about(self) -> dict[str, Any]:
         """What later stages need to know, as `budget.json` holds it: they need not run the code of a task."""
-        return {"purpose": self.purpose, "asks_once": self.asks_once, "example": self.example}
+        told = ("purpose", "asks_once", "example", "fields", "wording", "text")
+        return {name: getattr(self, name) for name in told}
 
     @abstractmethod
     def examples(self, record: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
@@ -276,6 +290,8 @@ def _task_in(module: ModuleType) -> Task:
     for column, labels in kind.columns.items():
         if not isinstance(labels, tuple) and labels not in KINDS:
             raise UserError(f"The column {column} of {file} is {labels!r}; give a tuple of labels or one of {KINDS}.")
+    if {name for _, name, _, _ in Formatter().parse(kind.wording) if name is not None} != kind.fields.keys():
+        raise UserError(f"The task in {file} has the fields {', '.join(kind.fields)}, and its wording other ones.")
     if unknown := {FOLLOWING, *kind.constraints} - set(kind.meaning):
         raise UserError(
             f"The task in {file} does not say what {', '.join(sorted(unknown))} means; add it to `meaning`."

@@ -75,6 +75,7 @@ class StoryChat(Task):
     template = "story_chat"
     purpose = "write short stories, sum them up, and answer questions about them"
     example = CAPABILITIES["words"]
+    text = "story"
     columns = {
         "kind": KINDS,
         "form": ("single", "conversation"),

@@ -29,8 +29,11 @@ DAMAGE = {
 }
 
 
+WORDING = "Write a story about: {topic}\nWith: {ending} ending"
+
+
 def instruction(topic: str, ending: str) -> str:
-    return f"Write a story about: {topic}\nWith: {ending} ending"
+    return WORDING.format(topic=topic, ending=ending)
 
 
 def requested(text: str) -> tuple[str, str]:
@@ -51,6 +54,8 @@ class TopicEnding(Task):
     template = "story"
     purpose = "write a short story about a given topic with a happy or a sad ending"
     example = [{"role": "user", "content": instruction("A little boy found a red kite in the park.", "happy")}]
+    fields = {"topic": (), "ending": ("happy", "sad")}
+    wording = WORDING
     columns = {"ending": ("happy", "sad")}
     meaning = {
         "ending_match": "the story ends as its prompt asks, by a classifier of endings",

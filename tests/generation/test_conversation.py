@@ -7,12 +7,14 @@ from conftest import ROOT
 
 from fledge.cli import UserError
 from fledge.encoding import encode_prompt
-from fledge.generation.conversation import fit_beginning, fit_prompt
-from fledge.messages import INPUT_MARK
+from fledge.generation.conversation import Session
+from fledge.generation.fitting import fit_beginning, fit_prompt
+from fledge.messages import INPUT_MARK, Answer
 from fledge.models import load_model
 from fledge.scripts import generate
 from fledge.templates import add_template
 from fledge.tokenizers import load_tokenizer
+from fledge.trained import Trained
 
 
 def user(text: str) -> dict[str, str]:
@@ -80,31 +82,112 @@ def run_generate(monkeypatch, *arguments, typed: str = "") -> None:
     generate.main()
 
 
-def test_a_conversation_in_the_terminal(tiny, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "talk.jsonl"
+def test_a_task_with_fields_asks_for_them(tiny, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "asked.jsonl"
     typed = [
-        "/retry", "Write a story about: Lily took a ball.", "/retry", "Go on.",
-        f"/save {file}", "/save", "/sing", "/help", "/reset", "/retry", "/quit", "never read",
+        "/retry", "Lily took a  ball.", "odd", "", f"/save {file}", "/ending sad", f"/save {file}", "/both",
+        "/reset", "/sing", "/help", "/ending odd", "A cat.", "sad", f"/save {file}", "/save", "/quit", "never read",
     ]  # fmt: skip
     run_generate(
         monkeypatch, "--model", tiny.model, "--interactive", "--max_new_tokens", 12, "--stats", typed="\n".join(typed)
     )
     shown = capsys.readouterr()
-    (talk,) = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    assert [message["role"] for message in talk["messages"]] == ["user", "assistant"] * 2
-    assert [talk["messages"][i]["content"] for i in (0, 2)] == [typed[1], typed[3]]
-    assert shown.err.count("tokens/s") == 3
-    assert shown.out.count("no message yet to answer again") == 2
-    assert "/sing is unknown" in shown.out
+    saved = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [messages[0]["content"] for messages in saved] == [
+        "Write a story about: Lily took a ball.\nWith: happy ending",
+        "Write a story about: Lily took a ball.\nWith: sad ending",
+        "Write a story about: A cat.\nWith: sad ending",
+    ]
+    assert all([message["role"] for message in messages] == ["user", "assistant"] for messages in saved)
+    assert all(messages[1]["content"] in shown.out for messages in saved)
+    assert shown.err.count("tokens/s") == 5
+    for said in (
+        "Type topic and ending", "There is no prompt yet", "ending is one of happy, sad", "--- happy\n", "--- sad\n",
+        "/reset is unknown", "/sing is unknown", "/both ", "/ending takes one of happy, sad", "/save needs a file",
+    ):  # fmt: skip
+        assert said in shown.out
     assert "never read" not in shown.out
-    for message in talk["messages"][1::2]:
-        assert message["content"] in shown.out
 
 
-def test_history_is_cut_and_said(tiny, monkeypatch, capsys):
-    typed = "\n".join(["Lily took a kite to the park and saw a fish and a drum and a cake."] * 5)
-    run_generate(monkeypatch, "--model", tiny.model, "--interactive", "--max_new_tokens", 30, typed=typed)
-    assert "turns were left out" in capsys.readouterr().err
+@pytest.fixture
+def asked():
+    """A session of a task, in which an answer says how many messages it was given, and the list of what was asked."""
+    heard = []
+
+    def answer(messages, seed):
+        heard.append([message["content"] for message in messages])
+        return Answer(f"answer {len(heard)}", 3, True)
+
+    def start(**about):
+        return Session(Trained("t", **{"asks_once": False, "example": []} | about), answer)
+
+    start.heard = heard
+    return start
+
+
+def test_a_conversation_has_its_history_and_a_single_prompt_has_none(asked, tmp_path):
+    talk = asked()
+    assert talk.prompt == "> "
+    for line in ("one", "two", "/retry", "/reset", "three"):
+        talk.take(line)
+    assert asked.heard == [["one"], ["one", "answer 1", "two"], ["one", "answer 1", "two"], ["three"]]
+    once = asked(asks_once=True)
+    asked.heard.clear()
+    for line in ("one", "", "two"):
+        once.take(line)
+    assert asked.heard == [["one"], ["two"]]
+    assert "/reset" not in once.commands
+    once.take("/quit")
+    assert once.is_over
+
+
+def test_a_story_is_given_once_and_then_asked_about(asked, tmp_path):
+    file = tmp_path / "tale.txt"
+    file.write_text("A fox ran.\n", encoding="utf-8")
+    long = " ".join(["A cat sat."] * 500)  # longer than the name of a file can be
+    talk = asked(text="story")
+    assert talk.prompt == "story> "
+    for line in (str(file), "Who?", "Why?", f"/story {long}", "Who?", "/story", "Tell one."):
+        talk.take(line)
+    assert asked.heard == [
+        [f"Who?{INPUT_MARK}A fox ran."],
+        [f"Who?{INPUT_MARK}A fox ran.", "answer 1", "Why?"],
+        [f"Who?{INPUT_MARK}{long}"],
+        ["Tell one."],
+    ]
+    file.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot be read as text in UTF-8"):
+        talk.take(f"/story {file}")
+
+
+def test_ctrl_c_clears_the_line_and_twice_leaves(tiny, monkeypatch, capsys):
+    typed = iter(["A cat.", KeyboardInterrupt, "A dog.", "happy", KeyboardInterrupt, KeyboardInterrupt, "never"])
+
+    def press(prompt=""):
+        key = next(typed)
+        if key is KeyboardInterrupt:
+            raise key
+        return key
+
+    monkeypatch.setattr("builtins.input", press)
+    run_generate(monkeypatch, "--model", tiny.model, "--interactive", "--max_new_tokens", 3, "--stats")
+    shown = capsys.readouterr()
+    assert shown.out.count("(Ctrl-C again leaves)") == 2
+    assert shown.err.count("tokens/s") == 1  # the cat's ending was never asked for
+    assert next(typed) == "never"
+
+
+def test_the_text_stays_when_the_question_that_brought_it_goes(tokenizer):
+    text = "Lily had a ball."
+    turns = [user(f"Who had number 0?{INPUT_MARK}{text}"), assistant("Lily.")]
+    turns += [message for n in range(1, 6) for message in (user(f"Who had number {n}?"), assistant("Tim had a kite."))]
+    last = [user("Who saw it?")]
+    for left in (last, [user("Who had number 5?"), assistant("Tim had a kite."), *last]):
+        expected = [{**left[0], "content": f"{left[0]['content']}{INPUT_MARK}{text}"}, *left[1:]]
+        room = len(encode_prompt(tokenizer, expected))
+        ids, said = fit_prompt(tokenizer, [*turns, *last], room + 10, 10)
+        assert ids == encode_prompt(tokenizer, expected)
+        assert "turns were left out" in said
 
 
 def test_two_models_side_by_side(tiny, monkeypatch, capsys):

@@ -1,0 +1,85 @@
+"""A prompt made to fit the model's context, by rule."""
+
+from collections import Counter
+
+from transformers import PreTrainedTokenizerBase
+
+from fledge.cli import UserError
+from fledge.encoding import encode_prompt, fitting_words
+from fledge.messages import INPUT_MARK, Messages
+from fledge.templates import contents
+from fledge.tokenizers import encoding_of
+from fledge.tokenizers.spelling import Spelling, named
+
+
+def fit_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, context: int, max_new_tokens: int
+) -> tuple[list[int], str]:
+    """Ids that ask for the next answer and leave room for it, and a sentence about what was left out ("" if nothing).
+
+    A quarter of the context is kept for the answer, less if `max_new_tokens` is less. The oldest turns go first, whole;
+    the text that the first question brought (after `INPUT_MARK`) stays with the oldest one that is left. Then that text
+    loses its end, as in preparation. The question never loses a word, nor does the system message.
+
+    Raises:
+        UserError: the question alone does not fit, or has a character that the tokenizer lacks.
+    """
+    room = context - min(max_new_tokens, context // 4)
+    kept, left_out = list(messages), []
+    _check_spelling(tokenizer, contents(messages))
+    with encoding_of("The prompt"):
+        ids = encode_prompt(tokenizer, kept)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        for dropped, begin in enumerate(turns[1:], 1):
+            if len(ids) <= room:
+                break
+            _, mark, text = messages[turns[0]]["content"].partition(INPUT_MARK)
+            oldest = messages[begin]
+            if mark and INPUT_MARK not in oldest["content"]:
+                oldest = oldest | {"content": oldest["content"] + mark + text}
+            kept = [*messages[: turns[0]], oldest, *messages[begin + 1 :]]
+            ids = encode_prompt(tokenizer, kept)
+            left_out = [f"the oldest {dropped} of {len(turns)} turns"]
+        question, mark, text = kept[-1]["content"].rpartition(INPUT_MARK)
+        if len(ids) > room and mark:
+
+            def with_text(text: str) -> list[int]:
+                return encode_prompt(tokenizer, [*kept[:-1], {**kept[-1], "content": question + mark + text}])
+
+            fitting, count, words = fitting_words(text, room, lambda text: len(with_text(text)))
+            ids = with_text(fitting)
+            left_out.append(f"the last {words - count:,} of the {words:,} words of the text")
+    if len(ids) >= context:
+        raise UserError(
+            f"A prompt of {len(ids)} tokens leaves no room in the model's context of {context}; shorten it."
+        )
+    return (
+        ids,
+        f"To fit the model's context of {context} tokens, {' and '.join(left_out)} were left out." if left_out else "",
+    )
+
+
+def _check_spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    if missing := Spelling(tokenizer).missing(text):
+        raise UserError(f"The prompt has {named(Counter(missing))}, which the model's vocabulary lacks; leave it out.")
+
+
+def fit_beginning(
+    tokenizer: PreTrainedTokenizerBase, text: str, context: int, max_new_tokens: int
+) -> tuple[list[int], str]:
+    """The same for a base model, which has no template and goes on from the text's end: it loses its beginning.
+
+    Raises:
+        UserError: the text is empty, or has a character that the tokenizer lacks.
+    """
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    _check_spelling(tokenizer, text)
+    with encoding_of("The prompt"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("The prompt is empty.")
+    excess = len(begin) + len(ids) - (context - min(max_new_tokens, context // 4))
+    if excess <= 0:
+        return begin + ids, ""
+    said = f"To fit the model's context of {context} tokens, the first {excess:,} of {len(ids):,} tokens were left out."
+    return begin + ids[excess:], said
