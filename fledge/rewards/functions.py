@@ -135,8 +135,7 @@ class Usual:
     """How long training answers are and how much they repeat themselves, by the kind of their prompt.
 
     The limits leave out the outermost twentieth of the training answers on either side. Inside them the reward is 1.
-    Outside it falls in proportion: to a half for an answer half as long, twice as long, or with half as many different
-    runs of words.
+    Outside it falls to 0: for an answer half as long, twice as long, or with half as many different runs of words.
     """
 
     def __init__(self, task: Task, rows: list[dict]):
@@ -162,7 +161,8 @@ class Usual:
         if count == 0:
             return float(shortest == 0)
         fresh = min(1.0, (1 - repetition(answer.text)) / least_fresh)
-        return fresh * min(1.0, count / max(shortest, 1), max(longest, 1) / count)
+        length = min(1.0, count / max(shortest, 1), max(longest, 1) / count)
+        return max(0.0, 2 * fresh * length - 1)
 
 
 def answer_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
