@@ -29,7 +29,7 @@ from fledge.cli import UserError
 from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, fit, shortest
 from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
-from fledge.preparation.preferences import examples_of
+from fledge.preparation.preferences import Choice
 from fledge.preparation.reasons import ANSWER_LOST, too_long, unwritable
 from fledge.reading.files import SPLITS
 from fledge.sources import Chunk, Source
@@ -76,15 +76,14 @@ class Preparation:
     seed: int
     near_duplicates: bool = False
     folder: Path | None = None
-    keep: str | None = None  # of a model's answers: pairs or best
-    pairs_per_prompt: int = 1
+    choice: Choice | None = None  # among a model's answers
 
     def __post_init__(self) -> None:
         self.spelling = Spelling(self.tokenizer)
 
     @property
     def has_pairs(self) -> bool:
-        return self.keep == "pairs"
+        return self.choice is not None and self.choice.keep == "pairs"
 
     def __call__(self, named: NamedChunk) -> None:
         """Makes the rows of a chunk and writes them with their facts.
@@ -102,8 +101,8 @@ class Preparation:
             for number, record in records:
                 found.counts["read"] += 1
                 try:
-                    if self.keep:
-                        made = examples_of(record, task, self.keep, self.pairs_per_prompt)
+                    if self.choice:
+                        made = self.choice.examples(record, task)
                     else:
                         # Chance is the record's own, so that its examples do not depend on the records before it.
                         made = task.checked_examples(record, random.Random(f"{self.seed} {named.name} {number}"))

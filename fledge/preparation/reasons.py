@@ -23,11 +23,11 @@ ANSWER_LOST = Reason(
 HELD_OUT = Reason("its topic or story is held out in another split", "--split", True)
 DUPLICATE = Reason("an exact duplicate", "other --data", True)
 MORE_ANSWERS = "asking for more answers to each prompt (evaluate_model.py --num_samples)"
-TIED = Reason("all answers to the prompt score the same", MORE_ANSWERS)
+TIED = Reason("all answers to the prompt are worth the same", f"{MORE_ANSWERS} or a smaller --margin")
 NONE_STOPPED = Reason("no answer to the prompt ended by itself", MORE_ANSWERS)
-NONE_KEEPS_ALL = Reason("no answer to the prompt keeps every constraint", MORE_ANSWERS)
+NONE_IS_DONE = Reason("no answer did what the prompt asks", MORE_ANSWERS)
 ONE_ANSWER = Reason("there is one answer to the prompt", MORE_ANSWERS)
-OF_ANSWERS = (TIED, NONE_STOPPED, NONE_KEEPS_ALL, ONE_ANSWER)
+OF_ANSWERS = (TIED, NONE_STOPPED, NONE_IS_DONE, ONE_ANSWER)
 NEAR_DUPLICATE = Reason("a near duplicate", "--near_duplicates", True)
 
 

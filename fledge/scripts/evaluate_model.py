@@ -8,6 +8,7 @@ python evaluate_model.py --model model --capabilities
 
 import json
 import shutil
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from fledge.terminal import has_colours, progress, quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fledge.evaluation.measuring import Answered
     from fledge.evaluation.prompts import Prompts
     from fledge.journal import Journal
+    from fledge.messages import Answer
 
 RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
 RANGES["judge_timeout"] = POSITIVE  # seconds
@@ -52,7 +53,9 @@ class EvaluateArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier evaluation in output_dir"})
     answers_only: bool = field(
         default=False,
-        metadata={"help": "only answer and score, for prepare_dataset.py --source answers: no base, losses or report"},
+        metadata={
+            "help": "only answer, with rewards, for prepare_dataset.py --source answers: no base, scores or report"
+        },
     )
     capabilities: bool = field(default=False, metadata={"help": "only show answers to the story-chat system's prompts"})
     ratings: list[str] | None = field(default=None, metadata={"help": "what report.html's blind mode saved"})
@@ -125,7 +128,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     for model in answered.values():
         model.scores = scoring.score(model.answers)
 
-    samples = side_by_side(prompts, answered)
+    samples = side_by_side(prompts, {who: (model.answers, "scores", model.scores) for who, model in answered.items()})
     meaning, judged = prompts.task.meaning | MEANING, {"judge": scorer.judge}
     if args.judge_url:
         judged["llm_judge"] = ask_judge(args, samples, output.work)
@@ -151,27 +154,33 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
 
 
 def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
-    """Asks the model alone and keeps its scored answers."""
-    from fledge.evaluation.measuring import Answered, answer_prompts
+    """Asks the model alone and keeps its answers, each with the task's rewards."""
+    from fledge.evaluation.measuring import answer_prompts
     from fledge.evaluation.prompts import open_prompts
-    from fledge.tasks import FOLLOWING
+    from fledge.rewards.functions import Rewarder
 
     quiet()
     prompts = open_prompts(Path(str(args.dataset)), args.task, args.split, args.num_prompts, args.num_samples)
-    scorer = prompts.task.scorer(prompts.train_rows, [])  # what its judges are worth is for a report to say
+    rewarder = Rewarder(prompts.task, prompts.train_rows, prompts.tokenizer)
     model = open_models(args, prompts.tokenizer)["model"]
     journal = open_journal(args, sampling, prompts.ids, output)
     with progress("answers", len(prompts.rows) * prompts.num_samples) as tell:
         answers = answer_prompts(
             model, prompts.tokenizer, prompts.ids, sampling, args.num_samples, args.batch_size, journal, "model", tell
         )
-    scores = scorer.score(prompts.row_of_each_answer, answers)
-    samples = side_by_side(prompts, {"model": Answered(answers, [], {}, scores)})
+    rewards = rewarder.rewards(prompts.row_of_each_answer, answers)
+    samples = side_by_side(prompts, {"model": (answers, "rewards", rewards)})
     with output.staged() as folder:
         keep_answers(samples, output.work, folder)
-    following = sum(score[FOLLOWING] for score in scores) / len(scores)
-    print(f"{len(samples):,} answers to {len(prompts.rows):,} prompts, instruction following {following:.1%}.")
+    print(f"{len(samples):,} answers to {len(prompts.rows):,} prompts. Mean rewards: {mean_rewards(rewards)}.")
     print(f"Next: {command('prepare_dataset.py')} --source answers --data {output.path}")
+
+
+def mean_rewards(rewards: list[dict[str, float]]) -> str:
+    """The mean of each reward over the answers that it is called for in."""
+    names = dict.fromkeys(name for found in rewards for name in found)
+    means = {name: statistics.fmean(found[name] for found in rewards if name in found) for name in names}
+    return ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 
 def open_models(args: EvaluateArguments, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "PreTrainedModel"]:
@@ -213,11 +222,16 @@ def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list
     return Journal(output.work / "answers.jsonl", made_with)
 
 
-def side_by_side(prompts: "Prompts", answered: dict[str, "Answered"]) -> list[dict]:
-    """The lines of `samples.jsonl`: a prompt, its row, and the answer of each model with its scores."""
+def side_by_side(
+    prompts: "Prompts", answered: dict[str, tuple[list["Answer"], str, list[dict[str, float]]]]
+) -> list[dict]:
+    """The lines of `samples.jsonl`: a prompt, its row, and the answer of each model with its scores, or its rewards.
+
+    `answered` has of each model the answers, what is known of them, and that itself.
+    """
     samples = []
     for number, row in enumerate(prompts.row_of_each_answer):
-        made = {who: vars(model.answers[number]) | {"scores": model.scores[number]} for who, model in answered.items()}
+        made = {who: vars(answers[number]) | {name: of[number]} for who, (answers, name, of) in answered.items()}
         samples.append(
             {
                 "task": prompts.task.name,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from fledge.cli import UserError, check_hub_id, parse
 from fledge.commands import command
 from fledge.folders import Output, claimed
-from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, SEED, Range, check_ranges
+from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 from fledge.sources import load_source, source_names
 from fledge.tasks import Task, open_task, task_names
 from fledge.terminal import has_colours, quiet
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from fledge.preparation.budget import Budget
     from fledge.preparation.chunks import Facts, Preparation
+    from fledge.preparation.preferences import Choice
     from fledge.sources import Source
 
 
@@ -34,6 +35,7 @@ RANGES = {
     "show": NOT_NEGATIVE,
     "limit": AT_LEAST_ONE,
     "pairs_per_prompt": AT_LEAST_ONE,
+    "margin": POSITIVE,
     "max_length": AT_LEAST_ONE,
     "near_duplicates": Range(above=0, below=1),  # a similarity
     "num_proc": AT_LEAST_ONE,
@@ -65,6 +67,15 @@ class PrepareArguments:
         },
     )
     pairs_per_prompt: int = field(default=4, metadata={"help": "for --keep pairs: at most so many (default 4)"})
+    margin: float = field(
+        default=0.1, metadata={"help": "for --keep pairs: the least difference in reward; less is a tie (default 0.1)"}
+    )
+    rewards: list[str] | None = field(
+        default=None, metadata={"help": "for --source answers: the rewards that rank (default: the task's)"}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "for --source answers: a weight for each (default: the task's)"}
+    )
     template: str | None = field(
         default=None, metadata={"help": "the prompt's style; default: the task's own, of answers the model's"}
     )
@@ -151,13 +162,13 @@ def make_plan(args: PrepareArguments) -> Plan:
     from fledge.tokenizers.fast import TextEncoder
 
     quiet()
-    keep = kept_of_answers(args)
-    split = args.split or ("95/5/0" if keep else "85/5/10")
+    source, task = load_source(args.source, args.columns), open_task(args.task)
+    choice = choose_among_answers(args, task)
+    split = args.split or ("95/5/0" if choice else "85/5/10")
     shares = None if split == "source" else split_shares(split)
     max_shard_bytes = bytes_of(args.max_shard_size)
-    source, task = load_source(args.source, args.columns), open_task(args.task)
     tokenizer = open_tokenizer(args.tokenizer)
-    template = choose_template(args, task, tokenizer, keep)
+    template = choose_template(args, task, tokenizer)
     max_length = tokenizer.model_max_length if args.max_length is None else args.max_length
     if not 0 < max_length <= tokenizer.model_max_length:
         raise UserError(f"--max_length {max_length} is outside 1 to {tokenizer.model_max_length}, the model's context.")
@@ -175,32 +186,40 @@ def make_plan(args: PrepareArguments) -> Plan:
         args.overflow,
         args.seed,
         args.near_duplicates is not None,
-        keep=keep,
-        pairs_per_prompt=args.pairs_per_prompt,
+        choice=choice,
     )
     return Plan(args, source, task, template, shares, max_shard_bytes, preparation)
 
 
-def kept_of_answers(args: PrepareArguments) -> str | None:
-    """What is made of a model's answers: `pairs` or `best`; None for another source.
+def choose_among_answers(args: PrepareArguments, task: Task) -> "Choice | None":
+    """How a model's answers are chosen; None for another source.
 
     Raises:
         UserError: a key does not go with the source.
     """
+    from fledge.preparation.preferences import KEEP, Choice
+    from fledge.rewards.functions import chosen_rewards, weights_of
+
     if args.source != "answers":
-        if args.keep:
-            raise UserError(f"--keep {args.keep} goes with --source answers; {args.source} has no answers to choose.")
+        for key in ("keep", "rewards", "reward_weights"):
+            if vars(args)[key]:
+                raise UserError(f"--{key} goes with --source answers; {args.source} has no answers to choose from.")
         return None
-    if args.keep not in (None, "pairs", "best"):
-        raise UserError(f"--keep {args.keep} is unknown; choose pairs or best.")
+    if args.keep not in (None, *KEEP):
+        raise UserError(f"--keep {args.keep} is unknown; choose {' or '.join(KEEP)}.")
+    if own := sorted(set(args.rewards or ()) - weights_of(task).keys()):
+        raise UserError(
+            f"--rewards {own[0]} is not among the rewards that answers have: {', '.join(weights_of(task))}."
+        )
     if args.overflow != "drop":
         raise UserError(f"--overflow {args.overflow} does not go with --source answers, which are kept whole or not.")
     if args.split == "source":
         raise UserError("--split source does not go with --source answers, which are all to training prompts.")
-    return args.keep or "pairs"
+    weights = chosen_rewards(task, args.rewards, args.reward_weights)
+    return Choice(args.keep or "pairs", weights, args.margin, args.pairs_per_prompt)
 
 
-def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTokenizerBase", keep: str | None) -> str:
+def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Gives the tokenizer the template and returns its name. Answers keep that of the model which gave them.
 
     Raises:
@@ -208,7 +227,7 @@ def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTo
     """
     from fledge.templates import add_template, load_template, names
 
-    if keep and not args.template:
+    if args.source == "answers" and not args.template:
         if tokenizer.chat_template is None:
             raise UserError(f"--tokenizer {args.tokenizer} has no chat template; name the model that gave the answers.")
         own = (name for name in names() if load_template(name) == tokenizer.chat_template)
@@ -243,7 +262,7 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
         license=args.license or plan.source.license(args.data),
         columns={column: list(kind) if isinstance(kind, tuple) else kind for column, kind in plan.task.columns.items()},
         about_task=plan.task.about,
-        keep=preparation.keep,
+        keep=preparation.choice.keep if preparation.choice else None,
     )
     budget.count(facts)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())

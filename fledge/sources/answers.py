@@ -1,4 +1,4 @@
-"""A model's own scored answers: the samples.jsonl of evaluate_model.py, or the folder that it wrote.
+"""A model's own rewarded answers: the samples.jsonl of evaluate_model.py --answers_only, or the folder that it wrote.
 
 A record is a prompt with all answers of the model to it. It goes with the task that the prompts are of.
 """
@@ -14,7 +14,7 @@ from fledge.reading.files import Chunk, row_chunks
 LICENSE = None
 END = None
 NEEDED = {"task": str, "split": str, "prompt": int, "messages": list, "model": dict}
-ANSWER = {"text": str, "stopped": bool, "scores": dict}
+ANSWER = {"text": str, "stopped": bool, "rewards": dict}
 
 
 def chunks(data: str) -> Iterator[Chunk]:
@@ -50,8 +50,8 @@ def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
         missing = missing or [name for name, kind in ANSWER.items() if not isinstance(row["model"].get(name), kind)]
         if missing:
             raise UserError(
-                f"{where} has no {missing[0]} as evaluate_model.py writes it; give its samples.jsonl, of a run with "
-                "--split train."
+                f"{where} has no {missing[0]} as evaluate_model.py writes it; give the samples.jsonl of a run with "
+                "--answers_only and --split train."
             )
         if row["split"] != "train":
             raise UserError(

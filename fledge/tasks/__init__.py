@@ -64,6 +64,10 @@ class Task(ABC):
     """What a model is rewarded for by `train_grpo.py`: reward → its weight. A task that defines `reward` names what
     that returns; any other task may name metrics. Every task also rewards what fledge/rewards/functions.py says."""
 
+    done: dict[str, float] = {}
+    """The rewards that say whether an answer did what its prompt asks, with the least value that counts as done, where
+    these are not the `constraints` by name."""
+
     parts: tuple[str, ...] = ("instruction",)
     """The parts of an instruction that an answer can ignore, each by itself. Chance is what is reached without one."""
 

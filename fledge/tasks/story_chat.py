@@ -123,6 +123,16 @@ class StoryChat(Task):
         "right": 1.0,
         "no_role_leak": 1.0,
     }
+    done = {
+        "words": 1.0,
+        "dialogue": 1.0,
+        "story": 1.0,
+        "grounded": 0.7,
+        "short_enough": 1.0,
+        "own_words": 1.0,
+        "right": 1.0,
+        "no_role_leak": 1.0,
+    }
 
     def examples(self, record: dict, rng: random.Random) -> list[dict]:
         """The group of every example is the story.

@@ -67,6 +67,7 @@ class TopicEnding(Task):
     }
     constraints = {"ending_match": 1.0, "ending_match_second": 1.0, "topic": 0.5, "coherence": 0.05}
     rewards = {"ending": 1.0, "topic": 1.0}
+    done = {"ending": 1.0, "topic": 0.5}
     judged_twice = ("ending_match", "ending_match_second")
     parts = ("topic", "ending")
     asks_once = True

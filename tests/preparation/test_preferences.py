@@ -1,4 +1,4 @@
-"""A model's own scored answers → pairs, or the best answer to each prompt."""
+"""A model's own rewarded answers → pairs, or the best answer to each prompt."""
 
 import json
 import sys
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fledge.cli import UserError
 from fledge.encoding import IGNORED, open_prepared, open_rows
 from fledge.evaluation.prompts import open_prompts
-from fledge.preparation.preferences import examples_of, value
+from fledge.preparation.preferences import Choice
+from fledge.rewards.functions import weights_of
 from fledge.scripts import prepare_dataset
 from fledge.tasks import RejectedRecord, load_task
 from fledge.templates import add_template
@@ -24,8 +25,8 @@ PROMPT = "Write a story about: A dog.\nWith: sad ending"
 
 
 def answer(text: str, topic: float = 1.0, stopped: bool = True, ending: float = 1.0) -> dict:
-    scores = {"ending_match": ending, "ending_match_second": 1.0, "topic": topic, "coherence": 0.5}
-    return {"text": text, "tokens": 5, "stopped": stopped, "scores": scores}
+    rewards = {"ending": ending, "topic": topic, "stopped": float(stopped), "usual": 0.9}
+    return {"text": text, "tokens": 5, "stopped": stopped, "rewards": rewards}
 
 
 def record(answers: list[dict], prompt: str = PROMPT, **changes) -> dict:
@@ -39,8 +40,12 @@ def record(answers: list[dict], prompt: str = PROMPT, **changes) -> dict:
     } | changes
 
 
-def pairs_of(answers: list[dict], pairs: int = 8) -> list[tuple[str, str]]:
-    made = examples_of(record(answers), TASK, "pairs", pairs)
+def choice(keep: str = "pairs", pairs: int = 8, margin: float = 0.1, **weights: float) -> Choice:
+    return Choice(keep, weights or weights_of(TASK), margin, pairs)
+
+
+def pairs_of(answers: list[dict], *arguments, **changes) -> list[tuple[str, str]]:
+    made = choice("pairs", *arguments, **changes).examples(record(answers), TASK)
     return [(example["messages"][-1]["content"], example["rejected"]) for example in made]
 
 
@@ -48,9 +53,10 @@ def test_the_best_is_paired_with_the_worst_and_no_answer_twice():
     answers = [answer("worst", 0.0), answer("good", 0.5), answer("bad", 0.1), answer("poor", 0.3)]
     assert pairs_of(answers) == [("good", "worst"), ("poor", "bad")]
     assert pairs_of(answers, pairs=1) == [("good", "worst")]
-    # More than a constraint asks for is no merit.
-    with pytest.raises(RejectedRecord, match="all answers to the prompt score the same"):
-        pairs_of([answer("a", 0.5), answer("b", 1.0)])
+    assert pairs_of(answers, margin=0.3) == [("good", "worst")]
+    assert pairs_of([answer("a", 0.5), answer("b", 1.0, ending=0.3)], topic=1.0, ending=0.5) == [("b", "a")]
+    with pytest.raises(RejectedRecord, match="all answers to the prompt are worth the same"):
+        pairs_of([answer("a", 0.5), answer("b", 0.59)])
 
 
 def test_only_what_ended_by_itself_is_preferred():
@@ -58,7 +64,7 @@ def test_only_what_ended_by_itself_is_preferred():
     assert pairs_of([cut, answer("done", ending=0.0, topic=0.0), answer("right")]) == [("right", "done")]
     assert pairs_of([cut, answer("done")]) == [("done", "on and on")]
     with pytest.raises(RejectedRecord, match="no answer to the prompt ended by itself"):
-        pairs_of([cut, cut | {"scores": answer("", 0.0)["scores"]}])
+        pairs_of([cut, answer("and on", 0.0, stopped=False)])
     with pytest.raises(RejectedRecord, match="there is one answer to the prompt"):
         pairs_of([answer("alone")])
 
@@ -72,8 +78,8 @@ def test_only_what_ended_by_itself_is_preferred():
 )
 def test_a_pair_is_never_a_tie_and_shares_no_answer(drawn):
     answers = [answer(str(number), *values) for number, values in enumerate(drawn)]
-    values = [value(one, TASK) for one in answers]
-    if max((value(one, TASK) for one in answers if one["stopped"]), default=0) <= min(values):
+    values = [choice().value(one) for one in answers]
+    if max((value for value, one in zip(values, answers, strict=True) if one["stopped"]), default=0) <= min(values):
         with pytest.raises(RejectedRecord):
             pairs_of(answers)
         return
@@ -81,24 +87,27 @@ def test_a_pair_is_never_a_tie_and_shares_no_answer(drawn):
     used = [int(text) for pair in made for text in pair]
     assert len(used) == len(set(used))
     for chosen, rejected in made:
-        assert value(answers[int(chosen)], TASK) > value(answers[int(rejected)], TASK)
+        assert values[int(chosen)] > values[int(rejected)]
         assert answers[int(chosen)]["stopped"]
 
 
-def test_the_best_answer_keeps_every_constraint_or_there_is_none():
+def test_the_best_answer_did_what_is_asked_or_there_is_none():
     wrong = [answer("off topic", 0.4), answer("endless", stopped=False), answer("happy", ending=0)]
     answers = [*wrong, answer("right", 0.5)]
-    (made,) = examples_of(record(answers), TASK, "best", 1)
+    (made,) = choice("best").examples(record(answers), TASK)
     assert made["messages"][-1] == {"role": "assistant", "content": "right"}
     assert (made["ending"], "rejected" in made) == ("sad", False)
-    with pytest.raises(RejectedRecord, match="no answer to the prompt keeps every constraint"):
-        examples_of(record(wrong), TASK, "best", 1)
+    with pytest.raises(RejectedRecord, match="no answer did what the prompt asks"):
+        choice("best").examples(record(wrong), TASK)
 
 
-@pytest.mark.parametrize("changes", [{"task": "constraints"}, {"task": "constraints", "ending": None}])
-def test_answers_of_another_task_are_refused(changes):
+def test_answers_of_another_task_are_refused():
+    other = record([answer("a"), answer("b")], task="constraints")
     with pytest.raises(UserError, match="to prompts of the task constraints; pass --task constraints"):
-        examples_of(record([answer("a"), answer("b")], **changes), TASK, "pairs", 1)
+        choice().examples(other, TASK)
+    del other["ending"]
+    with pytest.raises(UserError, match="The answers lack ending, which rows of the task topic_ending have; ask"):
+        choice().examples(other | {"task": "topic_ending"}, TASK)
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +150,13 @@ def test_a_folder_of_pairs(tmp_path, model, capsys):
     budget = prepare(tmp_path / "samples.jsonl", model, tmp_path / "pairs", "--show", 1)
     assert (budget["rows_read"], budget["rows_kept"], budget["template"]) == (41, 38, "story")
     assert budget["rejected"] == {
-        "all answers to the prompt score the same": 1,
+        "all answers to the prompt are worth the same": 1,
         "no answer to the prompt ended by itself": 1,
         "longer than 128 tokens": 1,
     }
     said = capsys.readouterr().out
     assert "Read 41 prompts and kept 38 pairs" in said
-    assert "| all answers to the prompt score the same | 1 |" in (tmp_path / "pairs" / "budget.md").read_text()
+    assert "| all answers to the prompt are worth the same | 1 |" in (tmp_path / "pairs" / "budget.md").read_text()
     assert "rejected\nIt ran and\n" in said
     assert "Preference pairs" in (tmp_path / "pairs" / "README.md").read_text()
 
@@ -169,7 +178,7 @@ def test_a_folder_of_the_best_answers(tmp_path, model):
     write_answers(tmp_path / "samples.jsonl", ANSWERS)
     budget = prepare(tmp_path / "samples.jsonl", model, tmp_path / "best", "--keep", "best")
     assert (budget["rows_read"], budget["rows_kept"]) == (41, 40)
-    assert budget["rejected"] == {"no answer to the prompt keeps every constraint": 1}
+    assert budget["rejected"] == {"no answer did what the prompt asks": 1}
     assert set(
         load_dataset("parquet", data_dir=str(tmp_path / "best" / "data"), cache_dir=tmp_path / "c")["train"][0]
     ) == {
@@ -182,12 +191,18 @@ def test_a_folder_of_the_best_answers(tmp_path, model):
 @pytest.mark.parametrize(
     ("answers", "arguments", "message"),
     [
-        (ANSWERS[38:39] * 5, (), r"No prompt of .* can be used \(all answers to the prompt score the same: 5\)"),
+        (ANSWERS[38:39] * 5, (), r"No prompt of .* can be used \(all answers to the prompt are worth the same: 5\)"),
         (ANSWERS, ("--task", "constraints"), "to prompts of the task topic_ending; pass --task topic_ending"),
         (ANSWERS, ("--keep", "worst"), "--keep worst is unknown; choose pairs or best"),
         (ANSWERS, ("--overflow", "cut_completion"), "--overflow cut_completion does not go with --source answers"),
+        (ANSWERS, ("--rewards", "rhyme"), "rhyme is not among the rewards that answers have"),
+        (
+            ANSWERS,
+            ("--rewards", "my.py:shorter"),
+            "my.py:shorter is not among the rewards that answers have: ending, topic,",
+        ),
         (ANSWERS, ("--split", "source"), "--split source does not go with --source answers"),
-        (ANSWERS, ("--source", "alpaca", "--keep", "best"), "--keep best goes with --source answers"),
+        (ANSWERS, ("--source", "alpaca", "--keep", "best"), "--keep goes with --source answers; alpaca has no answers"),
     ],
 )
 def test_answers_that_cannot_be_used_are_refused(tmp_path, model, answers, arguments, message):

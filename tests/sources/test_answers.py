@@ -14,7 +14,7 @@ def line(prompt: int, sample: int, **changes) -> dict:
         "sample": sample,
         "messages": [{"role": "user", "content": f"Prompt {prompt}"}],
         "ending": "sad",
-        "model": {"text": f"{prompt}-{sample}", "tokens": 3, "stopped": True, "scores": {"topic": 1.0}},
+        "model": {"text": f"{prompt}-{sample}", "tokens": 3, "stopped": True, "rewards": {"topic": 1.0}},
     } | changes
 
 
@@ -45,7 +45,7 @@ def test_all_answers_to_a_prompt_are_one_record(tmp_path, monkeypatch, chunk_row
     [
         ({"split": "test"}, r"row 2, answers a prompt of the test split, which is held out; .*--split train"),
         ({"task": None}, r"row 2, has no task as evaluate_model.py writes it"),
-        ({"model": {"text": "a", "stopped": True}}, r"row 2, has no scores as evaluate_model.py writes it"),
+        ({"model": {"text": "a", "stopped": True}}, r"row 2, has no rewards as evaluate_model.py writes it"),
         ({"messages": [{"role": "user", "content": "?"}]}, r"row 2, answers another prompt than row 1, .* number 0"),
     ],
 )
