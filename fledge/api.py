@@ -59,6 +59,11 @@ def train(**keys: Any) -> Written | None:
     return _written("train", keys, "run.json")
 
 
+def train_dpo(**keys: Any) -> Written | None:
+    """An instruct model and pairs of answers → a model that prefers the better ones; the record is `run.json`."""
+    return _written("train-dpo", keys, "run.json")
+
+
 def train_grpo(**keys: Any) -> Written | None:
     """An instruct model and its prompts → a model that follows them better; the record is `run.json`."""
     return _written("train-grpo", keys, "run.json")

@@ -10,6 +10,7 @@ COMMANDS = {
     "convert": "convert_checkpoint",
     "prepare": "prepare_dataset",
     "train": "train_sft",
+    "train-dpo": "train_dpo",
     "train-grpo": "train_grpo",
     "evaluate": "evaluate_model",
     "generate": "generate",

@@ -33,6 +33,7 @@ TRAINER_FOLDERS = re.compile(r"checkpoint-\d+|runs")
 # Stage → the folder of its unfinished work, and the names of the files that are Fledge's there.
 WORK = {
     "train_sft.py": ("checkpoints", TRAINER_FILES),
+    "train_dpo.py": ("checkpoints", TRAINER_FILES),
     "train_grpo.py": ("checkpoints", TRAINER_FILES),
     "pretrain.py": ("checkpoints", TRAINER_FILES),
     "evaluate_model.py": ("unfinished", ("answers.jsonl", "judgements.jsonl")),

@@ -76,13 +76,7 @@ def check_prompts(
     Raises:
         UserError: it has no chat template or another one, or the prompts are fewer than one step takes.
     """
-    train_sft = "fine-tune it on the dataset with train_sft.py first"
-    if own.chat_template is None:
-        raise UserError(f"The model has no chat template, so it cannot answer a prompt yet; {train_sft}.")
-    if own.chat_template != tokenizer.chat_template:
-        raise UserError(f"The dataset was prepared with another chat template than the model's; {train_sft}.")
-    if len(own) < len(tokenizer):
-        raise UserError(f"The dataset has {len(tokenizer) - len(own)} tokens that the model lacks; {train_sft}.")
+    check_template(own, tokenizer)
     assert config.generation_batch_size
     assert config.num_generations
     prompts = config.generation_batch_size // config.num_generations
@@ -91,6 +85,21 @@ def check_prompts(
             f"The training split has {count} prompts and a step takes {prompts}; lower --gradient_accumulation_steps "
             "or --per_device_train_batch_size."
         )
+
+
+def check_template(own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a model with the tokenizer `own` was tuned to answer prompts as a dataset with `tokenizer` has them.
+
+    Raises:
+        UserError: it has no chat template or another one, or lacks tokens.
+    """
+    train_sft = "fine-tune it on the dataset with train_sft.py first"
+    if own.chat_template is None:
+        raise UserError(f"The model has no chat template, so it cannot answer a prompt yet; {train_sft}.")
+    if own.chat_template != tokenizer.chat_template:
+        raise UserError(f"The dataset was prepared with another chat template than the model's; {train_sft}.")
+    if len(own) < len(tokenizer):
+        raise UserError(f"The dataset has {len(tokenizer) - len(own)} tokens that the model lacks; {train_sft}.")
 
 
 def fit_answers(config: SmallGrpoConfig, model: PreTrainedModel, rows: Dataset) -> tuple[SmallGrpoConfig, str]:

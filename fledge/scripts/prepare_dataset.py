@@ -81,7 +81,7 @@ class PrepareArguments:
     )
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
     split: str | None = field(
-        default=None, metadata={"help": "percents, or source: its own splits (default 85/5/10, of answers 95/5/0)"}
+        default=None, metadata={"help": "percents, or source: its own splits (default 85/5/10, of answers 90/10/0)"}
     )
     max_length: int | None = field(default=None, metadata={"help": "in tokens; default: the model's context length"})
     overflow: str = field(default="drop", metadata={"help": "drop, cut_prompt or cut_completion (default drop)"})
@@ -139,7 +139,8 @@ def prepare(args: PrepareArguments, output: Output) -> None:
     print(budget.markdown())
     if args.show:
         show(Path(args.output_dir), args.show)
-    print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: {command('train_sft.py')}")
+    following = command("train_dpo.py" if plan.preparation.has_pairs else "train_sft.py")
+    print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: {following}")
 
 
 def make_plan(args: PrepareArguments) -> Plan:
@@ -164,7 +165,7 @@ def make_plan(args: PrepareArguments) -> Plan:
     quiet()
     source, task = load_source(args.source, args.columns), open_task(args.task)
     choice = choose_among_answers(args, task)
-    split = args.split or ("95/5/0" if choice else "85/5/10")
+    split = args.split or ("90/10/0" if choice else "85/5/10")
     shares = None if split == "source" else split_shares(split)
     max_shard_bytes = bytes_of(args.max_shard_size)
     tokenizer = open_tokenizer(args.tokenizer)

@@ -45,9 +45,7 @@ def config_kind() -> "type[SmallModelConfig]":
 
 
 def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConfig", output: Output) -> None:
-    from transformers import EarlyStoppingCallback
-
-    from fledge.training.opening import open_trainer
+    from fledge.training.opening import early_stopping, open_trainer
     from fledge.training.resuming import tokens_seen
     from fledge.training.run_record import save_curve
     from fledge.training.running import open_run
@@ -61,11 +59,11 @@ def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConf
         return inputs, limited
 
     run, config = open_run(args, config, model_args, output, open_inputs)
-    inputs, patience = run.inputs, config.early_stopping_patience
+    inputs = run.inputs
     trainer = open_trainer(
         InstructTrainer,
         config,
-        [*run.callbacks, *([EarlyStoppingCallback(patience)] if patience is not None else [])],
+        [*run.callbacks, *early_stopping(config)],
         model=inputs.model,
         train_dataset=inputs.rows["train"],
         eval_dataset=inputs.rows["validation"] if config.eval_strategy != "no" else None,

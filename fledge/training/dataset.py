@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import UserError
-from fledge.encoding import IGNORED, encode, open_prepared
+from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, open_prepared
 from fledge.messages import INPUT_MARK, Messages
 from fledge.reading.files import Chunk, row_chunks
 from fledge.reading.values import as_messages, as_text
@@ -36,39 +36,61 @@ def open_dataset(
     Raises:
         UserError: it cannot be opened, has none of these columns, a value is no text, or too few rows can be used.
     """
-    path = Path(source)
-    if (path / "budget.json").exists() or (path / "tokenized").exists():
-        return *open_prepared(path), []
+    if is_prepared(source):
+        return *open_prepared(Path(source)), []
     tokenizer = copy.deepcopy(own)
     if template or tokenizer.chat_template is None:
         add_template(tokenizer, template or "alpaca")
-    conversations: dict[str | None, list[Messages]] = {}
+
+    def read(chunk: Chunk) -> Iterator[tuple[Messages, None]]:
+        return ((messages, None) for messages in conversations_of(chunk))
+
+    return None, tokenizer, *open_table(source, tokenizer, context, seed, read)
+
+
+def is_prepared(source: str) -> bool:
+    """Whether `source` is a folder of prepare_dataset.py, or what is left of one."""
+    return (Path(source) / "budget.json").exists() or (Path(source) / "tokenized").exists()
+
+
+def open_table(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    seed: int,
+    read: Callable[[Chunk], Iterator[tuple[Messages, str | None]]],
+) -> tuple[DatasetDict, list[str]]:
+    """The encoded splits of a table, and lines that say what was left out.
+
+    `read` yields the conversations of a chunk of rows, each with a rejected answer if they are pairs.
+
+    Raises:
+        UserError: it cannot be opened, or too few rows can be used; and what `read` raises.
+    """
+    conversations: dict[str | None, list[tuple[Messages, str | None]]] = {}
     left_out: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
     spelling = Spelling(tokenizer)
     for chunk in row_chunks(source):
-        for messages in conversations_of(chunk):
-            if reason := why_unusable(messages):
+        for messages, rejected in read(chunk):
+            if reason := why_unusable(messages, rejected):
                 left_out[reason] += 1
-            elif missing := spelling.missing(contents(messages)):
+            elif missing := spelling.missing(contents(messages) + (rejected or "")):
                 left_out[UNWRITABLE] += 1
                 lacking.update(missing)
             else:
-                conversations.setdefault(chunk.split, []).append(messages)
+                conversations.setdefault(chunk.split, []).append((messages, rejected))
     if lacking:
         left_out[f"{UNWRITABLE}: {named(lacking)}"] = left_out.pop(UNWRITABLE)
-    encoded = {
-        split: [
-            example.row
-            for begin in range(0, len(of_split), 1000)
-            for example in encode(tokenizer, of_split[begin : begin + 1000])
-        ]
-        for split, of_split in conversations.items()
-    }
     rows = DatasetDict()
-    for split, of_split in encoded.items():
-        kept = [row for row in of_split if len(row["input_ids"]) <= context]
-        left_out[f"longer than {context} tokens"] += len(of_split) - len(kept)
+    for split, of_split in conversations.items():
+        encoded = [
+            example
+            for begin in range(0, len(of_split), 1000)
+            for example in _encoded(tokenizer, of_split[begin : begin + 1000])
+        ]
+        kept = [example.row for example in encoded if len(example) <= context]
+        left_out[f"longer than {context} tokens"] += len(encoded) - len(kept)
         if kept:
             rows[split or "train"] = Dataset.from_list(kept)
     reasons = [f"left out {count:,} ({reason})" for reason, count in left_out.most_common() if count]
@@ -77,7 +99,15 @@ def open_dataset(
         raise UserError(f"{source} has {usable} rows to train on{why}; give at least two, of which one is held out.")
     rows = _with_validation(rows, seed)
     counts = [f"{len(split):,} in {name}" for name, split in rows.items()]
-    return None, tokenizer, rows, [f"Rows: {', '.join([*counts, *reasons])}"]
+    return rows, [f"Rows: {', '.join([*counts, *reasons])}"]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, conversations: list[tuple[Messages, str | None]]) -> list[Encoded]:
+    encoded = encode(tokenizer, [messages for messages, _ in conversations])
+    rejected = [answer for _, answer in conversations if answer is not None]
+    if rejected:
+        encode_rejected(tokenizer, encoded, rejected, [True] * len(rejected))
+    return encoded
 
 
 def _with_validation(rows: DatasetDict, seed: int) -> DatasetDict:
@@ -114,7 +144,7 @@ def conversations_of(chunk: Chunk) -> Iterator[Messages]:
             yield as_messages(row.get(str(whole)), f"{where} {whole}")
             continue
         asked, answered = (
-            _part(row.get(column), role, f"{where} {column}")
+            part_of(row.get(column), role, f"{where} {column}")
             for column, role in zip(pair, ("user", "assistant"), strict=True)
         )
         if given := as_text(row.get("input"), f"{where} input") if pair[0] == "instruction" else "":
@@ -122,14 +152,14 @@ def conversations_of(chunk: Chunk) -> Iterator[Messages]:
         yield asked + answered
 
 
-def _part(value: object, role: str, where: str) -> Messages:
+def part_of(value: object, role: str, where: str) -> Messages:
     """TRL's prompts and completions are texts or messages."""
     is_messages = isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & set(value[0])
     return as_messages(value, where) if is_messages else [{"role": role, "content": as_text(value, where)}]
 
 
-def why_unusable(messages: Messages) -> str | None:
-    """Why a conversation teaches no answer, if it does not."""
+def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
+    """Why a conversation teaches no answer, or no preference to a `rejected` one, if it does not."""
     roles = [message["role"] for message in messages]
     if "tool" in roles:
         return "a tool speaks in it, which no template writes"
@@ -137,6 +167,8 @@ def why_unusable(messages: Messages) -> str | None:
         return "it does not end with an answer to a question"
     if not all(message["content"] for message in messages if message["role"] != "system"):
         return "a question or an answer is empty"
+    if messages[-1]["content"] == rejected:
+        return "chosen and rejected are the same"
     return None
 
 

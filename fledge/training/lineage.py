@@ -65,9 +65,9 @@ def settings_of(config: TrainingArguments, **more: object) -> dict[str, Any]:
 
 
 def fingerprint_of_rows(rows: Dataset) -> str:
-    """SHA-256 over the ids and labels of encoded rows, in their order."""
+    """SHA-256 over the ids and labels of encoded rows, and the rejected ids of pairs, in their order."""
     digest, table = hashlib.sha256(), rows.with_format("arrow")[:]
-    for column in ("input_ids", "labels"):
+    for column in sorted({"input_ids", "labels", "rejected_ids"} & set(rows.column_names)):
         for chunk in table.column(column).chunks:
             digest.update(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).tobytes())
             digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())

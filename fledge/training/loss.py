@@ -34,9 +34,9 @@ def slices(count: int, size: int) -> list[slice]:
 
 
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
-    """Scores `logits` (N, V) against `targets` (N,): log-probability, entropy, and whether nothing is likelier.
+    """Scores `logits` (N, V) against `targets` (N,), as the fields of `TokenScores` have it from `log_probs` on.
 
-    They go to the rows of `scores` (3, N), or the first of them to fewer rows. With `with_gradient` the logits become
+    They go to the rows of `scores` (5, N), or the first of them to fewer rows. With `with_gradient` the logits become
     the gradient of the negative log-probability by them, softmax − onehot, in place.
     """
     for rows in slices(len(targets), max(1, CACHED // logits.size(1))):
@@ -48,8 +48,12 @@ def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tens
         probs = log_probs.exp()
         if len(scores) >= 2:
             scores[1, rows] = -torch.linalg.vecdot(probs, log_probs)
-        if len(scores) == 3:
+        if len(scores) >= 3:
             scores[2, rows] = chosen[:, 0] >= log_probs.amax(-1)
+        if len(scores) >= 4:
+            scores[3, rows] = logits[rows].float().mean(-1)
+        if len(scores) == 5:
+            scores[4, rows] = (2 * log_probs).logsumexp(-1)
         if with_gradient:
             logits[rows] = probs.scatter_add_(1, target, probs.new_full(target.shape, -1))
 
@@ -76,19 +80,21 @@ def project_and_score(
 
 @dataclass
 class TokenScores(ModelOutput):
-    """What `SFTTrainer` reads of a forward with `fused_lm_head=True`; scores are (B, T − 1), 0 where nothing counts."""
+    """What TRL's trainers read of a forward with `fused_lm_head=True`: scores (B, T − 1), 0 where nothing counts."""
 
     loss: torch.Tensor | None = None
-    log_probs: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None  # of the label
     entropy: torch.Tensor | None = None
-    is_top1: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None  # whether no token is likelier than the label
+    mean_logits: torch.Tensor | None = None  # over the vocabulary
+    log_sum_sq_probs: torch.Tensor | None = None  # the logarithm of the sum of squared probabilities
     label_mask: torch.Tensor | None = None
 
 
 class ScoreTokens(torch.autograd.Function):
     """`score_logits` of `hidden` (N, D) through a head of `weight` (V, D) and `bias` (V,), differentiable in its row 0.
 
-    `rows` of scores are asked for: 3, 2 with the entropy, or 1 where the log-probability is enough.
+    `rows` of scores are asked for, from 1, where the log-probability is enough, to 5.
 
     Under autocast the products run in its type, as any linear layer's do; softmax always runs in float32.
     """
@@ -168,8 +174,8 @@ def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows
     `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns `TokenScores`:
     per-token scores of shape (B, T − 1), zero where the label is ignored, and `loss`, their negative sum over
     `num_items_in_batch` (by default over the supervised tokens here). Any `Trainer` may call it so; through
-    `DistributedDataParallel` too. `temperature` divides the logits. Of the three scores the first `rows` are computed,
-    the others are `None`. Without `fused_lm_head` the forward is the model's own.
+    `DistributedDataParallel` too. `temperature` divides the logits. Of the five scores the first `rows` are
+    computed, the others are `None`. Without `fused_lm_head` the forward is the model's own.
 
     Batches must be padded on the right, as TRL's are: there causal attention never looks, so no mask is passed and
     attention takes its causal path.
@@ -197,10 +203,16 @@ def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows
         bias = None if head.bias is None else head.bias / temperature
         scores = ScoreTokens.apply(hidden[mask] / temperature, head.weight, bias, labels[:, 1:][mask], rows)
         found = [row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores]
-        log_probs, entropy, is_top1 = *found, *[None] * (3 - rows)
+        log_probs, entropy, is_top1, mean_logits, log_sum_sq_probs = *found, *[None] * (5 - rows)
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return TokenScores(
-            loss=-log_probs.sum() / count, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+            loss=-log_probs.sum() / count,
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=None if is_top1 is None else is_top1.bool(),
+            mean_logits=mean_logits,
+            log_sum_sq_probs=log_sum_sq_probs,
+            label_mask=mask,
         )
 
     model.forward = types.MethodType(forward, model)

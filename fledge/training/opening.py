@@ -2,14 +2,21 @@
 
 from typing import Any, TypeVar
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from fledge.training.configuration import SmallDefaults
 from fledge.training.run_record import Progress, shield_trackers
 from fledge.training.settings import said_in_words
 from fledge.training.sharding import CheckSharded, shard_on_cpus
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def early_stopping(config: SmallDefaults) -> list[TrainerCallback]:
+    """What stops a run after `early_stopping_patience` evaluations without a lower loss."""
+    patience = config.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
 def open_trainer(

@@ -49,8 +49,7 @@ class Progress(TrainerCallback):
             return
         done = f"{state.epoch or 0:5.2f} epochs  step {state.global_step:>5}/{state.max_steps}"
         if "eval_loss" in logs:
-            loss = logs["eval_loss"]
-            print(f"{done}  validation loss {loss:.3f}  perplexity {math.exp(min(loss, 100)):.2f}", flush=True)
+            print(f"{done}  {self.figures_of_validation(logs)}", flush=True)
         elif "loss" in logs:
             now, tokens = time.monotonic(), logs.get("num_tokens", 0)
             speed = (tokens - self.last_tokens) / (now - self.last_time)
@@ -63,6 +62,10 @@ class Progress(TrainerCallback):
     def figures(self, logs: dict[str, float]) -> str:
         """What a line says of a step that was logged."""
         return f"loss {float(logs['loss']):.3f}"
+
+    def figures_of_validation(self, logs: dict[str, float]) -> str:
+        loss = logs["eval_loss"]
+        return f"validation loss {loss:.3f}  perplexity {math.exp(min(loss, 100)):.2f}"
 
 
 def shield_trackers(trainer: Trainer) -> None:

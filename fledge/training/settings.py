@@ -54,6 +54,11 @@ RANGES = {
     "lora_alpha": AT_LEAST_ONE,
     "lora_dropout": BELOW_ONE,
     "dropout": BELOW_ONE,
+    # DPOConfig's.
+    "precompute_ref_batch_size": AT_LEAST_ONE,
+    "ld_alpha": Range(at_least=0, at_most=1),
+    "label_smoothing": BELOW_ONE,
+    "discopop_tau": POSITIVE,
     # GRPOConfig's.
     "num_generations": Range(at_least=2),  # one answer has none to be compared with
     "num_generations_eval": AT_LEAST_ONE,

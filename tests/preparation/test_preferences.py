@@ -161,7 +161,7 @@ def test_a_folder_of_pairs(tmp_path, model, capsys):
     assert "Preference pairs" in (tmp_path / "pairs" / "README.md").read_text()
 
     _, tokenizer, rows = open_prepared(tmp_path / "pairs")
-    assert {name: len(split) for name, split in rows.items()} == {"train": 37, "validation": 1}
+    assert {name: len(split) for name, split in rows.items()} == {"train": 35, "validation": 3}
     row = rows["train"][0]
     assert tokenizer.decode([token for token in row["labels"] if token != IGNORED]) == "The dog fell.<|endoftext|>"
     assert tokenizer.decode(row["rejected_ids"]) == "It ran and"  # it ran into the limit

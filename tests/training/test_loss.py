@@ -14,11 +14,11 @@ from fledge.training.trainer import prepare_model
 
 
 def scores_by_definition(hidden, weight, bias, targets) -> torch.Tensor:
-    log_probs = F.log_softmax(F.linear(hidden, weight, bias), -1)
+    logits = F.linear(hidden, weight, bias)
+    log_probs = F.log_softmax(logits, -1)
     chosen = log_probs.gather(1, targets[:, None])[:, 0]
-    return torch.stack(
-        [chosen, -(log_probs.exp() * log_probs).sum(-1), (log_probs.argmax(-1) == targets).to(chosen.dtype)]
-    )
+    entropy, squares = -(log_probs.exp() * log_probs).sum(-1), log_probs.exp().square().sum(-1).log()
+    return torch.stack([chosen, entropy, (log_probs.argmax(-1) == targets).to(chosen.dtype), logits.mean(-1), squares])
 
 
 @pytest.mark.parametrize("kept", [1 << 27, 7 * VOCAB_SIZE, 1])
@@ -34,7 +34,7 @@ def test_scores_and_gradients_by_definition_for_any_way_of_cutting(kept, cached,
     expected = scores_by_definition(*exact, targets)
     (expected[0] * weights).sum().backward()
     found_in = [None if x is None else x.clone().requires_grad_() for x in tensors]
-    found = ScoreTokens.apply(*found_in, targets, 3)
+    found = ScoreTokens.apply(*found_in, targets, 5)
     (found[0] * weights).sum().backward()
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     again = [None if x is None else x.detach().requires_grad_() for x in found_in]

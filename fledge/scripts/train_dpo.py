@@ -1,0 +1,86 @@
+"""An instruct model and pairs of answers → a model that prefers the better ones, through TRL's DPOTrainer.
+
+    python train_dpo.py --model_name_or_path model --dataset pairs --output_dir preferring
+    accelerate launch train_dpo.py --config recipes/quickstart_dpo/train_dpo.yaml
+
+Besides the keys below, every key of TRL's DPOConfig and ModelConfig works under its own name, among them
+--learning_rate, --beta, --loss_type, --label_smoothing, --num_train_epochs, --max_steps, --per_device_train_batch_size,
+--precompute_ref_log_probs, --save_strategy, --load_best_model_at_end, --report_to, --use_peft; --help_all lists them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fledge.folders import Output
+from fledge.training import starting
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from fledge.rewards.preferences import SmallDpoConfig
+    from fledge.training.running import Inputs
+
+
+@dataclass
+class DpoArguments(starting.RunArguments):
+    dataset: str = field(
+        metadata={"help": "pairs of prepare_dataset.py --source answers, or a table of prompt, chosen and rejected"}
+    )
+
+
+def main() -> Path:
+    """Returns the folder it wrote."""
+    return starting.start("train_dpo.py", __doc__, DpoArguments, config_kind, train)
+
+
+def config_kind() -> "type[SmallDpoConfig]":
+    from fledge.rewards.preferences import SmallDpoConfig
+
+    return SmallDpoConfig
+
+
+def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig", output: Output) -> None:
+    from fledge.rewards.preferences import PreferenceProgress, PreferenceTrainer, save_preference_curve
+    from fledge.training.opening import early_stopping, open_trainer
+    from fledge.training.running import open_run
+
+    run, config = open_run(args, config, model_args, output, lambda: (load_inputs(args, config, model_args), config))
+    inputs = run.inputs
+    trainer = open_trainer(
+        PreferenceTrainer,
+        config,
+        [*run.callbacks, *early_stopping(config)],
+        PreferenceProgress,
+        model=inputs.model,
+        train_dataset=inputs.rows["train"],
+        eval_dataset=inputs.rows["validation"] if config.eval_strategy != "no" else None,
+        processing_class=inputs.tokenizer,
+        peft_config=inputs.adapter,
+    )
+    run.notes += [trainer.loss_line, *inputs.notes]
+    run.train(trainer, {"loss_curve.png": save_preference_curve})
+
+
+def load_inputs(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig") -> "Inputs":
+    """Opens the model and the pairs, and freezes what shall stay.
+
+    Raises:
+        UserError: one of them cannot be used, or they do not fit together.
+    """
+    from fledge.models import context_of
+    from fledge.rewards.configuration import check_template
+    from fledge.rewards.pairs import cut_pairs, longest_pair, open_pairs
+    from fledge.tokenizers import open_tokenizer
+    from fledge.training.dataset import check_supervised
+    from fledge.training.running import Inputs, adapt
+    from fledge.training.trainer import check_fit, open_base
+
+    base, model = open_base(model_args, args.dropout)
+    own = open_tokenizer(base)
+    budget, tokenizer, rows, notes = open_pairs(args.dataset, own, context_of(model.config), config.seed)
+    check_supervised(rows)
+    check_fit(model, own, tokenizer, longest_pair(rows))
+    check_template(own, tokenizer)
+    notes += cut_pairs(rows, config.max_length)
+    return Inputs(base, model, tokenizer, rows, budget, 0, adapt(args, model_args, model), notes)
