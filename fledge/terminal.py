@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
@@ -19,6 +20,8 @@ def quiet() -> None:
     """Turns off the warnings and progress bars of transformers, and the bars of datasets if a stage has imported it."""
     import transformers
 
+    # TRL and peft ask for it under its earlier name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if datasets := sys.modules.get("datasets"):  # seconds to import, so it is not imported for this

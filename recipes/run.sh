@@ -3,7 +3,7 @@
 set -euo pipefail
 name=${1:?which recipe? a folder in recipes/, for example quickstart}
 recipe=recipes/$name
-[ -d "$recipe" ] || { echo "There is no $recipe; choose one of $(dirname recipes/*/train.yaml | xargs -n1 basename | xargs)." >&2; exit 2; }
+[ -d "$recipe" ] || { echo "There is no $recipe; choose one of $(dirname recipes/*/evaluate.yaml | xargs -n1 basename | xargs)." >&2; exit 2; }
 
 stage() { # its file's name, what happens, the command
     [ -f "$recipe/$1.yaml" ] || return 0
@@ -17,6 +17,9 @@ stage trim "the vocabulary loses what the text never uses" python trim_vocabular
 stage convert "the hand-written checkpoint becomes a proven Hugging Face model" python convert_checkpoint.py
 stage prepare "records become instructions and responses" python prepare_dataset.py
 stage train "TRL, on the responses only" accelerate launch --config_file recipes/accelerate/cpu.yaml train_sft.py
+# Beside a train.yaml it makes another model, which nothing here evaluates.
+[ -f "$recipe/train.yaml" ] ||
+    stage grpo "the model learns from its own answers" accelerate launch --config_file recipes/accelerate/cpu.yaml train_grpo.py
 stage evaluate "base against instruct on prompts that neither has seen" python evaluate_model.py
 if grep -qs '^topic:' "$recipe/generate.yaml"; then
     stage generate "the topic with a happy ending" python generate.py --ending happy | tee "runs/$name/happy.txt"

@@ -20,6 +20,13 @@ def dataclasses_of(stage: str) -> list[type]:
         from fledge.training.trainer import SmallModelConfig
 
         return [RunArguments, SmallModelConfig, ModelConfig]
+    if stage == "grpo":
+        from trl import ModelConfig
+
+        from fledge.rewards.configuration import SmallGrpoConfig
+        from fledge.scripts.train_grpo import GrpoArguments
+
+        return [GrpoArguments, SmallGrpoConfig, ModelConfig]
     if stage == "pretrain":
         from fledge.pretraining.pretrainer import PretrainConfig
         from fledge.scripts.pretrain import PretrainArguments
@@ -70,7 +77,9 @@ def test_stages_of_a_recipe_hand_on_the_same_folders():
         assert handed_on("pretrain", "tokenizer", "tokenizer"), folder
         assert handed_on("trim", "model", "pretrain"), folder
         assert handed_on("train", "dataset", "prepare"), folder
-        assert all(handed_on(stage, "model", "train") for stage in ("evaluate", "publish", "generate")), folder
+        assert all(handed_on(stage, "model", "train", "grpo") for stage in ("evaluate", "publish", "generate")), folder
+        assert handed_on("grpo", "model_name_or_path", "train"), folder
+        assert handed_on("grpo", "dataset", "prepare"), folder
         if "train_lora" in stages:
             for key in ("model_name_or_path", "dataset"):
                 assert stages["train_lora"][key] == stages["train"][key]
