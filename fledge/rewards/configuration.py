@@ -1,6 +1,7 @@
 """What GRPO is configured with: TRL's keys, with defaults for small models."""
 
 import inspect
+import os
 from dataclasses import dataclass, field
 
 from datasets import Dataset
@@ -53,9 +54,19 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
     rollout_batch_size: int = field(default=64, metadata={"help": "answers that are sampled at once"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns would take from the rewards what they need; leave it out.")
+        if self.eval_strategy != "no":
+            raise UserError(f"--eval_strategy {self.eval_strategy} is not for rewards: what watches them looks by itself.")
+        if self.num_generations and not (self.generation_batch_size or self.steps_per_generation):
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            answers = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+            if answers % self.num_generations:
+                raise UserError(
+                    f"{answers} answers a step are no whole number of groups of --num_generations "
+                    f"{self.num_generations}; change --per_device_train_batch_size or --gradient_accumulation_steps."
+                )
+        super().__post_init__()
 
 
 def why_not(config: SmallGrpoConfig) -> str | None:
