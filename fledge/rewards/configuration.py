@@ -57,7 +57,7 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns would take from the rewards what they need; leave it out.")
         if self.eval_strategy != "no":
-            raise UserError(f"--eval_strategy {self.eval_strategy} is not for rewards: what watches them looks by itself.")
+            raise UserError("--eval_strategy is not for rewards; --eval_steps says how often the model is looked at.")
         if self.num_generations and not (self.generation_batch_size or self.steps_per_generation):
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             answers = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
