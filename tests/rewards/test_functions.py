@@ -1,5 +1,8 @@
 """What is rewarded, task by task, and that no answer is paid for what it does not do."""
 
+import re
+from pathlib import Path
+
 import pytest
 from small import small_tokenizer
 
@@ -7,10 +10,12 @@ from fledge.cli import UserError
 from fledge.judges.endings import EndingJudge
 from fledge.messages import Answer
 from fledge.rewards.functions import Rewarder, chosen_rewards, reward_functions, weights_of
-from fledge.tasks import Task, load_task
+from fledge.tasks import Task, load_task, task_names
+from fledge.tasks.constraints import KINDS
 from fledge.tasks.constraints import instruction as constrained
 from fledge.tasks.topic_ending import instruction
 
+PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 SAD = "Tom had a kite. The wind took it away. Tom cried and never saw it again. He was very sad."
 HAPPY = "Tom had a kite. It flew over the park. Tom laughed and hugged his dad. They were very happy."
 
@@ -177,3 +182,20 @@ def test_a_function_that_is_not_there_is_one_sentence(tmp_path, text, said):
 
     with pytest.raises(UserError, match=said):
         reward_functions(load_task("topic_ending"), [STORY], small_tokenizer(), [f"{file}:short"])
+
+
+def test_the_reward_of_the_documentation_works(tmp_path):
+    file = tmp_path / "my_rewards.py"
+    file.write_text(re.search(r"```python\n(def shorter.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
+    rows = [STORY | {"ending": ending} for ending in ("sad", "happy")]
+    (shorter,) = reward_functions(load_task("topic_ending"), rows, small_tokenizer(), [f"{file}:shorter"])
+    said = [[{"role": "assistant", "content": "no " * 100}]] * 2
+
+    assert shorter(prompts=["", ""], completions=said, completion_ids=[[1], [1]], row=[0, 1]) == [0.5, None]
+
+
+def test_the_documentation_names_every_reward():
+    told = re.findall(r"`(\w+)`", PAGE.read_text(encoding="utf-8"))
+
+    for task in map(load_task, task_names()):
+        assert set(weights_of(task)) - set(told) <= set(KINDS)
