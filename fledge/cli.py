@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -52,7 +53,7 @@ def parse(
 
         @override
         def format_help(self) -> str:
-            return in_commands(super().format_help())
+            return in_commands(grouped_help(self, dataclass_types))
 
         @override
         def set_defaults_with_config(self, **recipe: Any) -> list[str]:
@@ -64,7 +65,7 @@ def parse(
     parser = Parser(
         cast(Any, dataclass_types),  # transformers' type has no name that can be imported
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     # TrlParser takes `--config FILE` out before argparse sees it; it is added here for --help alone.
@@ -88,6 +89,51 @@ def parse(
         raise UserError("--config needs the path of a recipe.") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{' '.join(str(error).split())}") from error
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows each key once: not in its other spelling with hyphens, nor with the value that a switch may be given."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == "?":
+            return action.option_strings[0]
+        shown = action.option_strings[0] if action.nargs == 0 else action.option_strings[0] + f" {self._value(action)}"
+        return "-h, --help" if "--help" in action.option_strings else shown
+
+    def _value(self, action: argparse.Action) -> str:
+        value = str(action.metavar or action.dest.upper())
+        return f"{value} ..." if action.nargs in ("+", "*") else value
+
+
+def grouped_help(parser: argparse.ArgumentParser, dataclass_types: tuple[type, ...]) -> str:
+    """The help of a parser of dataclasses: required keys first, then the others by the groups that fields begin.
+
+    `GROUPS` of a dataclass names the group that begins with a field. What belongs to none stands under "keys", or under
+    the name of the class of another library that it comes from. `REQUIRED` names keys that a script requires itself.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    told = [name for kind in dataclass_types for name in getattr(kind, "REQUIRED", ())]
+    required = [action for action in actions.values() if action.required or action.dest in told]
+    groups: dict[str, list[argparse.Action]] = {"required": required}
+    for kind in dataclass_types:
+        foreign = next(base.__name__ for base in kind.__mro__ if not base.__module__.startswith(("fledge", "__main__")))
+        group = "keys" if foreign == "object" else f"of {foreign}"
+        for entry in fields(kind):
+            group = getattr(kind, "GROUPS", {}).get(entry.name, group)
+            if entry.name in actions and actions[entry.name] not in required:
+                groups.setdefault(group, []).append(actions[entry.name])
+    listed = {id(action) for of_group in groups.values() for action in of_group}
+    groups["recipe and help"] = [action for action in actions.values() if id(action) not in listed]
+    needed = " ".join(f"{action.option_strings[0]} {action.dest.upper()}" for action in required)
+    formatter = parser.formatter_class(prog=parser.prog, max_help_position=30)  # type: ignore[call-arg]
+    formatter.add_usage(f"{parser.prog} {needed} [--KEY VALUE ...] [--config RECIPE.yaml]".replace("  ", " "), [], [])
+    formatter.add_text(parser.description)
+    for title, of_group in groups.items():
+        if of_group:
+            formatter.start_section(title)
+            formatter.add_arguments(of_group)
+            formatter.end_section()
+    return formatter.format_help()
 
 
 def _texts(arguments: list[str], dataclass_types: tuple[type, ...]) -> dict[str, str | list[str]]:

@@ -2,8 +2,11 @@
 
 import contextlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # The name of the command, which with _ for - is that of the function → the script and its module in fledge/scripts.
 COMMANDS = {
@@ -49,6 +52,36 @@ def command(script: str) -> str:
     if sys.argv[0].startswith("fledge."):
         return f"fledge.{name.replace('-', '_')}"
     return f"python {script}"
+
+
+def next_command(script: str, used: dict[str, Any], suggested: dict[str, Any]) -> str:
+    """The whole command of the stage that comes next: with the paths just `used`, and others that are `suggested`.
+
+    After a stage that was started with a recipe, the recipe beside it is named, and keys only where they differ.
+    """
+    used, recipe = {key: str(value) for key, value in used.items() if value is not None}, _recipe_beside(script)
+    shown = used | suggested
+    if recipe:
+        import yaml
+
+        given = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+        differing = {key: value for key, value in used.items() if str(given.get(key)) != value}
+        shown = {"config": str(recipe)} | (differing | suggested if differing else {})
+    begun = command(script)
+    if begun.startswith("fledge."):
+        return f"{begun}({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
+    return " ".join([begun, *(f"--{key} {shlex.quote(value)}" for key, value in shown.items())])
+
+
+def _recipe_beside(script: str) -> Path | None:
+    """The recipe for `script` in the folder of the one that this process was started with."""
+    given = [argument.partition("=") for argument in sys.argv]
+    named = [
+        value or after for (key, _, value), after in zip(given, [*sys.argv[1:], ""], strict=True) if key == "--config"
+    ]
+    name = COMMAND_OF[script.removesuffix(".py")].removeprefix("train-")
+    recipe = Path(named[0]).with_name(f"{name}.yaml") if named else None
+    return recipe if recipe and recipe.is_file() else None
 
 
 def in_commands(text: str) -> str:

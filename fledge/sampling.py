@@ -1,6 +1,7 @@
 """How an answer is drawn: the keys that generate.py and evaluate_model.py share."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 
@@ -17,6 +18,8 @@ RANGES = {
 @dataclass
 class Sampling:
     """Nothing heavy is imported here, so that `--help` answers at once."""
+
+    GROUPS: ClassVar = {"max_new_tokens": "sampling"}
 
     max_new_tokens: int = field(default=300, metadata={"help": "longest answer in tokens (default 300)"})
     temperature: float = field(default=0.8, metadata={"help": "0 always takes the likeliest token (default 0.8)"})

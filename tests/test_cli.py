@@ -1,13 +1,21 @@
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
+from fledge.checkpoints.known_layouts import LAYOUTS
 from fledge.cli import UserError, parse, read_json, run, write_json
+from fledge.scripts.convert_checkpoint import ConvertArguments
+from fledge.scripts.prepare_dataset import PrepareArguments
+from fledge.sources import source_names
+from fledge.tasks import task_names
+from fledge.templates import names
+from fledge.training.starting import run_name
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("convert_checkpoint", "export", "prepare_dataset", "train_sft", "evaluate_model", "generate", "publish")
@@ -220,6 +228,24 @@ def test_a_broken_pipe_that_is_not_the_output_stays_a_bug():
         run(main)
 
 
+def test_help_names_the_values_that_a_key_takes():
+    helps = {
+        entry.name: entry.metadata["help"] for kind in (ConvertArguments, PrepareArguments) for entry in fields(kind)
+    }
+    for key, values in {
+        "layout": list(LAYOUTS),
+        "template": names(),
+        "task": task_names(),
+        "source": source_names(),
+    }.items():
+        assert f": {', '.join(values)}" in helps[key]
+
+
+def test_a_trackers_run_is_called_after_its_output_folder():
+    for output_dir, name in {"runs/quickstart/model": "quickstart-model", "/model": "model", "../m": "m"}.items():
+        assert run_name(output_dir) == name
+
+
 SHOW_HELP = """
 import json, runpy, sys
 sys.argv = [sys.argv[1], "--help"]
@@ -238,7 +264,13 @@ def test_help_answers_without_the_heavy_imports(script):
     )
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: {script}.py")
+    usage, *_ = done.stdout.splitlines()
+    assert usage.startswith(f"usage: {script}.py")
     assert "--config RECIPE.yaml" in done.stdout
+    listed = re.findall(r"^  (?:-h, )?(--\w+)", done.stdout, re.MULTILINE)
+    assert len(listed) == len(set(listed)) > 3
+    assert not re.search(r"^  .*--\w+-\w", done.stdout, re.MULTILINE)  # no second spelling with hyphens
+    required = done.stdout.partition("\nrequired:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (--\w+)", required, re.MULTILINE) == re.findall(r"(--[a-z_]+) ", usage)[:-1]
     imported = set(json.loads(done.stderr.splitlines()[-1]))
     assert imported.isdisjoint({"torch", "transformers", "datasets", "sklearn", "matplotlib"})

@@ -9,7 +9,7 @@ from conftest import ROOT, run_script
 
 import fledge
 from fledge import __main__, api
-from fledge.commands import COMMANDS, command, in_commands, started_as
+from fledge.commands import COMMANDS, command, in_commands, next_command, started_as
 
 SENTENCE = (
     "budget.json is missing; {} writes it. Run {}, accelerate launch {}, accelerate launch --multi_gpu {} or "
@@ -31,6 +31,24 @@ def test_messages_name_a_stage_as_this_one_was_started(start, following, sentenc
     with started_as(start, []):
         assert command("train_sft.py") == following
         assert in_commands(SCRIPTS) == sentence
+
+
+def test_the_next_command_is_whole(tmp_path):
+    used, suggested = {"model": "my model", "base": "runs/base"}, {"output_dir": "evaluation"}
+    with started_as("train_sft.py", []):
+        whole = "--model 'my model' --base runs/base --output_dir evaluation"
+        assert next_command("evaluate_model.py", used, suggested) == f"python evaluate_model.py {whole}"
+    with started_as("fledge.train", []):
+        said = next_command("evaluate_model.py", {"model": "m", "base": None}, suggested)
+        assert said == "fledge.evaluate(model='m', output_dir='evaluation')"
+    recipe = tmp_path / "evaluate.yaml"
+    recipe.write_text("model: runs/model\nbase: runs/base\noutput_dir: elsewhere\n", encoding="utf-8")
+    for given in (["--config", str(tmp_path / "train.yaml")], [f"--config={tmp_path / 'train.yaml'}"]):
+        with started_as("fledge train", [*given, "--max_steps", "2"]):
+            # The recipe says the rest; where its paths are not those just used, it must not write over its own output.
+            for model, said in (("runs/model", ""), ("other", " --model other --output_dir evaluation")):
+                made = next_command("evaluate_model.py", used | {"model": model}, suggested)
+                assert made == f"fledge evaluate --config {recipe}{said}"
 
 
 @pytest.mark.parametrize("text", ["src/generate.py is no text", "my_export.py", "./publish.py", "generate.python"])
@@ -73,7 +91,7 @@ def test_a_command_says_its_name_in_errors_and_help(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         __main__.started()
     told = capsys.readouterr().out
-    assert "usage: fledge generate [-h]" in told
+    assert "usage: fledge generate --model MODEL" in told
     assert "\nfledge generate --model model --interactive\n" in told
     assert "generate.py" not in told
 

@@ -70,7 +70,7 @@ def test_a_wheel_runs_the_notebook_without_the_checkout(installed, tmp_path):
     python, runs = installed / "python", tmp_path / "runs"
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     said = start(python, "-c", CELLS, cwd=tmp_path)
-    assert "Next: fledge.prepare\n" in said
+    assert "Next: fledge.prepare(data='RECORDS', tokenizer='../runs/base'" in said
     assert said.splitlines()[-1].startswith(str(installed.parent))
     assert (runs / "evaluation" / "report.html").stat().st_size > 10_000
     assert {"README.md", "app.py", "requirements.txt"} <= {path.name for path in (runs / "repository/space").iterdir()}
@@ -80,7 +80,7 @@ def test_a_wheel_runs_the_notebook_without_the_checkout(installed, tmp_path):
 
     launch = (python, "-m", "accelerate.commands.launch", "--num_processes", 1, "--cpu", "-m", "fledge", "train")
     keys = ("--model_name_or_path", "base", "--dataset", "data", "--output_dir", "launched", "--max_steps", 1)
-    assert "Next: fledge evaluate\n" in start(*launch, *keys, cwd=runs)
+    assert "Next: fledge evaluate --model launched --base base" in start(*launch, *keys, cwd=runs)
 
 
 def test_the_notebook_is_kept_without_outputs():

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fledge.cli import UserError, parse, write_json
-from fledge.commands import command
+from fledge.commands import next_command
 from fledge.folders import Output, claimed
 from fledge.sampling import Sampling
 from fledge.terminal import quiet
@@ -29,8 +29,18 @@ if TYPE_CHECKING:
     from fledge.checkpoints.probe_text import Trial
 
 
+# fledge.checkpoints takes seconds to import.
+LAYOUT_NAMES = (
+    "scratch, book, per_head, gpt2, build_nanogpt, nanogpt, mingpt, lecture, student, story_chat, llama2.c, minimind, "
+    "llama, nanochat_2026, nanochat, litgpt_until_2025, litgpt, torch"
+)
+
+
 @dataclass
 class ConvertArguments:
+    GROUPS: ClassVar = {"layout": "what the checkpoint means", "reference": "evidence", "inspect": "the run"}
+    REQUIRED: ClassVar = ("output_dir",)
+
     checkpoint: str = field(
         metadata={"help": "a .pt .pth .bin .ckpt .tar .safetensors file, or a folder that holds one"}
     )
@@ -39,7 +49,10 @@ class ConvertArguments:
         metadata={"help": "gpt2, a tokenizer's file or folder; default: what lies in the checkpoint or beside it"},
     )
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
-    layout: str | None = field(default=None, metadata={"help": "force a known layout's defaults"})
+    layout: str | None = field(
+        default=None,
+        metadata={"help": f"the layout, if it is known: {LAYOUT_NAMES}"},
+    )
     mapping: str | None = field(default=None, metadata={"help": "a YAML file that names roles and facts by hand"})
     target: str = field(default="auto", metadata={"help": "gpt2, llama, opt, …: a class of transformers (or auto)"})
     n_head: int | None = field(default=None, metadata={"help": "attention heads, when the checkpoint does not say"})
@@ -61,7 +74,10 @@ class ConvertArguments:
     accept_assumptions: bool = field(
         default=False, metadata={"help": "convert even if a fact that changes the logits is assumed"}
     )
-    inspect: bool = field(default=False, metadata={"help": "print each tensor and the role it was taken for, and stop"})
+    inspect: bool = field(
+        default=False,
+        metadata={"help": "print each tensor and the role it was taken for, and stop"},
+    )
     dry_run: bool = field(default=False, metadata={"help": "prove and report everything, write nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier conversion in output_dir"})
 
@@ -172,7 +188,9 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         print("It has code of its own: Fledge opens it as any model, and elsewhere it needs trust_remote_code=True.")
     print(report["verdict"])
     print(f"{args.output_dir} is a {report['target']} of {report['parameters']:,} parameters.")
-    print(f"Next: {command('prepare_dataset.py')}")
+    made = Path(str(args.output_dir))
+    suggested = {"data": "RECORDS", "output_dir": str(made.parent / "data")}
+    print(f"Next: {next_command('prepare_dataset.py', {'tokenizer': made}, suggested)}")
 
 
 def load(args: ConvertArguments) -> Loaded:

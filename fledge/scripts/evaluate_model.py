@@ -14,10 +14,10 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fledge.cli import UserError, parse, write_json, writing
-from fledge.commands import command
+from fledge.commands import next_command
 from fledge.folders import MARK, Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges
@@ -38,6 +38,9 @@ NEEDED = ("base", "dataset", "output_dir")
 
 @dataclass
 class EvaluateArguments:
+    GROUPS: ClassVar = {"split": "prompts", "resume": "the run", "ratings": "further judges"}
+    REQUIRED: ClassVar = ("base", "dataset", "output_dir")
+
     model: str = field(metadata={"help": "the folder that train_sft.py wrote, or a model of the Hub"})
     base: str | None = field(default=None, metadata={"help": "the base that it was trained from, likewise"})
     dataset: str | None = field(default=None, metadata={"help": "the folder that prepare_dataset.py wrote"})
@@ -150,7 +153,8 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     said = [report.table(metrics), *report.cautions(metrics), *report.headroom(metrics), *report.judged_by(metrics)]
     print("\n".join(["", *said]))
     print(f"\n{report.asked(metrics)}, 95% intervals. Instruction following: {report.beside(metrics)}.")
-    print(f"{output.path}/report.html shows every answer.\nNext: {command('generate.py')}")
+    print(f"{output.path}/report.html shows every answer.")
+    print(f"Next: {next_command('generate.py', {'model': args.model}, {'prompt': 'PROMPT'})}")
 
 
 def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
@@ -173,7 +177,9 @@ def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
     with output.staged() as folder:
         keep_answers(samples, output.work, folder)
     print(f"{len(samples):,} answers to {len(prompts.rows):,} prompts. Mean rewards: {mean_rewards(rewards)}.")
-    print(f"Next: {command('prepare_dataset.py')} --source answers --data {output.path}")
+    suggested = {"source": "answers", "tokenizer": args.model, "task": prompts.task.name}
+    suggested["output_dir"] = str(output.path.parent / "pairs")
+    print(f"Next: {next_command('prepare_dataset.py', {'data': output.path}, suggested)}")
 
 
 def mean_rewards(rewards: list[dict[str, float]]) -> str:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fledge.cli import UserError, parse, write_json
 from fledge.folders import Output, claimed
@@ -34,11 +34,14 @@ UNKNOWN_TASK = Trained("", False, [])
 
 @dataclass
 class ExportArguments:
+    GROUPS: ClassVar = {"quantize": "smaller files", "name": "what is written"}
+
     model: str = field(metadata={"help": "a model folder, or a model of the Hub (user/name)"})
     to: str = field(metadata={"help": "gguf or onnx"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     quantize: str | None = field(
-        default=None, metadata={"help": "store smaller numbers: f16, q8_0, q4_0 (gguf), fp16, int8 (onnx)"}
+        default=None,
+        metadata={"help": "store smaller numbers: f16, q8_0, q4_0 (gguf), fp16, int8 (onnx)"},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "the folder that prepare_dataset.py wrote, to measure prompts followed"}
@@ -50,7 +53,10 @@ class ExportArguments:
     accept_loss: bool = field(
         default=False, metadata={"help": "write a quantised file that loses more than the limits"}
     )
-    name: str | None = field(default=None, metadata={"help": "what the file calls the model (default: its folder)"})
+    name: str | None = field(
+        default=None,
+        metadata={"help": "what the file calls the model (default: its folder)"},
+    )
     license: str | None = field(
         default=None, metadata={"help": "an SPDX id for the GGUF file (default: what the model's card says)"}
     )

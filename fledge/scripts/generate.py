@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fledge.cli import UserError, parse, writing
 from fledge.folders import check_inputs
@@ -40,6 +40,8 @@ WAYS = ("prompt", "topic", "words", "constraints", "ask", "interactive", "prompt
 
 @dataclass
 class GenerateArguments:
+    GROUPS: ClassVar = {"prompt": "what to ask", "prompts_file": "a file of prompts", "dtype": "how to answer"}
+
     model: str = field(metadata={"help": "a model folder, or a model of the Hub (user/name)"})
     prompt: str | None = field(default=None, metadata={"help": "an instruction, or for a base model a beginning"})
     topic: str | None = field(default=None, metadata={"help": "what a story is to be about"})
@@ -52,14 +54,19 @@ class GenerateArguments:
     ask: str | None = field(default=None, metadata={"help": "a question, about --story if given"})
     interactive: bool = field(default=False, metadata={"help": "ask in the terminal what the model's task asks"})
     prompts_file: str | None = field(
-        default=None, metadata={"help": "a prompt a line, or .jsonl with `prompt` or `messages` in each line"}
+        default=None,
+        metadata={
+            "help": "a prompt a line, or .jsonl with `prompt` or `messages` in each line",
+        },
     )
     output_file: str | None = field(default=None, metadata={"help": "where the answers to --prompts_file go (.jsonl)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier output_file"})
     batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
     dtype: str = field(
         default="float32",
-        metadata={"help": "bfloat16 is faster where memory is slow, and answers a little differently"},
+        metadata={
+            "help": "bfloat16 is faster where memory is slow, and answers a little differently",
+        },
     )
     compare: str | None = field(default=None, metadata={"help": "another model, shown beside the first"})
     num_samples: int = field(default=1, metadata={"help": "answers to draw (default 1)"})

@@ -12,10 +12,10 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fledge.cli import UserError, check_hub_id, parse
-from fledge.commands import command
+from fledge.commands import next_command
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 from fledge.sources import load_source, source_names
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fledge.sources import Source
 
 
+TEMPLATE_NAMES = "alpaca, inst, phi3, play, story, story_chat"  # fledge.templates takes seconds to import
 RANGES = {
     "show": NOT_NEGATIVE,
     "limit": AT_LEAST_ONE,
@@ -45,11 +46,14 @@ RANGES = {
 
 @dataclass
 class PrepareArguments:
+    GROUPS: ClassVar = {"source": "what to read", "template": "how to encode it", "max_shard_size": "what to write"}
+
     data: list[str] = field(metadata={"help": "files, folders or Hub datasets, one or several"})
     tokenizer: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     source: str = field(
-        default="tinystories_instruct", metadata={"help": f"the form of the data: {', '.join(source_names())}"}
+        default="tinystories_instruct",
+        metadata={"help": f"the form of the data: {', '.join(source_names())}"},
     )
     task: str = field(
         default="topic_ending",
@@ -77,7 +81,10 @@ class PrepareArguments:
         default=None, metadata={"help": "for --source answers: a weight for each (default: the task's)"}
     )
     template: str | None = field(
-        default=None, metadata={"help": "the prompt's style; default: the task's own, of answers the model's"}
+        default=None,
+        metadata={
+            "help": f"the prompt's style: {TEMPLATE_NAMES} (default: the task's own, of answers the model's)",
+        },
     )
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
     split: str | None = field(
@@ -139,8 +146,11 @@ def prepare(args: PrepareArguments, output: Output) -> None:
     print(budget.markdown())
     if args.show:
         show(Path(args.output_dir), args.show)
-    following = command("train_dpo.py" if plan.preparation.has_pairs else "train_sft.py")
-    print(f"{args.output_dir} is ready (budget.png shows the lengths). Next: {following}")
+    print(f"{args.output_dir} is ready (budget.png shows the lengths).")
+    suggested = {"output_dir": str(output.path.parent / "model")}
+    used = {"model_name_or_path": args.tokenizer, "dataset": args.output_dir}
+    script = "train_dpo.py" if plan.preparation.has_pairs else "train_sft.py"
+    print(f"Next: {next_command(script, used, suggested)}")
 
 
 def make_plan(args: PrepareArguments) -> Plan:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fledge.cli import UserError, attempt, parse, write_json
-from fledge.commands import command
+from fledge.commands import next_command
 from fledge.folders import Output, check_inputs, claimed
 from fledge.hub import find_tokenizer
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
 from fledge.sampling import Sampling
 from fledge.terminal import quiet
+from fledge.training.starting import run_name
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase, TrainerCallback
@@ -111,7 +112,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     # ------------------------------------------------------------ Load and check
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     threads = use_all_threads(config)
-    config = with_values(config, output_dir=str(output.work))
+    config = with_values(config, run_name=config.run_name or run_name(config.output_dir), output_dir=str(output.work))
     tokenizer = open_vocabulary(args)
     held_out = args.validation_data or []
     corpus = Corpus(args.data, args.text_column, args.document_start, held_out, args.validation_share)
@@ -224,4 +225,5 @@ def record(trainer: "PretrainTrainer", output: Output, seconds: float, told: tup
             way = f"{made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}) to {made['last_loss']:.3f}"
             print(f"Loss {way}; {made['bits_per_byte']:.4f} bits per byte on held-out text.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "loss"))
-    print(f"Next: {command('prepare_dataset.py')} --tokenizer {output.path}")
+    suggested = {"data": "RECORDS", "output_dir": str(output.path.parent / "data")}
+    print(f"Next: {next_command('prepare_dataset.py', {'tokenizer': output.path}, suggested)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.cli import UserError, parse, write_json
-from fledge.commands import command
+from fledge.commands import next_command
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
 
@@ -69,4 +69,5 @@ def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
         + f"; {record['vocabulary_used']:.0%} of the vocabulary occurs."
     )
     print(f"The longest tokens: {', '.join(map(repr, record['longest_tokens'][:8]))}")
-    print(f"Next: {command('pretrain.py')} --tokenizer {args.output_dir}")
+    used = {"data": args.data[0], "tokenizer": args.output_dir}
+    print(f"Next: {next_command('pretrain.py', used, {'output_dir': str(output.path.parent / 'base')})}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import ModelConfig
 
 from fledge.cli import UserError, attempt, keep_origin, write_json
-from fledge.commands import command
+from fledge.commands import next_command
 from fledge.folders import Output
 from fledge.models import fingerprint
 from fledge.sampling import Sampling
@@ -136,7 +136,10 @@ class Run:
         for name, draw in pictures.items():
             output.add(name, partial(draw, history))
         shown = " and ".join(pictures)
-        print(f"{output.path} holds the model; its {shown} shows the way. Next: {command('evaluate_model.py')}")
+        print(f"{output.path} holds the model; its {shown} shows the way.")
+        used = {"model": output.path, "base": self.inputs.base, "dataset": self.args.dataset}
+        suggested = {"output_dir": str(output.path.parent / "evaluation")}
+        print(f"Next: {next_command('evaluate_model.py', used, suggested)}")
 
 
 def adapt(

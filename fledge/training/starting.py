@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fledge.cli import UserError, parse
 from fledge.folders import claimed
@@ -15,14 +15,17 @@ from fledge.terminal import quiet
 
 @dataclass
 class BaseArguments:
-    """Two keys of TRL's ModelConfig, which takes seconds to import."""
+    """Keys of TRL's configurations, which take seconds to import."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "the base, a folder or a model of the Hub"})
+    output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     model_revision: str = field(default="main", metadata={"help": "its revision on the Hub (default main)"})
 
 
 @dataclass
 class RunArguments:
+    REQUIRED: ClassVar = ("model_name_or_path", "output_dir")
+
     dataset: str = field(metadata={"help": "a folder of prepare_dataset.py"})
     dropout: float = field(default=0.0, metadata={"help": "dropout everywhere; a short fine-tuning wants none"})
     freeze_layers: int = field(
@@ -80,8 +83,14 @@ def start(
     quiet()
     if args.smoke:
         args, config = replace(args, overwrite=True), smoke(config)
+    config.run_name = config.run_name or run_name(config.output_dir)
     check_processes(config, script)
     inputs = {"--dataset": args.dataset, "--model_name_or_path": model_args.model_name_or_path}
     with claimed(config.output_dir, script, None, inputs, is_main=config.process_index == 0) as output:
         train(args, config, model_args, output)
     return output.path
+
+
+def run_name(output_dir: str) -> str:
+    """What trackers call a run: its output folder, with the folder above, as in `quickstart-model`."""
+    return "-".join(part for part in Path(output_dir).parts[-2:] if part not in ("/", ".."))
