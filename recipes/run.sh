@@ -15,8 +15,10 @@ stage tokenizer "the text gets a vocabulary of its own" python train_tokenizer.p
 stage pretrain "a base from raw text" python pretrain.py
 stage trim "the vocabulary loses what the text never uses" python trim_vocabulary.py
 stage convert "the hand-written checkpoint becomes a proven Hugging Face model" python convert_checkpoint.py
+stage answers "the model answers its training prompts" python evaluate_model.py
 stage prepare "records become instructions and responses" python prepare_dataset.py
 stage train "TRL, on the responses only" accelerate launch --config_file recipes/accelerate/cpu.yaml train_sft.py
+stage dpo "better answers against worse ones" accelerate launch --config_file recipes/accelerate/cpu.yaml train_dpo.py
 # Beside a train.yaml it makes another model, which nothing here evaluates.
 [ -f "$recipe/train.yaml" ] ||
     stage grpo "the model learns from its own answers" accelerate launch --config_file recipes/accelerate/cpu.yaml train_grpo.py

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -72,6 +72,14 @@ def random_rows(count: int = 24) -> list[dict]:
         ids = torch.randint(1, VOCAB_SIZE, (length,), generator=generator).tolist()
         made.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return made
+
+
+def write_prepared(folder: Path, rows: list[dict], tokenizer: PreTrainedTokenizerFast) -> None:
+    """What prepare_dataset.py leaves, as far as training reads it."""
+    splits = DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:4]))
+    splits.save_to_disk(folder / "tokenized")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "budget.json").write_text("{}", encoding="utf-8")
 
 
 def trainer_for(model, folder: Path, rows: list[dict] | None = None, peft_config=None, **changes) -> SFTTrainer:

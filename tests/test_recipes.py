@@ -27,6 +27,13 @@ def dataclasses_of(stage: str) -> list[type]:
         from fledge.scripts.train_grpo import GrpoArguments
 
         return [GrpoArguments, SmallGrpoConfig, ModelConfig]
+    if stage == "dpo":
+        from trl import ModelConfig
+
+        from fledge.rewards.preferences import SmallDpoConfig
+        from fledge.scripts.train_dpo import DpoArguments
+
+        return [DpoArguments, SmallDpoConfig, ModelConfig]
     if stage == "pretrain":
         from fledge.pretraining.pretrainer import PretrainConfig
         from fledge.scripts.pretrain import PretrainArguments
@@ -37,12 +44,13 @@ def dataclasses_of(stage: str) -> list[type]:
         "trim": ("trim_vocabulary", "TrimArguments"),
         "convert": ("convert_checkpoint", "ConvertArguments"),
         "prepare": ("prepare_dataset", "PrepareArguments"),
+        "answers": ("evaluate_model", "EvaluateArguments"),
         "evaluate": ("evaluate_model", "EvaluateArguments"),
         "generate": ("generate", "GenerateArguments"),
         "publish": ("publish", "PublishArguments"),
     }[stage]
     arguments = getattr(importlib.import_module(f"fledge.scripts.{module}"), name)
-    return [arguments, *([Sampling] if stage in ("evaluate", "generate") else [])]
+    return [arguments, *([Sampling] if stage in ("answers", "evaluate", "generate") else [])]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -77,9 +85,14 @@ def test_stages_of_a_recipe_hand_on_the_same_folders():
         assert handed_on("pretrain", "tokenizer", "tokenizer"), folder
         assert handed_on("trim", "model", "pretrain"), folder
         assert handed_on("train", "dataset", "prepare"), folder
-        assert all(handed_on(stage, "model", "train", "grpo") for stage in ("evaluate", "publish", "generate")), folder
+        assert all(
+            handed_on(stage, "model", "train", "dpo", "grpo") for stage in ("evaluate", "publish", "generate")
+        ), folder
         assert handed_on("grpo", "model_name_or_path", "train"), folder
-        assert handed_on("grpo", "dataset", "prepare"), folder
+        assert all(handed_on(stage, "dataset", "prepare") for stage in ("dpo", "grpo")), folder
+        if "answers" in stages:
+            assert stages["prepare"]["data"] == [stages["answers"]["output_dir"]], folder
+            assert stages["answers"]["model"] == stages["prepare"]["tokenizer"], folder
         if "train_lora" in stages:
             for key in ("model_name_or_path", "dataset"):
                 assert stages["train_lora"][key] == stages["train"][key]

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from small import CONTEXT_LENGTH, random_rows, small_gpt2, small_tokenizer
+from small import CONTEXT_LENGTH, random_rows, small_gpt2, small_tokenizer, write_prepared
 from transformers import AutoModelForCausalLM
 
 import fledge
@@ -23,15 +22,6 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 QUIET = ("--bf16", "False", "--per_device_train_batch_size", "4", "--use_cpu")
 
 
-def write_pairs(folder: Path, rows: list[dict], tokenizer) -> None:
-    """What prepare_dataset.py leaves of pairs, as far as training reads it."""
-    DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:4])).save_to_disk(
-        folder / "tokenized"
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "budget.json").write_text("{}", encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> SimpleNamespace:
     """A model of random weights with a template, and pairs for it: the rejected answers all begin with token 5."""
@@ -40,7 +30,7 @@ def small(tmp_path_factory) -> SimpleNamespace:
     tokenizer.chat_template = TEMPLATE
     small_gpt2(n_layer=3).save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
-    write_pairs(work / "pairs", [row | {"rejected_ids": [5, 7]} for row in random_rows(24)], tokenizer)
+    write_prepared(work / "pairs", [row | {"rejected_ids": [5, 7]} for row in random_rows(24)], tokenizer)
     return SimpleNamespace(model=work / "model", pairs=work / "pairs", tokenizer=tokenizer)
 
 
@@ -143,7 +133,7 @@ def test_pairs_that_do_not_fit_are_refused(small, tmp_path, capsys, case, messag
     elif case == "beta":
         arguments = ("--beta", "0.0")
     if case != "nothing":
-        write_pairs(data, rows, tokenizer)
+        write_prepared(data, rows, tokenizer)
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         train(small, tmp_path / "out", *arguments, dataset=data)

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_script
-from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from small import random_rows, small_gpt2, small_tokenizer, trainer_for
+from small import random_rows, small_gpt2, small_tokenizer, trainer_for, write_prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
 
 from fledge.cli import run
@@ -25,15 +24,6 @@ pytestmark = pytest.mark.slow
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 QUIET = ("--bf16", "False", "--eval_strategy", "no", "--per_device_train_batch_size", "8", "--use_cpu")
-
-
-def write_prepared(folder: Path, rows: list[dict], tokenizer) -> None:
-    """What prepare_dataset.py leaves, as far as training reads it."""
-    DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:4])).save_to_disk(
-        folder / "tokenized"
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "budget.json").write_text("{}", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
