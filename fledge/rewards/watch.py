@@ -27,7 +27,7 @@ from fledge.evaluation.scoring import Scoring
 from fledge.evaluation.wording import Wording
 from fledge.generation.answers import continue_each
 from fledge.guards import check_overrides
-from fledge.rewards.functions import RewardFunction, answer_of, reward_functions
+from fledge.rewards.functions import RewardFunction, answer_of, reward_functions, weights_of
 from fledge.rewards.limits import Look, WatchArguments, best_of, broken, outside
 from fledge.sampling import Sampling
 from fledge.tasks import FOLLOWING
@@ -277,8 +277,12 @@ def said_at_the_end(looks: list[Look], best: Look | None, reasons: list[str]) ->
     ]
 
 
-def watched_in(limits: WatchArguments, data: Path, task_file: str | None, weights: dict[str, float]) -> Watched | None:
-    """What is looked at in a run on the dataset `data` with the rewards `weights` by name; None for no prompts.
+def watched_in(
+    limits: WatchArguments, data: Path, task_file: str | None, weights: dict[str, float] | None = None
+) -> Watched | None:
+    """What is looked at in a run: validation prompts of the dataset `data`; None if none are wanted.
+
+    `weights` are the rewards by name, the task's own unless others are given.
 
     Raises:
         UserError: the dataset has no validation prompts, or `task_file` is not its task.
@@ -289,6 +293,7 @@ def watched_in(limits: WatchArguments, data: Path, task_file: str | None, weight
         prompts = open_prompts(data, task_file, "validation", limits.watch_prompts, num_samples=1)
     except UserError as error:
         raise UserError(f"{error} Or train without being watched: --watch_prompts 0.") from error
+    weights = weights or weights_of(prompts.task)
     functions = reward_functions(prompts.task, prompts.rows, prompts.tokenizer, list(weights), prompts.train_rows)
     return Watched(prompts, functions, list(weights.values()))
 

@@ -8,11 +8,13 @@ Besides the keys below, every key of TRL's DPOConfig and ModelConfig works under
 --precompute_ref_log_probs, --save_strategy, --load_best_model_at_end, --report_to, --use_peft; --help_all lists them.
 """
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fledge.folders import Output
+from fledge.rewards.limits import WatchArguments
 from fledge.training import starting
 
 if TYPE_CHECKING:
@@ -23,9 +25,15 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DpoArguments(starting.RunArguments):
+class DpoArguments(WatchArguments, starting.RunArguments):
     dataset: str = field(
         metadata={"help": "pairs of prepare_dataset.py --source answers, or a table of prompt, chosen and rejected"}
+    )
+    watch_dataset: str | None = field(
+        default=None, metadata={"help": "the folder whose validation prompts are answered to watch the run (none)"}
+    )
+    task: str | None = field(
+        default=None, metadata={"help": "the Python file of its task, if that is not shipped; its code is run"}
     )
 
 
@@ -41,12 +49,21 @@ def config_kind() -> "type[SmallDpoConfig]":
 
 
 def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig", output: Output) -> None:
+    from fledge.rewards.configuration import check_template
+    from fledge.rewards.curves import save_looks, save_picture
     from fledge.rewards.preferences import PreferenceProgress, PreferenceTrainer, save_preference_curve
+    from fledge.rewards.watch import watch, watched_in, without_reference
     from fledge.training.opening import early_stopping, open_trainer
     from fledge.training.running import open_run
+    from fledge.training.trainer import check_fit
 
     run, config = open_run(args, config, model_args, output, lambda: (load_inputs(args, config, model_args), config))
-    inputs = run.inputs
+    inputs, pictures = run.inputs, {"loss_curve.png": save_preference_curve}
+    watched = watched_in(args, Path(args.watch_dataset), args.task) if args.watch_dataset else None
+    if watched:
+        check_fit(inputs.model, inputs.tokenizer, watched.prompts.tokenizer, 0)
+        check_template(inputs.tokenizer, watched.prompts.tokenizer)
+    start = copy.deepcopy(inputs.model) if watched and without_reference(config, bool(inputs.adapter)) else None
     trainer = open_trainer(
         PreferenceTrainer,
         config,
@@ -59,7 +76,10 @@ def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig
         peft_config=inputs.adapter,
     )
     run.notes += [trainer.loss_line, *inputs.notes]
-    run.train(trainer, {"loss_curve.png": save_preference_curve})
+    if watched:
+        run.notes.append(watch(watched, args, trainer, start))
+        pictures |= {"rewards.png": save_picture, "watch.jsonl": save_looks}
+    run.train(trainer, pictures)
 
 
 def load_inputs(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig") -> "Inputs":

@@ -11,10 +11,11 @@ from conftest import run_script
 from safetensors.torch import load_file
 
 from fledge.cli import UserError, run
+from fledge.encoding import open_rows
 from fledge.rewards.curves import RewardProgress
 from fledge.rewards.limits import WatchArguments
 from fledge.rewards.watch import watched_in
-from fledge.scripts import train_grpo
+from fledge.scripts import train_dpo, train_grpo
 
 SHORT = (
     "--bf16", "False", "--use_cpu", "--max_steps", 5, "--num_generations", 4, "--per_device_train_batch_size", 8,
@@ -97,6 +98,24 @@ def test_an_adapter_is_held_against_the_model_without_it(tiny, tmp_path, capsys)
     assert [look["step"] for look in looks] == [0, 2]
     assert looks[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert looks[1]["kl"] > 1e-5
+
+
+def test_preferences_are_watched_on_the_dataset_that_is_named(tiny, tmp_path):
+    table = tmp_path / "pairs.jsonl"
+    rows = [row["messages"] for row in open_rows(tiny.data)["train"][:24]]
+    pairs = [{"prompt": m[0]["content"], "chosen": m[1]["content"], "rejected": "They were bad."} for m in rows]
+    table.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    given = ("--model_name_or_path", tiny.model, "--dataset", table, "--output_dir", tmp_path / "model", "--use_cpu")
+    given += ("--bf16", "False", "--watch_dataset", tiny.data, "--watch_prompts", 7, "--max_steps", 2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["train_dpo.py", *map(str, given)])
+        run(train_dpo.main)
+
+    looks = looks_of(tmp_path / "model")
+    assert [look["step"] for look in looks] == [0, 1, 2]
+    assert looks[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert looks[2]["kl"] > 1e-6
+    assert {"rewards/ending", "rewards/stopped", "coherence"} <= looks[0].keys()
 
 
 def test_a_dataset_without_validation_prompts_is_not_watched_unasked(tiny):
