@@ -111,6 +111,22 @@ def test_what_cannot_be_trained_on_is_one_sentence(arguments, changed, said, tin
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("return [len(text.split()) for text in completions]", "fails on a reference: AttributeError"),
+        ("return [1.0]", r"returned [1.0] for 4 references; it must return a finite number, or None, for each"),
+        ("return [float('nan')] * len(completions)", "returned [nan, nan, nan, nan] for 4 references"),
+    ],
+)
+def test_a_reward_that_does_not_work_is_refused_before_the_training(code, said, tiny, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(f"def own(completions, **_):\n    {code}\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        train(tiny, tmp_path / "out", "--rewards", "topic", f"{tmp_path / 'own.py'}:own")
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dataset_with_another_template_is_refused(tiny, tmp_path, capsys):
     other = tmp_path / "model"
     shutil.copytree(tiny.model, other)

@@ -1,11 +1,13 @@
 """What GRPO is configured with: TRL's keys, with defaults for small models."""
 
 import inspect
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from fledge.cli import UserError
@@ -111,6 +113,42 @@ def check_template(own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerB
         raise UserError(f"The dataset was prepared with another chat template than the model's; {train_sft}.")
     if len(own) < len(tokenizer):
         raise UserError(f"The dataset has {len(tokenizer) - len(own)} tokens that the model lacks; {train_sft}.")
+
+
+def check_rewards(
+    functions: list[Callable], tokenizer: PreTrainedTokenizerBase, rows: list[dict], ids: Dataset
+) -> None:
+    """Rewards the references of the first `rows`, whose encoded form is `ids`, as TRL would reward answers.
+
+    Raises:
+        UserError: a function fails, or does not return a finite number or None for each answer.
+    """
+    count = min(4, len(rows))
+    completions = [labels[prompt_length(labels) :] for labels in ids["labels"][:count]]
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    given = {
+        "prompts": [row["messages"][:-1] for row in rows[:count]],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": completions,
+        "row": list(range(count)),
+        "trainer_state": TrainerState(),
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    for function in functions:
+        name = function.__name__
+        try:
+            found = list(function(**given))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's function raises
+            raise UserError(f"The reward {name} fails on a reference: {type(error).__name__}: {error}.") from error
+        numbers = [value for value in found if value is not None]
+        if len(found) != count or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise UserError(
+                f"The reward {name} returned {found!r:.80} for {count} references; it must return a finite number, or "
+                "None, for each."
+            )
 
 
 def fit_answers(config: SmallGrpoConfig, model: PreTrainedModel, rows: Dataset) -> tuple[SmallGrpoConfig, str]:

@@ -10,7 +10,6 @@ from fledge.sampling import Sampling
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl import GRPOTrainer
 
 
 class Rollouts:
@@ -27,7 +26,8 @@ class Rollouts:
             for messages, ids, labels in zip(prompts, rows["input_ids"], rows["labels"], strict=True)
         }
 
-    def __call__(self, prompts: list[Messages], trainer: "GRPOTrainer") -> dict[str, Any]:
+    def __call__(self, prompts: list[Messages], trainer: Any) -> dict[str, Any]:
+        """The token ids of prompts and answers, as TRL wants them from the rollouts of a `SmallGrpoTrainer`."""
         config, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         prompt_ids = [self.ids[json.dumps(messages)] for messages in prompts]

@@ -99,7 +99,13 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
     @property
     def generation(self) -> int:
         """How many times answers have been sampled before, from the beginning of the run."""
-        return self._step // (self.args.steps_per_generation * self.num_iterations)
+        return self._step // self.steps_of_a_generation
+
+    @property
+    def steps_of_a_generation(self) -> int:
+        """How many micro-batches are learned from before answers are sampled again."""
+        assert self.args.steps_per_generation
+        return self.args.steps_per_generation * self.num_iterations
 
     # ------------------------------------------------------------ Data
     @override
@@ -189,7 +195,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
 
     @override
     def save_beside(self, folder: Path) -> None:
-        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        in_use = self._step % self.steps_of_a_generation != 0
         torch.save(
             {"step": self._step, "answers": self._buffered_inputs if in_use else None}, folder / self.rollouts_file
         )

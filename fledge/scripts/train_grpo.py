@@ -52,6 +52,7 @@ def config_kind() -> "type[SmallGrpoConfig]":
 def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig", output: Output) -> None:
     from fledge.encoding import open_rows
     from fledge.evaluation.prompts import task_of
+    from fledge.rewards.configuration import check_rewards
     from fledge.rewards.curves import RewardProgress, save_looks, save_picture
     from fledge.rewards.functions import chosen_rewards, reward_functions
     from fledge.rewards.rollouts import Rollouts
@@ -67,10 +68,16 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
     weights = chosen_rewards(task, args.rewards, config.reward_weights)
     config = with_values(config, reward_weights=list(weights.values()))
     watched = watched_in(args, data, args.task, weights)
-    run, config = open_run(
-        args, config, model_args, output, lambda: load_inputs(args, config, model_args), rewards=weights
-    )
-    inputs, rows = run.inputs, open_rows(data)["train"]
+    rows, functions = open_rows(data)["train"], []
+
+    def open_inputs() -> "tuple[Inputs, SmallGrpoConfig]":
+        inputs, fitted = load_inputs(args, config, model_args)
+        functions.extend(reward_functions(task, rows, inputs.tokenizer, list(weights)))
+        check_rewards(functions, inputs.tokenizer, rows, inputs.rows["train"])
+        return inputs, fitted
+
+    run, config = open_run(args, config, model_args, output, open_inputs, rewards=weights)
+    inputs = run.inputs
 
     # ------------------------------------------------------------ Train
     prompts = [row["messages"][:-1] for row in rows]
@@ -82,7 +89,7 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
         RewardProgress,
         model=inputs.model,
         prompts=prompts,
-        reward_funcs=reward_functions(task, rows, inputs.tokenizer, list(weights)),
+        reward_funcs=functions,
         rollouts=Rollouts(inputs.rows["train"], prompts),
         processing_class=inputs.tokenizer,
         peft_config=inputs.adapter,
