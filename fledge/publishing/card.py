@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -40,6 +41,7 @@ STAGES = {
     "metrics": "evaluate_model.py",
 }
 SHOWN = 2  # answers on the card
+BESIDE = "\n\n--- The base, asked the same:\n\n"
 
 
 def render(template: str, **values: object) -> str:
@@ -67,6 +69,19 @@ def cell(value: object) -> str:
 def as_json(value: object) -> str:
     """JSON that is a Python literal too: messages hold nothing but text."""
     return json.dumps(value, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a card is told and no record holds: ids on the Hub, and what the user says of the model."""
+
+    repo_id: str
+    license: str | None = None
+    language: str = "en"
+    base_model: str | None = None
+    base_data: str | None = None
+    dataset_repo_id: str | None = None
+    space_repo_id: str | None = None
 
 
 class Records(TypedDict):
@@ -165,59 +180,27 @@ def emissions(model_dir: Path) -> dict | None:
     return {"grams": 1000 * float(last["emissions"]), "kwh": float(last["energy_consumed"])}
 
 
-def model_card(
-    folder: Path,
-    repo_id: str,
-    records: Records,
-    samples: list[dict],
-    sampling: Sampling,
-    license_id: str | None,
-    language: str,
-    base_model: str | None,
-    dataset_repo_id: str | None,
-) -> str:
+def model_card(folder: Path, records: Records, samples: list[dict], sampling: Sampling, named: Named) -> str:
     """The README of the model repository in `folder`, from what lies there and from the answers of the evaluation."""
     firsts = [sample for sample in samples if sample["sample"] == 0][:SHOWN]
     files = files_beside(folder)
-    metadata = card_metadata(
-        repo_id=repo_id,
-        records=records,
-        firsts=firsts,
-        sampling=sampling,
-        license_id=license_id,
-        language=language,
-        base_model=base_model,
-        dataset_repo_id=dataset_repo_id,
-        files=files,
-    )
+    metadata = card_metadata(records, firsts, sampling, named, files)
     return render(
         "model.md.jinja",
         metadata=metadata.to_yaml(),
-        repo_id=repo_id,
-        name=repo_id.split("/")[-1],
+        name=named.repo_id.split("/")[-1],
         parameters=count_parameters(folder),
         **how_to_use(folder, records["budget"], samples, sampling),
-        shown=[(sample["messages"][-1]["content"], sample["model"]["text"]) for sample in firsts],
+        shown=firsts,
         **what_was_measured(records["metrics"], samples),
-        base_model=base_model,
-        dataset_repo_id=dataset_repo_id,
-        license_id=license_id,
+        **vars(named),
         **files,
         **records,
     )
 
 
 def card_metadata(
-    *,
-    repo_id: str,
-    records: Records,
-    firsts: list[dict],
-    sampling: Sampling,
-    license_id: str | None,
-    language: str,
-    base_model: str | None,
-    dataset_repo_id: str | None,
-    files: dict[str, Any],
+    records: Records, firsts: list[dict], sampling: Sampling, named: Named, files: dict[str, Any]
 ) -> "ModelCardData":
     """What the Hub reads of a card: the YAML block at its head."""
     from huggingface_hub import ModelCardData
@@ -225,19 +208,26 @@ def card_metadata(
     budget, measured = records["budget"], files["emissions"]
     origin = ["from-scratch"] if records["conversion"] or records["pretraining"] else []
     return ModelCardData(
-        language=language,
-        license=license_id,
+        language=named.language,
+        license=named.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=base_model,
-        datasets=[dataset_repo_id] if dataset_repo_id else None,
+        base_model=named.base_model,
+        datasets=[named.dataset_repo_id] if named.dataset_repo_id else None,
         tags=["fledge", "trl", "sft", "instruction-tuning", *origin, budget["task"].replace("_", "-")]
         + ["custom_code"] * bool(files["custom_code"]),
-        model_name=repo_id.split("/")[-1],
-        eval_results=results(budget, records["metrics"], dataset_repo_id) or None,
+        model_name=named.repo_id.split("/")[-1],
+        thumbnail=f"https://huggingface.co/{named.repo_id}/resolve/main/loss_curve.png" if files["has_curve"] else None,
+        eval_results=results(budget, records["metrics"], named.dataset_repo_id) or None,
         co2_eq_emissions=measured
         and {"emissions": round(measured["grams"], 3), "source": "codecarbon", "training_type": "fine-tuning"},
-        widget=[{"messages": sample["messages"], "output": {"text": sample["model"]["text"]}} for sample in firsts]
+        widget=[
+            {
+                "messages": sample["messages"],
+                "output": {"text": sample["model"]["text"] + BESIDE + sample["base"]["text"]},
+            }
+            for sample in firsts
+        ]
         or None,
         inference={"parameters": sampling.decoding()},  # what the page's widget draws by
     )
@@ -283,12 +273,30 @@ def how_to_use(folder: Path, budget: dict, samples: list[dict], sampling: Sampli
     return {
         "purpose": about["purpose"],
         "messages": messages,
+        "each_way": each_way(about, messages),
         "prompt": prompt_text(tokenizer, messages),
         "max_new_tokens": min(sampling.max_new_tokens, room),
         "eos_token": tokenizer.eos_token,
         "drawn": drawn(sampling),
         "unusual": unusual(sampling),
     }
+
+
+def each_way(about: dict, messages: list[dict]) -> list[list[dict]]:
+    """The conversation with each label of the first field of its task that has labels, such as both endings.
+
+    Only the conversation itself for a task without such a field, or a prompt that its wording has not made.
+    """
+    fields, wording = about.get("fields", {}), about.get("wording", "")
+    pattern = re.escape(wording)
+    for name in fields:
+        pattern = pattern.replace(re.escape(f"{{{name}}}"), f"(?P<{name}>.*)")
+    made = re.fullmatch(pattern, messages[-1]["content"])
+    chosen = next((name for name, labels in fields.items() if labels), None)
+    if not (made and chosen):
+        return [messages]
+    prompts = [wording.format(**made.groupdict() | {chosen: label}) for label in fields[chosen]]
+    return [[*messages[:-1], {"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def what_was_measured(metrics: dict | None, samples: list[dict]) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from fledge.cli import UserError, read_json, write_json
 from fledge.hub import download
 from fledge.pages import MODEL_CARD
-from fledge.publishing.card import model_card, read_records, read_samples, render
+from fledge.publishing.card import Named, model_card, read_records, read_samples, render
 from fledge.sampling import Sampling
 
 # What training leaves besides the model, and nobody who loads the model needs.
@@ -44,11 +44,7 @@ def build_model(
     folder: Path,
     model_dir: Path,
     evaluation_dir: Path | None,
-    repo_id: str,
-    license_id: str | None,
-    language: str,
-    base_model: str | None,
-    dataset_repo_id: str | None,
+    named: Named,
 ) -> None:
     """Fills `folder` with the model's files, the records of its making, and its card.
 
@@ -69,7 +65,7 @@ def build_model(
     kept = {key: value for key, value in config.items() if key not in Sampling().decoding()}
     write_json(folder / "generation_config.json", kept | sampling.decoding())
     samples = read_samples(evaluation_dir)
-    card = model_card(folder, repo_id, records, samples, sampling, license_id, language, base_model, dataset_repo_id)
+    card = model_card(folder, records, samples, sampling, named)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ Each repository gets one commit, and only what changed there. The token is that 
 import contextlib
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fledge.cli import UserError, check_hub_id, parse, write_json
@@ -32,6 +32,9 @@ class PublishArguments:
     space_repo_id: str | None = field(default=None, metadata={"help": "user/name of the Space on the Hub"})
     base_model: str | None = field(
         default=None, metadata={"help": "the base's Hub id, if it has one: named on the card, compared in the Space"}
+    )
+    base_data: str | None = field(
+        default=None, metadata={"help": "what the base was trained on, for the card: 'TinyStories (cdla-sharing-1.0)'"}
     )
     license: str | None = field(default=None, metadata={"help": "of model and Space, an SPDX id such as apache-2.0"})
     language: str = field(default="en", metadata={"help": "what the model writes, an ISO 639-1 code (default en)"})
@@ -117,6 +120,7 @@ def publish(args: PublishArguments, output: Output) -> None:
 def build(args: PublishArguments, folder: Path) -> None:
     """Fills `folder`/dataset, /model and /space, those that are asked for, and looks them over."""
     from fledge.cli import read_json
+    from fledge.publishing.card import Named
     from fledge.publishing.preflight import check_folder, check_model
     from fledge.publishing.repositories import build_dataset, build_model, build_space, download_records
 
@@ -129,8 +133,8 @@ def build(args: PublishArguments, folder: Path) -> None:
     model = args.model or ""  # check() asks for one where it is used
     if args.repo_id:
         target, model_dir = folder / "model", whole(model)
-        names = (args.repo_id, args.license, args.language, args.base_model, args.dataset_repo_id)
-        build_model(target, model_dir, evaluation_dir, *names)
+        named = Named(**{entry.name: vars(args)[entry.name] for entry in fields(Named)})
+        build_model(target, model_dir, evaluation_dir, named)
         check_folder("model", target)
         example = read_json(target / "budget.json", "train_sft.py", about_task=dict)["about_task"]["example"]
         print(f"The model reloads and answers: {check_model(target, example)!r}")

@@ -12,7 +12,19 @@ from markdown_it import MarkdownIt
 from safetensors import safe_open
 
 from fledge.cli import UserError
-from fledge.publishing.card import cell, count_parameters, emissions, failures, fenced, model_card, read_records, render
+from fledge.publishing.card import (
+    BESIDE,
+    Named,
+    cell,
+    count_parameters,
+    each_way,
+    emissions,
+    failures,
+    fenced,
+    model_card,
+    read_records,
+    render,
+)
 from fledge.publishing.preflight import check_card
 from fledge.sampling import Sampling
 
@@ -43,10 +55,50 @@ def test_metadata_is_what_the_hub_accepts(card, tiny):
 
 def test_widget_examples_carry_real_outputs(card, tiny):
     samples = samples_of(tiny)[:2]
-    assert [example["output"]["text"] for example in card.data.widget] == [s["model"]["text"] for s in samples]
+    assert [example["output"]["text"].split(BESIDE) for example in card.data.widget] == [
+        [s["model"]["text"], s["base"]["text"]] for s in samples
+    ]
     assert [example["messages"][-1]["content"] for example in card.data.widget] == [
         s["messages"][-1]["content"] for s in samples
     ]
+
+
+def test_the_snippet_asks_for_both_endings(card):
+    snippet = next(block for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL) if "pipeline(" in block)
+    asked = []
+
+    def writer(messages, max_new_tokens):
+        asked.append(messages[-1]["content"])
+        return [{"generated_text": [{"content": ""}]}]
+
+    exec(snippet.replace("from transformers import pipeline", ""), {"pipeline": lambda *_, **__: writer})
+    happy, sad = asked
+    assert happy.endswith("\nWith: happy ending")
+    assert sad == happy.replace("With: happy", "With: sad")
+
+
+def test_a_prompt_that_no_wording_made_is_shown_as_it_is():
+    about = {"fields": {"topic": [], "ending": ["happy", "sad"]}, "wording": "About: {topic} ({ending})"}
+    system = {"role": "system", "content": "s"}
+    assert each_way(about, [system, {"role": "user", "content": "About: {x} (happy) (sad)"}]) == [
+        [system, {"role": "user", "content": f"About: {{x}} (happy) ({ending})"}] for ending in ("happy", "sad")
+    ]
+    for content, told in (("Hello", about), ("Hello", {}), ("About: x (sad)", {"fields": {}, "wording": ""})):
+        messages = [{"role": "user", "content": content}]
+        assert each_way(told, messages) == [messages]
+
+
+def test_the_card_links_where_it_comes_from(card, tiny):
+    assert "[Try it](https://huggingface.co/spaces/someone/demo)" in card.text
+    assert "[its data](https://huggingface.co/datasets/someone/data)" in card.text
+    assert "[Fledge](https://pypi.org/project/fledge-gpt/)" in card.text
+    assert "No record here says what the base was trained on." in card.text
+    assert card.data.to_dict()["thumbnail"].endswith("someone/tiny-tales/resolve/main/loss_curve.png")
+    named = Named("a/b", base_model="some/base", base_data="fairy tales")
+    told = model_card(tiny.model, read_records(tiny.model, None), [], Sampling(), named)
+    assert "The base was trained on fairy tales." in told
+    assert "[its base](https://huggingface.co/some/base)" in told
+    check_card(told)
 
 
 def test_figures_and_hyperparameters_on_the_card_are_the_records(card, tiny):
@@ -83,7 +135,7 @@ def test_a_missing_record_omits_its_section_and_leaves_no_blank_one(left_out, ti
         ).unlink(missing_ok=True)
     evaluation = None if "metrics" in left_out else tiny.evaluation
     samples = samples_of(tiny) if evaluation else []
-    card = model_card(folder, "a/b", read_records(folder, evaluation), samples, Sampling(), None, "en", None, None)
+    card = model_card(folder, read_records(folder, evaluation), samples, Sampling(), Named("a/b"))
     found = sections(ModelCard(card).text)
     assert all(text.strip() or title == "Evaluation" for title, text in found.items())
     assert ("Conversion" in found) == ("conversion" not in left_out)
@@ -98,13 +150,15 @@ def test_a_missing_record_omits_its_section_and_leaves_no_blank_one(left_out, ti
 def test_a_pretrained_base_and_a_published_one_are_named(tiny, tmp_path):
     folder = shutil.copytree(tiny.model, tmp_path / "model")
     (folder / "conversion.json").unlink()
-    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "de", "some/base", None)
+    card = model_card(
+        folder, read_records(folder, None), [], Sampling(), Named("a/b", "mit", "de", base_model="some/base")
+    )
     assert "from [some/base](https://huggingface.co/some/base)" in card
     assert ModelCard(card).data.to_dict()["base_model"] == "some/base"
     assert ModelCard(card).data.language == "de"
     record = {"parameters": 1000, "steps": 5, "tokens": 99, "seconds": 3.2, "bits_per_byte": 1.234}
     (folder / "pretraining.json").write_text(json.dumps(record), encoding="utf-8")
-    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None)
+    card = model_card(folder, read_records(folder, None), [], Sampling(), Named("a/b", "mit"))
     assert "1.234 bits per byte" in sections(card)["Pre-training"]
 
 
@@ -118,7 +172,7 @@ def test_a_record_of_another_form_is_one_sentence(content, said, tiny, tmp_path)
     folder = shutil.copytree(tiny.model, tmp_path / "model")
     (folder / "run.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=said):
-        model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None)
+        model_card(folder, read_records(folder, None), [], Sampling(), Named("a/b", "mit"))
 
 
 def test_carbon_is_on_the_card_when_it_was_measured(tiny, tmp_path):
@@ -127,7 +181,7 @@ def test_carbon_is_on_the_card_when_it_was_measured(tiny, tmp_path):
     (folder / "emissions.csv").write_text(
         "timestamp,duration,emissions,energy_consumed\nx,1,0.0005,0.001\ny,2,0.00125,0.0031\n", encoding="utf-8"
     )
-    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None)
+    card = model_card(folder, read_records(folder, None), [], Sampling(), Named("a/b", "mit"))
     assert ModelCard(card).data.to_dict()["co2_eq_emissions"]["emissions"] == 1.25
     assert "0.0031 kWh, 1.25 g of CO2" in card
 
@@ -137,7 +191,7 @@ def test_exports_beside_the_model_are_explained(tiny, tmp_path):
     (folder / "tales.gguf").write_bytes(b"GGUF")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"x")
-    runtimes = sections(model_card(folder, "a/b", read_records(folder, None), [], Sampling(), "mit", "en", None, None))
+    runtimes = sections(model_card(folder, read_records(folder, None), [], Sampling(), Named("a/b", "mit")))
     assert re.search(r"tales.gguf.*llama-cli -hf a/b", runtimes["Other runtimes"])
     assert re.search(r"onnx/model.onnx.*@huggingface/transformers", runtimes["Other runtimes"])
 
@@ -190,7 +244,7 @@ def test_card_says_what_a_conversion_rests_on(verdict, said, tiny, tmp_path):
     folder = shutil.copytree(tiny.model, tmp_path / "model")
     report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
     (folder / "conversion.json").write_text(json.dumps(report | {"verdict": verdict}), encoding="utf-8")
-    card = model_card(folder, "a/b", read_records(folder, None), [], Sampling(), None, "en", None, None)
+    card = model_card(folder, read_records(folder, None), [], Sampling(), Named("a/b"))
     assert verdict in sections(ModelCard(card).text)["Conversion"]
     assert said in card
     check_card(card)
