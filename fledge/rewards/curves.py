@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from fledge.evaluation.scoring import MEANING
-from fledge.rewards.watch import KEPT, looks_in
+from fledge.rewards.watch import kept_step, looks_in
 from fledge.training.run_record import Progress
 
 if TYPE_CHECKING:
@@ -94,8 +94,3 @@ def save_looks(log_history: list[dict], folder: Path) -> None:
     kept = kept_step(log_history)
     lines = [json.dumps(look | {"kept": look["step"] == kept}) + "\n" for look in looks_in(log_history)]
     (folder / "watch.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def kept_step(log_history: list[dict]) -> int | None:
-    """The step whose model is kept, in the log of a run that was watched to its end."""
-    return next((entry[KEPT] for entry in reversed(log_history) if KEPT in entry), None)

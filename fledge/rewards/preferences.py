@@ -18,6 +18,7 @@ from fledge.encoding import prompt_length
 from fledge.guards import check_overrides
 from fledge.ranges import POSITIVE, check_ranges
 from fledge.rewards.pairs import lengths_of
+from fledge.rewards.watch import record_of
 from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import SmallDefaults, with_values
 from fledge.training.run_record import Progress
@@ -89,6 +90,10 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
             self.loss_line = score_faster(model, self.args, rows=5 if self.args.use_weighting else 4)
             if self.ref_model is not None:
                 score_faster(self.accelerator.unwrap_model(self.ref_model), self.args, rows=1)
+
+    @override
+    def more_of_the_way(self) -> dict:
+        return record_of(self.state.log_history)
 
     @override
     def _prepare_dataset(self, dataset: Dataset, *arguments: Any) -> Dataset:

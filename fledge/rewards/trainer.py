@@ -27,6 +27,7 @@ from fledge.guards import borrow, check_overrides, missing
 from fledge.messages import Messages
 from fledge.rewards.configuration import SmallGrpoConfig, why_not
 from fledge.rewards.rollouts import Rollouts
+from fledge.rewards.watch import record_of
 from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import with_values
 from fledge.training.resuming import tokens_seen
@@ -206,10 +207,12 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
 
     @override
     def more_of_the_way(self) -> dict:
-        """The rewards at the first and the last logged step, by name."""
-        steps = [entry for entry in self.state.log_history if "reward" in entry]
-        names = {"reward": "reward"} | {name: f"rewards/{name}/mean" for name in self.reward_func_names}
-        return {"rewards": {name: [entry[key] for entry in (steps[0], steps[-1])] for name, key in names.items()}}
+        """The rewards by name, at the first and the last logged step that has them, and what the watch kept."""
+        keys = {"reward": "reward"} | {name: f"rewards/{name}/mean" for name in self.reward_func_names}
+        # What no prompt of a step called for is None there.
+        ways = {name: [e[key] for e in self.state.log_history if e.get(key) is not None] for name, key in keys.items()}
+        rewards = {name: [values[0], values[-1]] for name, values in ways.items() if values}
+        return {"rewards": rewards} | record_of(self.state.log_history)
 
     @override
     def said_at_the_end(self, record: dict) -> list[str]:

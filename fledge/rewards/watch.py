@@ -6,6 +6,7 @@ saved in the end is the best of these models that kept the limits, not the last 
 """
 
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ class Watch(TrainerCallback):
     def __init__(self, watched: Watched, limits: WatchArguments, start: PreTrainedModel | None):
         self.watched, self.limits, self.start = watched, limits, start
         self.reasons: list[str] = []
+        self.seconds = 0.0
 
     def attach(self, trainer: Any) -> None:
         """Makes this watch the last callback of `trainer`, one of TRL's that may have a reference model."""
@@ -141,6 +143,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.begun, self.seconds = time.monotonic(), 0.0
         steps = args.eval_steps or 1 / LOOKS
         self.every = max(1, round(steps if steps >= 1 else steps * state.max_steps))
         seen = [look["step"] for look in looks_in(state.log_history)]
@@ -175,7 +178,9 @@ class Watch(TrainerCallback):
                 for name, value in kept.items():
                     own[name].copy_(value)
         self._log({KEPT: best["step"] if best else state.global_step}, control)
-        print("\n".join(said_at_the_end(looks, best, self.reasons)), flush=True)
+        share = self.seconds / (time.monotonic() - self.begun)
+        said = [*said_at_the_end(looks, best, self.reasons), f"Looking took {share:.0%} of the time."]
+        print("\n".join(said), flush=True)
 
     def _best(self, state: TrainerState) -> Look | None:
         """The best look whose model is there; a checkpoint that was copied elsewhere has come without."""
@@ -183,6 +188,7 @@ class Watch(TrainerCallback):
         return best_of([look for look in looks if self._file(look["step"]).exists()], looks[0], self.limits)
 
     def _look(self, state: TrainerState, control: TrainerControl) -> None:
+        begun = time.monotonic()
         accelerator = self.trainer.accelerator
         model = accelerator.unwrap_model(self.trainer.model)
         training = model.training
@@ -202,6 +208,7 @@ class Watch(TrainerCallback):
                 self._keep(model, looks[-1]["step"])
         self.reasons = broken(looks, self.limits)
         control.should_training_stop = control.should_training_stop or bool(self.reasons)
+        self.seconds += time.monotonic() - begun
 
     @contextlib.contextmanager
     def _start_of(self, model: PreTrainedModel | PeftModel):
@@ -247,6 +254,20 @@ def looks_in(log_history: list[dict]) -> list[Look]:
             figures = {key.removeprefix(PREFIX): value for key, value in entry.items() if key.startswith(PREFIX)}
             found[entry["step"]] = {"step": entry["step"], **figures}
     return [found[step] for step in sorted(found)]
+
+
+def kept_step(log_history: list[dict]) -> int | None:
+    """The step whose model is kept, in the log of a run that was watched to its end."""
+    return next((entry[KEPT] for entry in reversed(log_history) if KEPT in entry), None)
+
+
+def record_of(log_history: list[dict]) -> dict:
+    """What `run.json` says of a watched run: the step of the model that is kept, and what was gained until then."""
+    looks, kept = {look["step"]: look for look in looks_in(log_history)}, kept_step(log_history)
+    if kept not in looks:
+        return {}
+    gained = {name: [looks[0][name], looks[kept][name]] for name in (FOLLOWING, "completion_loss", "distinct_2")}
+    return {"watch": {"kept_step": kept, **gained}}
 
 
 def said_of(look: Look, start: Look, limits: WatchArguments) -> str:

@@ -16,6 +16,7 @@ from fledge.encoding import encode
 from fledge.evaluation.prompts import Prompts
 from fledge.rewards.curves import save_looks, save_picture
 from fledge.rewards.limits import WatchArguments, best_of, broken, outside
+from fledge.rewards.trainer import SmallGrpoTrainer
 from fledge.rewards.watch import Seen, Watch, Watched, looks_in
 from fledge.tasks import load_task
 from fledge.tasks.topic_ending import instruction
@@ -249,3 +250,15 @@ def test_the_picture_shows_a_run(tmp_path):
 
     assert (tmp_path / "rewards.png").stat().st_size > 10_000
     assert re.match(rb"\x89PNG", (tmp_path / "rewards.png").read_bytes())
+
+
+def test_a_reward_that_few_prompts_call_for_has_a_way_too():
+    """No prompt of the first step asked for a rhyme, and none at all for a title."""
+    log = [{"reward": 1.0, "rewards/rhyme/mean": None}, {"reward": 2.0, "rewards/rhyme/mean": 0.5}, {"loss": 1.0}]
+    run = SimpleNamespace(state=SimpleNamespace(log_history=log), reward_func_names=["rhyme", "title"])
+    record = SmallGrpoTrainer.more_of_the_way(run)
+
+    assert record == {"rewards": {"reward": [1.0, 2.0], "rhyme": [0.5, 0.5]}}
+    assert SmallGrpoTrainer.said_at_the_end(run, record) == [
+        "Rewards of the samples: reward 1.00 to 2.00, rhyme 0.50 to 0.50."
+    ]

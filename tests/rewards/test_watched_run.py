@@ -60,6 +60,10 @@ def test_the_run_says_what_it_saw(straight):
     assert all(expected | {"copied", "repetition", "answer_tokens", "eos_rate"} <= look.keys() for look in looks)
     assert looks[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert looks[-1]["kl"] > 1e-5
+    record = json.loads((straight / "run.json").read_text(encoding="utf-8"))["watch"]
+    kept = next(look for look in looks if look["kept"])
+    assert record["kept_step"] == kept["step"]
+    assert record["completion_loss"] == [looks[0]["completion_loss"], kept["completion_loss"]]
     assert (straight / "rewards.png").stat().st_size > 10_000
 
 
