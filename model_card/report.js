@@ -1,6 +1,6 @@
 "use strict";
 // Answers only ever become text nodes: whatever a model wrote, it cannot become part of the page.
-const { answers, samples, columns } = JSON.parse(document.getElementById("data").textContent);
+const { answers, samples, columns, least } = JSON.parse(document.getElementById("data").textContent);
 const WHO = { base: "base", model: "instruct" };
 const PAGE = 10;
 const $ = (id) => document.getElementById(id);
@@ -13,12 +13,14 @@ function make(tag, className, ...children) {
   return element;
 }
 
-// A metric that is only ever 0 or 1 is a constraint, met or missed.
+// A constraint is met from its least value on. A metric that is only ever 0 or 1 is met or missed as well.
 const values = {};
 for (const sample of samples)
   for (const who in WHO)
     for (const [name, value] of Object.entries(sample[who].scores)) (values[name] ??= new Set()).add(value);
-const constraints = Object.keys(values).filter((name) => [...values[name]].every((value) => value === 0 || value === 1));
+const constraints = Object.keys(values)
+  .filter((name) => name in least || [...values[name]].every((value) => value === 0 || value === 1));
+const isMet = (name, value) => (value === undefined ? undefined : value >= (least[name] ?? 1));
 
 // What the heading of an answer says already, and what is no concern of a single answer.
 const UNMARKED = ["eos_rate", "answer_tokens", "distinct_answers"];
@@ -27,9 +29,11 @@ function chips(scores) {
   const row = make("div", "chips");
   for (const [name, value] of Object.entries(scores)) {
     if (UNMARKED.includes(name)) continue;
-    const binary = constraints.includes(name);
-    const shown = binary ? (value ? "✓ " : "✗ ") + title(name) : `${title(name)} ${+value.toFixed(value < 10 ? 2 : 0)}`;
-    row.append(make("span", "chip" + (binary ? (value ? " met" : " missed") : ""), shown));
+    const isConstraint = constraints.includes(name);
+    const met = isMet(name, value);
+    const number = isConstraint && (value === 0 || value === 1) ? "" : ` ${+value.toFixed(value < 10 ? 2 : 0)}`;
+    const shown = (isConstraint ? (met ? "✓ " : "✗ ") : "") + title(name) + number;
+    row.append(make("span", "chip" + (isConstraint ? (met ? " met" : " missed") : ""), shown));
   }
   return row;
 }
@@ -48,6 +52,9 @@ function answer(text, heading, className) {
   return make("div", "answer " + className, make("h3", "", heading), body);
 }
 
+// An address of its own for each answer: report.html#answer-12, or #answer-12-2 for the second answer to a prompt.
+const linkOf = (sample) => `#answer-${sample.prompt + 1}` + (sample.sample ? `-${sample.sample + 1}` : "");
+
 function show(sample) {
   const pair = make("div", "pair");
   for (const who in WHO) {
@@ -59,8 +66,10 @@ function show(sample) {
     pair.append(side);
   }
   const number = `prompt ${sample.prompt + 1}` + (sample.sample ? `, answer ${sample.sample + 1}` : "");
+  const link = make("a", "", number);
+  link.href = linkOf(sample);
   const written = make("details", "", make("summary", "", "the held-out answer"), make("div", "text", sample.reference));
-  return make("article", "sample", make("div", "soft small", number), request(sample), pair, written);
+  return make("article", "sample", make("div", "soft small", link), request(sample), pair, written);
 }
 
 const haystacks = samples.map((s) =>
@@ -74,16 +83,18 @@ function chosen() {
   return samples.filter((sample, i) => {
     if (wanted && !haystacks[i].includes(wanted)) return false;
     if (column && sample[column] !== label) return false;
-    const [base, model] = [sample.base.scores[name], sample.model.scores[name]];
+    const [base, model] = [isMet(name, sample.base.scores[name]), isMet(name, sample.model.scores[name])];
     if (base === undefined && model === undefined) return false;
-    return { "": true, model1: model === 1, model0: model === 0, base1: base === 1, base0: base === 0,
-      gained: base === 0 && model === 1, lost: base === 1 && model === 0 }[which];
+    return { "": true, model1: model === true, model0: model === false, base1: base === true, base0: base === false,
+      gained: base === false && model === true, lost: base === true && model === false }[which];
   });
 }
 
 let shown = PAGE;
 function list() {
-  const found = chosen();
+  const linked = samples.filter((sample) => linkOf(sample) === location.hash);
+  const found = linked.length ? linked : chosen();
+  $("all").hidden = !linked.length;
   $("count").textContent = `${found.length} of ${samples.length}`;
   $("list").replaceChildren(...found.slice(0, shown).map(show));
   // Of a conversation the last question is what was asked.
@@ -98,9 +109,19 @@ for (const column of columns)
     $("class").append(new Option(`${title(column)}: ${label}`, JSON.stringify([column, label])));
 $("class").hidden = !columns.length;
 for (const id of ["search", "constraint", "which", "class"])
-  $(id).addEventListener("input", () => { shown = PAGE; list(); });
+  $(id).addEventListener("input", () => { shown = PAGE; unlink(); });
+function unlink() {
+  if (location.hash.startsWith("#answer-")) history.replaceState(null, "", "#answers");
+  list();
+}
+$("all").addEventListener("click", unlink);
+addEventListener("hashchange", () => {
+  list();
+  if (location.hash.startsWith("#answer-")) $("answers").scrollIntoView();
+});
 $("more").addEventListener("click", () => { shown += PAGE; list(); });
 list();
+if (location.hash.startsWith("#answer-")) $("answers").scrollIntoView();
 
 // The blind mode. Pairs come in a random order, the sides are drawn for each, and a rating is kept at once.
 const KEPT = `fledge-ratings-${answers}`;

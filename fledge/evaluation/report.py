@@ -265,7 +265,8 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
     script run and nothing be fetched.
     """
     script = (MODEL_CARD / "report.js").read_text(encoding="utf-8")
-    data = {"answers": answers_id(samples), "columns": columns, "samples": samples}
+    least = {HEADLINE: 1.0, **metrics["constraints"]}
+    data = {"answers": answers_id(samples), "columns": columns, "least": least, "samples": samples}
     template = open_templates(autoescape=True).get_template("report.html.jinja")
     return template.render(
         metrics=metrics,
@@ -276,6 +277,7 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
         cautions=cautions(metrics),
         headroom=headroom(metrics),
         classes=classes(metrics),
+        constraints=constraint_rows(metrics["constraints"], samples),
         show=show,
         share=share,
         title=title,
@@ -290,6 +292,22 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def constraint_rows(least: dict[str, float], samples: list[dict]) -> list[dict]:
+    """For each constraint that a prompt states: how many answers of each model meet it, and how many of them differ.
+
+    `least` is the value of each constraint that counts as met. What is met most rarely by the model comes first.
+    """
+    rows = []
+    for name, limit in least.items():
+        both = [[sample[who]["scores"].get(name) for who in WHO] for sample in samples]
+        met = [(base >= limit, model >= limit) for base, model in both if base is not None and model is not None]
+        if met:
+            of_base, of_model = (sum(column) for column in zip(*met, strict=True))
+            changed = {"gained": met.count((False, True)), "lost": met.count((True, False))}
+            rows.append({"name": name, "least": limit, "n": len(met), "base": of_base, "model": of_model} | changed)
+    return sorted(rows, key=lambda row: row["model"] / row["n"])
 
 
 def histogram(lengths: dict[str, list[int]], bins: int = 24) -> dict:

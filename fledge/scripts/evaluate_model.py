@@ -146,6 +146,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
         "num_prompts": len(prompts.rows),
         "num_samples": args.num_samples,
         "sampling": asdict(sampling),
+        "constraints": prompts.task.constraints,
         **judged,
         **figures(scoring, answered, {headline: meaning[headline]} | meaning),
     }

@@ -8,6 +8,7 @@ from fledge.evaluation.report import (
     answers_id,
     beside,
     cautions,
+    constraint_rows,
     curves,
     fold_ratings,
     headroom,
@@ -75,6 +76,7 @@ def metrics() -> dict:
         "num_prompts": 3,
         "num_samples": 1,
         "sampling": {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 300, "seed": 0},
+        "constraints": {"instruction_following": 1.0, "topic_words": 0.5, "eos_rate": 1.0, "rhyme": 1.0},
         "judge": {
             "says": ["The classifier of endings is right on 99.3% of 434 unseen stories."],
             "calibration": [{"said_sad": 0.037, "was_sad": 0.05, "n": 434}],
@@ -192,7 +194,8 @@ def test_nothing_an_answer_holds_becomes_part_of_the_page(metrics, samples):
     assert "<img" not in text
     assert "{{ 7*7 }}" in text
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
-    assert data == {"answers": answers_id(samples), "columns": ["ending"], "samples": samples}
+    least = {"instruction_following": 1.0, **metrics["constraints"]}
+    assert data == {"answers": answers_id(samples), "columns": ["ending"], "least": least, "samples": samples}
 
 
 def test_the_page_shows_how_sure_the_judge_may_be(metrics, samples):
@@ -223,6 +226,14 @@ def test_points_of_a_curve_lie_on_the_paper(top):
     drawn = curves({"base": points, "model": points})
     assert all(0 <= point[axis] <= 1 for line in drawn["lines"].values() for point in line for axis in "xy")
     assert [tick["y"] for tick in drawn["ticks"]][-1] == pytest.approx(1)
+
+
+def test_a_constraint_is_counted_where_a_prompt_states_it(samples, metrics):
+    rows = {row.pop("name"): row for row in constraint_rows(metrics["constraints"], samples)}
+    assert rows["instruction_following"] == {"least": 1.0, "n": 3, "base": 1, "model": 2, "gained": 1, "lost": 0}
+    assert rows["topic_words"] == {"least": 0.5, "n": 3, "base": 3, "model": 3, "gained": 0, "lost": 0}
+    assert list(rows) == ["instruction_following", "topic_words", "eos_rate"]  # no prompt asks for a rhyme
+    assert "<td>topic words <span" in page(metrics, samples, [], {"base": "b", "model": "m"})
 
 
 @pytest.fixture
@@ -263,6 +274,19 @@ def test_in_a_browser(browser, metrics, samples, tmp_path):
     tab.select_option("#which", "")
     tab.select_option("#class", label="ending: sad")
     assert "boat" in tab.locator("article").inner_text()
+
+    tab.select_option("#class", label="all classes")
+    tab.locator("article a").nth(1).click()
+    assert tab.locator("article").count() == 1
+    address = tab.url
+    assert address.endswith("report.html#answer-2")
+    tab.goto("about:blank")
+    tab.goto(address)
+    assert "boat" in tab.locator("article").inner_text()
+    assert "1 of 3" in tab.locator("#count").inner_text()
+    tab.click("#all")
+    assert tab.locator("article").count() == 3
+    assert not tab.locator("#all").is_visible()
 
     tab.click("#rate")
     assert not tab.locator("#answers").is_visible()
