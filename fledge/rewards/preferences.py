@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fledge.guards import check_overrides
 from fledge.ranges import POSITIVE, check_ranges
 from fledge.rewards.pairs import lengths_of
 from fledge.rewards.watch import record_of
+from fledge.terminal import progress
 from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import SmallDefaults, with_values
 from fledge.training.run_record import Progress
@@ -112,7 +114,9 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
     @override
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "length"]))  # for group_by_length
+        columns: Any = self._signature_columns
+        with_length = list(dict.fromkeys([*columns, "length"]))  # for group_by_length
+        self._signature_columns = with_length  # type: ignore[assignment]  # declared by the None it begins as
 
     @override
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -121,10 +125,12 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
         model = self.model.eval()
         order = np.argsort(dataset["length"], kind="stable")
         loader = DataLoader(dataset.select(order), batch_size, collate_fn=self.data_collator)
-        found = [
-            self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch))
-            for batch in self.accelerator.prepare(loader)
-        ]
+        loader, found = self.accelerator.prepare(loader), []
+        with progress(f"reference, {name}", len(loader)) if self.is_world_process_zero() else nullcontext() as tell:
+            for batch in loader:
+                found.append(self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch)))
+                if tell:
+                    tell(len(found))
         back = np.argsort(order, kind="stable")
         for column, parts in zip(REFERENCE, zip(*found, strict=True), strict=True):
             dataset = dataset.add_column(column, torch.cat(parts).double().cpu().numpy()[back])

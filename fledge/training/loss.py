@@ -26,6 +26,7 @@ CACHED = 1 << 19
 ROWS, COLUMNS = 256, 8192
 # Entries of the logits in memory at a time: 256 MB of bfloat16. Beyond that the backward pass projects again.
 KEPT = 1 << 27
+SCORES = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")  # in the order of their rows
 
 
 def slices(count: int, size: int) -> list[slice]:
@@ -202,17 +203,12 @@ def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows
         # hidden / t · weightᵀ + bias / t are the logits divided by t.
         bias = None if head.bias is None else head.bias / temperature
         scores = ScoreTokens.apply(hidden[mask] / temperature, head.weight, bias, labels[:, 1:][mask], rows)
-        found = [row.new_zeros(mask.shape).masked_scatter(mask, row) for row in scores]
-        log_probs, entropy, is_top1, mean_logits, log_sum_sq_probs = *found, *[None] * (5 - rows)
+        found = {
+            name: row.new_zeros(mask.shape).masked_scatter(mask, row) for name, row in zip(SCORES, scores, strict=False)
+        }
+        if "is_top1" in found:
+            found["is_top1"] = found["is_top1"].bool()
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return TokenScores(
-            loss=-log_probs.sum() / count,
-            log_probs=log_probs,
-            entropy=entropy,
-            is_top1=None if is_top1 is None else is_top1.bool(),
-            mean_logits=mean_logits,
-            log_sum_sq_probs=log_sum_sq_probs,
-            label_mask=mask,
-        )
+        return TokenScores(loss=-found["log_probs"].sum() / count, label_mask=mask, **found)
 
     model.forward = types.MethodType(forward, model)

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ class Run:
     def callbacks(self) -> list:
         return [self.stop, self.lineage]
 
-    def train(self, trainer: CheckedTrainer, pictures: dict[str, Callable[[list[dict], Path], None]]) -> None:
+    def train(self, trainer: CheckedTrainer, pictures: Mapping[str, Callable[[list[dict], Path], None]]) -> None:
         """Trains to the end, saves the model, and adds the records of the run and `pictures` of its log by file name.
 
         Told by SIGTERM to stop, it saves a checkpoint and leaves the program.
@@ -122,7 +122,7 @@ class Run:
         trainer: CheckedTrainer,
         seconds: float,
         trained: dict,
-        pictures: dict[str, Callable[[list[dict], Path], None]],
+        pictures: Mapping[str, Callable[[list[dict], Path], None]],
     ) -> None:
         """Adds the log, the record of the run and its pictures to the finished model."""
         history, output = trainer.state.log_history, self.output
@@ -139,6 +139,8 @@ class Run:
         print(f"{output.path} holds the model; its {shown} shows the way.")
         used = {"model": output.path, "base": self.inputs.base, "dataset": self.args.dataset}
         suggested = {"output_dir": str(output.path.parent / "evaluation")}
+        if (self.inputs.budget or {}).get("keep"):  # a model's own answers, on which none is evaluated
+            used["dataset"], suggested["dataset"] = None, "DATASET"
         print(f"Next: {next_command('evaluate_model.py', used, suggested)}")
 
 
