@@ -72,7 +72,7 @@ class PrepareArguments:
     )
     pairs_per_prompt: int = field(default=4, metadata={"help": "for --keep pairs: at most so many (default 4)"})
     margin: float = field(
-        default=0.1, metadata={"help": "for --keep pairs: the least difference in reward; less is a tie (default 0.1)"}
+        default=0.3, metadata={"help": "for --keep pairs: the least difference in reward; less is a tie (default 0.3)"}
     )
     rewards: list[str] | None = field(
         default=None, metadata={"help": "for --source answers: the rewards that rank (default: the task's)"}
