@@ -1,5 +1,9 @@
 import gzip
+import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,3 +61,18 @@ def test_the_hand_written_gpt_is_causal(length):
     model = load_scratch_gpt().ScratchGPT(vocab_size=50, context_length=16, emb_dim=24, n_heads=3, n_layers=2)
     ids = torch.randint(50, (1, 16))
     torch.testing.assert_close(model(ids)[:, :length], model(ids[:, :length]))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_the_notebook_alone_fetches_the_repository_and_what_it_needs(tmp_path):
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    (setup,) = ("".join(cell["source"]) for cell in cells if "setup" in cell["metadata"].get("tags", ()))
+    assert "https://github.com/YOUR-NAME/fledge" in setup
+    program = setup.replace("https://github.com/YOUR-NAME/fledge", ROOT.as_uri()) + '\nprint(*sorted(os.listdir(".")))'
+    # pip checks that everything is to be had, and installs nothing.
+    pip = {"PIP_DRY_RUN": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | pip, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"scratch_gpt", "tales.txt.gz"} <= set(done.stdout.split())

@@ -114,3 +114,16 @@ def test_all_that_windows_lacks_is_asked_for_before_it_is_used():
             found += [f"{path.name}: {name}" for name in names if name in UNIX_ONLY]
         found += [f"{path.name}: {name[0]}" for name in UNIX_NAMES.finditer(text)]
     assert found == []
+
+
+def test_the_image_is_slim_runs_as_a_user_and_starts_the_quickstart():
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    said = {line.split()[0]: line.partition(" ")[2] for line in lines if re.match(r"[A-Z]+ ", line)}
+    assert said["FROM"].endswith("-slim")
+    assert said["USER"] == "1000"  # not root
+    command = yaml.safe_load(said["CMD"])
+    assert command == ["bash", "recipes/run.sh", "quickstart"]
+    assert (ROOT / command[1]).exists()
+    assert "runs" in (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    for file in WORKFLOWS:
+        assert "docker run --rm fledge" in commands(yaml.safe_load(file.read_text(encoding="utf-8")))
