@@ -29,6 +29,8 @@ LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft")
 # Each name that Fledge uses and a library calls private: at how many places, and what is done where it is missing.
 PRIVATE = {
     "_linear_pointwise": (1, "fledge.generation.onednn.works() tries it; layers then multiply as they did"),
+    "_reorder_linear_weight": (1, "as before"),
+    "_supports_attention_backend": (2, "transformers documents it; without it in a model, can_group() is False"),
     "_is_mkldnn_bf16_supported": (1, "fledge.cpu.multiplies_bf16() then goes by the processor's flags alone"),
     "_attn_implementation": (2, "fledge.models.attention_of() is then None; FledgeGPT attends by its own code"),
     "_last_lr": (1, "is written and never read: what the log says of one step"),

@@ -285,6 +285,7 @@ class FledgeGPTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["FledgeGPTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -79,25 +79,25 @@ def completion_nats(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     nats: dict[int, Tensor] = {}
-    while len(nats) < len(rows):
-        batch: list[int] = []
-        for i in order[len(nats) :]:
-            if batch and len(rows[i]["input_ids"]) * (len(batch) + 1) > TOKENS_AT_ONCE:
-                break
-            batch.append(i)
-        longest = len(rows[batch[-1]]["input_ids"])
-        # Padding on the right needs no mask: causal attention never looks there, and its labels are ignored.
-        ids, labels = (
-            torch.tensor([rows[i][key] + [fill] * (longest - len(rows[i][key])) for i in batch]).to(model.device)
-            for key, fill in (("input_ids", pad), ("labels", IGNORED))
-        )
-        with by_onednn(model):
+    with by_onednn(model):
+        while len(nats) < len(rows):
+            batch: list[int] = []
+            for i in order[len(nats) :]:
+                if batch and len(rows[i]["input_ids"]) * (len(batch) + 1) > TOKENS_AT_ONCE:
+                    break
+                batch.append(i)
+            longest = len(rows[batch[-1]]["input_ids"])
+            # Padding on the right needs no mask: causal attention never looks there, and its labels are ignored.
+            ids, labels = (
+                torch.tensor([rows[i][key] + [fill] * (longest - len(rows[i][key])) for i in batch]).to(model.device)
+                for key, fill in (("input_ids", pad), ("labels", IGNORED))
+            )
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        labels = labels[:, 1:]
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        for i, row_losses, row_labels in zip(batch, losses, labels, strict=True):
-            nats[i] = row_losses[row_labels != IGNORED].cpu()
-        progress(len(nats))
+            labels = labels[:, 1:]
+            losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+            for i, row_losses, row_labels in zip(batch, losses, labels, strict=True):
+                nats[i] = row_losses[row_labels != IGNORED].cpu()
+            progress(len(nats))
     return [nats[i] for i in range(len(rows))]
 
 

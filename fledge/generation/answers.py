@@ -11,27 +11,25 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
-from typing_extensions import override
 
 from fledge.cli import UserError
+from fledge.generation.cache import GROUP, Slots, can_group, grouped, step
+from fledge.generation.draws import choose
 from fledge.generation.onednn import by_onednn
-from fledge.guards import check_overrides
 from fledge.messages import Answer
 from fledge.models import attention_of, context_of
 from fledge.sampling import Sampling
 
-# Prompts read together. Their logits are kept at every place where one of them ends: the square of this, times V.
+# Different prompts read together. Logits are kept at every place where one of them ends: the square of this, times V.
 PREFILL = 8
-# Most draws are among so few tokens; a whole vocabulary is sorted only for a draw that is not.
-LIKELIEST = (256, 4096)
 
 
 @dataclass
@@ -47,52 +45,9 @@ class _Row:
     def is_done(self, end: int | None) -> bool:
         return self.ids[-1] == end or len(self.ids) >= self.limit
 
-
-@check_overrides
-class _Slots(Cache):
-    """Keys and values (rows, heads, capacity, head width) of each layer. Row i's tokens lie at 0 … lengths[i] − 1."""
-
-    def __init__(self, rows: int, capacity: int):
-        super().__init__(layers=[])
-        self.shape = rows, capacity
-        self.buffers: list[tuple[Tensor, Tensor]] = []
-        self.first = 0  # the row that takes what is read in
-        self.lengths: Tensor | None = None  # (rows,) during a step, None while prompts are read in
-        self.longest = 0
-
-    @override
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = key_states, value_states
-        if layer_idx == len(self.buffers):
-            rows, capacity = self.shape
-            shape = rows, keys.shape[1], capacity, keys.shape[3]
-            # Zeros, not whatever memory held: a masked NaN is still a NaN.
-            self.buffers.append((keys.new_zeros(shape), values.new_zeros(shape)))
-        count, length = keys.shape[0], keys.shape[2]
-        if self.lengths is None:
-            for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
-                buffer[self.first : self.first + count, :, :length] = new
-            return keys, values
-        each = torch.arange(count, device=keys.device)
-        for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
-            buffer[each, :, self.lengths] = new[:, :, 0]
-        held_keys, held_values = self.buffers[layer_idx]
-        return held_keys[:count, :, : self.longest + 1], held_values[:count, :, : self.longest + 1]
-
-    @override
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self.lengths is None else self.longest
-
-    @override
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def move(self, source: int, target: int) -> None:
-        for buffers in self.buffers:
-            for buffer in buffers:
-                buffer[target] = buffer[source]
+    @property
+    def made(self) -> list[int]:
+        return self.ids[self.prompt_length :]
 
 
 def answer_each(
@@ -143,35 +98,48 @@ def continue_each(
         yield from _one_by_one(model, end, waiting, sampling, told)
         return
     batch_size = min(batch_size, len(prompts))
-    cache = _Slots(batch_size, max((row.limit for row in waiting), default=0))
-    rows: list[_Row] = []
-    with by_onednn(model):
+    cache = Slots(batch_size, max((row.limit for row in waiting), default=0), wide=can_group(model))
+    rows: list[_Row] = []  # the longest first, as far as groups go
+    with by_onednn(model), grouped(model):
         while waiting or rows:
-            read_in = []
             # Reading in one prompt costs about as much as a few: wait for room for several, unless all are done.
             if waiting and len(rows) <= batch_size - min(PREFILL, batch_size, len(waiting)):
-                read_in = [waiting.popleft() for _ in range(min(PREFILL, batch_size - len(rows), len(waiting)))]
-                logits = _read_in(model, cache, read_in, len(rows))
+                drawing = _next(waiting, batch_size - len(rows))
+                logits = _read_in(model, cache, drawing, len(rows))
+                rows += drawing
             else:
-                logits = _step(model, cache, rows)
-            drawing = read_in or rows
-            for row, token in zip(drawing, choose(logits, drawing, sampling), strict=True):
+                drawing, logits = list(rows), _step(model, cache, rows)
+            for row, token in zip(drawing, _choose(logits, drawing, sampling), strict=True):
                 row.ids.append(token)
                 told(row.number, token)
-            rows += read_in
             for i in reversed(range(len(rows))):
-                row = rows[i]
-                if not row.is_done(end):
-                    continue
-                if i < len(rows) - 1:
-                    cache.move(len(rows) - 1, i)
-                    rows[i] = rows[-1]
-                rows.pop()
-                yield row.number, row.ids[row.prompt_length :]
+                if rows[i].is_done(end):
+                    yield rows[i].number, rows[i].made
+                    _remove(rows, i, cache)
+
+
+def _next(waiting: deque[_Row], room: int) -> list[_Row]:
+    """As many rows as there is room for, of at most `PREFILL` different prompts."""
+    rows: list[_Row] = []
+    while waiting and len(rows) < room and len({tuple(row.ids) for row in [*rows, waiting[0]]}) <= PREFILL:
+        rows.append(waiting.popleft())
+    return rows
+
+
+def _remove(rows: list[_Row], i: int, cache: Slots) -> None:
+    """Takes row i out; the longest of the group after it takes its place, and so on, so that groups stay in order."""
+    begins = range((i // GROUP + 1) * GROUP, len(rows), GROUP)
+    longest = [max(range(begin, len(rows))[:GROUP], key=lambda j: len(rows[j].ids)) for begin in begins]
+    for j in [*longest, len(rows) - 1]:
+        if j != i:
+            cache.move(j, i, len(rows[j].ids))
+            rows[i] = rows[j]
+        i = j
+    rows.pop()
 
 
 def _rows(model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> deque[_Row]:
-    """A row for each prompt, the shortest first.
+    """A row for each prompt, the shortest first, and equal ones together.
 
     Raises:
         UserError: a prompt leaves no room for an answer in the model's context, or the model keeps no keys and values.
@@ -192,7 +160,7 @@ def _rows(model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, 
         )
         for number, prompt in zip(numbers, prompts, strict=True)
     ]
-    return deque(sorted(rows, key=lambda row: row.prompt_length))
+    return deque(sorted(rows, key=lambda row: (row.prompt_length, row.ids)))
 
 
 def is_batched(model: PreTrainedModel) -> bool:
@@ -218,27 +186,34 @@ def _one_by_one(
             while True:
                 ids = torch.tensor([new], device=model.device)
                 logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-                new = choose(logits.float(), [row], sampling)
+                new = _choose(logits.float(), [row], sampling)
                 row.ids += new
                 told(row.number, new[0])
                 if row.is_done(end):
                     break
-            yield row.number, row.ids[row.prompt_length :]
+            yield row.number, row.made
 
 
-def _read_in(model: PreTrainedModel, cache: _Slots, rows: list[_Row], first: int) -> Tensor:
-    """Reads prompts into the cache from row `first` on; logits (rows, V) after each."""
-    cache.first, cache.lengths = first, None
-    longest = max(len(row.ids) for row in rows)
+def _choose(logits: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
+    return choose(logits, [row.ids for row in rows], [row.random for row in rows], sampling)
+
+
+def _read_in(model: PreTrainedModel, cache: Slots, rows: list[_Row], first: int) -> Tensor:
+    """Reads prompts into the cache from row `first` on, equal ones once; logits (rows, V) after each."""
+    places: dict[tuple[int, ...], int] = {}
+    copies = [places.setdefault(tuple(row.ids), len(places)) for row in rows]
+    cache.first, cache.lengths, cache.copies = first, None, torch.tensor(copies, device=model.device)
+    longest = max(map(len, places))
     # Padding on the right needs no mask: causal attention never looks there, and what it left is overwritten.
-    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=model.device)
-    ends = sorted({len(row.ids) - 1 for row in rows})
+    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in places], device=model.device)
+    ends = sorted({len(prompt) - 1 for prompt in places})
     kept = torch.tensor(ends, device=model.device)
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
-    return torch.stack([logits[i, ends.index(len(row.ids) - 1)] for i, row in enumerate(rows)]).float()
+    each = [ends.index(len(row.ids) - 1) for row in rows]
+    return logits[cache.copies, torch.tensor(each, device=model.device)].float()
 
 
-def _step(model: PreTrainedModel, cache: _Slots, rows: list[_Row]) -> Tensor:
+def _step(model: PreTrainedModel, cache: Slots, rows: list[_Row]) -> Tensor:
     """The logits (rows, V) after each row's last token."""
     lengths = [len(row.ids) - 1 for row in rows]
     cache.lengths, cache.longest = torch.tensor(lengths, device=model.device), max(lengths)
@@ -248,59 +223,15 @@ def _step(model: PreTrainedModel, cache: _Slots, rows: list[_Row]) -> Tensor:
         mask = (places <= cache.lengths[:, None])[:, None, None]
         if attention_of(model) in ("eager", None):  # eager attention adds the mask to the scores; sdpa takes both kinds
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-    return (
-        model(
+    with step([length + 1 for length in lengths]):
+        output = model(
             input_ids=torch.tensor([row.ids[-1:] for row in rows], device=model.device),
             position_ids=cache.lengths[:, None],
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
         )
-        .logits[:, -1]
-        .float()
-    )
-
-
-def choose(logits: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
-    """The next token of each row from its logits (rows, V): the likeliest at temperature 0, else one that is drawn."""
-    if sampling.repetition_penalty != 1:  # https://arxiv.org/abs/1909.05858
-        for i, row in enumerate(rows):
-            seen = torch.tensor(row.ids, device=logits.device)
-            scores = logits[i, seen]
-            factor = torch.where(scores < 0, sampling.repetition_penalty, 1 / sampling.repetition_penalty)
-            logits[i, seen] = scores * factor
-    if sampling.temperature == 0:
-        return logits.argmax(-1).tolist()
-    drawn = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-    probabilities, ids = likely(logits, sampling)
-    sums = probabilities.cumsum(-1)
-    places = torch.searchsorted(sums, drawn[:, None] * sums[:, -1:], right=True)
-    return ids.gather(-1, places.clamp(max=ids.shape[-1] - 1))[:, 0].tolist()
-
-
-def likely(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that a draw may give: their probabilities (rows, n), 0 beyond the draw's limits, and ids (rows, n).
-
-    As in transformers, `top_k` limits first, and `top_p` then applies to what it left, whose probabilities sum to 1.
-    The results are in float64 on the CPU: not every device has float64, and only a few numbers are brought over.
-    """
-    logits = logits / sampling.temperature
-    V = logits.shape[-1]
-    if 0 < sampling.top_k < V:
-        top, ids = logits.topk(sampling.top_k)
-        sizes: tuple[int, ...] = (sampling.top_k,)
-        total = top.logsumexp(-1, keepdim=True)
-    elif sampling.top_p == 1:
-        return logits.cpu().double().softmax(-1), torch.arange(V).expand_as(logits)
-    else:
-        sizes, total = (*LIKELIEST, V), logits.logsumexp(-1, keepdim=True)
-    for n in sizes:
-        top, ids = logits.topk(min(n, V))
-        probabilities = (top - total).cpu().double().exp()
-        before = probabilities.cumsum(-1) - probabilities
-        if bool((before[:, -1] >= sampling.top_p).all()):
-            break  # what was left out lies beyond `top_p`
-    return probabilities.where((before < sampling.top_p) | (sampling.top_p == 1), 0), ids.cpu()
+    return output.logits[:, -1].float()
 
 
 def answer_all(

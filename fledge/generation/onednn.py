@@ -1,14 +1,14 @@
-"""Matrix products in float32 by oneDNN instead of MKL, on a CPU and without gradients.
+"""Matrix products by oneDNN, with weights laid out for it once, on a CPU and without gradients.
 
-PyTorch gives products in float32 to MKL, which is slow on CPUs that are not Intel's. The operator called here is the
-one that PyTorch's own compiler uses for the same purpose. It is private: where it is missing, or fails a small trial,
-layers multiply as they always did. `FLEDGE_ONEDNN=0` in the environment turns it off.
+PyTorch gives products in float32 to MKL, which is slow on CPUs that are not Intel's, and lays weights in bfloat16 out
+anew for every product. The operators called here are those that PyTorch's own compiler uses for the same purpose. They
+are private: where they are missing, or fail a small trial, layers multiply as they always did. `FLEDGE_ONEDNN=0` in the
+environment turns them off.
 """
 
 import contextlib
 import functools
 import os
-import types
 from collections.abc import Iterator
 
 import torch
@@ -17,18 +17,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# Multiplications from which a product gains more than the longer call costs.
+from fledge.cpu import multiplies_bf16
+
+# Multiplications from which a product in float32 gains more than the longer call costs.
 WORTH = 1 << 18
+# Bytes of weights up to which they are laid out anew, for that is a second copy of them.
+COPIED = 1 << 30
 
 
 @contextlib.contextmanager
 def by_onednn(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, linear layers of `model` multiply by oneDNN; their results differ from MKL's in rounding alone."""
-    linear = [part for part in model.modules() if type(part) in (nn.Linear, Conv1D) and "forward" not in vars(part)]
-    changed = [part for part in linear if part.weight.device.type == "cpu" and part.weight.dtype == torch.float32]
-    changed = changed if os.environ.get("FLEDGE_ONEDNN") != "0" and works() else []
-    for part in changed:
-        part.forward = types.MethodType(_forward, part)
+    """Inside, linear layers of `model` multiply by oneDNN; their results differ from MKL's in rounding alone.
+
+    The weights must not change inside. Entering takes about as long as a few products of every layer.
+    """
+    dtypes = {torch.float32, torch.bfloat16} if multiplies_bf16() else {torch.float32}
+    parts = model.modules() if os.environ.get("FLEDGE_ONEDNN") != "0" and works() else ()
+    changed = {
+        part: part.weight.detach().T if isinstance(part, Conv1D) else part.weight.detach()
+        for part in parts
+        if isinstance(part, nn.Linear | Conv1D)
+        and type(part) in (nn.Linear, Conv1D)
+        and "forward" not in vars(part)
+        and part.weight.device.type == "cpu"
+        and part.weight.dtype in dtypes
+    }
+    is_copied = sum(weight.nbytes for weight in changed.values()) <= COPIED
+    for part, weight in changed.items():
+        held = _lay_out(weight) if is_copied else weight
+        vars(part)["forward"] = functools.partial(_forward, part, held)
     try:
         yield
     finally:
@@ -38,28 +55,33 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
 
 @functools.cache
 def works() -> bool:
-    """Whether this machine and this torch have the operator: tried once, with and without bias, for both layers."""
+    """Whether this machine and this torch have the operators: tried once, with and without bias, for both layers."""
     ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
     inputs, weight, bias = ones(2, 3, 8), ones(8, 4).T / 2, ones(4)
     try:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
             return all(
-                torch.allclose(_multiply(inputs, of_layer, added), F.linear(inputs, of_layer, added))
+                torch.allclose(_multiply(inputs, held, added), F.linear(inputs, of_layer, added))
                 for of_layer in (weight, weight.contiguous())
+                for held in (of_layer, _lay_out(of_layer))
                 for added in (bias, None)
             )
     except (AttributeError, RuntimeError, TypeError):  # no such operator, not on this machine, other parameters
         return False
 
 
+def _lay_out(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
 def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
-def _forward(self: nn.Linear | Conv1D, inputs: Tensor) -> Tensor:
-    weight = self.weight.T if isinstance(self, Conv1D) else self.weight
+def _forward(self: nn.Linear | Conv1D, held: Tensor, inputs: Tensor) -> Tensor:
     # Autocast leaves this operator as it is, and layers before it give bfloat16, which it does not multiply by float32.
-    plain = inputs.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not plain or torch.is_grad_enabled() or inputs.numel() * weight.shape[0] < WORTH:
+    plain = inputs.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+    is_small = inputs.dtype == torch.float32 and inputs.numel() * self.weight.numel() < WORTH * inputs.shape[-1]
+    if not plain or is_small:
         return nn.Linear.forward(self, inputs) if isinstance(self, nn.Linear) else Conv1D.forward(self, inputs)
-    return _multiply(inputs, weight, self.bias)
+    return _multiply(inputs, held, self.bias)

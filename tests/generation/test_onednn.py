@@ -95,7 +95,28 @@ def test_under_autocast_the_logits_are_those_of_pytorch(model, monkeypatch):
             assert torch.equal(model(ids).logits, expected)
 
 
+@torch.no_grad()
+def test_bfloat16_where_the_processor_multiplies_it(model, monkeypatch):
+    model, ids = model.bfloat16(), torch.randint(700, (3, 7))
+    expected = model(ids).logits
+    for multiplies in (False, True):
+        monkeypatch.setattr(onednn, "multiplies_bf16", lambda answer=multiplies: answer)
+        with by_onednn(model):
+            assert any("forward" in vars(part) for part in model.modules()) == multiplies
+            torch.testing.assert_close(model(ids).logits, expected, atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
+def test_weights_too_large_to_copy_multiply_as_they_lie(model, monkeypatch):
+    ids = torch.randint(700, (3, 7))
+    expected = model(ids).logits
+    monkeypatch.setattr(onednn, "WORTH", 0)
+    monkeypatch.setattr(onednn, "COPIED", 0)
+    with by_onednn(model):
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_other_types_and_devices_are_left_alone():
-    for model in (GPT2LMHeadModel(GPT2).bfloat16(), GPT2LMHeadModel(GPT2).to("meta")):
+    for model in (GPT2LMHeadModel(GPT2).double(), GPT2LMHeadModel(GPT2).to("meta")):
         with by_onednn(model):
             assert not any("forward" in vars(part) for part in model.modules())
