@@ -1,7 +1,9 @@
 """A tiny system that the end-to-end tests share: a hand-written checkpoint, records, and the scripts run on them."""
 
+import contextlib
 import gzip
 import importlib.util
+import io
 import json
 import os
 import random
@@ -58,8 +60,30 @@ def load_scratch_gpt() -> ModuleType:
     return load_module(ROOT / "examples" / "scratch_gpt.py")
 
 
-def run_script(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    """Runs a script of the repository as a person would, with environment `variables` of the test's own."""
+def run_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs a script of the repository to its end in this process, without the seconds that importing torch takes."""
+    from fledge.cli import run
+
+    main = importlib.import_module(f"fledge.scripts.{script.removesuffix('.py')}").main
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    given = [script, *map(str, arguments)]
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        torch.random.fork_rng(),
+    ):
+        patched.setattr(sys, "argv", given)
+        try:
+            run(main)
+        except SystemExit as left:
+            status = left.code
+    assert not check or status == 0, err.getvalue()
+    return subprocess.CompletedProcess(given, status, out.getvalue(), err.getvalue())
+
+
+def start_script(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    """Starts a script as a person would, with environment `variables` of the test's own."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -120,7 +144,7 @@ def make_tiny(work: Path) -> dict:
         "prepare_dataset.py", "--data", records, "--tokenizer", paths["base"], "--balance", "ending",
         "--split", "80/10/10", "--output_dir", paths["data"],
     )  # fmt: skip
-    trained = run_script(
+    trained = start_script(
         "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "train_sft.py",
         "--model_name_or_path", paths["base"], "--dataset", paths["data"], "--output_dir", paths["model"],
         "--num_train_epochs", 12, "--learning_rate", 0.01, "--per_device_train_batch_size", 8,

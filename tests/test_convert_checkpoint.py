@@ -3,18 +3,15 @@ import json
 import os
 import pickle
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_scratch_gpt, run_script
+from conftest import ROOT, load_scratch_gpt, run_script, start_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fledge
 from fledge.checkpoints import proof
-from fledge.cli import run
-from fledge.scripts import convert_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -41,16 +38,9 @@ def own(tmp_path_factory):
     return folder, module
 
 
-def run_here(monkeypatch, capsys, *arguments):
-    """What `run_script` does without the seconds that a fresh interpreter takes."""
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
-    status = 0
-    try:
-        run(convert_checkpoint.main)
-    except SystemExit as left:
-        status = left.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+def convert(*arguments):
+    done = run_script("convert_checkpoint.py", *arguments, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 def assert_refused(status, error, words):
@@ -72,7 +62,7 @@ def arguments(folder, output_dir, **changed):
 def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_path):
     folder, module = own
     base = tmp_path / "deep" / "base"
-    finished = run_script("convert_checkpoint.py", *arguments(folder, base), check=False)
+    finished = start_script("convert_checkpoint.py", *arguments(folder, base), check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     assert "Proven: " in finished.stdout
@@ -135,7 +125,7 @@ def test_script_refuses_a_pickle_that_runs_code(own, tmp_path):
 
 
 def test_script_answers_help_without_the_heavy_imports():
-    finished = run_script("-X", "importtime", "convert_checkpoint.py", "--help")
+    finished = start_script("-X", "importtime", "convert_checkpoint.py", "--help")
     imported = {line.rsplit("|", 1)[-1].strip() for line in finished.stderr.splitlines()}
     assert "fledge.cli" in imported
     assert not imported & {"torch", "transformers.modeling_utils", "fledge.checkpoints.loading"}
@@ -178,10 +168,10 @@ def write_diverged(folder):
     ],
     ids=["missing", "text", "evil", "other_layout", "diverged"],
 )
-def test_bad_checkpoint_is_one_sentence_and_nothing_is_written(write, words, own, tmp_path, monkeypatch, capsys):
+def test_bad_checkpoint_is_one_sentence_and_nothing_is_written(write, words, own, tmp_path):
     file = write(tmp_path)
     before = content_of(tmp_path)
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base", checkpoint=file))
+    status, _, error = convert(*arguments(own[0], tmp_path / "base", checkpoint=file))
     assert_refused(status, error, words)
     assert content_of(tmp_path) == before
     assert not (tmp_path / "base").exists()
@@ -207,34 +197,32 @@ def test_bad_checkpoint_is_one_sentence_and_nothing_is_written(write, words, own
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_argument_is_one_sentence_and_nothing_is_written(changed, words, own, tmp_path, monkeypatch, capsys):
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base", **changed))
+def test_bad_argument_is_one_sentence_and_nothing_is_written(changed, words, own, tmp_path):
+    status, _, error = convert(*arguments(own[0], tmp_path / "base", **changed))
     assert_refused(status, error, words)
     assert not any(tmp_path.iterdir())
 
 
-def test_missing_key_is_named(own, tmp_path, monkeypatch, capsys):
+def test_missing_key_is_named(own, tmp_path):
     shutil.copy(own[0] / "checkpoint.pt", tmp_path)  # away from its tokenizer, which would be found beside it
     given = ("--checkpoint", tmp_path / "checkpoint.pt")
-    assert_refused(*run_here(monkeypatch, capsys, *given)[::2], ["--output_dir", "--dry_run", "--inspect"])
-    assert_refused(*run_here(monkeypatch, capsys, *given, "--dry_run")[::2], ["--tokenizer"])
-    assert_refused(*run_here(monkeypatch, capsys, "--inspect")[::2], ["--checkpoint"])
+    assert_refused(*convert(*given)[::2], ["--output_dir", "--dry_run", "--inspect"])
+    assert_refused(*convert(*given, "--dry_run")[::2], ["--tokenizer"])
+    assert_refused(*convert("--inspect")[::2], ["--checkpoint"])
 
 
-def test_unknown_key_of_a_recipe_is_named(own, tmp_path, monkeypatch, capsys):
+def test_unknown_key_of_a_recipe_is_named(own, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("n_head: 2\nattention_heads: 2\n")
-    status, _, error = run_here(monkeypatch, capsys, "--config", recipe, *arguments(own[0], tmp_path / "base"))
+    status, _, error = convert("--config", recipe, *arguments(own[0], tmp_path / "base"))
     assert_refused(status, error, ["attention_heads"])
     assert not (tmp_path / "base").exists()
 
 
 @pytest.mark.parametrize("recipe", ["n_head: [", "- n_head", "word"])
-def test_recipe_that_is_no_mapping_is_refused(recipe, own, tmp_path, monkeypatch, capsys):
+def test_recipe_that_is_no_mapping_is_refused(recipe, own, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe)
-    status, _, error = run_here(
-        monkeypatch, capsys, "--config", tmp_path / "recipe.yaml", *arguments(own[0], tmp_path / "base")
-    )
+    status, _, error = convert("--config", tmp_path / "recipe.yaml", *arguments(own[0], tmp_path / "base"))
     assert_refused(status, error, [])
     assert not (tmp_path / "base").exists()
 
@@ -242,62 +230,60 @@ def test_recipe_that_is_no_mapping_is_refused(recipe, own, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "value", ["n_head: 4.0", "n_head: [2]", "n_head: true", "n_head: two", "attention_scale: [1]", "layout: [scratch]"]
 )
-def test_recipe_value_of_the_wrong_type_is_refused_by_its_key(value, own, tmp_path, monkeypatch, capsys):
+def test_recipe_value_of_the_wrong_type_is_refused_by_its_key(value, own, tmp_path):
     (tmp_path / "recipe.yaml").write_text(value)
-    status, _, error = run_here(
-        monkeypatch, capsys, "--config", tmp_path / "recipe.yaml", *arguments(own[0], tmp_path / "base")
-    )
+    status, _, error = convert("--config", tmp_path / "recipe.yaml", *arguments(own[0], tmp_path / "base"))
     assert_refused(status, error, [value.split(":")[0]])
     assert not (tmp_path / "base").exists()
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
-def test_folder_with_other_content_is_refused_before_any_work(overwrite, own, tmp_path, monkeypatch, capsys):
+def test_folder_with_other_content_is_refused_before_any_work(overwrite, own, tmp_path):
     base = tmp_path / "base"
     (base / "inner").mkdir(parents=True)
     (base / "inner" / "diary.txt").write_text("dear diary")
     missing = tmp_path / "missing.pt"
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base, checkpoint=missing), *overwrite)
+    status, _, error = convert(*arguments(own[0], base, checkpoint=missing), *overwrite)
     assert_refused(status, error, [base])
     assert content_of(tmp_path) == {"base/inner/diary.txt": b"dear diary"}
 
 
-def test_output_folder_that_is_a_file_is_left_alone(own, tmp_path, monkeypatch, capsys):
+def test_output_folder_that_is_a_file_is_left_alone(own, tmp_path):
     (tmp_path / "base").write_text("a file")
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"))
+    status, _, error = convert(*arguments(own[0], tmp_path / "base"))
     assert_refused(status, error, ["is a file"])
     assert content_of(tmp_path) == {"base": b"a file"}
 
 
-def test_earlier_conversion_is_replaced_only_when_asked_and_only_by_a_whole_one(own, tmp_path, monkeypatch, capsys):
+def test_earlier_conversion_is_replaced_only_when_asked_and_only_by_a_whole_one(own, tmp_path):
     base = tmp_path / "base"
-    assert run_here(monkeypatch, capsys, *arguments(own[0], base))[0] == 0
+    assert convert(*arguments(own[0], base))[0] == 0
     first = content_of(base)
 
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base))
+    status, _, error = convert(*arguments(own[0], base))
     assert_refused(status, error, ["--overwrite"])
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base, n_head=3), "--overwrite")
+    status, _, error = convert(*arguments(own[0], base, n_head=3), "--overwrite")
     assert_refused(status, error, ["n_head 3"])
     assert content_of(base) == first
 
     (base / "thesis.txt").write_text("mine")
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], base), "--overwrite")
+    status, _, error = convert(*arguments(own[0], base), "--overwrite")
     assert_refused(status, error, ["thesis.txt"])
     (base / "thesis.txt").rename(tmp_path / "thesis.txt")
     assert content_of(base) == first
 
-    assert run_here(monkeypatch, capsys, *arguments(own[0], base, n_head=4), "--overwrite")[0] == 0
+    assert convert(*arguments(own[0], base, n_head=4), "--overwrite")[0] == 0
     second = content_of(base)
     assert second.keys() == first.keys()
     assert json.loads(second["config.json"])["n_head"] == 4
     assert {path.name for path in tmp_path.iterdir()} == {"base", "thesis.txt"}
 
 
-def test_recipe_and_command_line_are_one(own, tmp_path, monkeypatch, capsys):
+def test_recipe_and_command_line_are_one(own, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"checkpoint: {own[0] / 'checkpoint.pt'}\ntokenizer: gpt2\nn_head: 4\nactivation: relu\n")
     given = ["--config", recipe, "--tokenizer", own[0] / "tokenizer.json", "--output_dir", tmp_path / "base"]
-    status, out, error = run_here(monkeypatch, capsys, *given)
+    status, out, error = convert(*given)
     assert status == 0, error
     facts = json.loads((tmp_path / "base" / "conversion.json").read_text())["facts"]
     found = {fact["name"]: (fact["value"], fact["source"]) for fact in facts}
@@ -310,23 +296,23 @@ def test_recipe_and_command_line_are_one(own, tmp_path, monkeypatch, capsys):
     ("tolerance", "words"),
     [("FLOAT64_TOLERANCE", "conversion is wrong"), ("FLOAT32_TOLERANCE", "saved model continues differently")],
 )
-def test_nothing_stays_behind_of_a_model_that_is_not_proven(tolerance, words, own, tmp_path, monkeypatch, capsys):
+def test_nothing_stays_behind_of_a_model_that_is_not_proven(tolerance, words, own, tmp_path, monkeypatch):
     monkeypatch.setattr(proof, tolerance, -1.0)
-    status, _, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"))
+    status, _, error = convert(*arguments(own[0], tmp_path / "base"))
     assert_refused(status, error, [words])
     assert not any(tmp_path.iterdir())
 
 
-def test_dry_run_proves_and_writes_nothing(own, tmp_path, monkeypatch, capsys):
-    status, out, error = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base"), "--dry_run")
+def test_dry_run_proves_and_writes_nothing(own, tmp_path):
+    status, out, error = convert(*arguments(own[0], tmp_path / "base"), "--dry_run")
     assert (status, error) == (0, "")
     assert "Proven: " in out
     assert "Nothing was written" in out
     assert not any(tmp_path.iterdir())
 
 
-def test_inspect_shows_each_tensor_with_its_role_and_what_is_in_the_way(own, tmp_path, monkeypatch, capsys):
-    status, out, _ = run_here(monkeypatch, capsys, "--checkpoint", own[0] / "checkpoint.pt", "--inspect")
+def test_inspect_shows_each_tensor_with_its_role_and_what_is_in_the_way(own, tmp_path):
+    status, out, _ = convert("--checkpoint", own[0] / "checkpoint.pt", "--inspect")
     roles = {line.split()[0]: line.split()[-1] for line in out.splitlines()[1:]}
     assert status == 0
     assert roles["token_table.weight"] == "token_embedding.weight"
@@ -336,19 +322,19 @@ def test_inspect_shows_each_tensor_with_its_role_and_what_is_in_the_way(own, tmp
 
     tensors = torch.load(own[0] / "checkpoint.pt", weights_only=True)["model_state_dict"]
     torch.save(tensors | {"surprise": torch.ones(3, 5, 7)}, tmp_path / "odd.pt")
-    status, out, _ = run_here(monkeypatch, capsys, "--checkpoint", tmp_path / "odd.pt", "--inspect")
+    status, out, _ = convert("--checkpoint", tmp_path / "odd.pt", "--inspect")
     assert status == 0
     assert "surprise has no role in a GPT" in out
-    refused = run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt"))
+    refused = convert(*arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt"))
     assert_refused(*refused[::2], ["surprise", "--inspect", "--mapping"])
 
     torch.save({name: tensor for name, tensor in tensors.items() if ".shrink." not in name}, tmp_path / "odd.pt")
-    status, out, _ = run_here(monkeypatch, capsys, "--checkpoint", tmp_path / "odd.pt", "--inspect")
+    status, out, _ = convert("--checkpoint", tmp_path / "odd.pt", "--inspect")
     assert status == 0
     assert "has 1 matrices besides the attention's" in out
 
 
-def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
+def test_mapping_names_what_no_word_tells(own, tmp_path):
     content = torch.load(own[0] / "checkpoint.pt", weights_only=True)
     renamed = {
         name.replace("to_query", "alpha").replace("to_key", "beta").replace("to_value", "gamma"): tensor
@@ -357,7 +343,7 @@ def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
     torch.save(content | {"model_state_dict": renamed}, tmp_path / "odd.pt")
     given = arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt")
     # The order of definition proposes which is which, and that is an open question.
-    assert_refused(*run_here(monkeypatch, capsys, *given)[::2], ["Nothing shows 12 facts", "--probe_text"])
+    assert_refused(*convert(*given)[::2], ["Nothing shows 12 facts", "--probe_text"])
     (tmp_path / "names.yaml").write_text(
         "blocks.{n}.query: layers.{n}.attention.alpha\n"
         "blocks.{n}.key: layers.{n}.attention.beta\n"
@@ -365,32 +351,32 @@ def test_mapping_names_what_no_word_tells(own, tmp_path, monkeypatch, capsys):
         "activation: gelu_tanh\n"
     )
     given += ["--mapping", tmp_path / "names.yaml"]
-    status, _, error = run_here(monkeypatch, capsys, *given)
+    status, _, error = convert(*given)
     assert_refused(status, error, ["Nothing shows 10 facts", "norm_placement pre (or post, sublayer)", "--reference"])
     (tmp_path / "scratch_gpt.py").write_text(
         (ROOT / "examples" / "scratch_gpt.py").read_text() + "\nraise SystemExit(7)"
     )
-    status, _, error = run_here(monkeypatch, capsys, *given)
+    status, _, error = convert(*given)
     assert_refused(
         status, error, ["scratch_gpt.py:ScratchGPT beside the checkpoint", f"--reference {tmp_path} settles"]
     )
     assert not (tmp_path / "base").exists()
-    status, out, error = run_here(monkeypatch, capsys, *given, "--accept_assumptions")
+    status, out, error = convert(*given, "--accept_assumptions")
     assert status == 0, error
     assert "Converted; assumed, not proven: attention_scale 0.353553, norm_eps 1e-05," in out
     assert "Proven" not in out
     report = json.loads((tmp_path / "base" / "conversion.json").read_text())
     assert report["verdict"] in out
-    run_here(monkeypatch, capsys, *arguments(own[0], tmp_path / "plain"))
+    convert(*arguments(own[0], tmp_path / "plain"))
     plain, odd = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "base"))
     assert plain.keys() == odd.keys()
     assert all(torch.equal(plain[name], odd[name]) for name in plain)
 
 
-def test_reference_is_the_authors_own_module(own, tmp_path, monkeypatch, capsys):
+def test_reference_is_the_authors_own_module(own, tmp_path):
     script = ROOT / "examples" / "scratch_gpt.py"
     given = arguments(own[0], tmp_path / "base", reference=f"{script}:ScratchGPT")
-    status, _, error = run_here(monkeypatch, capsys, *given)
+    status, _, error = convert(*given)
     assert status == 0, error
     report = json.loads((tmp_path / "base" / "conversion.json").read_text())
     assert report["proof"]["reference_max_error"] <= 1e-9
@@ -403,12 +389,12 @@ def test_reference_is_the_authors_own_module(own, tmp_path, monkeypatch, capsys)
 
     (tmp_path / "other.py").write_text(script.read_text().replace('approximate="tanh"', 'approximate="none"'))
     given = arguments(own[0], tmp_path / "other", reference=f"{tmp_path / 'other.py'}:ScratchGPT")
-    status, _, error = run_here(monkeypatch, capsys, *given)
+    status, _, error = convert(*given)
     assert status == 0, error
     assert json.loads((tmp_path / "other" / "config.json").read_text())["activation_function"] == "gelu"
 
 
-def test_padded_vocabulary_is_cut_and_a_wrong_one_refused(own, tmp_path, monkeypatch, capsys):
+def test_padded_vocabulary_is_cut_and_a_wrong_one_refused(own, tmp_path):
     content = torch.load(own[0] / "checkpoint.pt", weights_only=True)
     rows = len(content["model_state_dict"]["token_table.weight"])
     padded = -(-(rows + 1) // 64) * 64
@@ -416,16 +402,16 @@ def test_padded_vocabulary_is_cut_and_a_wrong_one_refused(own, tmp_path, monkeyp
     content["model_state_dict"] |= {"token_table.weight": table, "to_vocab.weight": table}
     torch.save(content, tmp_path / "padded.pt")
     given = arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "padded.pt")
-    status, out, error = run_here(monkeypatch, capsys, *given)
+    status, out, error = convert(*given)
     assert status == 0, error
     assert f"The last {padded - rows} of {padded} embedding rows" in out
     assert json.loads((tmp_path / "base" / "config.json").read_text())["vocab_size"] == rows
 
 
-def test_text_that_the_model_does_not_know_is_refused(own, tmp_path, monkeypatch, capsys):
+def test_text_that_the_model_does_not_know_is_refused(own, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(STORIES) * 20)
     given = arguments(own[0], tmp_path / "base", probe_text=tmp_path / "text.txt")
-    status, _, error = run_here(monkeypatch, capsys, *given)
+    status, _, error = convert(*given)
     assert_refused(status, error, ["nats per token", "is not the model's"])
     assert not (tmp_path / "base").exists()
 
@@ -439,6 +425,6 @@ def test_a_full_disk_is_one_sentence_and_nothing_stays_behind(own, tmp_path):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     base = tmp_path / "deep" / "base"
-    finished = run_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
+    finished = start_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
     assert_refused(finished.returncode, finished.stderr, [base, "cannot be written"])
     assert list(tmp_path.iterdir()) == [limited]

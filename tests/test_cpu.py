@@ -1,10 +1,10 @@
+import os
+
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, start_script
 
 from fledge import SPINS, cpu
-
-WITHOUT_BF16 = {"DNNL_MAX_CPU_ISA": "AVX2"}
 
 
 @pytest.mark.parametrize(
@@ -45,34 +45,35 @@ def test_torch_before_its_list_of_capabilities(monkeypatch):
     assert {"avx2", "avx512_f", "avx512_bf16"} <= cpu._flags()
 
 
-def test_bfloat16_where_no_unit_multiplies_it(tiny, tmp_path):
-    asked = ("--prompt", "Lily had a ball.", "--max_new_tokens", 8)
-    told = run_script("generate.py", "--model", tiny.model, *asked, "--dtype", "bfloat16", **WITHOUT_BF16)
-    assert told.stdout.strip()
-    common = ("train_sft.py", "--model_name_or_path", tiny.base, "--dataset", tiny.data, "--max_steps", 2)
-    for output_dir, more, said in (
-        ("asked", ("--bf16", "true"), "precision bf16: as asked for"),
-        ("chosen", (), "precision float32: this CPU has no bfloat16 matrix unit"),
-    ):
-        trained = run_script(*common, "--use_cpu", "--output_dir", tmp_path / output_dir, *more, **WITHOUT_BF16)
-        assert said in trained.stdout
-
-
-ANSWER = """
+# One process, because oneDNN reads the variable once.
+EVERY_WAY = """
 import sys, torch
+from conftest import run_script
 from fledge.generation.answers import answer_each
-from fledge.models import load_model
 from fledge.generation.onednn import works
+from fledge.models import load_model
 from fledge.sampling import Sampling
-model, tokenizer = load_model(sys.argv[1])
+model, base, data, out = sys.argv[1:]
+asked = ("--prompt", "Lily had a ball.", "--max_new_tokens", 8)
+assert run_script("generate.py", "--model", model, *asked, "--dtype", "bfloat16").stdout.strip()
+common = ("train_sft.py", "--model_name_or_path", base, "--dataset", data, "--max_steps", 2, "--use_cpu")
+print(run_script(*common, "--output_dir", f"{out}/asked", "--bf16", "true").stdout)
+print(run_script(*common, "--output_dir", f"{out}/chosen").stdout)
+model, tokenizer = load_model(model)
 prompts = [tokenizer("Lily had a ball.")["input_ids"]] * 40
 with torch.autocast("cpu", torch.bfloat16):
-    print(len(list(answer_each(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=4), 40))), works())
+    answers = list(answer_each(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=4), 40))
+print("Answers:", len(answers), works())
 """
 
 
-def test_answers_inside_bfloat16_autocast_where_no_unit_multiplies_it(tiny):
-    assert run_script("-c", ANSWER, tiny.model, **WITHOUT_BF16).stdout.split() == ["40", "True"]
+def test_bfloat16_where_no_unit_multiplies_it(tiny, tmp_path):
+    given = (tiny.model, tiny.base, tiny.data, tmp_path)
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    said = start_script("-c", EVERY_WAY, *given, PYTHONPATH=paths, DNNL_MAX_CPU_ISA="AVX2").stdout
+    assert "precision bf16: as asked for" in said
+    assert "precision float32: this CPU has no bfloat16 matrix unit" in said
+    assert "Answers: 40 True\n" in said
 
 
 @pytest.mark.parametrize(
@@ -87,4 +88,4 @@ def test_how_threads_wait_is_set_before_torch_unless_the_user_says(variables, ex
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     look = "import fledge.cli, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    assert run_script("-c", look, **variables).stdout.split() == [str(expected), "False"]
+    assert start_script("-c", look, **variables).stdout.split() == [str(expected), "False"]

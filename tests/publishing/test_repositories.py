@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, start_script
 from hub import TOKEN, Hub
 from transformers import AutoTokenizer
 
@@ -71,7 +71,7 @@ def online(hub: Hub, cache: Path, **variables: str) -> dict[str, str]:
 
 
 def publish(hub: Hub, tiny, cache: Path, *arguments: object, check: bool = True, token: str = TOKEN):
-    return run_script(
+    return start_script(
         "publish.py", "--model", tiny.model, "--evaluation", tiny.evaluation, "--dataset", tiny.data,
         "--license", "apache-2.0", *arguments, check=check, **online(hub, cache, HF_TOKEN=token),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def test_a_second_publication_sends_nothing_and_a_space_needs_only_a_published_m
     done = publish(hub, tiny, tmp_path, *ALL)
     assert done.stdout.count("nothing changed, nothing sent") == 3
     assert hub.uploads == []
-    alone = run_script(
+    alone = start_script(
         "publish.py", "--model", "someone/tiny-tales", "--evaluation", tiny.evaluation, "--license", "apache-2.0",
         "--space_repo_id", "someone/demo", **online(hub, tmp_path, HF_TOKEN=TOKEN),
     )  # fmt: skip
