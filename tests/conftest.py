@@ -60,7 +60,7 @@ def load_scratch_gpt() -> ModuleType:
     return load_module(ROOT / "examples" / "scratch_gpt.py")
 
 
-def run_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+def call_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script of the repository to its end in this process, without the seconds that importing torch takes."""
     from fledge.cli import run
 
@@ -82,7 +82,7 @@ def run_script(script: str, *arguments: object, check: bool = True) -> subproces
     return subprocess.CompletedProcess(given, status, out.getvalue(), err.getvalue())
 
 
-def start_script(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+def run_script(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
     """Starts a script as a person would, with environment `variables` of the test's own."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, *map(str, arguments)]
@@ -136,24 +136,24 @@ def make_tiny(work: Path) -> dict:
     }
     torch.save({"model_state_dict": scratch.ScratchGPT(**config).state_dict(), "config": config}, checkpoint)
 
-    run_script(
+    call_script(
         "convert_checkpoint.py", "--checkpoint", checkpoint, "--tokenizer", tokenizer_file,
         "--output_dir", paths["base"],
     )  # fmt: skip
-    run_script(
+    call_script(
         "prepare_dataset.py", "--data", records, "--tokenizer", paths["base"], "--balance", "ending",
         "--split", "80/10/10", "--output_dir", paths["data"],
     )  # fmt: skip
-    trained = start_script(
+    trained = run_script(
         "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "train_sft.py",
         "--model_name_or_path", paths["base"], "--dataset", paths["data"], "--output_dir", paths["model"],
         "--num_train_epochs", 12, "--learning_rate", 0.01, "--per_device_train_batch_size", 8,
     )  # fmt: skip
-    evaluated = run_script(
+    evaluated = call_script(
         "evaluate_model.py", "--model", paths["model"], "--base", paths["base"], "--dataset", paths["data"],
         "--output_dir", paths["evaluation"], "--max_new_tokens", 60, "--batch_size", 8,
     )  # fmt: skip
-    run_script(
+    call_script(
         "publish.py", "--model", paths["model"], "--evaluation", paths["evaluation"], "--dataset", paths["data"],
         "--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo",
         "--license", "apache-2.0", "--dry_run", "--output_dir", paths["repository"],
@@ -172,7 +172,7 @@ def corpus(tmp_path_factory) -> SimpleNamespace:
     file = tmp_path_factory.mktemp("corpus") / "records.txt"
     write_records(file, 120)
     folder = file.parent / "tokenizer"
-    run_script(
+    call_script(
         "train_tokenizer.py", "--data", file, "--vocab_size", 400, "--output_dir", folder,
         "--special_tokens", "<|user|>", "<|assistant|>",
     )  # fmt: skip

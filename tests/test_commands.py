@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, start_script
+from conftest import ROOT, run_script
 
 import fledge
 from fledge import __main__, api
@@ -64,7 +64,7 @@ def test_each_script_is_a_command_and_a_function():
 
 
 def test_help_lists_each_command_and_imports_nothing_heavy():
-    listed = start_script("-X", "importtime", "-m", "fledge", "--help")
+    listed = run_script("-X", "importtime", "-m", "fledge", "--help")
     for name in COMMANDS:
         assert re.search(rf"^  {name} +\S", listed.stdout, re.MULTILINE)
     imported = {line.rpartition("|")[2].strip() for line in listed.stderr.splitlines()}
@@ -72,7 +72,7 @@ def test_help_lists_each_command_and_imports_nothing_heavy():
 
 
 def test_help_survives_an_output_that_knows_no_arrows():
-    assert "A checkpoint" not in start_script("-m", "fledge", "--help", PYTHONIOENCODING="ascii").stderr
+    assert "A checkpoint" not in run_script("-m", "fledge", "--help", PYTHONIOENCODING="ascii").stderr
 
 
 def test_an_unknown_command_is_one_sentence(monkeypatch, capsys):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, load_scratch_gpt, run_script, start_script
+from conftest import ROOT, call_script, load_scratch_gpt, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +39,7 @@ def own(tmp_path_factory):
 
 
 def convert(*arguments):
-    done = run_script("convert_checkpoint.py", *arguments, check=False)
+    done = call_script("convert_checkpoint.py", *arguments, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -62,7 +62,7 @@ def arguments(folder, output_dir, **changed):
 def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_path):
     folder, module = own
     base = tmp_path / "deep" / "base"
-    finished = start_script("convert_checkpoint.py", *arguments(folder, base), check=False)
+    finished = run_script("convert_checkpoint.py", *arguments(folder, base), check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     assert "Proven: " in finished.stdout
@@ -118,14 +118,14 @@ class Touch:
 def test_script_refuses_a_pickle_that_runs_code(own, tmp_path):
     marker, file, base = tmp_path / "was_run", tmp_path / "evil.pt", tmp_path / "base"
     file.write_bytes(pickle.dumps({"model": Touch(marker)}, protocol=4))
-    finished = run_script("convert_checkpoint.py", *arguments(own[0], base, checkpoint=file), check=False)
+    finished = call_script("convert_checkpoint.py", *arguments(own[0], base, checkpoint=file), check=False)
     assert_refused(finished.returncode, finished.stderr, [file])
     assert not marker.exists()
     assert not base.exists()
 
 
 def test_script_answers_help_without_the_heavy_imports():
-    finished = start_script("-X", "importtime", "convert_checkpoint.py", "--help")
+    finished = run_script("-X", "importtime", "convert_checkpoint.py", "--help")
     imported = {line.rsplit("|", 1)[-1].strip() for line in finished.stderr.splitlines()}
     assert "fledge.cli" in imported
     assert not imported & {"torch", "transformers.modeling_utils", "fledge.checkpoints.loading"}
@@ -425,6 +425,6 @@ def test_a_full_disk_is_one_sentence_and_nothing_stays_behind(own, tmp_path):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     base = tmp_path / "deep" / "base"
-    finished = start_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
+    finished = run_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
     assert_refused(finished.returncode, finished.stderr, [base, "cannot be written"])
     assert list(tmp_path.iterdir()) == [limited]

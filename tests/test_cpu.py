@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, start_script
+from conftest import ROOT, run_script
 
 from fledge import SPINS, cpu
 
@@ -48,17 +48,17 @@ def test_torch_before_its_list_of_capabilities(monkeypatch):
 # One process, because oneDNN reads the variable once.
 EVERY_WAY = """
 import sys, torch
-from conftest import run_script
+from conftest import call_script
 from fledge.generation.answers import answer_each
 from fledge.generation.onednn import works
 from fledge.models import load_model
 from fledge.sampling import Sampling
 model, base, data, out = sys.argv[1:]
 asked = ("--prompt", "Lily had a ball.", "--max_new_tokens", 8)
-assert run_script("generate.py", "--model", model, *asked, "--dtype", "bfloat16").stdout.strip()
+assert call_script("generate.py", "--model", model, *asked, "--dtype", "bfloat16").stdout.strip()
 common = ("train_sft.py", "--model_name_or_path", base, "--dataset", data, "--max_steps", 2, "--use_cpu")
-print(run_script(*common, "--output_dir", f"{out}/asked", "--bf16", "true").stdout)
-print(run_script(*common, "--output_dir", f"{out}/chosen").stdout)
+print(call_script(*common, "--output_dir", f"{out}/asked", "--bf16", "true").stdout)
+print(call_script(*common, "--output_dir", f"{out}/chosen").stdout)
 model, tokenizer = load_model(model)
 prompts = [tokenizer("Lily had a ball.")["input_ids"]] * 40
 with torch.autocast("cpu", torch.bfloat16):
@@ -70,7 +70,7 @@ print("Answers:", len(answers), works())
 def test_bfloat16_where_no_unit_multiplies_it(tiny, tmp_path):
     given = (tiny.model, tiny.base, tiny.data, tmp_path)
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    said = start_script("-c", EVERY_WAY, *given, PYTHONPATH=paths, DNNL_MAX_CPU_ISA="AVX2").stdout
+    said = run_script("-c", EVERY_WAY, *given, PYTHONPATH=paths, DNNL_MAX_CPU_ISA="AVX2").stdout
     assert "precision bf16: as asked for" in said
     assert "precision float32: this CPU has no bfloat16 matrix unit" in said
     assert "Answers: 40 True\n" in said
@@ -88,4 +88,4 @@ def test_how_threads_wait_is_set_before_torch_unless_the_user_says(variables, ex
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     look = "import fledge.cli, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    assert start_script("-c", look, **variables).stdout.split() == [str(expected), "False"]
+    assert run_script("-c", look, **variables).stdout.split() == [str(expected), "False"]

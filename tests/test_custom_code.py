@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import call_script
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -74,10 +74,10 @@ def custom(tiny, tmp_path_factory) -> SimpleNamespace:
     torch.save(module.state_dict(), work / "model.pt")
     (work / "facts.yaml").write_text("".join(f"{name}: {value}\n" for name, value in FACTS.items()))
     given = ["--checkpoint", work / "model.pt", "--tokenizer", tiny.tokenizer_file, "--mapping", work / "facts.yaml"]
-    converted = run_script(
+    converted = call_script(
         "convert_checkpoint.py", *given, "--allow_custom_code", "--accept_assumptions", "--output_dir", work / "base"
     )  # fmt: skip
-    run_script(
+    call_script(
         "train_sft.py", "--model_name_or_path", work / "base", "--dataset", tiny.data, "--output_dir", work / "model",
         "--num_train_epochs", 2, "--learning_rate", 0.01, "--per_device_train_batch_size", 8, "--use_cpu",
     )  # fmt: skip
@@ -87,7 +87,7 @@ def custom(tiny, tmp_path_factory) -> SimpleNamespace:
 
 
 def test_without_the_flag_the_refusal_names_it_and_nothing_is_written(custom, tmp_path):
-    done = run_script(
+    done = call_script(
         "convert_checkpoint.py", *custom.given, "--accept_assumptions", "--output_dir", tmp_path / "base", check=False
     )
     assert done.returncode == 2
@@ -146,13 +146,15 @@ def test_training_saves_the_files_with_the_model_and_improves_it(custom):
 
 
 def test_it_answers_is_measured_and_is_published_with_its_code(custom, tiny, tmp_path):
-    answered = run_script("generate.py", "--model", custom.model, "--prompt", "Tell me a story.", "--max_new_tokens", 5)
+    answered = call_script(
+        "generate.py", "--model", custom.model, "--prompt", "Tell me a story.", "--max_new_tokens", 5
+    )
     assert answered.stdout.strip()
-    run_script(
+    call_script(
         "evaluate_model.py", "--model", custom.model, "--base", custom.base, "--dataset", tiny.data,
         "--output_dir", tmp_path / "evaluation", "--max_new_tokens", 10, "--num_prompts", 8, "--batch_size", 4,
     )  # fmt: skip
-    run_script(
+    call_script(
         "publish.py", "--model", custom.model, "--evaluation", tmp_path / "evaluation", "--repo_id", "someone/tales",
         "--space_repo_id", "someone/demo", "--dry_run", "--output_dir", tmp_path / "repository",
     )  # fmt: skip
@@ -176,7 +178,7 @@ def test_other_code_in_a_folder_is_never_run(custom, tmp_path):
         file.write(f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="is not the file"):
         check_custom_code(folder)
-    done = run_script("generate.py", "--model", folder, "--prompt", "Hello", "--max_new_tokens", 2, check=False)
+    done = call_script("generate.py", "--model", folder, "--prompt", "Hello", "--max_new_tokens", 2, check=False)
     assert done.returncode == 2
     assert FILES[1].name in done.stderr
     assert not (tmp_path / "ran").exists()

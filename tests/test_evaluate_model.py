@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, start_script
+from conftest import ROOT, run_script
 
 from fledge.cli import UserError
 from fledge.encoding import open_prepared
@@ -322,6 +322,6 @@ def test_capabilities_shows_every_prompt_and_both_models(tiny, monkeypatch, caps
 
 
 def test_the_script_itself_says_a_mistake_in_one_line(tmp_path):
-    done = start_script("evaluate_model.py", "--model", "nowhere", check=False)
+    done = run_script("evaluate_model.py", "--model", "nowhere", check=False)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

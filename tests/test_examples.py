@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_scratch_gpt, run_script, start_script, write_records
+from conftest import ROOT, call_script, load_scratch_gpt, run_script, write_records
 
 from fledge.sources import load_source
 from fledge.tasks import load_task
@@ -27,7 +27,7 @@ def test_the_shipped_checkpoint_is_small_and_half_precision():
 
 
 def test_the_shipped_checkpoint_converts_with_proof(tmp_path):
-    done = run_script(
+    done = call_script(
         "convert_checkpoint.py", "--config", "recipes/quickstart/convert.yaml", "--output_dir", tmp_path / "b"
     )
     assert "arg max equal at 100.00%" in done.stdout
@@ -47,11 +47,11 @@ def test_the_hand_written_gpt_trains_leaves_out_what_it_must_and_samples(tmp_pat
     write_records(text, 40)
     first = text.read_text(encoding="utf-8").split("<|endoftext|>")[0]
     held_out.write_bytes(gzip.compress(first.encode()))
-    done = start_script(
+    done = run_script(
         "examples/scratch_gpt.py", "train", "--text", text, "--hold_out", held_out, "--out", tmp_path, "--minutes", 0.02
     )
     assert "39 documents, " in done.stdout
-    sampled = start_script("examples/scratch_gpt.py", "sample", "--checkpoint", tmp_path, "--prompt", "Lily had")
+    sampled = run_script("examples/scratch_gpt.py", "sample", "--checkpoint", tmp_path, "--prompt", "Lily had")
     assert sampled.stdout.startswith("Lily had")
 
 

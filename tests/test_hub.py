@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, start_script
+from conftest import ROOT, run_script
 from hub import Hub, Repository
 from small import VOCAB_SIZE, small_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -37,7 +37,7 @@ def test_a_missing_model_is_told_before_torch_is_imported(script, name, tmp_path
     if script == "export.py":
         pytest.importorskip("gguf")
     arguments = [argument.format(name) for argument in MISSING[script]]
-    done = start_script(script, *arguments, check=False, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_script(script, *arguments, check=False, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 2, done.stderr
     assert f"at {name}: " in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -78,11 +78,11 @@ def test_every_script_takes_a_model_of_the_hub(hub, tmp_path):
     (tmp_path / "lines").write_text("\n".join(lines), encoding="utf-8")
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": f"{tmp_path}/home"}
     (tmp_path / "driver.py").write_text(EVERY_SCRIPT, encoding="utf-8")
-    start_script(tmp_path / "driver.py", tmp_path / "lines", **online)
+    run_script(tmp_path / "driver.py", tmp_path / "lines", **online)
     assert (out / "model.safetensors").exists()
     assert (tmp_path / "onnx" / "onnx" / "model.onnx").exists()
     assert not any("model.gguf" in request for request in hub.requests)
     hub.shutdown()
     hub.server_close()
-    again = start_script("generate.py", "--model", "someone/new", "--prompt", "t5", **online | {"HF_HUB_OFFLINE": "1"})
+    again = run_script("generate.py", "--model", "someone/new", "--prompt", "t5", **online | {"HF_HUB_OFFLINE": "1"})
     assert again.stdout.strip()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from conftest import run_script, start_script
+from conftest import call_script, run_script
 from datasets import ClassLabel, load_dataset, load_from_disk
 from hub import TOKEN, Hub
 from huggingface_hub import DatasetCard
@@ -452,7 +452,7 @@ def test_overwrite_replaces_an_earlier_dataset_and_nothing_else(usual, tmp_path)
 
 
 def test_a_person_runs_it_and_reads_the_report(usual, tmp_path):
-    done = run_script("prepare_dataset.py", *usual, "--balance", "ending", "--output_dir", tmp_path / "out")
+    done = call_script("prepare_dataset.py", *usual, "--balance", "ending", "--output_dir", tmp_path / "out")
 
     assert "Read 195 records: 186 examples." in done.stdout
     assert "| no summary | 3 |" in done.stdout
@@ -549,7 +549,7 @@ def test_a_run_that_is_killed_leaves_the_old_dataset_and_the_next_completes(usua
         "fledge.preparation.shards.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepare_dataset.main()\n"
     )
-    done = start_script(script, *usual, "--overwrite", "--output_dir", tmp_path / "out", check=False)
+    done = run_script(script, *usual, "--overwrite", "--output_dir", tmp_path / "out", check=False)
     assert done.returncode == -9
     assert (tmp_path / "out" / "budget.json").read_bytes() == before
 
@@ -570,11 +570,11 @@ def test_what_is_sent_to_the_hub_is_streamed_back_from_it(usual, tmp_path):
     hub = Hub()
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     try:
-        done = start_script(
+        done = run_script(
             "prepare_dataset.py", *usual, "--push_to_hub", "someone/tales", "--output_dir", tmp_path / "out",
             HF_TOKEN=TOKEN, **online,
         )  # fmt: skip
-        streamed = start_script("-c", STREAMED, **online).stdout.splitlines()
+        streamed = run_script("-c", STREAMED, **online).stdout.splitlines()
     finally:
         hub.shutdown()
         hub.server_close()
@@ -586,7 +586,7 @@ def test_what_is_sent_to_the_hub_is_streamed_back_from_it(usual, tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_leaves_the_dataset_here(usual, tmp_path):
-    done = start_script(
+    done = run_script(
         "prepare_dataset.py", *usual, "--push_to_hub", "someone/tales", "--output_dir", tmp_path / "out",
         check=False, HF_TOKEN="", HF_HOME=str(tmp_path / "home"),
     )  # fmt: skip
@@ -596,7 +596,7 @@ def test_a_hub_that_cannot_be_reached_leaves_the_dataset_here(usual, tmp_path):
 
 
 def test_a_person_who_errs_reads_one_line(usual, tmp_path):
-    done = start_script(
+    done = run_script(
         "prepare_dataset.py", *usual, "--data", tmp_path / "none.txt", "--output_dir", tmp_path / "out", check=False
     )
 

@@ -3,7 +3,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, start_script, write_records
+from conftest import ROOT, run_script, write_records
 
 from fledge.scripts import prepare_dataset
 from fledge.tokenizers import load_tokenizer
@@ -30,7 +30,7 @@ def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(way, tmp_pat
     arguments = (*common, "--output_dir", tmp_path / "one_machine")
     monkeypatch.setattr(sys, "argv", [str(part) for part in ("prepare", *arguments)])
     prepare_dataset.main()
-    start_script(
+    run_script(
         "recipes/scale/prepare.py", *common, "--tasks", 3, "--workers", 2, "--output_dir", tmp_path / "many",
         *way, HOME=str(tmp_path),
     )  # fmt: skip
@@ -52,6 +52,6 @@ def test_ray_that_is_not_installed_is_named(tmp_path):
     tokenizer = ROOT / "examples" / "scratch_gpt" / "tokenizer.json"
     load_tokenizer(str(tokenizer), 128).save_pretrained(tmp_path / "base")
     given = ("--data", tmp_path / "one.txt", "--tokenizer", tmp_path / "base", "--output_dir", tmp_path / "out")
-    done = start_script("recipes/scale/prepare.py", *given, "--ray", check=False)
+    done = run_script("recipes/scale/prepare.py", *given, "--ray", check=False)
     assert done.returncode == 2
     assert "--ray needs Ray, which is not installed: pip install ray." in done.stderr

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import start_script
+from conftest import run_script
 from hand_written import lecture
 
 from fledge.encoding import open_rows
@@ -77,7 +77,7 @@ def test_the_lectures_folder_becomes_a_model_that_is_asked_and_answers(folder, t
     )
     assert "characters, sorted: a guess at the vocabulary, which reading a text checks" in capsys.readouterr().out
     few = ("--most_characters", 50)
-    start_script("examples/lecture_records.py", "--text", folder / "input.txt", "--out", records, *few)
+    run_script("examples/lecture_records.py", "--text", folder / "input.txt", "--out", records, *few)
     with records.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"instruction": "Speak in one sentence.", "response": "It is #1 of the café."}) + "\n")
     columns = "instruction=instruction,response=response,group=response"

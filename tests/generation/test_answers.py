@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, call_script
 from small import VOCAB_SIZE, WITHOUT_DROPOUT, small_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -236,14 +236,14 @@ def test_settings_out_of_range_are_refused(values):
 
 def test_generate_streams_one_answer_and_numbers_several(tiny):
     topic = ["--topic", "Lily took a ball to the park number 3.", "--ending", "sad", "--temperature", 0]
-    one = run_script("generate.py", "--model", tiny.model, *topic)
-    two = run_script("generate.py", "--model", tiny.model, *topic, "--num_samples", 2)
+    one = call_script("generate.py", "--model", tiny.model, *topic)
+    two = call_script("generate.py", "--model", tiny.model, *topic, "--num_samples", 2)
     assert "### Story" not in one.stdout
     assert two.stdout.split("--- 2")[0].removeprefix("--- 1").strip() == one.stdout.strip()
 
 
 def test_a_base_model_continues_the_text_itself(tiny):
-    done = run_script("generate.py", "--model", tiny.base, "--prompt", "Lily had a", "--max_new_tokens", 5)
+    done = call_script("generate.py", "--model", tiny.base, "--prompt", "Lily had a", "--max_new_tokens", 5)
     assert done.stdout.strip()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import start_script
+from conftest import run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -286,7 +286,7 @@ def test_accumulated_and_two_processes_equal_one_big_batch(straight, corpus, tmp
     half = ("--per_device_train_batch_size", 2)
     pretrain(corpus, tmp_path / "accumulated", *EIGHT_STEPS, *half, "--gradient_accumulation_steps", 2)
     two = command(corpus, tmp_path / "two", *EIGHT_STEPS, *half)
-    start_script("-m", "torch.distributed.run", "--nproc_per_node", 2, "pretrain.py", *two)
+    run_script("-m", "torch.distributed.run", "--nproc_per_node", 2, "pretrain.py", *two)
     expected = weights(straight[0])
     of_straight = json.loads((straight[0] / "pretraining.json").read_text())
     for name in ("accumulated", "two"):
@@ -330,7 +330,7 @@ def test_two_processes_that_share_the_weights_evaluate_and_save_a_base(corpus, t
     launch = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml")
     launch += ("--num_processes", 2, "--main_process_port", 40000 + os.getpid() % 20000, "pretrain.py")
     steps = ("--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 1, "--use_cpu")
-    said = start_script(*launch, *command(corpus, tmp_path / "base", *steps)).stdout
+    said = run_script(*launch, *command(corpus, tmp_path / "base", *steps)).stdout
     assert said.count("bits per byte\n") == 2
     assert "Trained 2 steps" in said
     AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_script, start_script
+from conftest import ROOT, call_script, run_script
 from hub import TOKEN, Hub
 from transformers import AutoTokenizer
 
@@ -71,7 +71,7 @@ def online(hub: Hub, cache: Path, **variables: str) -> dict[str, str]:
 
 
 def publish(hub: Hub, tiny, cache: Path, *arguments: object, check: bool = True, token: str = TOKEN):
-    return start_script(
+    return run_script(
         "publish.py", "--model", tiny.model, "--evaluation", tiny.evaluation, "--dataset", tiny.data,
         "--license", "apache-2.0", *arguments, check=check, **online(hub, cache, HF_TOKEN=token),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def test_a_second_publication_sends_nothing_and_a_space_needs_only_a_published_m
     done = publish(hub, tiny, tmp_path, *ALL)
     assert done.stdout.count("nothing changed, nothing sent") == 3
     assert hub.uploads == []
-    alone = start_script(
+    alone = run_script(
         "publish.py", "--model", "someone/tiny-tales", "--evaluation", tiny.evaluation, "--license", "apache-2.0",
         "--space_repo_id", "someone/demo", **online(hub, tmp_path, HF_TOKEN=TOKEN),
     )  # fmt: skip
@@ -171,7 +171,7 @@ def test_a_dry_run_lists_what_would_be_sent(tiny):
 
 
 def test_what_is_missing_is_said(tiny, tmp_path):
-    done = run_script(
+    done = call_script(
         "publish.py", "--model", tiny.model, "--repo_id", "a/b", "--dry_run", "--output_dir", tmp_path / "out"
     )
     assert "--evaluation" in done.stdout
@@ -236,7 +236,7 @@ def test_no_code_asks_to_run_a_models_own_code():
 )
 def test_bad_input_leaves_nothing_behind(arguments, said, tiny, tmp_path):
     model = [] if "--model" in arguments else ["--model", tiny.model]
-    done = run_script("publish.py", *model, "--dry_run", "--output_dir", tmp_path / "out", *arguments, check=False)
+    done = call_script("publish.py", *model, "--dry_run", "--output_dir", tmp_path / "out", *arguments, check=False)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

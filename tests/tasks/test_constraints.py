@@ -3,7 +3,7 @@ import random
 from collections import Counter
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, call_script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -229,16 +229,16 @@ def test_the_closing_rhymes_rhyme():
 
 def test_a_model_is_trained_and_scored_on_it(tiny, tmp_path):
     data, model, evaluation = (tmp_path / name for name in ("data", "model", "evaluation"))
-    prepared = run_script(
+    prepared = call_script(
         "prepare_dataset.py", "--data", tiny.records, "--task", "constraints", "--tokenizer", tiny.base,
         "--split", "80/10/10", "--output_dir", data, "--num_proc", 1, "--show", 1,
     )  # fmt: skip
     assert any(opening in prepared.stdout for opening in OPENINGS)
-    run_script(
+    call_script(
         "train_sft.py", "--model_name_or_path", tiny.base, "--dataset", data, "--output_dir", model,
         "--max_steps", 2, "--per_device_train_batch_size", 8,
     )  # fmt: skip
-    run_script(
+    call_script(
         "evaluate_model.py", "--model", model, "--base", tiny.base, "--dataset", data, "--output_dir", evaluation,
         "--num_prompts", 12, "--max_new_tokens", 20,
     )  # fmt: skip
@@ -247,5 +247,5 @@ def test_a_model_is_trained_and_scored_on_it(tiny, tmp_path):
     assert metrics["baselines"]["copied_prompt"]["instruction_following"]["value"] == 0
     asked = {kind: found["n"] for kind, found in metrics["reference"].items() if kind in KINDS}
     assert 12 <= sum(asked.values()) <= 36
-    told = run_script("generate.py", "--model", model, "--constraints", "words: kite", "--max_new_tokens", 3)
+    told = call_script("generate.py", "--model", model, "--constraints", "words: kite", "--max_new_tokens", 3)
     assert not told.stderr
