@@ -42,10 +42,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	python -m pip install --constraint constraints.txt --editable '.[dev,eval]'
 	touch $@
 
-build/lowest/ready: pyproject.toml tests/lowest.py
+# uv takes the lowest version of what pyproject.toml names and the newest of what that needs; pip searches for hours.
+build/lowest/ready: pyproject.toml
 	$(PYTHON) -m venv build/lowest
-	build/lowest/bin/python tests/lowest.py > build/lowest/constraints.txt
-	build/lowest/bin/python -m pip install --constraint build/lowest/constraints.txt --editable '.[dev]'
+	build/lowest/bin/python -m pip install uv
+	build/lowest/bin/uv pip install --python build/lowest/bin/python --resolution lowest-direct --editable '.[dev]'
 	touch $@
 
 clean:
