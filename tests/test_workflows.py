@@ -90,13 +90,10 @@ def test_lowest_versions_are_within_those_that_are_tested():
     from packaging.version import Version
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = [
-        *project["dependencies"],
-        *(entry for extra in project["optional-dependencies"].values() for entry in extra),
-    ]
-    lowest = {}
-    for requirement in map(Requirement, named):
-        lowest |= {requirement.name: spec.version for spec in requirement.specifier if spec.operator == ">="}
+    extras = project["optional-dependencies"].values()
+    named = map(Requirement, [*project["dependencies"], *(entry for extra in extras for entry in extra)])
+    bounds = [(one.name, bound) for one in named for bound in one.specifier]
+    lowest = {name: bound.version for name, bound in bounds if bound.operator == ">="}
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     tested = {
         name.replace("_", "-"): version for name, version in re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE)
