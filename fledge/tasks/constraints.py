@@ -240,6 +240,16 @@ class Constraints(Task):
             **{f"{kind}_kept": kept[kind] for kind in SHARES if kind in kept},
         }
 
+    def reward(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
+        """As `score`, but words count apart from one another, and what is no story has not kept all."""
+        scores = self.score(row, answer)
+        found = {name: scores[name] for name in self.rewards if name in scores}
+        if "words" in found:
+            words = dict(map(parse, row["constraints"]))["words"].split(", ")
+            body = checks.title_and_body(answer.text)[1] if "title" in found else answer.text
+            found["words"] = checks.uses_apart(words, body, row["messages"][-2]["content"])
+        return found | {"all_kept": found["all_kept"] * found["story"] * (found.get("words", 1.0) == 1)}
+
 
 def _draw(record: dict, story: str, offers: dict, count: int, rng: random.Random) -> tuple[list[str], str]:
     """Up to `count` constraints in random order, and the story that keeps them all."""

@@ -199,14 +199,15 @@ class StoryChat(Task):
         return scores
 
     def reward(self, row: dict, answer: Answer) -> dict[str, float]:
-        """As `score`, but a list of the words is no story, and an answer is held against its reference word by word."""
+        """As `score`, but words count in a story alone, apart from one another, and overlap is rewarded as well."""
         scores = self.score(row, answer)
         same = ("dialogue", "grounded", "short_enough", "own_words", "no_role_leak")
         found = {name: scores[name] for name in same if name in scores}
         if row["kind"] == "words":
-            share = checks.uses(row["words"], answer.text)
-            story = checks.tells(answer.text, row["messages"][-2]["content"])
-            return found | {"words": share, "all_words": float(share == 1), "story": float(story)}
+            prompt = row["messages"][-2]["content"]
+            story = float(checks.tells(answer.text, prompt))
+            share = story * checks.uses_apart(row["words"], answer.text, prompt)
+            return found | {"words": share, "all_words": float(share == 1), "story": story}
         if "exact_match" in scores:
             return found | {"right": scores["exact_match"], "overlap": scores["f1"]}
         return found | {"overlap": scores.get("rougeL", scores.get("moral_rougeL", 0.0))}

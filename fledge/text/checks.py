@@ -92,6 +92,33 @@ def uses(words: list[str], text: str) -> float:
     return sum(found) / len(found)
 
 
+def uses_apart(words: list[str], text: str, prompt: str) -> float:
+    """As `uses`, so that a list of the words or a copy of `prompt` in the text counts for little.
+
+    A sentence counts for two of the words at most, and one with four words in a row from the prompt for none.
+    """
+    asked = _quadruples(prompt)
+    telling = [part for part in parts(text) if not _quadruples(part) & asked and any(used_in_telling(words, part))]
+    found = [used_in_telling(words, part) for part in telling for _ in range(2)]
+    word_of: dict[int, int] = {}  # each place in a sentence → the word that it counts for (Kuhn 1955)
+
+    def is_placed(word: int, tried: set[int]) -> bool:
+        for place, has in enumerate(found):
+            if has[word] and place not in tried:
+                tried.add(place)
+                if place not in word_of or is_placed(word_of[place], tried):
+                    word_of[place] = word
+                    return True
+        return False
+
+    return sum(is_placed(word, set()) for word in range(len(words))) / len(words)
+
+
+def _quadruples(text: str) -> set[tuple[str, ...]]:
+    words = in_order(text)
+    return {tuple(words[at : at + 4]) for at in range(len(words) - 3)}
+
+
 def avoids(word: str, text: str) -> float:
     """Whether `word` occurs in no inflection."""
     return float(bool(in_order(text)) and not any(used([word], text)))
@@ -181,9 +208,9 @@ def tells(text: str, prompt: str, least: int = 3) -> bool:
     whole = [part for part in told if len(in_order(part)) >= LEAST_WORDS]
     if len(set(whole)) < least or 2 * len(set(whole)) <= len(told):
         return False
-    words, asked = in_order(text), in_order(prompt)
+    words = in_order(text)
     opening = in_order(prompt.strip().partition("\n")[0])
     copied = bool(opening) and _has(words, opening)
     quadruples = [tuple(words[at : at + 4]) for at in range(len(words) - 3)]
-    known = {tuple(asked[at : at + 4]) for at in range(len(asked) - 3)}
+    known = _quadruples(prompt)
     return not copied and 2 * sum(quadruple in known for quadruple in quadruples) < len(quadruples)

@@ -18,6 +18,7 @@ from fledge.tasks.topic_ending import instruction
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 SAD = "Tom had a kite. The wind took it away. Tom cried and never saw it again. He was very sad."
 HAPPY = "Tom had a kite. It flew over the park. Tom laughed and hugged his dad. They were very happy."
+PLAIN = "Tom had a ball. It flew over the park. Tom laughed and hugged his dad."
 
 
 def asked(prompt: str, reference: str = HAPPY, **columns: object) -> dict:
@@ -49,6 +50,9 @@ SUM = asked("What is 6 times 7?", "It is 42.", category="arithmetic")
         ("story_chat", WORDS, SAD, {"words": 1.0, "all_words": 1.0, "story": 1.0}),
         ("story_chat", WORDS, HAPPY, {"words": 1 / 3, "all_words": 0.0, "story": 1.0}),
         ("story_chat", WORDS, "kite, wind, cry", {"words": 0.0, "all_words": 0.0, "story": 0.0}),
+        ("story_chat", WORDS, f"There was a kite, a wind, a cry. {PLAIN}", {"words": 2 / 3, "all_words": 0.0}),
+        ("story_chat", WORDS, f"Write a story with: kite, wind, cry. {PLAIN}", {"words": 0.0, "story": 0.0}),
+        ("story_chat", WORDS, f"A story with: kite, wind, cry. {PLAIN}", {"words": 0.0, "story": 1.0}),
         ("story_chat", SUMMARY, "Tom loses his kite.", {"overlap": 1.0, "grounded": (0.6, 1), "own_words": 1.0}),
         ("story_chat", SUMMARY, "Tom had a kite. The wind took it away.", {"overlap": (0, 0.6), "own_words": 0.0}),
         ("story_chat", SUMMARY, SAD, {"short_enough": 0.0, "own_words": 0.0}),
@@ -58,6 +62,7 @@ SUM = asked("What is 6 times 7?", "It is 42.", category="arithmetic")
         ("constraints", KEPT, f"{SAD} Was his boat there?", {"words": 1.0, "question": 1.0, "all_kept": 1.0}),
         ("constraints", KEPT, SAD, {"words": 0.5, "question": 0.0, "all_kept": 0.0, "story": 1.0}),
         ("constraints", KEPT, "kite boat ?", {"words": 0.0, "story": 0.0}),
+        ("constraints", KEPT, "Is a kite a boat too?", {"words": 1.0, "question": 1.0, "all_kept": 0.0, "story": 0.0}),
         ("instructions", SUM, "It is 42.", {"right_number": 1.0, "responds": 1.0, "rougeL": 1.0}),
         ("instructions", SUM, "It is 24.", {"right_number": 0.0, "responds": 1.0}),
         ("instructions", SUM, "", {"right_number": 0.0, "responds": 0.0, "rougeL": 0.0}),
