@@ -10,10 +10,17 @@ NUMERICAL := tests/checkpoints tests/custom tests/generation tests/pretraining t
 	tests/evaluation/test_measuring.py tests/test_encoding.py tests/test_resizing.py tests/judges
 CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2
 
-.PHONY: quickstart check test test-cpus test-lowest lint bench clean
+.PHONY: quickstart demo check test test-cpus test-lowest lint bench clean
 
 quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
+
+# The quickstart's model in a page that runs it in the browser; Ctrl-C ends the server.
+demo: $(VENV)/ready
+	[ -e runs/quickstart/evaluation/metrics.json ] || $(MAKE) quickstart
+	HF_HUB_OFFLINE=1 python publish.py --config recipes/quickstart/demo.yaml
+	(sleep 1; python -m webbrowser http://localhost:8000/) & \
+	python -m http.server 8000 --bind localhost --directory runs/demo/space
 
 # The daily tests: no script runs to its end, no model is trained for long, no browser starts, no port is opened.
 check: $(VENV)/ready

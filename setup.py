@@ -6,6 +6,10 @@ list packages or find them, and this needs both.
 
 from setuptools import find_packages, setup
 
-CARDS = {"fledge.model_card": "model_card", "fledge.model_card.space": "model_card/space"}
+CARDS = {
+    "fledge.model_card": "model_card",
+    "fledge.model_card.space": "model_card/space",
+    "fledge.model_card.static_space": "model_card/static_space",
+}
 
 setup(packages=[*find_packages(include=["fledge", "fledge.*"]), *CARDS], package_dir=CARDS)

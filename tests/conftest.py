@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 settings.register_profile("fledge", deadline=None)  # a busy machine is no failure
 settings.load_profile("fledge")
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 NAMES = ("Lily", "Tim", "Sara", "Ben", "Anna", "Tom", "Mia", "Max")
 THINGS = ("ball", "kite", "boat", "hat", "cake", "drum", "doll", "book", "tree", "stone", "cup", "fish")
 PLACES = ("park", "garden", "house", "forest", "shop", "river")
@@ -177,6 +178,18 @@ def corpus(tmp_path_factory) -> SimpleNamespace:
         "--special_tokens", "<|user|>", "<|assistant|>",
     )  # fmt: skip
     return SimpleNamespace(file=file, tokenizer=folder)
+
+
+@pytest.fixture(scope="module")  # a longer one would keep its event loop running in other files' tests
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser here; install one of {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def dataclasses_of(stage: str) -> list[type]:
         "evaluate": ("evaluate_model", "EvaluateArguments"),
         "generate": ("generate", "GenerateArguments"),
         "publish": ("publish", "PublishArguments"),
+        "demo": ("publish", "PublishArguments"),
     }[stage]
     arguments = getattr(importlib.import_module(f"fledge.scripts.{module}"), name)
     return [arguments, *([Sampling] if stage in ("answers", "evaluate", "generate") else [])]
@@ -86,13 +87,14 @@ def test_stages_of_a_recipe_hand_on_the_same_folders():
         assert handed_on("trim", "model", "pretrain"), folder
         assert handed_on("train", "dataset", "prepare"), folder
         assert all(
-            handed_on(stage, "model", "train", "dpo", "grpo") for stage in ("evaluate", "publish", "generate")
+            handed_on(stage, "model", "train", "dpo", "grpo") for stage in ("evaluate", "publish", "generate", "demo")
         ), folder
         assert handed_on("grpo", "model_name_or_path", "train"), folder
         assert all(handed_on(stage, "dataset", "prepare") for stage in ("dpo", "grpo")), folder
         if "answers" in stages:
             assert stages["prepare"]["data"] == [stages["answers"]["output_dir"]], folder
             assert stages["answers"]["model"] == stages["prepare"]["tokenizer"], folder
+        assert handed_on("demo", "base", *bases), folder
         if "train_lora" in stages:
             for key in ("model_name_or_path", "dataset"):
                 assert stages["train_lora"][key] == stages["train"][key]

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import load_module
+from contrast import faint
 from hub import Hub, Repository
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {ending} {0} <|endoftext|> **not bold**"
 ENDED = re.compile(r"^\d+ tokens, (ended by the model|broken off at the limit)\.$")
 
@@ -70,18 +70,6 @@ def space(folder, tiny, tmp_path_factory):
             hub.server_close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser here; install one of {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def page(browser, space):
     """A page of the app that fails the test if a script of a visitor runs or anything is fetched from elsewhere."""
@@ -99,35 +87,46 @@ def page(browser, space):
 
 def wait_for_end(page) -> str:
     page.wait_for_function(
-        "[...document.querySelectorAll('.status textarea, .status input')].some(box => box.value.includes(' tokens, '))"
+        "[...document.querySelectorAll('.status textarea, .status input')].some(box => box.value.includes(' tokens'))"
     )
     boxes = page.eval_on_selector_all(".status textarea, .status input", "boxes => boxes.map(box => box.value)")
-    return next(text for text in boxes if " tokens, " in text)
+    return next(text for text in boxes if " tokens" in text)
 
 
 def test_type_choose_press_and_a_story_appears(page):
     page.get_by_label("Topic").fill("Lily took a ball to the park.")
-    page.get_by_label("sad").check()
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_label("Sad").check()
+    page.get_by_role("button", name="Write").click()
     assert ENDED.match(wait_for_end(page))
     story = page.locator(".answer textarea").first
     assert story.is_visible()
     assert len(story.input_value().split()) > 2
 
 
-def test_the_base_answers_beside_it_when_asked(page):
-    box = page.locator(".answer textarea").nth(1)
-    assert not box.is_visible()
-    page.get_by_label("Show the base model's answer beside it").check()
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_both_endings_and_the_base_side_by_side_all_legible(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    boxes = page.locator(".answer textarea").locator("visible=true")
+    assert boxes.count() == 0  # no empty slab
+    page.get_by_label("Side by side").check()
+    page.get_by_label("Base model beside it").check()
     page.get_by_label("Topic").fill("Tim had a boat.")
     page.get_by_label("Topic").press("Enter")
-    page.wait_for_function("document.querySelectorAll('.answer textarea')[1]?.value.length > 5")
-    assert box.is_visible()
+    assert wait_for_end(page).startswith("4 answers of ")
+    assert [len(box.input_value()) > 5 for box in boxes.all()] == [True] * 4
+    names = ["Happy ending", "Happy ending, base model", "Sad ending", "Sad ending, base model"]
+    shown = ["Topic", "Ending", "Happy", "Side by side", "Base model beside it", "Write", "Stop", "More"]
+    assert faint(page, [*shown, *names, "The model", "Made with Fledge", "Try one of these"]) == {}
 
 
-def test_an_example_fills_the_form(page):
-    page.get_by_role("gridcell", name=re.compile("number")).first.click()
+def test_an_example_is_whole_and_fills_the_form(page):
+    button = page.locator(".examples button").first
+    assert button.evaluate("it => it.scrollWidth <= it.clientWidth && it.scrollHeight <= it.clientHeight")
+    topic, _, ending = button.inner_text().strip().rpartition(" ")
+    button.click()
     page.wait_for_function("document.querySelector('textarea').value.includes('number')")
+    assert page.get_by_label("Topic").input_value() == topic
+    assert page.get_by_label(ending.strip("()").capitalize()).is_checked()
 
 
 def test_what_a_visitor_types_stays_text(page):
@@ -160,15 +159,15 @@ def client(space):
 def test_a_story_streams_in(client):
     job = client.submit("Lily took a ball to the park.", "happy", 0, 60, False, api_name="/write")
     job.result()
-    stories = [story for story, _, _ in job.outputs()]
+    stories = [story for _, story, *_ in job.outputs()]
     assert len(stories) > 3
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(stories))
-    assert ENDED.match(job.outputs()[-1][1])
+    assert ENDED.match(job.outputs()[-1][0])
 
 
 def test_several_visitors_are_served_at_once(client):
     jobs = [client.submit(f"Ben had {n} cups.", "sad", 0.8, 30, False, api_name="/write") for n in range(6)]
-    assert all(ENDED.match(job.result()[1]) for job in jobs)
+    assert all(ENDED.match(job.result()[0]) for job in jobs)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def test_several_visitors_are_served_at_once(client):
     ],
 )
 def test_no_topic_breaks_it(topic, said, client):
-    _, status, _ = client.predict(
+    status, *_ = client.predict(
         topic.encode("utf-16", "surrogatepass").decode("utf-16"), "sad", 0.8, 20, False, api_name="/write"
     )
     assert said.match(status) if isinstance(said, re.Pattern) else status == said

@@ -5,7 +5,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fledge.models import context_of
 
 # llama.cpp looks the GELU up in a table of half-precision numbers: its own logits are this near to exact ones.
 GGUF_TOLERANCE = 5e-3
@@ -91,3 +93,10 @@ def largest_error(model: PreTrainedModel, prompts: list[list[int]], logits: list
         expected = model(input_ids=torch.tensor([prompt])).logits[0].numpy()
         errors.append(np.abs(found - expected).max() / np.abs(expected).max())
     return float(max(errors))
+
+
+def random_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Prompts of one token, of 33, and of a whole context."""
+    context, V = context_of(model.config), min(len(tokenizer), model.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]

@@ -1,4 +1,4 @@
-"""Folders as the Hub gets them: the model, the dataset, and the Space, each with its card."""
+"""Folders as the Hub gets them: the model and the dataset, each with its card."""
 
 import shutil
 from dataclasses import fields
@@ -6,15 +6,11 @@ from pathlib import Path
 
 from fledge.cli import UserError, read_json, write_json
 from fledge.hub import download
-from fledge.pages import MODEL_CARD
 from fledge.publishing.card import Named, model_card, read_records, read_samples, render
 from fledge.sampling import Sampling
 
 # What training leaves besides the model, and nobody who loads the model needs.
 NOT_PUBLISHED = ("README.md", "training_args.bin")
-GRADIO = "6.31.0"  # what the Space runs on, as constraints.txt pins it
-EXAMPLES = 4  # on the Space's page
-NOTICE = "Answers are made up by a small model; nobody has checked them. What you type is kept nowhere."
 
 
 def dataset_card(budget: dict, rows: list[dict], prompt: str) -> str:
@@ -104,104 +100,22 @@ def build_dataset(folder: Path, data_dir: Path) -> None:
             shutil.copy(data_dir / name, folder)
 
 
-def build_space(
-    folder: Path,
-    model_dir: Path,
-    evaluation_dir: Path | None,
-    repo_id: str,
-    license_id: str | None,
-    base_model: str | None,
-) -> None:
-    """Fills `folder` with a Gradio app, its settings for this model, and its card. The app needs no Fledge."""
-    from huggingface_hub import SpaceCardData
-
-    sampling = published_sampling(model_dir, evaluation_dir)
-    settings = space_settings(model_dir, read_samples(evaluation_dir), repo_id, base_model, sampling)
-    for name in ("app.py", "requirements.txt"):
-        shutil.copy(MODEL_CARD / "space" / name, folder)
-    write_json(folder / "settings.json", settings)
-    metadata = SpaceCardData(
-        title=settings["title"],
-        sdk="gradio",
-        sdk_version=GRADIO,
-        app_file="app.py",
-        license=license_id,
-        models=[repo_id, *([base_model] if base_model else [])],
-        colorFrom="green",
-        colorTo="blue",
-        emoji="\N{OPEN BOOK}",
-        short_description="A small language model to try",
-    )
-    card = render("space/README.md.jinja", metadata=metadata.to_yaml(), repo_id=repo_id, **settings)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def space_settings(
-    model_dir: Path, samples: list[dict], repo_id: str, base_model: str | None, sampling: Sampling
-) -> dict:
-    """What the Space's app.py reads: the models, which pages it shows, and how a visitor's words become a prompt."""
-    budget = read_json(model_dir / "budget.json", "train_sft.py", task=str, about_task=dict)
-    name, about = budget["task"], budget["about_task"]
-    asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [about["example"]]
-    # An example stands alone: the later turn of a conversation does not.
-    alone = [messages for messages in asked if sum(message["role"] == "user" for message in messages) == 1]
-    examples = [messages[-1]["content"] for messages in alone[:EXAMPLES]]
-    story = chat = None
-    if name == "topic_ending":
-        from fledge.tasks import load_task
-        from fledge.tasks.topic_ending import instruction, requested
-
-        story = {
-            "tab": "Story",
-            "label": "Topic",
-            "placeholder": requested(about["example"][-1]["content"])[0],
-            "empty": "Please type a topic first.",
-            "instruction": instruction("{topic}", "{ending}"),
-            "endings": list(load_task(name).classes["ending"]),
-            "examples": [list(requested(example)) for example in examples],
-        }
-    elif name == "story_chat":
-        from fledge.tasks.story_chat import PHRASINGS
-
-        story = {
-            "tab": "Story",
-            "label": "Words",
-            "placeholder": "boat, brave, laugh",
-            "empty": "Please type some words first.",
-            "instruction": PHRASINGS["words"][0].replace("{words}", "{topic}"),
-            "endings": [],
-            "examples": [["boat, brave, laugh"], ["cat, rain, window"]],
-        }
-    if name != "topic_ending":
-        chat = {
-            "tab": "Chat",
-            "placeholder": "Ask for something, then ask about it.",
-            "empty": "Please type something first.",
-            "examples": examples,
-        }
-    return {
-        "model": repo_id,
-        "base": base_model,
-        "trust_remote_code": any(model_dir.glob("modeling_*.py")),
-        "title": repo_id.split("/")[-1],
-        "description": f"A language model trained to {about['purpose']}.",
-        "notice": NOTICE,
-        "system": [message for message in about["example"] if message["role"] == "system"],
-        "temperature": sampling.temperature,
-        "decoding": {key: getattr(sampling, key) for key in ("top_k", "top_p", "repetition_penalty")},
-        "length": sampling.max_new_tokens,
-        "story": story,
-        "chat": chat,
-    }
-
-
 def download_records(repo_id: str) -> Path:
     """What a Space needs to know of a published model.
 
     Raises:
         UserError: there is no such model, or Fledge did not publish it.
     """
-    folder = download(repo_id, None, ("budget.json", "generation_config.json", "*_fledge_gpt.py"))
+    folder = download(repo_id, None, ("budget.json", "generation_config.json", "README.md", "*_fledge_gpt.py"))
     if not (folder / "budget.json").exists():
         raise UserError(f"{repo_id} holds no budget.json, so Fledge did not publish it; name a model that it did.")
     return folder
+
+
+def dataset_of(model_dir: Path) -> str | None:
+    """The dataset that the card of a published model names; `None` if it names none."""
+    from huggingface_hub import RepoCard
+
+    card = model_dir / "README.md"
+    named = RepoCard.load(card).data.to_dict().get("datasets") if card.exists() else None
+    return named[0] if named else None

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
@@ -72,9 +72,9 @@ def send(
 def _commit_changes(
     api: HfApi, kind: str, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool
 ) -> Sent:
-    url = api.create_repo(
-        repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk="gradio" if kind == "space" else None
-    )
+    # A Space is made of the kind that its card names.
+    sdk = RepoCard.load(folder / "README.md").data.to_dict()["sdk"] if kind == "space" else None
+    url = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk)
     if private and not api.repo_info(repo_id, repo_type=kind).private:
         raise UserError(f"{repo_id} exists and is public; make it private on its settings page or drop --private.")
     if revision and not revision.startswith("refs/"):

@@ -22,7 +22,7 @@ from fledge.terminal import progress, quiet
 from fledge.trained import Trained, read_trained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from fledge.exporting.programs import Program
     from fledge.models import ModelAndTokenizer
@@ -163,17 +163,6 @@ def to_onnx(args: ExportArguments, source: Path, folder: Path, model: "ModelAndT
     return record | {"file": file.relative_to(folder).as_posix()}
 
 
-def random_prompts(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Prompts of one token, of 33, and of a whole context."""
-    import torch
-
-    from fledge.models import context_of
-
-    context, V = context_of(model.config), min(len(tokenizer), model.config.vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(V, (min(n, context),), generator=generator).tolist() for n in (1, 33, context)]
-
-
 def probe(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A text that another program must split as transformers does."""
     from fledge.encoding import prompt_text
@@ -188,7 +177,7 @@ def prove(model: "ModelAndTokenizer", program: "Program", tolerance: float, by: 
     Raises:
         UserError: they differ by more than `tolerance` of the largest one.
     """
-    from fledge.exporting.programs import largest_error, logits_of
+    from fledge.exporting.programs import largest_error, logits_of, random_prompts
 
     prompts = random_prompts(*model)
     error = largest_error(model[0], prompts, logits_of(program, prompts))
@@ -204,7 +193,7 @@ def measure(args: ExportArguments, model: "ModelAndTokenizer", program: "Program
     Raises:
         UserError: it is more than the limits, and --accept_loss is not given.
     """
-    from fledge.exporting.programs import largest_error, logits_of
+    from fledge.exporting.programs import largest_error, logits_of, random_prompts
     from fledge.exporting.verdict import held_out, judge, self_written
 
     trial = (

@@ -3,6 +3,7 @@
     python publish.py --model model --evaluation evaluation --repo_id user/name --dry_run --output_dir repository
     python publish.py --model model --evaluation evaluation --repo_id user/name --license apache-2.0 \\
         --dataset data --dataset_repo_id user/data --space_repo_id user/demo
+    python publish.py --model model --base base --space static --space_repo_id user/demo --dry_run --output_dir page
 
 Each repository gets one commit, and only what changed there. The token is that of `hf auth login` or HF_TOKEN.
 """
@@ -11,12 +12,16 @@ import contextlib
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from fledge.cli import UserError, check_hub_id, parse, write_json
 from fledge.folders import Output, claimed
 from fledge.hub import download, find_model
 from fledge.terminal import quiet
+
+SPACES = ("gradio", "static")
+ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass
@@ -30,6 +35,13 @@ class PublishArguments:
     dataset: str | None = field(default=None, metadata={"help": "the folder that prepare_dataset.py wrote"})
     dataset_repo_id: str | None = field(default=None, metadata={"help": "user/name of the dataset on the Hub"})
     space_repo_id: str | None = field(default=None, metadata={"help": "user/name of the Space on the Hub"})
+    space: str = field(
+        default="gradio",
+        metadata={"help": "gradio: a server runs the model; static: the visitor's browser does (default gradio)"},
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "the base's folder or Hub id, to run beside the model in a static Space"}
+    )
     base_model: str | None = field(
         default=None, metadata={"help": "the base's Hub id, if it has one: named on the card, compared in the Space"}
     )
@@ -64,12 +76,37 @@ def check(args: PublishArguments) -> None:
         raise UserError(f"--{'repo_id' if args.repo_id else 'space_repo_id'} needs --model.")
     if args.repo_id and args.model:
         find_model(args.model)
-    if args.space_repo_id and not args.repo_id and args.model and Path(args.model).is_dir():
-        raise UserError("A Space loads its model from the Hub; give --repo_id too, or a published --model user/name.")
+    check_space(args)
     if bool(args.dataset) != bool(args.dataset_repo_id):
         raise UserError("--dataset and --dataset_repo_id go together.")
     if args.create_pr and args.revision:
         raise UserError("--create_pr opens a pull request against main; leave out --revision.")
+
+
+def check_space(args: PublishArguments) -> None:
+    """Checks what `--space` says against the other keys, and that a static one can be made.
+
+    Raises:
+        UserError: it is unknown, a key lacks the one it goes with, or a package is missing.
+    """
+    if args.space not in SPACES:
+        raise UserError(f"--space {args.space} is unknown; choose {' or '.join(SPACES)}.")
+    if args.space == "gradio":
+        if args.base:
+            raise UserError("--base goes with --space static; a Gradio Space compares with --base_model user/name.")
+        if args.space_repo_id and not args.repo_id and args.model and Path(args.model).is_dir():
+            raise UserError(
+                "A Gradio Space loads its model from the Hub; give --repo_id too, a published --model user/name, or "
+                "--space static, which holds the model itself."
+            )
+        return
+    if not args.space_repo_id:
+        raise UserError("--space static needs --space_repo_id.")
+    if missing := [package for package in ONNX_NEEDS if find_spec(package) is None]:
+        raise UserError(f"--space static needs {', '.join(missing)}; `pip install 'fledge-gpt[export]'` brings it.")
+    for key in ("model", "base"):
+        if vars(args)[key]:
+            find_model(vars(args)[key])
 
 
 def main() -> Path | None:
@@ -80,7 +117,7 @@ def main() -> Path | None:
     if args.dry_run and not output_dir:
         source = Path(args.model or args.dataset)
         output_dir = f"{source if source.is_dir() else source.name}-repository"
-    inputs = {"--model": args.model, "--evaluation": args.evaluation, "--dataset": args.dataset}
+    inputs = {"--model": args.model, "--base": args.base, "--evaluation": args.evaluation, "--dataset": args.dataset}
     with contextlib.ExitStack() as stack:
         if not output_dir:
             output_dir = f"{stack.enter_context(tempfile.TemporaryDirectory(prefix='fledge-'))}/publication"
@@ -122,7 +159,7 @@ def build(args: PublishArguments, folder: Path) -> None:
     from fledge.cli import read_json
     from fledge.publishing.card import Named
     from fledge.publishing.preflight import check_folder, check_model
-    from fledge.publishing.repositories import build_dataset, build_model, build_space, download_records
+    from fledge.publishing.repositories import build_dataset, build_model
 
     evaluation_dir = Path(args.evaluation) if args.evaluation else None
     if args.dataset:
@@ -143,10 +180,28 @@ def build(args: PublishArguments, folder: Path) -> None:
         if not args.license:
             print("The card names no licence, so nobody may use the model; --license apache-2.0, say, names one.")
     if args.space_repo_id:
-        model_dir = whole(model) if args.repo_id else download_records(model)
-        repo_id = args.repo_id or model
-        build_space(folder / "space", model_dir, evaluation_dir, repo_id, args.license, args.base_model)
+        build_page(args, folder / "space", evaluation_dir)
         check_folder("space", folder / "space")
+
+
+def build_page(args: PublishArguments, folder: Path, evaluation_dir: Path | None) -> None:
+    """Fills `folder` with the Space, of either kind."""
+    from fledge.publishing.repositories import dataset_of, download_records
+    from fledge.publishing.spaces import About, build_space
+
+    model = args.model or ""
+    published = not Path(model).is_dir()
+    model_dir = whole(model) if args.repo_id or args.space == "static" else download_records(model)
+    repo_id = args.repo_id or (model if published else None)
+    title = (repo_id or args.space_repo_id or "").split("/")[-1]
+    dataset = args.dataset_repo_id or (dataset_of(model_dir) if published else None)
+    about = About(title, repo_id, dataset, args.base_model, args.license, args.language)
+    if args.space == "static":
+        from fledge.publishing.static_space import build_static_space
+
+        build_static_space(folder, model_dir, args.base, evaluation_dir, about)
+    else:
+        build_space(folder, model_dir, evaluation_dir, about)
 
 
 def whole(model: str) -> Path:

@@ -21,13 +21,45 @@ SHORTEST_ANSWER = 16  # tokens of the context that a prompt must leave
 TOO_LONG = "That is longer than the model can read; please shorten it."
 SECONDS = 120  # after which an answer is broken off, so that one visitor cannot hold the machine
 ANSWERS_AT_ONCE = 2
+WRITING = "Writing…"
+BOTH = "side by side"  # all endings at once
+BOXES = 4  # for two endings, and the base beside each
 CSS = """
-.gradio-container {max-width: 880px !important; margin: 0 auto !important;}
-.answer textarea {font-family: Georgia, 'Times New Roman', serif; font-size: 1.08rem; line-height: 1.65;}
-.status {opacity: 0.75; font-size: 0.9rem; min-height: 1.5rem;}
+.gradio-container {max-width: 960px !important; margin: 0 auto !important; padding-top: 1.2rem !important;}
+.title h1 {font-size: clamp(1.75rem, 5vw, 2.4rem); letter-spacing: -.02em; margin-bottom: .2rem;}
+.title p {color: var(--body-text-color-subdued); margin: .3rem 0;}
+.title a {display: inline-block; margin-right: 1.2rem; text-underline-offset: .2em;}
+.choices {align-items: center;}
+.answer textarea {font-family: Georgia, 'Times New Roman', serif; font-size: 1.08rem; line-height: 1.65;
+  background: none !important; border: 0 !important; box-shadow: none !important; padding: 0 !important;}
+.status, .status input {color: var(--body-text-color-subdued) !important; font-size: 0.92rem;
+  background: none !important; border: 0 !important; box-shadow: none !important;}
+.status input {padding-left: 0 !important;}
+.heading p {font-weight: 600;}
+.examples button {font-weight: 400; text-align: left; justify-content: start; white-space: normal; line-height: 1.4;}
 footer {display: none !important;}
 """
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # nothing is fetched from elsewhere
+# Each in light and in dark, with a contrast of at least 4.5 wherever there is text on it.
+PAPER, CARD, LINE, EDGE = ("#f7f5f0", "#151716"), ("#fffefb", "#1d201f"), ("#dfdacf", "#343836"), ("#8d877a", "#777c79")
+INK, SOFT, ACCENT = ("#1f1e1b", "#eae8e2"), ("#625e55", "#a8a59c"), ("#1d5f57", "#7fcabd")
+WASH, DEEP, ON_ACCENT = ("#e2efec", "#213330"), ("#174c46", "#95d6ca"), ("#ffffff", "#0d2420")
+COLOURS = {
+    "body_background_fill": PAPER, "body_text_color": INK, "body_text_color_subdued": SOFT, "link_text_color": ACCENT,
+    "link_text_color_hover": ACCENT, "link_text_color_visited": ACCENT, "background_fill_primary": CARD,
+    "block_background_fill": CARD, "block_border_color": LINE, "block_title_text_color": INK,
+    "block_label_text_color": INK, "block_label_background_fill": CARD, "block_info_text_color": SOFT,
+    "input_background_fill": PAPER, "input_border_color": EDGE, "input_placeholder_color": SOFT,
+    "button_primary_background_fill": ACCENT, "button_primary_background_fill_hover": DEEP,
+    "button_primary_border_color": ACCENT, "button_primary_border_color_hover": DEEP,
+    "button_primary_text_color": ON_ACCENT, "button_secondary_background_fill": CARD,
+    "button_secondary_background_fill_hover": WASH, "button_secondary_border_color": EDGE,
+    "button_secondary_text_color": INK, "checkbox_background_color_selected": ACCENT,
+    "checkbox_border_color": EDGE, "checkbox_label_background_fill": PAPER, "checkbox_label_text_color": INK,
+    "checkbox_label_background_fill_selected": WASH, "checkbox_label_text_color_selected": ACCENT,
+    "slider_color": ACCENT, "input_border_color_focus": ACCENT, "checkbox_border_color_selected": ACCENT,
+    "checkbox_border_color_focus": ACCENT, "checkbox_background_color": CARD,
+}  # fmt: skip
 
 
 class Stopped(StoppingCriteria):
@@ -91,7 +123,7 @@ class Writer:
         try:
             for part in streamer:
                 text += part
-                yield text.strip(), "Writing…"
+                yield text.strip(), WRITING
             thread.join()
         finally:
             stopped.event.set()  # the visitor left or pressed Stop
@@ -103,65 +135,111 @@ class Writer:
         yield text.strip(), f"{count} tokens, " + ("ended by the model." if by_itself else "broken off at the limit.")
 
 
+def together(answers: list[Iterator[tuple[str, str]]]) -> Iterator[tuple[list[str], str]]:
+    """Yields the texts of answers that are written at the same time, and how they stand."""
+    latest = [("", WRITING)] * len(answers)
+    running = dict(enumerate(answers))
+    try:
+        while running:
+            for place, answer in list(running.items()):
+                if (found := next(answer, None)) is None:
+                    del running[place]
+                else:
+                    latest[place] = found
+            texts, states = zip(*latest, strict=True)
+            counts = ", ".join(state.split()[0] for state in states)
+            done = states[0] if len(states) == 1 else f"{len(states)} answers of {counts} tokens."
+            yield list(texts), WRITING if WRITING in states else done
+    finally:
+        for answer in answers:
+            answer.close()
+
+
 def story_page(writer: Writer, base: Writer | None) -> None:
-    """Topic, ending, Generate: the story streams in, and the base's answer to the same prompt beside it if asked."""
+    """Topic, ending, Write: the story streams in; both endings side by side, and the base beside them, if asked."""
     settings = SETTINGS["story"]
+    endings = settings["endings"]
 
     def write(topic: str, ending: str | None, temperature: float, length: int, compare: bool = False):
+        """Yields how it stands and the texts: the model's, the base's, and both again for the second ending."""
+        nothing = [""] * BOXES
         topic = topic or ""
         if len(topic) > LONGEST_INPUT:
-            yield "", f"That is {len(topic):,} characters; please stay below {LONGEST_INPUT:,}.", ""
+            yield f"That is {len(topic):,} characters; please stay below {LONGEST_INPUT:,}.", *nothing
             return
         topic = " ".join(topic.split())
         if not topic:
-            yield "", settings["empty"], ""
+            yield settings["empty"], *nothing
             return
-        # replace, not format: a topic may hold braces. It comes last, so that nothing in it is replaced.
-        instruction = settings["instruction"].replace("{ending}", ending or "").replace("{topic}", topic)
-        ids = writer.prompt([*SETTINGS["system"], {"role": "user", "content": instruction}])
-        if ids is None:
-            yield "", TOO_LONG, ""
-            return
-        story, status = "", ""
-        for story, status in writer.answer(ids, temperature, length):
-            yield story, status, ""
-        if compare and base:
-            for told, _ in base.answer(ids, temperature, length):
-                yield story, status, told
+        asked = {}
+        for place, one in enumerate(endings if ending == BOTH else [ending]):
+            # replace, not format: a topic may hold braces. It comes last, so that nothing in it is replaced.
+            instruction = settings["instruction"].replace("{ending}", one or "").replace("{topic}", topic)
+            ids = writer.prompt([*SETTINGS["system"], {"role": "user", "content": instruction}])
+            if ids is None:
+                yield TOO_LONG, *nothing
+                return
+            asked[2 * place] = writer.answer(ids, temperature, length)
+            if compare and base:
+                asked[2 * place + 1] = base.answer(ids, temperature, length)
+        for found, status in together(list(asked.values())):
+            texts = dict(zip(asked, found, strict=True))
+            yield status, *(texts.get(place, "") for place in range(BOXES))
+
+    def shown(ending: str | None, compare: bool = False) -> list:
+        """The boxes that an answer needs, and what they are called."""
+        several = endings if ending == BOTH else [ending]
+        titles = [f"{one.capitalize()} ending" if one else "Story" for one in several]
+        names = [title + of for title in titles for of in ("", ", base model")] + [""] * BOXES
+        visible = [place < 2 * len(titles) and (place % 2 == 0 or compare) for place in range(BOXES)]
+        made = [gr.update(visible=visible[place], label=names[place]) for place in range(BOXES)]
+        return [*made, *(gr.update(visible=any(visible[place : place + 2])) for place in range(0, BOXES, 2))]
 
     topic = gr.Textbox(
         label=settings["label"], placeholder=settings["placeholder"], lines=1, max_lines=6, autofocus=True
     )
-    ending = gr.Radio(
-        settings["endings"],
-        value=next(iter(settings["endings"]), None),
-        label="Ending",
-        visible=bool(settings["endings"]),
-    )
+    with gr.Row(elem_classes="choices"):
+        ending = gr.Radio(
+            [*((one.capitalize(), one) for one in endings), (BOTH.capitalize(), BOTH)] if endings else [],
+            value=next(iter(endings), None),
+            label="Ending",
+            visible=bool(endings),
+            scale=2,
+            min_width=280,
+        )
+        compare = gr.Checkbox(label="Base model beside it", visible=base is not None, min_width=200)
     with gr.Row():
-        generate, stop = gr.Button("Generate", variant="primary", scale=3), gr.Button("Stop", scale=1, min_width=90)
-    with gr.Row():
-        story = gr.Textbox(
-            label="Story", lines=11, max_lines=30, interactive=False, elem_classes="answer", buttons=["copy"],
-            min_width=300,
-        )  # fmt: skip
-        beside = gr.Textbox(
-            label="The base model, same prompt", lines=11, max_lines=30, interactive=False, elem_classes="answer",
-            visible=False, min_width=300,
-        )  # fmt: skip
+        generate, stop = gr.Button("Write", variant="primary", scale=3), gr.Button("Stop", scale=1, min_width=90)
     status = status_line()
-    more = sampling_controls(writer)
-    inputs = [topic, ending, *more]
+    boxes, rows = [], []
+    for _ in range(BOXES // 2):
+        with gr.Row(equal_height=True, visible=False) as row:
+            rows.append(row)
+            boxes += [
+                gr.Textbox(
+                    lines=4, max_lines=30, interactive=False, elem_classes="answer", buttons=["copy"], visible=False,
+                    min_width=300,
+                )
+                for _ in range(2)
+            ]  # fmt: skip
+    examples(settings["examples"], [topic, ending] if endings else [topic])
+    inputs = [topic, ending, *sampling_controls(writer)]
     if base:
-        compare = gr.Checkbox(label="Show the base model's answer beside it")
-        compare.change(lambda shown: gr.update(visible=shown), compare, beside, api_visibility="private")
         inputs.append(compare)
-    running = [
-        generate.click(write, inputs, [story, status, beside], api_name="write"),
-        topic.submit(write, inputs, [story, status, beside], api_visibility="private"),
-    ]
+    running = []
+    for started, name in ((generate.click, "public"), (topic.submit, "private")):
+        made = started(shown, [ending, *([compare] if base else [])], [*boxes, *rows], api_visibility="private")
+        running.append(made.then(write, inputs, [status, *boxes], api_name="write", api_visibility=name))
     stop.click(None, cancels=running, api_visibility="private")
-    gr.Examples(settings["examples"], [topic, ending] if settings["endings"] else [topic], label="Try")
+
+
+def examples(rows: list[list[str]], fields: list) -> None:
+    """A button for each example that fills the `fields`. It shows the example whole, which gr.Examples cuts off."""
+    gr.Markdown("Try one of these", elem_classes="heading")
+    with gr.Row(elem_classes="examples"):
+        for row in rows:
+            button = gr.Button(" ".join([row[0], *(f"({ending})" for ending in row[1:])]), min_width=300)
+            button.click(lambda row=row: row if len(row) > 1 else row[0], None, fields, api_visibility="private")
 
 
 def chat_page(writer: Writer) -> None:
@@ -188,8 +266,8 @@ def chat_page(writer: Writer) -> None:
             yield "", [turn | {"content": html.escape(turn["content"])} for turn in turns], status
 
     conversation = gr.Chatbot(
-        show_label=False, height=380, render_markdown=False, sanitize_html=True, allow_tags=False, buttons=[],
-        placeholder=settings["placeholder"],
+        show_label=False, height=None, min_height=140, max_height=520, render_markdown=False, sanitize_html=True,
+        allow_tags=False, buttons=[], placeholder=settings["placeholder"],
     )  # fmt: skip
     message = gr.Textbox(show_label=False, placeholder="Say something", lines=1, max_lines=12)
     with gr.Row():
@@ -203,7 +281,7 @@ def chat_page(writer: Writer) -> None:
     ]
     stop.click(None, cancels=running, api_visibility="private")
     clear.click(lambda: ("", [], ""), None, [message, conversation, status], cancels=running, api_visibility="private")
-    gr.Examples([[example] for example in settings["examples"]], [message], label="Try")
+    examples([[example] for example in settings["examples"]], [message])
 
 
 def text_of(content) -> str:
@@ -236,7 +314,8 @@ def build(model: str, base: str | None) -> gr.Blocks:
     if SETTINGS["chat"]:
         pages.append((SETTINGS["chat"]["tab"], lambda: chat_page(writer)))
     with gr.Blocks(title=SETTINGS["title"], analytics_enabled=False) as demo:
-        gr.Markdown(f"# {SETTINGS['title']}\n{SETTINGS['description']}")
+        links = " ".join(f"[{link['label']}]({link['url']})" for link in SETTINGS["links"])
+        gr.Markdown(f"# {SETTINGS['title']}\n{SETTINGS['description']}\n\n{links}", elem_classes="title")
         if len(pages) == 1:
             pages[0][1]()
         else:
@@ -248,6 +327,12 @@ def build(model: str, base: str | None) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=["monospace"])
+    theme = gr.themes.Default(font=FONT, font_mono=["monospace"], radius_size="lg").set(
+        block_title_text_weight="600",
+        button_border_width="1px",
+        button_border_width_dark="1px",
+        **{name: light for name, (light, _) in COLOURS.items()},
+        **{f"{name}_dark": dark for name, (_, dark) in COLOURS.items()},
+    )
     page = build(os.environ.get("MODEL", SETTINGS["model"]), os.environ.get("BASE", SETTINGS["base"]))
     page.launch(theme=theme, css=CSS, ssr_mode=False, run_history=False)

@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 
 import pytest
 
@@ -234,18 +233,6 @@ def test_a_constraint_is_counted_where_a_prompt_states_it(samples, metrics):
     assert rows["topic_words"] == {"least": 0.5, "n": 3, "base": 3, "model": 3, "gained": 0, "lost": 0}
     assert list(rows) == ["instruction_following", "topic_words", "eos_rate"]  # no prompt asks for a rhyme
     assert "<td>topic words <span" in page(metrics, samples, [], {"base": "b", "model": "m"})
-
-
-@pytest.fixture
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if not executable:
-        pytest.skip("there is no chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def test_in_a_browser(browser, metrics, samples, tmp_path):

@@ -15,13 +15,14 @@ from hub import TOKEN, Hub
 from transformers import AutoTokenizer
 
 from fledge.encoding import encode_prompt
-from fledge.publishing.repositories import GRADIO, space_settings
+from fledge.publishing.spaces import GRADIO, About, space_settings
 from fledge.sampling import Sampling
 from fledge.tasks import load_task, task_names
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 INSTRUCTION = "Write a story about: Lily took a ball to the park number 3.\nWith: sad ending"
+ABOUT = About("b", "a/b", None, None, None, "en")
 ALL = ("--repo_id", "someone/tiny-tales", "--dataset_repo_id", "someone/data", "--space_repo_id", "someone/demo")
 
 STRANGER = """
@@ -195,7 +196,7 @@ def test_every_task_has_a_page_in_the_space(task, tmp_path):
     (tmp_path / "budget.json").write_text(
         json.dumps({"task": task, "about_task": load_task(task).about}), encoding="utf-8"
     )
-    settings = space_settings(tmp_path, [], "a/b", None, Sampling(temperature=0.7))
+    settings = space_settings(tmp_path, [], ABOUT, Sampling(temperature=0.7))
     assert settings["story"] or settings["chat"]
     assert settings["temperature"] == 0.7
     if settings["story"]:
@@ -211,7 +212,7 @@ def test_an_example_of_the_space_stands_alone(tmp_path):
     turns = [("user", "Tell a story."), ("assistant", "Once."), ("user", "Who is it about?")]
     talk, single = ([{"role": r, "content": c} for r, c in some] for some in (turns, turns[:1]))
     samples = [{"sample": 0, "messages": messages} for messages in (talk, single, talk)]
-    assert space_settings(tmp_path, samples, "a/b", None, Sampling())["chat"]["examples"] == ["Tell a story."]
+    assert space_settings(tmp_path, samples, ABOUT, Sampling())["chat"]["examples"] == ["Tell a story."]
 
 
 def test_no_code_asks_to_run_a_models_own_code():
@@ -228,6 +229,10 @@ def test_no_code_asks_to_run_a_models_own_code():
         ([], "Nothing to publish"),
         (["--repo_id", "a/b", "--model", "nowhere"], "There is no model at nowhere"),
         (["--space_repo_id", "a/b"], "loads its model from the Hub"),
+        (["--space_repo_id", "a/b", "--space", "docker"], "choose gradio or static"),
+        (["--space_repo_id", "a/b", "--space", "static", "--base", "nowhere"], "There is no model at nowhere"),
+        (["--repo_id", "a/b", "--space", "static"], "needs --space_repo_id"),
+        (["--repo_id", "a/b", "--base", "base"], "goes with --space static"),
         (["--dataset_repo_id", "a/b"], "go together"),
         (["--repo_id", "a/b", "--create_pr", "--revision", "v2"], "leave out --revision"),
         (["--repo_id", "a/b", "--evaluation", "nowhere"], "metrics.json is missing"),

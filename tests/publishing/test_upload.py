@@ -13,7 +13,7 @@ from fledge.publishing.upload import send
 
 pytestmark = pytest.mark.network
 
-CARD = b"---\nlicense: mit\n---\n\n# A model\n"
+CARD = b"---\nlicense: mit\nsdk: static\n---\n\n# A model\n"
 WEIGHTS = bytes(range(256)) * 64
 
 
@@ -58,7 +58,7 @@ def test_a_new_repository_holds_the_folder_after_one_commit(kind, hub, folder):
     assert {name: repo.files[name] for name in CONTENT} == CONTENT
     assert repo.messages == ["Publish with Fledge"]
     assert repo.private
-    assert repo.sdk == ("gradio" if kind == "space" else None)
+    assert repo.sdk == ("static" if kind == "space" else None)
     assert sorted(sent.changed) == sorted(CONTENT)
     assert sent.url == f"{hub.url}/{'' if kind == 'model' else kind + 's/'}someone/thing"
 
