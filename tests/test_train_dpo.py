@@ -161,3 +161,11 @@ def test_answers_become_pairs_and_pairs_a_model(tiny, tmp_path):
     assert json.loads((tmp_path / "preferring" / "budget.json").read_text(encoding="utf-8"))["keep"] == "pairs"
     assert (tmp_path / "preferring" / "conversion.json").exists()
     assert fledge.generate(model=model, topic="A cat.", ending="sad", max_new_tokens=5)
+    fledge.publish(
+        model=model, dataset=pairs, repo_id="a/b", dataset_repo_id="a/c", license="apache-2.0", dry_run=True,
+        output_dir=tmp_path / "hub",
+    )  # fmt: skip
+    card = (tmp_path / "hub" / "model" / "README.md").read_text(encoding="utf-8")
+    kept = pairs.record["rows_kept"]
+    assert f"{kept} pairs of a better and a worse answer, chosen by rule from a model's own answers to 24" in card
+    assert "\n- dpo\n" in card

@@ -206,6 +206,7 @@ def card_metadata(
     from huggingface_hub import ModelCardData
 
     budget, measured = records["budget"], files["emissions"]
+    method = "dpo" if budget.get("keep") == "pairs" else "sft"
     origin = ["from-scratch"] if records["conversion"] or records["pretraining"] else []
     return ModelCardData(
         language=named.language,
@@ -214,7 +215,7 @@ def card_metadata(
         pipeline_tag="text-generation",
         base_model=named.base_model,
         datasets=[named.dataset_repo_id] if named.dataset_repo_id else None,
-        tags=["fledge", "trl", "sft", "instruction-tuning", *origin, budget["task"].replace("_", "-")]
+        tags=["fledge", "trl", method, "instruction-tuning", *origin, budget["task"].replace("_", "-")]
         + ["custom_code"] * bool(files["custom_code"]),
         model_name=named.repo_id.split("/")[-1],
         thumbnail=f"https://huggingface.co/{named.repo_id}/resolve/main/loss_curve.png" if files["has_curve"] else None,
@@ -246,7 +247,8 @@ def results(budget: dict, metrics: dict | None, dataset_repo_id: str | None) -> 
             EvalResult(
                 task_type="text-generation",
                 dataset_type=dataset_repo_id or budget["task"],
-                dataset_name=f"{budget['task']} from {budget['source']}",
+                # A model that learned from answers is measured on the dataset that their prompts came from.
+                dataset_name=budget["task"] if budget.get("keep") else f"{budget['task']} from {budget['source']}",
                 dataset_split=metrics["split"],
                 metric_type=name,
                 metric_name=title(name),

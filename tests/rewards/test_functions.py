@@ -134,6 +134,13 @@ Shout.meaning = dict.fromkeys(("capitals", "short", "instruction_following"), "â
 Shout.constraints = dict.fromkeys(("capitals", "short"), 1.0)
 
 
+@pytest.mark.parametrize("name", task_names())
+def test_what_says_that_an_answer_is_done_is_rewarded(name):
+    task = load_task(name)
+    assert task.done.keys() <= weights_of(task).keys()
+    assert (task.done or task.constraints).keys() & weights_of(task).keys()
+
+
 def test_a_task_without_rewards_gives_its_constraints():
     shout = Shout()
     found = Rewarder(shout, [STORY], None).rewards([STORY], [Answer("ABcd", 1, True)])[0]
