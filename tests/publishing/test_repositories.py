@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from fledge.encoding import encode_prompt
 from fledge.publishing.spaces import GRADIO, About, space_settings
+from fledge.publishing.static_space import one_question
 from fledge.sampling import Sampling
 from fledge.tasks import load_task, task_names
 
@@ -204,6 +205,9 @@ def test_every_task_has_a_page_in_the_space(task, tmp_path):
         columns = 2 if settings["story"]["endings"] else 1
         assert all(len(example) == columns for example in settings["story"]["examples"])
     assert settings["chat"] is None or all(settings["chat"]["examples"])
+    form = settings["story"] or one_question(settings["chat"])  # of the static Space
+    assert {"label", "placeholder", "empty", "instruction", "endings", "examples"} <= form.keys()
+    assert all(isinstance(field, str) for example in form["examples"] for field in example)
 
 
 def test_an_example_of_the_space_stands_alone(tmp_path):
