@@ -27,9 +27,9 @@ TRAINER_FILES = (
     ".metadata", "README.md", "adapter_config.json", "added_tokens.json", "config.json", "emissions.csv",
     "events.out.tfevents.*", "generation_config.json", "latest", "merges.txt", "special_tokens_map.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "trainer_state.json", "vocab.json", "vocab.txt",
-    "modeling_*.py", "zero_to_fp32.py",
+    "modeling_*.py", "zero_to_fp32.py", "completions_*.parquet",
 )  # fmt: skip
-TRAINER_FOLDERS = re.compile(r"checkpoint-\d+|runs")
+TRAINER_FOLDERS = re.compile(r"checkpoint-\d+|runs|completions")
 # Stage → the folder of its unfinished work, and the names of the files that are Fledge's there.
 WORK = {
     "train_sft.py": ("checkpoints", TRAINER_FILES),

@@ -25,6 +25,15 @@ def return_freed_memory() -> bool:
     return _mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
+def empty_memory() -> bool:
+    """Returns to the system what has been freed and kept, once; returns whether the C library can be told."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # as above
+    if malloc_trim is None:
+        return False
+    malloc_trim(0)
+    return True
+
+
 def _mallopt(parameter: int, value: int) -> bool:
     if sys.platform != "linux":
         return False

@@ -54,3 +54,18 @@ def test_returned_memory_is_gone_between_live_blocks():
     plain, returned = measured(steps.format("")), measured(steps.format("assert memory.return_freed_memory()"))
     assert plain < 32
     assert 60 <= returned <= 68
+
+
+def test_emptied_memory_is_gone_although_it_was_to_be_kept():
+    steps = """
+        memory.keep_freed_memory()
+        blocks = [torch.ones(1 << 20) for _ in range(32)]
+        kept = torch.ones(1)
+        del blocks
+        before = resident()
+        {}
+        print(before - resident())
+    """
+    plain, emptied = measured(steps.format("")), measured(steps.format("assert memory.empty_memory()"))
+    assert plain < 16
+    assert emptied > 100

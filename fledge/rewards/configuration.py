@@ -40,9 +40,9 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the prompts"})
     logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
     weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "answers in a forward pass and device"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "answers in a forward pass and device"})
     gradient_accumulation_steps: int = field(
-        default=6, metadata={"help": "forward passes a step: with 32 answers each, 24 prompts of 8 answers"}
+        default=12, metadata={"help": "forward passes a step: with 16 answers each, 24 prompts of 8 answers"}
     )
     num_generations: int | None = field(default=8, metadata={"help": "answers to a prompt, compared with one another"})
     max_completion_length: int | None = field(

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from fledge.encoding import IGNORED
 from fledge.guards import borrow, check_overrides, missing
+from fledge.memory import empty_memory
 from fledge.messages import Messages
 from fledge.rewards.configuration import SmallGrpoConfig, why_not
 from fledge.rewards.rollouts import Rollouts
@@ -120,7 +121,12 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
     @override
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
+        sampling = self._step % self.steps_of_a_generation == 0
+        if sampling:  # it and the loss keep what they free, and neither can use all that the other has kept
+            empty_memory()
         inputs = super()._prepare_inputs(generation_batch)
+        if sampling:
+            empty_memory()
         # Where a micro-batch is weighted by its own tokens, its rows stay as they were drawn.
         if not self.model.training or self._buffered_inputs is before or self.loss_type == "bnpo":
             return inputs
