@@ -18,6 +18,7 @@ from fledge.tasks import RejectedRecord, Task
 from fledge.text import checks
 from fledge.text.baselines import BASELINES
 from fledge.text.limits import NUMBER_WORDS
+from fledge.text.overlap import f1
 from fledge.text.speakers import speakers
 from fledge.text.spelling import straight
 from fledge.text.stories import COMPLETE, main_character, sentences
@@ -241,13 +242,19 @@ class Constraints(Task):
         }
 
     def reward(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
-        """As `score`, but words count apart from one another, and what is no story has not kept all."""
-        scores = self.score(row, answer)
+        """As `score`, but words count apart from one another, and what is no story has not kept all.
+
+        An end that is missed earns up to a half by the words that the last sentence shares with it: hardly any answer
+        has its last words right by chance, and what is never rewarded is never learned.
+        """
+        scores, wanted = self.score(row, answer), dict(map(parse, row["constraints"]))
         found = {name: scores[name] for name in self.rewards if name in scores}
+        body = checks.title_and_body(answer.text)[1] if "title" in found else answer.text
         if "words" in found:
-            words = dict(map(parse, row["constraints"]))["words"].split(", ")
-            body = checks.title_and_body(answer.text)[1] if "title" in found else answer.text
-            found["words"] = checks.uses_apart(words, body, row["messages"][-2]["content"])
+            found["words"] = checks.uses_apart(wanted["words"].split(", "), body, row["messages"][-2]["content"])
+        if found.get("end", 1) < 1:
+            last = checks.parts(body)[-1:]
+            found["end"] = (found["end"] + (f1(wanted["end"], last[0]) if last else 0.0)) / 2
         return found | {"all_kept": found["all_kept"] * found["story"] * (found.get("words", 1.0) == 1)}
 
 

@@ -38,6 +38,7 @@ SUMMARY = asked(f"Summarize this story.\n\n### Input:\n{SAD}", "Tom loses his ki
 WHO = asked("Who is it about?", "Tom.", words=[], **CHAT)
 LINES = ["words: kite, boat", "question: yes"]
 KEPT = asked(constrained(LINES), constraints=LINES, number="two")
+END = asked(constrained(["end: He was very sad."]), constraints=["end: He was very sad."], number="one")
 SUM = asked("What is 6 times 7?", "It is 42.", category="arithmetic")
 
 
@@ -63,6 +64,10 @@ SUM = asked("What is 6 times 7?", "It is 42.", category="arithmetic")
         ("constraints", KEPT, SAD, {"words": 0.5, "question": 0.0, "all_kept": 0.0, "story": 1.0}),
         ("constraints", KEPT, "kite boat ?", {"words": 0.0, "story": 0.0}),
         ("constraints", KEPT, "Is a kite a boat too?", {"words": 1.0, "question": 1.0, "all_kept": 0.0, "story": 0.0}),
+        ("constraints", END, SAD, {"end": 1.0, "all_kept": 1.0}),
+        ("constraints", END, f"{PLAIN} He was sad.", {"end": (0.5, 0.7), "all_kept": 0.0}),
+        ("constraints", END, f"{PLAIN} He was so happy.", {"end": 0.25, "all_kept": 0.0}),
+        ("constraints", END, PLAIN, {"end": (0, 0.1)}),
         ("instructions", SUM, "It is 42.", {"right_number": 1.0, "responds": 1.0, "rougeL": 1.0}),
         ("instructions", SUM, "It is 24.", {"right_number": 0.0, "responds": 1.0}),
         ("instructions", SUM, "", {"right_number": 0.0, "responds": 0.0, "rougeL": 0.0}),
