@@ -1,4 +1,4 @@
-"""Models that no architecture of transformers holds: one class for all of them, and its files beside their weights.
+"""One model class for what no architecture of transformers holds; its files are saved beside the weights.
 
 The class is registered with transformers, so Fledge opens such a folder with its own copy and never runs a folder's
 files. Outside of Fledge they do run, for those who pass `trust_remote_code=True`.
@@ -28,7 +28,7 @@ FledgeGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def check_custom_code(folder: Path, name: str | Path | None = None) -> bool:
-    """Whether a model's folder needs code of its own, which is then Fledge's, letter for letter.
+    """Whether a model's folder has code of its own, which must be the same as Fledge's, byte for byte.
 
     Raises:
         UserError: it is other code.
@@ -59,6 +59,6 @@ def hashes() -> dict[str, str]:
 
 
 def open_as_strangers_do(folder: Path) -> PreTrainedModel:
-    """The model of a folder by the files beside it, as `trust_remote_code=True` runs it, in float32."""
+    """Opens a model with the code in its folder, as `trust_remote_code=True` does, in float32."""
     cls: Any = get_class_from_dynamic_module(f"{FILES[1].stem}.{FledgeGPTForCausalLM.__name__}", str(folder))
     return cls.from_pretrained(folder, dtype="float32", local_files_only=True)

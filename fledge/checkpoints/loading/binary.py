@@ -1,7 +1,7 @@
 """The `.bin` files that llama2.c and llm.c read → tensors under the names of the PyTorch models that wrote them.
 
-Both are a header of little-endian int32 and then plain numbers, each kind of tensor for all layers in a row. The
-numbers are mapped from the file, copy on write, and never copied here.
+Both formats have a header of little-endian int32, followed by the numbers: each kind of tensor for all layers, then the
+next kind. The numbers are memory-mapped, copy on write, and not copied here.
 """
 
 import struct
@@ -24,14 +24,14 @@ Parts = list[tuple[str, tuple[int, ...]]]
 def is_binary(file: Path) -> bool:
     """Whether `file` starts like a `.bin` of llama2.c or llm.c.
 
-    llama2.c's first format has no magic number: its header must make sense and ask for the file's very size.
+    llama2.c's first format has no magic number, so its header must make sense and give exactly the file's size.
     """
     header = _header(file)
     return header[:1] in ((LLAMA2_C,), (LLM_C,)) or _is_first_llama2_c(file, header)
 
 
 def read_binary(file: Path) -> tuple[dict[str, Tensor], dict[str, object], dict[str, str]]:
-    """Reads a file that `is_binary`: its tensors, its config in the author's words, and what was left out and why.
+    """Reads the tensors, the config under the author's names, and what was left out and why.
 
     Sources: karpathy/llama2.c, export.py (`legacy_export`, `version1_export`) and model.py; karpathy/llm.c,
     train_gpt2.py (`write_model`) and dev/eval/export_hf.py.

@@ -1,7 +1,7 @@
-"""Pickles of whole modules → their tensors and plain values. No class that a pickle names is looked for or run.
+"""Reads tensors and plain values from pickles of whole modules. Classes that a pickle names are never imported or run.
 
 `torch.save(model)` and `pickle.dump(model)` store a module as the name of its class and the contents of its
-`__dict__`. The contents are all that is needed: every class becomes an inert `Record` of what was stored.
+`__dict__`. Only the contents are needed, so every object becomes an inert `Record` of what was stored.
 """
 
 import collections
@@ -68,7 +68,7 @@ def _tensor(
     hooks: object = None,
     metadata: object = None,
 ) -> Tensor:
-    """As torch's own, but a tensor that is larger than what is stored of it is refused."""
+    """Like torch's own function, but refuses a tensor that is larger than its storage."""
     untyped, dtype = storage.untyped(), storage.dtype
     last = offset + sum((dim - 1) * step for dim, step in zip(size, stride, strict=True) if dim)
     count = 1
@@ -115,7 +115,7 @@ for _name in ("set", "frozenset", "list", "dict", "tuple", "int", "float", "bool
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows tensors and containers, and makes a `Record` of everything else but what only an attack would name."""
+    """Rebuilds tensors and containers, refuses names that only an attack uses, and makes a `Record` of the rest."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) in SAFE:
@@ -156,7 +156,7 @@ def is_module(content: object) -> TypeGuard[Record]:
 
 
 def modules_in(content: object) -> Iterator[tuple[str, Record]]:
-    """The whole modules in what a file holds, with their place: itself, or an entry of a mapping."""
+    """Finds the whole modules in a file's content, with their place: the content itself, or an entry of a mapping."""
     if is_module(content):
         yield "", content
     elif isinstance(content, Mapping):
@@ -178,7 +178,7 @@ def state_of(module: Record, prefix: str = "", depth: int = 0) -> dict[str, Tens
 
 
 def config_of(module: Record) -> dict[str, object]:
-    """Plain values that a pickled module states: its own, and those that all modules inside it agree on.
+    """Collects the plain values of a pickled module: its own, and those on which all modules inside it agree.
 
     A module's class says more: one kind of activation, or norms that share an epsilon.
     """

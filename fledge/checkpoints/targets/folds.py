@@ -1,4 +1,6 @@
-"""Folds: what a class seems unable to hold is moved, exactly, into what it has. Each gives the model and sentences."""
+"""Folds rewrite a model exactly, so that a class holds what it has no parameter for.
+
+Each returns the rewritten model and sentences that say what was done."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +17,7 @@ WELL_SOLVED = 1e-12
 
 
 def fold_norms(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
-    """Gives every norm that is there a weight without an offset, and every block two norms."""
+    """Gives each norm a weight without an offset, and each block two norms."""
     tensors, folds = dict(gpt.tensors), []
     for name in _norm_names(gpt):
         if f"{name}.weight" in tensors and gpt.norm_offset:
@@ -66,7 +68,7 @@ def _norm_width(gpt: CanonicalGPT, name: str) -> int:
 
 
 def fold_missing(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
-    """Writes down what is not there: an identity for a missing matrix, zeros for missing positions."""
+    """Adds the tensors that the author left out: an identity for a matrix, zeros for positions."""
     tensors, folds = dict(gpt.tensors), []
     if "blocks.0.output.weight" not in tensors:
         tensors |= {f"blocks.{n}.output.weight": torch.eye(gpt.width) for n in range(gpt.n_layer)}
@@ -83,7 +85,7 @@ def fold_missing(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
 
 
 def fold_scales(gpt: CanonicalGPT, own_scale: float) -> tuple[CanonicalGPT, list[str]]:
-    """The scales of attention and embedding; `own_scale` is what the class multiplies embeddings by."""
+    """Moves the scales of attention and embeddings into the weights; the class scales embeddings by `own_scale`."""
     tensors, folds, tied = dict(gpt.tensors), [], gpt.tied
     if gpt.embedding_scale != own_scale:
         name = "token_embedding.weight"
@@ -100,7 +102,7 @@ def fold_scales(gpt: CanonicalGPT, own_scale: float) -> tuple[CanonicalGPT, list
 
 
 def repeat_shared_heads(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
-    """A key and a value for each query head, where several heads share them."""
+    """Repeats keys and values that several query heads share, so that each query head has its own."""
     if gpt.n_kv_head == gpt.n_head:
         return gpt, []
     tensors, times = dict(gpt.tensors), gpt.n_head // gpt.n_kv_head
@@ -112,7 +114,7 @@ def repeat_shared_heads(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
 
 
 def open_shared_expert(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
-    """Gives each block a shared expert and a gate for it: an empty gate lets half of a doubled expert through."""
+    """Gives each block a shared expert and its gate: a gate of zeros is open by half, so the expert is doubled."""
     tensors, folds = dict(gpt.tensors), []
     for block in [f"blocks.{n}" for n in range(gpt.n_layer)]:
         if f"{block}.shared.mlp_in.weight" not in tensors:
@@ -128,14 +130,14 @@ def open_shared_expert(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
 
 
 def move_norm(gpt: CanonicalGPT, after_rope: bool) -> tuple[CanonicalGPT, list[str]]:
-    """Moves an RMSNorm of queries and keys, whose weights are all alike, to the other side of the rotation."""
+    """Moves an RMSNorm of queries and keys with equal weights to the other side of the rotation."""
     if gpt.qk_norm != "head" or not gpt.rope or gpt.qk_norm_after_rope == after_rope:
         return gpt, []
     return replace(gpt, qk_norm_after_rope=after_rope), [ACROSS_ROTATION]
 
 
 def order_rotation(gpt: CanonicalGPT, direction: int) -> tuple[CanonicalGPT, list[str]]:
-    """The rows of queries and keys in the order that transformers turns: coordinates i and i + half a head."""
+    """Permutes the rows of queries and keys: transformers rotates coordinates i and i + half a head together."""
     if not gpt.rope or (gpt.rope == "half" and gpt.rope_direction == direction):
         return gpt, []
     order = torch.arange(gpt.head_width)
@@ -165,7 +167,7 @@ def _within_heads(order: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def carry_head_bias(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]] | None:
-    """Moves the head's bias into the last norm, or without one into the last MLP; None where neither can hold it."""
+    """Moves the head's bias into the final norm, or into the last MLP if there is none; None if neither can hold it."""
     if "head.bias" not in gpt.tensors:
         return gpt, []
     last = "final_norm" if gpt.final_norm else f"blocks.{gpt.n_layer - 1}.norm_2"
@@ -186,7 +188,7 @@ def _into_norm(gpt: CanonicalGPT, norm: str) -> tuple[CanonicalGPT, list[str]]:
 
 
 def _into_mlp(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]] | None:
-    """What goes into the head as it is may carry c with W c = b, if the head (V, D) has no more rows than columns."""
+    """Adds c with W c = b to the head's input; such a c exists if the head (V, D) has no more rows than columns."""
     tensors, name = dict(gpt.tensors), f"blocks.{gpt.n_layer - 1}.mlp_out.bias"
     head, head_bias = tensors["head.weight"].double(), tensors.pop("head.bias").double()
     if gpt.vocab_size > gpt.width or gpt.n_expert:
@@ -225,6 +227,6 @@ def fold_head_bias(
 
 
 def rotary_factor(gpt: CanonicalGPT) -> float:
-    """The share of a head that turns, of which transformers takes the whole number below share times width."""
+    """The share of a head that is rotated; transformers rounds share times width down."""
     share = gpt.turned_width / gpt.head_width
     return share if int(share * gpt.head_width) == gpt.turned_width else math.nextafter(share, 1)
