@@ -60,7 +60,7 @@ def read(file: Path) -> dict:
 
 
 def sample(args: argparse.Namespace, seconds: float, output_dir: Path) -> float:
-    """Answers as many training prompts as `seconds` allow; how long it took without the time to start."""
+    """Answers about as many training prompts as `seconds` allow; how long it took."""
     asked = {"model": args.model, "dataset": args.dataset, "split": "train", "num_samples": SAMPLES}
     asked |= {"answers_only": True, "overwrite": True}
     few, more = (
@@ -68,8 +68,7 @@ def sample(args: argparse.Namespace, seconds: float, output_dir: Path) -> float:
         for count in (8, 32)
     )
     prompts = max(32, int(24 * seconds / max(more - few, 1.0)))
-    start = few - 8 * (more - few) / 24
-    return run("evaluate_model.py", num_prompts=prompts, output_dir=output_dir, **asked) - start
+    return run("evaluate_model.py", num_prompts=prompts, output_dir=output_dir, **asked)
 
 
 def go(way: str, args: argparse.Namespace, model: Path) -> dict:
