@@ -46,7 +46,7 @@ class SmallDpoConfig(SmallDefaults, DPOConfig):  # type: ignore[misc]  # gradien
     of most models trained from scratch.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float = field(default=5e-5, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup_steps: float = field(default=0.1, metadata={"help": "steps, or a share of all steps if below 1"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the pairs"})
