@@ -8,7 +8,7 @@ from conftest import ROOT
 from fledge.cli import UserError, parse
 from fledge.sampling import Sampling
 
-OF_OTHERS = ("accelerate", "lm_eval")  # files that other programs read
+OF_OTHERS = ("accelerate", "lm_eval", "trl")  # files that other programs read
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in OF_OTHERS)
 
 
@@ -109,6 +109,16 @@ def test_the_last_screen_asks_as_the_recipe_does(name, monkeypatch):
     asked, _ = parse(command[2:], *dataclasses_of("generate"))
     recipe, _ = parse(["--config", f"recipes/{name}/generate.yaml"], *dataclasses_of("generate"))
     assert all(vars(asked)[key] == vars(recipe)[key] for key in ("model", "topic", "words", "constraints", "prompt"))
+
+
+def test_trl_reads_its_recipe():
+    from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    arguments = ["--config", str(ROOT / "recipes" / "trl" / "sft.yaml"), "--use_cpu", "true"]
+    script, config, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
+    assert script.dataset_name == "runs/trl/data/data"
+    assert config.chat_template_path == "runs/trl/data/tokenizer"
+    assert model.model_name_or_path == "runs/story_chat/base"
 
 
 def test_accelerate_reads_its_configs():
