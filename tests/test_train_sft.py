@@ -349,7 +349,7 @@ def test_curves_of_tensorboard_outlive_the_checkpoints(small, tmp_path):
 def test_files_of_others_stop_a_run_before_it_changes_anything(small, tmp_path, capsys):
     steps = ("--max_steps", 1, "--save_strategy", "steps", "--save_steps", 1)
     stopping = pytest.MonkeyPatch()
-    stopping.setattr(train_sft, "save", lambda *arguments: sys.exit(1))
+    stopping.setattr("fledge.training.running.Run.save", lambda *arguments: sys.exit(1))
     with pytest.raises(SystemExit):
         train(small, tmp_path / "other", *steps)
     stopping.undo()
@@ -379,7 +379,7 @@ def test_nothing_beside_the_weights_stops_their_saving(small, tmp_path, capsys, 
 
     Tracker.__module__ = "transformers.integrations.of_a_test"
     monkeypatch.setattr("fledge.training.run_record.save_curve", fail)
-    monkeypatch.setattr("fledge.training.run_record.save_log", fail)
+    monkeypatch.setattr("fledge.training.running.save_log", fail)
     monkeypatch.setattr("trl.SFTTrainer.end", fail, raising=False)
     monkeypatch.setattr("fledge.training.trainer.InstructTrainer.end", fail, raising=False)
     monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [DefaultFlowCallback, Tracker])
