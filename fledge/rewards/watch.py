@@ -147,7 +147,7 @@ class Watch(TrainerCallback):
         steps = args.eval_steps or 1 / LOOKS
         self.every = max(1, round(steps if steps >= 1 else steps * state.max_steps))
         seen = [look["step"] for look in looks_in(state.log_history)]
-        if state.global_step not in seen and state.global_step % self.every == 0:
+        if not seen or (state.global_step not in seen and state.global_step % self.every == 0):
             self._look(state, control)
 
     @override
@@ -263,10 +263,11 @@ def kept_step(log_history: list[dict]) -> int | None:
 
 def record_of(log_history: list[dict]) -> dict:
     """What `run.json` says of a watched run: the step of the model that is kept, and what was gained until then."""
-    looks, kept = {look["step"]: look for look in looks_in(log_history)}, kept_step(log_history)
-    if kept not in looks:
+    looks, kept = looks_in(log_history), kept_step(log_history)
+    at_kept = next((look for look in looks if look["step"] == kept), None)
+    if at_kept is None:
         return {}
-    gained = {name: [looks[0][name], looks[kept][name]] for name in (FOLLOWING, "completion_loss", "distinct_2")}
+    gained = {name: [looks[0][name], at_kept[name]] for name in (FOLLOWING, "completion_loss", "distinct_2")}
     return {"watch": {"kept_step": kept, **gained}}
 
 

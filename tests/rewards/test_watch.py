@@ -17,7 +17,7 @@ from fledge.evaluation.prompts import Prompts
 from fledge.rewards.curves import save_looks, save_picture
 from fledge.rewards.limits import WatchArguments, best_of, broken, outside
 from fledge.rewards.trainer import SmallGrpoTrainer
-from fledge.rewards.watch import Seen, Watch, Watched, looks_in
+from fledge.rewards.watch import Seen, Watch, Watched, looks_in, record_of
 from fledge.tasks import load_task
 from fledge.tasks.topic_ending import instruction
 from fledge.templates import load_template
@@ -102,7 +102,7 @@ def test_a_hack_that_pays_is_caught(look, asked, tales, hack):
 
 
 def test_honest_answers_are_within_the_limits(look, asked):
-    """Two halves of one model's answers differ by chance alone."""
+    """The start is held against itself; its reward is the mean of the answers'."""
     honest = look([row["story"] for row in asked], of_text(len))
 
     assert outside(honest, honest, WatchArguments()) == []
@@ -229,6 +229,23 @@ def test_a_resumed_run_is_watched_as_a_straight_one(tmp_path):
     assert kept[0] == kept[1] == kept[2]
     for one, other in zip(straight.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("was_watched", [True, False])
+def test_a_checkpoint_that_came_alone_is_gone_on_from(tmp_path, capsys, was_watched):
+    """Copied elsewhere it has no best model beside it, and one of a run without a watch has no looks either."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+    if was_watched:
+        watched_run(tmp_path / "first", Planned([0.5, 0.9, 0.1, 0.2, 0.3, 0.1]), **saving)
+    else:
+        trainer_for(small_gpt2(), tmp_path / "first", learning_rate=0.01, **saving).train()
+    (tmp_path / "first" / "checkpoint-3").rename(tmp_path / "alone")
+    planned = Planned([0.5, 0.9, 0.1, 0.2, 0.4, 0.3])
+    trainer = watched_run(tmp_path / "second", planned, resume=str(tmp_path / "alone"), **saving)
+
+    assert "Kept the model of step 4" in capsys.readouterr().out
+    assert torch.equal(next(trainer.model.parameters()), next(iter(planned.weights[4].values())))
+    assert record_of(trainer.state.log_history)["watch"]["kept_step"] == 4
 
 
 def test_watching_changes_no_weight(tmp_path):
