@@ -7,7 +7,8 @@ saved in the end is the best of these models that kept the limits, not the last 
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ class Watched:
         self.scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
         self.texts = [supervised_text(prompts.tokenizer, row) for row in prompts.encoded]
 
-    def see(self, model: PreTrainedModel, start: Any, numbers: list[int]) -> dict[int, Seen]:
+    def see(
+        self, model: PreTrainedModel, start: Callable[[], AbstractContextManager], numbers: list[int]
+    ) -> dict[int, Seen]:
         """The answers of `model` to the prompts with these numbers; `start()` is a context that gives its start."""
         prompts, tokenizer = self.prompts, self.prompts.tokenizer
         asked = [prompts.ids[number] for number in numbers]
@@ -190,7 +193,7 @@ class Watch(TrainerCallback):
     def _look(self, state: TrainerState, control: TrainerControl) -> None:
         begun = time.monotonic()
         accelerator = self.trainer.accelerator
-        model = accelerator.unwrap_model(self.trainer.model)
+        model: Any = accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()
         numbers = range(accelerator.process_index, len(self.watched.prompts.rows), accelerator.num_processes)
@@ -211,7 +214,7 @@ class Watch(TrainerCallback):
         self.seconds += time.monotonic() - begun
 
     @contextlib.contextmanager
-    def _start_of(self, model: PreTrainedModel | PeftModel):
+    def _start_of(self, model: PreTrainedModel | PeftModel) -> Iterator[Any]:
         """The model as it was before training."""
         if self.start is not None:
             self.start.eval()
