@@ -1,7 +1,7 @@
 """An instruct model and pairs of answers → a model that prefers the better ones, through TRL's DPOTrainer.
 
     python train_dpo.py --model_name_or_path model --dataset pairs --output_dir preferring
-    accelerate launch train_dpo.py --config recipes/quickstart_dpo/train_dpo.yaml
+    accelerate launch train_dpo.py --config recipes/quickstart_dpo/dpo.yaml
 
 Besides the keys below, every key of TRL's DPOConfig and ModelConfig works under its own name, among them
 --learning_rate, --beta, --loss_type, --label_smoothing, --num_train_epochs, --max_steps, --per_device_train_batch_size,

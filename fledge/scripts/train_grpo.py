@@ -1,7 +1,7 @@
 """An instruct model and its prompts → a model that follows them better, through TRL's GRPOTrainer.
 
     python train_grpo.py --model_name_or_path model --dataset data --output_dir rewarded --max_steps 20
-    accelerate launch train_grpo.py --config recipes/quickstart_grpo/train_grpo.yaml
+    accelerate launch train_grpo.py --config recipes/quickstart_grpo/grpo.yaml
 
 The model answers each prompt several times, its task rewards the answers, and what was better than the others becomes
 likelier. Besides the keys below, every key of TRL's GRPOConfig and ModelConfig works under its own name, among them
