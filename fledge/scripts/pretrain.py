@@ -112,7 +112,9 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     # ------------------------------------------------------------ Load and check
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     threads = use_all_threads(config)
-    config = with_values(config, run_name=config.run_name or run_name(str(config.output_dir)), output_dir=str(output.work))
+    config = with_values(
+        config, run_name=config.run_name or run_name(str(config.output_dir)), output_dir=str(output.work)
+    )
     tokenizer = open_vocabulary(args)
     held_out = args.validation_data or []
     corpus = Corpus(args.data, args.text_column, args.document_start, held_out, args.validation_share)
