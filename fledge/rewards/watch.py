@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.begun, self.seconds = time.monotonic(), 0.0
+        self.begun, self.seconds, self.is_interrupted = time.monotonic(), 0.0, False
         steps = args.eval_steps or 1 / LOOKS
         self.every = max(1, round(steps if steps >= 1 else steps * state.max_steps))
         seen = [look["step"] for look in looks_in(state.log_history)]
@@ -155,10 +155,9 @@ class Watch(TrainerCallback):
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.is_interrupted = control.should_training_stop and state.global_step < state.max_steps  # by a signal
         is_due = state.global_step % self.every == 0 or state.global_step == state.max_steps
-        if control.should_training_stop and state.global_step < state.max_steps:  # told to stop: at once
-            return
-        if is_due:
+        if is_due and not self.is_interrupted:
             self._look(state, control)
 
     @override
@@ -171,7 +170,7 @@ class Watch(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:  # which alone saves the model
+        if self.is_interrupted or not state.is_world_process_zero:  # which alone saves the model
             return
         best, looks = self._best(state), looks_in(state.log_history)
         if best and best["step"] != state.global_step:
@@ -197,7 +196,7 @@ class Watch(TrainerCallback):
         training = model.training
         model.eval()
         numbers = range(accelerator.process_index, len(self.watched.prompts.rows), accelerator.num_processes)
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         parts = gather_object([self.watched.see(inner, lambda: self._start_of(model), list(numbers))])
         found = [self.watched.figures({k: v for part in parts for k, v in part.items()}, state)]
         broadcast_object_list(found)  # sums of floats may differ between machines, and all must stop together

@@ -67,7 +67,7 @@ def test_the_run_says_what_it_saw(straight):
     assert (straight / "rewards.png").stat().st_size > 10_000
 
 
-def test_a_run_that_was_cut_sees_and_keeps_the_same(straight, tiny, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_sees_and_keeps_the_same(straight, tiny, tmp_path, monkeypatch, capsys):
     told = []
 
     def third(self, args, state, control, **_):
@@ -78,6 +78,7 @@ def test_a_run_that_was_cut_sees_and_keeps_the_same(straight, tiny, tmp_path, mo
         patched.setattr(RewardProgress, "on_step_end", third)
         with pytest.raises(SystemExit, match="143"):
             train(tiny, tmp_path / "cut")
+    assert "Kept" not in capsys.readouterr().out
     train(tiny, tmp_path / "cut", "--resume", "auto")
 
     assert looks_of(tmp_path / "cut") == looks_of(straight)
