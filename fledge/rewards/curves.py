@@ -39,7 +39,7 @@ class RewardProgress(Progress):
     @override
     def figures(self, logs: dict[str, float]) -> str:
         if "reward" not in logs:
-            return super().figures(logs)
+            return f"the same answers again  {super().figures(logs)}"
         said = [f"reward {logs['reward']:.3f}", *(f"{name} {value:.2f}" for name, value in rewards_in(logs).items())]
         said.append(f"{logs['completions/mean_length']:.0f} tokens an answer")
         if "kl" in logs:

@@ -100,6 +100,7 @@ class CheckedTrainer(Trainer):
         if "loss" in logs:
             now, tokens = time.monotonic(), self.tokens_so_far()
             since, before = self.last_logged
+            logs.setdefault("num_tokens", tokens)  # GRPO's has it only where answers were sampled
             logs["tokens_per_second"] = round((tokens - before) / (now - since), 1)
             self.last_logged = now, tokens
         super().log(logs, start_time)

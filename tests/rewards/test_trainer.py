@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from fledge.encoding import IGNORED
 from fledge.rewards.configuration import SmallGrpoConfig
+from fledge.rewards.curves import RewardProgress
 from fledge.rewards.rollouts import Rollouts
 from fledge.rewards.trainer import SmallGrpoTrainer, StopWhenDead
 from fledge.training.lineage import Lineage, settings_of
@@ -77,6 +78,7 @@ def trainer_for(folder, rollouts=None, model=None, reward=even, callbacks=(), **
         SmallGrpoTrainer,
         args,
         [Lineage(settings_of(args)), *callbacks],
+        RewardProgress,
         model=model or small_gpt2(),
         prompts=prompts,
         reward_funcs=[reward],
@@ -138,7 +140,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_loss_and_gradients_of_each_step_are_those_of_the_paper(objective, tmp_path):
+def test_loss_and_gradients_of_each_step_are_those_of_the_paper(objective, tmp_path, capsys):
     given, steps = Given(), Steps()
     trainer = trainer_for(tmp_path, given, callbacks=[steps], num_iterations=2, epsilon=0.05, **OBJECTIVES[objective])
     trainer.train()
@@ -147,6 +149,10 @@ def test_loss_and_gradients_of_each_step_are_those_of_the_paper(objective, tmp_p
         model.load_state_dict(weights)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(given.made) == 2  # each generation is learned from twice
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
+    assert ["  reward " in line for line in lines] == [True, False, True, False]
+    again = ["the same answers again  loss " in line and " 0 tokens/s" in line for line in lines]
+    assert again == [False, True, False, True]
     assert any(entry.get("clip_ratio/region_mean", 0) > 0 for entry in trainer.state.log_history)
     for step, policy in enumerate(models):
         loss = loss_by_definition(policy, models[step // 2 * 2], models[0], given.made[step // 2], trainer.args)
