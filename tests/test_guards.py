@@ -41,6 +41,10 @@ PRIVATE = {
     "_save_checkpoint": (2, "check_overrides"),
     "_get_per_token_logps_and_entropies": (2, "check_overrides"),
     "_get_train_sampler": (2, "check_overrides"),
+    "_prepare_dataset": (1, "check_overrides"),
+    "_precompute_ref_logps": (1, "check_overrides"),
+    "_set_signature_columns_if_needed": (2, "check_overrides"),
+    "_signature_columns": (2, "transformers' Trainer has had it for years; without it a row's length gives an error"),
     "_prepare_inputs": (2, "check_overrides"),
     "_buffered_inputs": (7, "a UserError when the trainer is made"),
     "_remove_final_layer_norm": (1, "a key of OPT's config.json; the proof of equal logits refuses a model without it"),
@@ -49,7 +53,7 @@ PRIVATE = {
         (1, "what each modeling file of transformers says of its model; the proof refuses one that opens otherwise"),
     ),
     # Python's own.
-    "_actions": (1, "argparse has had it under this name in every release"),
+    "_actions": (2, "argparse has had it under this name in every release"),
     "_Unpickler": (2, "the unpickler in Python, which Python's own tests use under this name"),
 }
 # Modules of the libraries that their documentation does not list, and what is done where they are missing.
