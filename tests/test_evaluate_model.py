@@ -114,7 +114,7 @@ def test_answers_alone_are_those_of_a_whole_evaluation(tiny, evaluate, tmp_path)
     names = {path.name for path in (tmp_path / "alone").iterdir()}
     assert names == {".fledge.json", "samples.jsonl", "answers.jsonl"}
     assert re.search(r"8 answers to 4 prompts. Mean rewards: ending [\d.]+, topic [\d.]+, stopped [\d.]+, usual", said)
-    assert "prepare_dataset.py --source answers --data " in said
+    assert re.search(r"Next: python prepare_dataset.py .*--source answers", said)
     alone, whole = (read_lines(tmp_path / name / "samples.jsonl") for name in ("alone", "whole"))
     assert {(line["task"], line["split"]) for line in alone + whole} == {("topic_ending", "train")}
     for line, other in zip(alone, whole, strict=True):

@@ -73,7 +73,7 @@ def test_every_script_takes_a_model_of_the_hub(hub, tmp_path):
         "generate --model someone/new --compare someone/old --prompt t5 --max_new_tokens 3",
         "evaluate_model --model someone/old --base someone/new --capabilities --max_new_tokens 3",
         f"train_sft --model_name_or_path someone/new --dataset {rows} --output_dir {out} --max_steps 1 --use_cpu",
-        "export --model someone/new --to onnx --output " + str(tmp_path / "onnx"),
+        "export --model someone/new --to onnx --output_dir " + str(tmp_path / "onnx"),
     ]
     (tmp_path / "lines").write_text("\n".join(lines), encoding="utf-8")
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": f"{tmp_path}/home"}

@@ -70,7 +70,7 @@ def test_a_wheel_runs_the_notebook_without_the_checkout(installed, tmp_path):
     python, runs = installed / "python", tmp_path / "runs"
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     said = start(python, "-c", CELLS, cwd=tmp_path)
-    assert "Next: fledge.prepare(data='RECORDS', tokenizer='../runs/base'" in said
+    assert "Next: fledge.prepare(tokenizer='../runs/base', data='RECORDS'" in said
     assert said.splitlines()[-1].startswith(str(installed.parent))
     assert (runs / "evaluation" / "report.html").stat().st_size > 10_000
     assert {"README.md", "app.py", "requirements.txt"} <= {path.name for path in (runs / "repository/space").iterdir()}
@@ -93,7 +93,7 @@ def test_the_notebook_is_kept_without_outputs():
 def test_the_console_command_lists_the_stages_and_runs_one(installed, tmp_path):
     listed = start(installed / "fledge", "--help", cwd=tmp_path)
     assert "\n  train " in listed
-    assert "usage: fledge train [-h]" in start(installed / "fledge", "train", "--help", cwd=tmp_path)
+    assert "usage: fledge train --model_name_or_path" in start(installed / "fledge", "train", "--help", cwd=tmp_path)
 
 
 def test_each_file_that_is_no_code_is_in_the_wheel(installed):

@@ -1,6 +1,7 @@
 """What the figures were measured with is what everyone draws with who loads the model, by whatever way."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -70,7 +71,7 @@ def test_the_pipeline_and_the_snippets_draw_as_was_measured(published):
 def test_the_widget_and_the_command_on_the_card_draw_as_was_measured(published):
     folder, sampling = published
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
-    widget = yaml.safe_load(card.split("---")[1])["inference"]["parameters"]
+    widget = yaml.safe_load(re.split("^---$", card, flags=re.MULTILINE)[1])["inference"]["parameters"]
     assert widget.items() <= measured(sampling).items()
     (command,) = (line for line in card.splitlines() if line.startswith("fledge generate"))
     told = {key: value for key, value in UNUSUAL.items() if f"--{key} {value} " in command}
