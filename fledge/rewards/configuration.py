@@ -35,7 +35,7 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
     to each, at a rate a few hundred times as high, held near its start by `beta`.
     """
 
-    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "learning rate schedule"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the prompts"})
     logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
@@ -48,7 +48,7 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
     max_completion_length: int | None = field(
         default=None, metadata={"help": "longest answer in tokens (default: the longest of the training answers)"}
     )
-    beta: float = field(default=0.04, metadata={"help": "price of the distance (KL) to the model at the start"})
+    beta: float = field(default=0.15, metadata={"help": "price of the distance (KL) to the model at the start"})
     loss_type: str = field(default="dr_grpo", metadata={"help": "grpo, dr_grpo, dapo, …: how tokens are weighted"})
     scale_rewards: str = field(
         default="none", metadata={"help": "divide a group's rewards by their spread: group, batch or none"}

@@ -136,7 +136,7 @@ class Run:
         for name, draw in pictures.items():
             output.add(name, partial(draw, history))
         shown = " and ".join(pictures)
-        print(f"{output.path} holds the model; its {shown} shows the way.")
+        print(f"{output.path} holds the model; see its {shown}.")
         used = {"model": output.path, "base": self.inputs.base, "dataset": self.args.dataset}
         suggested = {"output_dir": str(output.path.parent / "evaluation")}
         if (self.inputs.budget or {}).get("keep"):  # a model's own answers, on which none is evaluated
