@@ -39,7 +39,7 @@ def vocabulary_size(checkpoint: Path) -> int | None:
     """How many tokens the model has; None where the checkpoint holds its vocabulary or nothing tells."""
     from fledge.checkpoints.loading import load_checkpoint
     from fledge.checkpoints.roles import detect
-    from fledge.cli import UserError
+    from fledge.errors import UserError
 
     try:
         found = load_checkpoint(str(checkpoint))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import yaml
 
 from fledge.commands import in_commands
-from fledge.errors import UserError as UserError
+from fledge.errors import UserError
 
 # A base has one of these, or neither when another tool made it.
 ORIGINS = ("conversion.json", "pretraining.json")

@@ -16,7 +16,8 @@ from typing import Any, cast
 from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
+from fledge.errors import UserError
 from fledge.messages import INPUT_MARK, Messages
 from fledge.tokenizers import open_tokenizer
 from fledge.tokenizers.fast import TextEncoder

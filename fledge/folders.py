@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import NoReturn
 
-from fledge.cli import UserError, attempt, write_json, writing
+from fledge.cli import attempt, write_json, writing
+from fledge.errors import UserError
 from fledge.locks import locked
 
 MARK = ".fledge.json"

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 # `gpt2` or `user/name`, as transformers takes them.
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

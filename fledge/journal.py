@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from fledge.cli import UserError, writing
+from fledge.cli import writing
+from fledge.errors import UserError
 
 
 class Journal:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from fledge.cli import UserError, write_json, writing
+from fledge.cli import write_json, writing
+from fledge.errors import UserError
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.cli import UserError
 from fledge.custom import FledgeGPTConfig, check_custom_code
+from fledge.errors import UserError
 from fledge.hub import find_model
 from fledge.tokenizers import open_tokenizer
 

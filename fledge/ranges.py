@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 LARGEST = 2**63  # beyond it no library counts
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.models import embedding_of, head_of
 from fledge.tokenizers.fast import characters_of_bytes, merges_of
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
+from fledge.errors import UserError
 from fledge.messages import Messages
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fledge.checkpoints.known_layouts import LAYOUTS
-from fledge.cli import UserError, parse, read_json, run, write_json
+from fledge.cli import parse, read_json, run, write_json
+from fledge.errors import UserError
 from fledge.scripts.convert_checkpoint import ConvertArguments
 from fledge.scripts.prepare_dataset import PrepareArguments
 from fledge.sources import source_names

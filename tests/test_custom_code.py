@@ -12,8 +12,8 @@ from conftest import call_script
 from torch import nn
 from transformers import AutoTokenizer
 
-from fledge.cli import UserError
 from fledge.custom import FILES, check_custom_code
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow
 

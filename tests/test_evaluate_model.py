@@ -10,8 +10,8 @@ import pytest
 import yaml
 from conftest import ROOT, run_script
 
-from fledge.cli import UserError
 from fledge.encoding import open_prepared
+from fledge.errors import UserError
 from fledge.evaluation import measuring, wording
 from fledge.evaluation.measuring import answer_prompts
 from fledge.evaluation.report import answers_id

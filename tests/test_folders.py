@@ -14,7 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.folders import MARK, WORK, check_inputs, claimed
 
 STAGES = (

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel, Trainer, TrainerCallback
 from trl import SFTTrainer, TrlParser
 from typing_extensions import override
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.generation import answers
 from fledge.guards import borrow, check_overrides
 from fledge.models import attention_of

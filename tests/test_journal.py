@@ -1,6 +1,6 @@
 import pytest
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.journal import Journal
 
 SETTINGS = {"--temperature": 0.8, "--seed": 0}

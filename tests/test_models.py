@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small import MODELS, small_gpt2, small_tokenizer
 
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
+from fledge.errors import UserError
 from fledge.models import context_of, load_model, open_model
 from fledge.scripts import evaluate_model, export, generate, train_sft, trim_vocabulary
 

@@ -13,8 +13,8 @@ from huggingface_hub import DatasetCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fledge.cli import UserError
 from fledge.encoding import IGNORED, encode_prompt, open_prepared, open_rows, prompt_length, prompt_text
+from fledge.errors import UserError
 from fledge.scripts import prepare_dataset
 from fledge.tasks.topic_ending import requested
 from fledge.templates import load_template

@@ -10,7 +10,8 @@ import pytest
 from trl import ModelConfig
 
 from fledge import sampling
-from fledge.cli import UserError, parse
+from fledge.cli import parse
+from fledge.errors import UserError
 from fledge.pretraining.pretrainer import PretrainConfig
 from fledge.ranges import Range, check_ranges
 from fledge.rewards.configuration import SmallGrpoConfig

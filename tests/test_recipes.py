@@ -5,7 +5,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from fledge.cli import UserError, parse
+from fledge.cli import parse
+from fledge.errors import UserError
 from fledge.sampling import Sampling
 
 OF_OTHERS = ("accelerate", "lm_eval", "trl")  # files that other programs read

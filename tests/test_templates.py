@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
-from fledge.cli import UserError
 from fledge.encoding import IGNORED, encode, encode_prompt, prompt_text
+from fledge.errors import UserError
 from fledge.messages import INPUT_MARK
 from fledge.tasks import load_task, task_names
 from fledge.templates import FOLDER, SPECIAL_TOKENS, add_template, load_template

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from fledge.cli import UserError, run
+from fledge.cli import run
+from fledge.errors import UserError
 from fledge.reading.documents import END, pieces
 from fledge.scripts import train_tokenizer
 from fledge.tokenizers.training import HeldOut, measure_tokenizer, train

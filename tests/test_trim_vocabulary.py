@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fledge.cli import UserError, run
+from fledge.cli import run
+from fledge.errors import UserError
 from fledge.reading.documents import pieces
 from fledge.resizing import compare_trimmed, keep_rows, trim_tokenizer
 from fledge.scripts import trim_vocabulary

@@ -14,7 +14,7 @@ from torch import Tensor
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.mixing import by_block
 from fledge.checkpoints.structure import SWAPS, Structure
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 REQUIRED_IN_BLOCK = ("query", "key", "value")
 POSITIONS = ("rotary", "sinusoidal", "alibi", "none")

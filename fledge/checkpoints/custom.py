@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig
 
 from fledge.checkpoints.canonical import CanonicalGPT, alibi_slopes
 from fledge.checkpoints.targets import to_target
-from fledge.cli import UserError
 from fledge.custom.configuration_fledge_gpt import FledgeGPTConfig
+from fledge.errors import UserError
 
 VALUE = ("value_embedding", "value_gate", "value_lambdas")
 BLOCK = ("query", "key", "value", "output", "query_norm", "key_norm", *VALUE)

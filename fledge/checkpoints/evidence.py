@@ -10,7 +10,7 @@ from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.proof import FLOAT64_TOLERANCE, Probes, probe_ids
 from fledge.checkpoints.questions import Questions, Values
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 
 def settle_by_reference(

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from fledge.checkpoints.assembly import POSITIONS, QKV_ORDERS, SWAPS
 from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, SPANS
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 
 class Status(StrEnum):

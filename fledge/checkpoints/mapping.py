@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.checkpoints.facts import CAPS, TOLD, Fact, Source
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 SAVED_BY_HEAD = re.compile(r"\.(query|key|value)\.(?:\{h\}|\d+)$")
 OUTSIDE = {"token_embedding", "position_embedding", "embedding_norm", "final_norm", "head"}

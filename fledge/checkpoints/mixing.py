@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 ENDS = {
     "resid_lambdas": "residual_lambdas",

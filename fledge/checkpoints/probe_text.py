@@ -14,7 +14,7 @@ from fledge.checkpoints.facts import Fact, Source
 from fledge.checkpoints.questions import RARE, Questions, Values
 from fledge.checkpoints.race import FIRST_TOKENS, WORK, Compared, Comparison, Outcome, Race
 from fledge.checkpoints.text_loss import pair_loss, text_losses, text_windows, unigram_loss
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.tokenizers import encoding_of
 
 MOST_TOKENS = 32_768

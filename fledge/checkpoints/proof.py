@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.targets.folds import ACROSS_ROTATION
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 FLOAT64_TOLERANCE = 1e-9
 """Largest |Δ logit| with both sides in float64, as a share of the largest |logit|."""

@@ -21,7 +21,7 @@ from fledge.checkpoints.questions import asked, heads_fit, regroup
 from fledge.checkpoints.roles import detect
 from fledge.checkpoints.settling import Settling, known_layout
 from fledge.checkpoints.structure import Structure
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 PER_TOKEN = {"token_embedding.weight", "head.weight", "head.bias"}
 MASK = re.compile(r"(^|\.)(mask|tril|triu|(causal|attn|attention)_mask|attn\.bias)$")

@@ -12,7 +12,7 @@ from fledge.checkpoints.known_layouts import LAYOUTS, UNUSUAL, Layout
 from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.mixing import mixing_roles
 from fledge.checkpoints.structure import Structure
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 
 @dataclass(frozen=True)

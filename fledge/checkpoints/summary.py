@@ -5,7 +5,7 @@ from pathlib import Path
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.probe_text import Trial
 from fledge.checkpoints.race import Outcome
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 FLAGS = {"n_head", "activation", "attention_scale", "norm_eps"}
 SHOWN_TRIALS = 20

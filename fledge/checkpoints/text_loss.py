@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 BATCH_NUMBERS = 1 << 24
 """Logits in memory at a time."""

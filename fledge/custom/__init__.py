@@ -12,9 +12,9 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from fledge.cli import UserError
 from fledge.custom.configuration_fledge_gpt import FledgeGPTConfig
 from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
+from fledge.errors import UserError
 
 __all__ = ["FILES", "FledgeGPTConfig", "check_custom_code", "hashes", "open_as_strangers_do"]
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
 from fledge.encoding import open_prepared, open_rows, prompt_length
+from fledge.errors import UserError
 from fledge.messages import Answer
 from fledge.tasks import Task, open_task, task_names
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.evaluation.figures import HEADLINE
 from fledge.evaluation.intervals import NO_SHARES, preference
 from fledge.pages import MODEL_CARD, open_templates

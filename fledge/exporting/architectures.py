@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, StableLmConfig
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 
 def _gpt2(config: GPT2Config, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.exporting.architectures import ARCHITECTURES
 from fledge.exporting.templates import served_template
 from fledge.messages import Messages

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from fledge.cli import UserError, read_json, write_json
+from fledge.cli import read_json, write_json
 from fledge.custom import FledgeGPTConfig
+from fledge.errors import UserError
 from fledge.exporting.templates import served_template
 from fledge.generation.answers import is_batched
 from fledge.messages import Messages

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.cli import UserError
 from fledge.encoding import IGNORED, encode_prompt
+from fledge.errors import UserError
 from fledge.evaluation.intervals import Ratio, interval, means, paired_difference
 from fledge.evaluation.measuring import completion_nats, loss_ratios, supervised_text
 from fledge.evaluation.prompts import open_prompts

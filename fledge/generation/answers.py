@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.generation.cache import GROUP, Slots, can_group, grouped, step
 from fledge.generation.draws import choose
 from fledge.generation.onednn import by_onednn

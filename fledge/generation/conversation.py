@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.generation.answers import answer_batch
 from fledge.generation.fitting import fit_prompt
 from fledge.messages import INPUT_MARK, Answer, Messages

@@ -4,8 +4,8 @@ from collections import Counter
 
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError
 from fledge.encoding import encode_prompt, fitting_words
+from fledge.errors import UserError
 from fledge.messages import INPUT_MARK, Messages
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.cli import UserError, writing
+from fledge.cli import writing
+from fledge.errors import UserError
 from fledge.generation.answers import answer_each
 from fledge.journal import Journal
 from fledge.messages import Answer, Messages

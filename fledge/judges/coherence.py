@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.judges.corruption import TESTED, Corrupter, names
 from fledge.judges.ngrams import WordModel
 from fledge.text.stories import QUOTED, sentences

@@ -25,8 +25,8 @@ import pyarrow as pa
 from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError
 from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, fit, shortest
+from fledge.errors import UserError
 from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
 from fledge.preparation.preferences import Choice

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.preparation.chunks import Facts
 from fledge.preparation.reasons import DUPLICATE, HELD_OUT, NEAR_DUPLICATE, Reason, surplus
 from fledge.reading.files import SPLITS

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.preparation.reasons import NONE_IS_DONE, NONE_STOPPED, ONE_ANSWER, TIED
 from fledge.tasks import RejectedRecord, Task
 

@@ -16,8 +16,8 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, load_from_disk
 
-from fledge.cli import UserError
 from fledge.encoding import with_messages
+from fledge.errors import UserError
 from fledge.preparation.chunks import TOKENS, TOKENS_OF_PAIRS, Facts, read_table
 
 SHUFFLED = 32  # chunks whose rows are shuffled together: about 100 MB

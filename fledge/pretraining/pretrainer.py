@@ -26,8 +26,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 from typing_extensions import override
 
-from fledge.cli import UserError
 from fledge.encoding import IGNORED
+from fledge.errors import UserError
 from fledge.guards import check_overrides
 from fledge.memory import keep_freed_memory
 from fledge.models import head_of

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError, read_json, write_json
+from fledge.cli import read_json, write_json
 from fledge.encoding import IGNORED
+from fledge.errors import UserError
 from fledge.folders import claimed
 from fledge.reading.documents import names_and_sizes, pieces
 from fledge.tokenizers import encoding_of

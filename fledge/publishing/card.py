@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from jinja2 import UndefinedError
 from safetensors import safe_open
 
-from fledge.cli import ORIGINS, UserError, read_json
+from fledge.cli import ORIGINS, read_json
+from fledge.errors import UserError
 from fledge.evaluation.intervals import NO_SHARES
 from fledge.evaluation.report import (
     LOWER_IS_BETTER,

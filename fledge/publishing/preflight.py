@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from fledge.cli import HUB_ID, UserError, read_json
+from fledge.cli import HUB_ID, read_json
+from fledge.errors import UserError
 from fledge.publishing.upload import files_of
 
 TEXT = (".json", ".jsonl", ".md", ".jinja", ".py", ".txt", ".yaml", ".csv")

@@ -4,7 +4,8 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-from fledge.cli import UserError, read_json, write_json
+from fledge.cli import read_json, write_json
+from fledge.errors import UserError
 from fledge.hub import download
 from fledge.publishing.card import Named, model_card, read_records, read_samples, render
 from fledge.sampling import Sampling

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
+from fledge.errors import UserError
 from fledge.exporting.onnx_graph import write_onnx
 from fledge.exporting.programs import OnnxRuntime, largest_error, logits_of, random_prompts
 from fledge.models import context_of, load_model

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 ATTEMPTS = 4
 LONGEST_WAIT = 120  # seconds

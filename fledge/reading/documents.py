@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.reading.files import decoded, origins
 from fledge.reading.values import checked
 

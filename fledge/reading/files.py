@@ -16,7 +16,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.reading.values import as_text, checked
 
 csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere; Python's own limit is 131,072 characters

@@ -5,7 +5,7 @@ import decimal
 import json
 import math
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
 # ShareGPT's names for who speaks, as its many copies write them.

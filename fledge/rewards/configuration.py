@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
-from fledge.cli import UserError
 from fledge.encoding import prompt_length
+from fledge.errors import UserError
 from fledge.models import context_of
 from fledge.training.configuration import SmallDefaults, with_values
 from fledge.training.sharding import told_to_shard

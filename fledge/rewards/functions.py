@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.evaluation.wording import repetition, words
 from fledge.messages import Answer
 from fledge.tasks import Task

@@ -6,8 +6,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError
 from fledge.encoding import open_prepared, prompt_length
+from fledge.errors import UserError
 from fledge.messages import Messages
 from fledge.reading.files import Chunk
 from fledge.rewards.configuration import check_template

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from fledge.cli import UserError, writing
+from fledge.cli import writing
 from fledge.encoding import IGNORED
+from fledge.errors import UserError
 from fledge.evaluation.measuring import completion_nats, distinct_ratio, loss_ratios, supervised_text
 from fledge.evaluation.prompts import Prompts, open_prompts
 from fledge.evaluation.scoring import Scoring

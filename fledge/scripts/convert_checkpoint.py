@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fledge.cli import UserError, parse, write_json
+from fledge.cli import parse, write_json
 from fledge.commands import next_command
+from fledge.errors import UserError
 from fledge.folders import Output, claimed
 from fledge.sampling import Sampling
 from fledge.terminal import quiet

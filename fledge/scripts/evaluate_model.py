@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fledge.cli import UserError, parse, write_json, writing
+from fledge.cli import parse, write_json, writing
 from fledge.commands import next_command
+from fledge.errors import UserError
 from fledge.folders import MARK, Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges

@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fledge.cli import UserError, parse, write_json
+from fledge.cli import parse, write_json
+from fledge.errors import UserError
 from fledge.folders import Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, check_ranges

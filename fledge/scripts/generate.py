@@ -17,7 +17,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fledge.cli import UserError, parse, writing
+from fledge.cli import parse, writing
+from fledge.errors import UserError
 from fledge.folders import check_inputs
 from fledge.hub import find_model
 from fledge.locks import locked

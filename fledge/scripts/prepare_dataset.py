@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fledge.cli import UserError, check_hub_id, parse
+from fledge.cli import check_hub_id, parse
 from fledge.commands import next_command
+from fledge.errors import UserError
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 from fledge.sources import load_source, source_names

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fledge.cli import UserError, attempt, parse, write_json
+from fledge.cli import attempt, parse, write_json
 from fledge.commands import next_command
+from fledge.errors import UserError
 from fledge.folders import Output, check_inputs, claimed
 from fledge.hub import find_tokenizer
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from fledge.cli import UserError, check_hub_id, parse, write_json
+from fledge.cli import check_hub_id, parse, write_json
+from fledge.errors import UserError
 from fledge.folders import Output, claimed
 from fledge.hub import download, find_model
 from fledge.terminal import quiet

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fledge.cli import UserError, parse, write_json
+from fledge.cli import parse, write_json
 from fledge.commands import next_command
+from fledge.errors import UserError
 from fledge.folders import Output, claimed
 from fledge.ranges import AT_LEAST_ONE, Range, check_ranges
 

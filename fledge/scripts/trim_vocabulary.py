@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fledge.cli import UserError, keep_origin, parse, write_json
+from fledge.cli import keep_origin, parse, write_json
+from fledge.errors import UserError
 from fledge.folders import Output, claimed
 from fledge.hub import find_model
 from fledge.ranges import AT_LEAST_ONE, check_ranges

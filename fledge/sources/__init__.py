@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.reading.files import Chunk, row_chunks, text_chunks
 
 # examples/tales.txt.gz: records in another's form that are this project's own. Its size in bytes and its SHA-256.

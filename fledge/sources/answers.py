@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.reading.files import Chunk, row_chunks
 
 LICENSE = None

@@ -6,7 +6,7 @@
 
 from collections.abc import Iterator
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.reading.files import Chunk
 from fledge.reading.values import as_messages, as_text
 

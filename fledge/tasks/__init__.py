@@ -16,7 +16,7 @@ from string import Formatter
 from types import ModuleType
 from typing import Any
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.messages import Answer, Messages
 from fledge.text.baselines import BASELINES, Baseline
 

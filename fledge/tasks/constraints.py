@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import compress
 from typing import Any
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.messages import Answer, Messages
 from fledge.tasks import RejectedRecord, Task
 from fledge.text import checks

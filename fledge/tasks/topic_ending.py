@@ -9,7 +9,7 @@ The examples and their metrics are defined together, so what is asked and what i
 import random
 import re
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.judges import AGAINST_READERS
 from fledge.judges.coherence import CoherenceJudge
 from fledge.judges.endings import EndingJudge, balanced_accuracy

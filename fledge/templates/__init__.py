@@ -5,7 +5,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.messages import INPUT_MARK
 from fledge.tokenizers.spelling import Spelling
 

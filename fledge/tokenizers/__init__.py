@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.hub import find_tokenizer
 from fledge.tokenizers.fast import UnequalIds
 from fledge.tokenizers.handmade import UNKNOWN_TOKENS, from_vocabulary, read_pickle, read_text

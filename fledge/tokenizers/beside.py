@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.tokenizers import FOLDER_ORDER, MERGES, read_tokenizer
 
 LARGEST = 20_000_000  # bytes of a vocabulary; what is larger is data

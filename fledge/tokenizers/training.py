@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.tokenizers import gpt2, load_tokenizer
 
 HOLD_OUT_EVERY, HOLD_OUT_BYTES = 20, 4_000_000

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from typing_extensions import override
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.guards import check_overrides, missing
 from fledge.training.lineage import load_optimizer
 from fledge.training.resuming import newest_checkpoint, tokens_seen

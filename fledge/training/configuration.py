@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import TrainingArguments
 
-from fledge.cli import UserError
 from fledge.cpu import cores, multiplies_bf16
+from fledge.errors import UserError
 from fledge.training.settings import check_training, said_in_words
 from fledge.training.sharding import check_deepspeed
 

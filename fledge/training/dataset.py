@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from fledge.cli import UserError
 from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, open_prepared
+from fledge.errors import UserError
 from fledge.messages import INPUT_MARK, Messages
 from fledge.reading.files import Chunk, row_chunks
 from fledge.reading.values import as_messages, as_text

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.folders import Output
 from fledge.guards import check_overrides
 

@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig
 
-from fledge.cli import UserError, attempt, keep_origin, write_json
+from fledge.cli import attempt, keep_origin, write_json
 from fledge.commands import next_command
+from fledge.errors import UserError
 from fledge.folders import Output
 from fledge.models import fingerprint
 from fledge.sampling import Sampling

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 
 BELOW_ONE = Range(at_least=0, below=1)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.guards import check_overrides, missing
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fledge.cli import UserError, parse
+from fledge.cli import parse
+from fledge.errors import UserError
 from fledge.folders import claimed
 from fledge.hub import find_model
 from fledge.ranges import check_ranges

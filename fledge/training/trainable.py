@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.models import embedding_of
 
 

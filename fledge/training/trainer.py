@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl import ModelConfig, SFTConfig, SFTTrainer
 from typing_extensions import override
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.guards import check_overrides
 from fledge.hub import find_model
 from fledge.memory import keep_freed_memory

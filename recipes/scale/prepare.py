@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from fledge.cli import UserError, parse, run, writing
+from fledge.cli import parse, run, writing
+from fledge.errors import UserError
 from fledge.folders import MARK, check_inputs, claimed, files_in, read_mark, write_mark
 from fledge.locks import locked
 from fledge.scripts.prepare_dataset import Plan, PrepareArguments, make_plan, write_dataset

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fledge.checkpoints.loading import load_checkpoint
 from fledge.checkpoints.loading.binary import is_binary, read_binary
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
 LLAMA = {

@@ -26,7 +26,7 @@ from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.summary import verdict
 from fledge.checkpoints.targets import to_target
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # each test searches the readings of a module
 

@@ -30,7 +30,7 @@ from fledge.checkpoints.mapping import read_mapping
 from fledge.checkpoints.questions import regroup
 from fledge.checkpoints.recognition import fit_vocabulary, recognise
 from fledge.checkpoints.targets import obstacles
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
 USUAL_SCALE = (WIDTH // HEADS) ** -0.5

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fledge.checkpoints.loading import load_checkpoint
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 STATE = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(2)}
 

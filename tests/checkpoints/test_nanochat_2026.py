@@ -19,7 +19,7 @@ from fledge.checkpoints.evidence import settle_by_reference
 from fledge.checkpoints.facts import Status
 from fledge.checkpoints.proof import probes_of, prove_exact
 from fledge.checkpoints.recognition import fit_vocabulary, recognise
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # each flipped fact is searched for
 

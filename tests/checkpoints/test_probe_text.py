@@ -13,7 +13,7 @@ from fledge.checkpoints.race import Comparison, Outcome
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.summary import leave_to_code
 from fledge.checkpoints.text_loss import pair_loss, text_losses, text_windows, unigram_loss
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # each test compares the losses of many readings
 LETTERS = "abcdefghijklmnop"

@@ -22,7 +22,7 @@ from fledge.checkpoints.proof import (
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import to_target
 from fledge.checkpoints.targets.folds import ACROSS_ROTATION
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 GPT2_PARTS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")

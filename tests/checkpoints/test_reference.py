@@ -12,7 +12,7 @@ from torch import nn
 
 from fledge.checkpoints.author.reference import load_reference
 from fledge.checkpoints.loading import Checkpoint
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # each test builds the modules of an author
 

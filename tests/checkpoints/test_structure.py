@@ -16,7 +16,7 @@ from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.roles import detect, name_by_layout
 from fledge.checkpoints.structure import Structure
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # names and shapes are drawn at random
 

@@ -4,7 +4,7 @@ from fledge.checkpoints.facts import Fact, Source
 from fledge.checkpoints.probe_text import Trial
 from fledge.checkpoints.race import Outcome
 from fledge.checkpoints.summary import facts_table, refuse_assumptions, trials_table, verdict
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 KNOWN = [
     Fact.of("n_head", 4, Source.FLAG),

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fledge.checkpoints.targets import TARGETS
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.exporting.architectures import ARCHITECTURES
 from fledge.exporting.gguf_file import write_gguf
 from fledge.exporting.onnx_graph import write_onnx

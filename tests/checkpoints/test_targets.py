@@ -28,7 +28,7 @@ from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.proof import probes_of, prove_exact, prove_greedy, prove_saved, prove_written, rounding
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import TARGETS, fold_head_bias, refuse_unconvertible, to_target
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # each class is proven over random architectures
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.custom import to_custom
-from fledge.cli import UserError
 from fledge.custom import FILES, FledgeGPTConfig, check_custom_code, open_as_strangers_do
 from fledge.custom.modeling_fledge_gpt import FledgeGPTForCausalLM
+from fledge.errors import UserError
 from fledge.exporting.gguf_file import write_gguf
 from fledge.exporting.onnx_graph import write_onnx
 from fledge.generation.answers import answer_each

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from fledge.checkpoints.custom import represent
 from fledge.checkpoints.proof import probes_of, prove_exact, prove_greedy
-from fledge.cli import UserError
 from fledge.custom import FledgeGPTConfig
+from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # architectures are drawn at random
 

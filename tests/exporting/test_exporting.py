@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, StableLmConfig
 
-from fledge.cli import UserError
 from fledge.encoding import encode_prompt
+from fledge.errors import UserError
 from fledge.exporting.gguf_file import TYPES, Description, write_gguf
 from fledge.exporting.programs import GGUF_TOLERANCE, ONNX_TOLERANCE, LlamaCpp, largest_error, logits_of
 from fledge.exporting.templates import go_template, served_template

@@ -17,8 +17,8 @@ from transformers import (
     StableLmConfig,
 )
 
-from fledge.cli import UserError
 from fledge.encoding import encode_prompt
+from fledge.errors import UserError
 from fledge.generation import answers, cache
 from fledge.generation.answers import answer_all, answer_batch, answer_each, continue_each
 from fledge.models import load_model

@@ -5,8 +5,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from fledge.cli import UserError
 from fledge.encoding import encode_prompt
+from fledge.errors import UserError
 from fledge.generation.conversation import Session
 from fledge.generation.fitting import fit_beginning, fit_prompt
 from fledge.messages import INPUT_MARK, Answer

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from fledge.cli import UserError
 from fledge.encoding import encode_prompt
+from fledge.errors import UserError
 from fledge.generation.answers import answer_each
 from fledge.generation.prompts_file import read_prompts
 from fledge.models import load_model

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.judges.coherence import CoherenceJudge, content, first_mentions, tokens
 from fledge.judges.corruption import ALL, TESTED, Corrupter, verb_form
 from fledge.judges.ngrams import WordModel

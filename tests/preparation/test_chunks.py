@@ -12,7 +12,7 @@ from datasets import Features, Value, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.preparation import chunks, shards
 from fledge.preparation.chunks import (
     Facts,

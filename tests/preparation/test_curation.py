@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.preparation.curation import apart, balance, repeated, split_by_group, split_shares
 
 SPLITS = ("train", "validation", "test")

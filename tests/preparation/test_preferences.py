@@ -10,8 +10,8 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
 from fledge.encoding import IGNORED, open_prepared, open_rows
+from fledge.errors import UserError
 from fledge.evaluation.prompts import open_prompts
 from fledge.preparation.preferences import Choice
 from fledge.rewards.functions import weights_of

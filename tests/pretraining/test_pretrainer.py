@@ -15,8 +15,9 @@ from conftest import run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from fledge.cli import UserError, run
+from fledge.cli import run
 from fledge.encoding import IGNORED
+from fledge.errors import UserError
 from fledge.pretraining.pretrainer import flops_per_token, new_gpt2, score_in_cache
 from fledge.pretraining.tokens import Corpus, TokenWriter, Windows, open_tokens
 from fledge.reading.documents import END, pieces

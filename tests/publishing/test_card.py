@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors import safe_open
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.publishing.card import (
     BESIDE,
     Named,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.publishing.preflight import check_card, check_folder, check_model, check_text, is_pickle
 
 CARD = "---\nlicense: mit\nbase_model: someone/base\n---\n\n# A model\n"

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import close_session
 
 import fledge.publishing.upload
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.publishing.upload import send
 
 pytestmark = pytest.mark.network

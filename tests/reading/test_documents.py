@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.reading.documents import END, names_and_sizes, pieces
 from fledge.tokenizers import gpt2
 

@@ -11,8 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from small import MODELS, VOCAB_SIZE, random_rows, small_gpt2, small_tokenizer
 
-from fledge.cli import UserError
 from fledge.encoding import prompt_length
+from fledge.errors import UserError
 from fledge.rewards.preferences import PreferenceTrainer, SmallDpoConfig, save_preference_curve
 from fledge.training.opening import open_trainer
 

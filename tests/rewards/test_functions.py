@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small import small_tokenizer
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.judges.endings import EndingJudge
 from fledge.messages import Answer
 from fledge.rewards.functions import Rewarder, chosen_rewards, reward_functions, weights_of

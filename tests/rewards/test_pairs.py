@@ -5,8 +5,8 @@ import pytest
 from conftest import ROOT
 from small import small_tokenizer
 
-from fledge.cli import UserError
 from fledge.encoding import encode, prompt_length
+from fledge.errors import UserError
 from fledge.rewards.pairs import cut_pairs, longest_pair, open_pairs
 from fledge.templates import add_template
 from fledge.tokenizers import load_tokenizer

@@ -10,8 +10,9 @@ import pytest
 from conftest import run_script
 from safetensors.torch import load_file
 
-from fledge.cli import UserError, run
+from fledge.cli import run
 from fledge.encoding import open_rows
+from fledge.errors import UserError
 from fledge.rewards.curves import RewardProgress
 from fledge.rewards.limits import WatchArguments
 from fledge.rewards.watch import watched_in

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.sources import load_source
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge import sources
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.reading.values import as_text
 from fledge.sources import load_source, source_names
 

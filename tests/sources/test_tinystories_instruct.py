@@ -8,7 +8,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.sources import load_source
 
 records = load_source("tinystories_instruct").records

@@ -7,7 +7,7 @@ from conftest import ROOT, call_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.messages import Answer
 from fledge.sources import load_source
 from fledge.tasks import RejectedRecord, load_task

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
+from fledge.errors import UserError
 from fledge.messages import Answer
 from fledge.scripts import evaluate_model, generate, prepare_dataset, publish, train_sft
 from fledge.tasks import open_task, task_names

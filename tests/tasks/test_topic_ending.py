@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.messages import Answer
 from fledge.tasks import RejectedRecord, Scorer, load_task, task_names
 from fledge.tasks.topic_ending import instruction, requested

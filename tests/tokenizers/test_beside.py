@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.tokenizers import load_tokenizer
 from fledge.tokenizers.beside import find_beside
 

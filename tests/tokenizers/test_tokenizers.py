@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, StableLmConfig
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.tokenizers import load_tokenizer, open_tokenizer
 from fledge.tokenizers.tiktoken_pickle import byte_level
 

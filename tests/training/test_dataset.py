@@ -4,7 +4,7 @@ import json
 import pytest
 from small import small_tokenizer
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.templates import add_template
 from fledge.tokenizers import load_tokenizer
 from fledge.training.dataset import open_dataset

@@ -12,7 +12,7 @@ from small import small_gpt2, small_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 from fledge.training.configuration import check_processes, choose_bf16, use_all_threads
 from fledge.training.resuming import newest_checkpoint
 from fledge.training.run_record import save_curve, save_log

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fledge.checkpoints.author.kinds import Shapes
 from fledge.checkpoints.author.sandbox import author_runs
 from fledge.checkpoints.proof import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 
 # What a forward may want beside the ids (B, T), by words of the argument's name; the first that works is taken.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fledge.checkpoints.author.source import SUFFIXES, AuthorFile, find_files
 from fledge.checkpoints.loading import Checkpoint
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 MOST_BESIDE = 300
 """Files that are read, unasked, to see whether the model's code lies beside a checkpoint."""

@@ -21,7 +21,7 @@ from fledge.checkpoints.author.stand_ins import OpenName
 from fledge.checkpoints.author.statements import OMITTED, PLAIN, Constants, Rank, Said, calls_of, constants
 from fledge.checkpoints.facts import CONFIG_KEYS
 from fledge.checkpoints.loading import Checkpoint
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 MOST_CLASSES = 12
 ANYTHING = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)

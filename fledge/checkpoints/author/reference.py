@@ -15,7 +15,7 @@ from fledge.checkpoints.author.files import Files, Found
 from fledge.checkpoints.author.kinds import HEADS, kind_of
 from fledge.checkpoints.author.search import prefix_of
 from fledge.checkpoints.loading import Checkpoint
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 MOST_CHANGES, MOST_RUNS = 200, 12
 

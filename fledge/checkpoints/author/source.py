@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 SUFFIXES = (".py", ".ipynb")
 

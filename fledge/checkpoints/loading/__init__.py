@@ -14,7 +14,8 @@ from fledge.checkpoints.loading.opening import first_bytes, open_file
 from fledge.checkpoints.loading.token_ids import vocabulary_in
 from fledge.checkpoints.loading.unwrapping import CLASS, CONFIGS, WRAPPERS, unwrap
 from fledge.checkpoints.loading.weights import weights_in
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
+from fledge.errors import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 LLAMA2_C = 0x616B3432
 LLM_C = 20240326

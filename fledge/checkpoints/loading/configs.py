@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fledge.cli import UserError, read_json
+from fledge.cli import read_json
+from fledge.errors import UserError
 
 PICKLED = "attribute of the pickled module"
 LITGPT_MLPS = {"LLaMAMLP": "silu", "LLaMAMoE": "silu"}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fledge.checkpoints.loading import pickled
 from fledge.checkpoints.loading.token_ids import says_token_ids
 from fledge.checkpoints.loading.unwrapping import CLASS, WRAPPERS
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 # A class of this name holds settings; one of another name stays refused.
 RECORDS = re.compile(r"argparse\.Namespace|([\w.]+\.)?\w*(Config|Args|Arguments|HParams|Params|Settings)")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 TOKEN, ID = "(s|ch|chr|char|str|string|tok|token|word|vocab)s?", "(i|ix|id|idx|int|index)s?"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 WRAPPERS = ("model_state_dict", "model_state", "state_dict", "model")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.loading.unwrapping import configs_in
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 

@@ -20,7 +20,7 @@ from fledge.checkpoints.targets.folds import (
     repeat_shared_heads,
 )
 from fledge.checkpoints.targets.needs import biased, needs
-from fledge.cli import UserError
+from fledge.errors import UserError
 
 __all__ = ["TARGETS", "fold_head_bias", "obstacles", "refuse_unconvertible", "to_target"]
 
