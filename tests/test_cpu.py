@@ -63,7 +63,7 @@ model, tokenizer = load_model(model)
 prompts = [tokenizer("Lily had a ball.")["input_ids"]] * 40
 with torch.autocast("cpu", torch.bfloat16):
     answers = list(answer_each(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=4), 40))
-print("Answers:", len(answers), works())
+print("Answers:", len(answers), works(torch.float32))
 """
 
 

@@ -31,11 +31,11 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
 
     The weights must not change inside. Entering takes about as long as a few products of every layer.
     """
-    dtypes = {torch.float32, torch.bfloat16} if multiplies_bf16() else {torch.float32}
-    parts = model.modules() if os.environ.get("FLEDGE_ONEDNN") != "0" and works() else ()
+    wanted = [torch.float32, torch.bfloat16] if multiplies_bf16() else [torch.float32]
+    dtypes = [dtype for dtype in wanted if os.environ.get("FLEDGE_ONEDNN") != "0" and works(dtype)]
     changed = {
         part: part.weight.detach().T if isinstance(part, Conv1D) else part.weight.detach()
-        for part in parts
+        for part in model.modules()
         if isinstance(part, nn.Linear | Conv1D)
         and type(part) in (nn.Linear, Conv1D)
         and "forward" not in vars(part)
@@ -54,9 +54,9 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
 
 
 @functools.cache
-def works() -> bool:
+def works(dtype: torch.dtype) -> bool:
     """Whether this machine and this torch have the operators: tried once, with and without bias, for both layers."""
-    ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
+    ones = functools.partial(torch.ones, dtype=dtype, device="cpu")
     inputs, weight, bias = ones(2, 3, 8), ones(8, 4).T / 2, ones(4)
     try:
         with torch.autocast("cpu", enabled=False), torch.no_grad():

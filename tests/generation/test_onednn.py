@@ -102,7 +102,9 @@ def test_bfloat16_where_the_processor_multiplies_it(model, monkeypatch):
     for multiplies in (False, True):
         monkeypatch.setattr(onednn, "multiplies_bf16", lambda answer=multiplies: answer)
         with by_onednn(model):
-            assert any("forward" in vars(part) for part in model.modules()) == multiplies
+            # oneDNN may be told to do without the instructions that the processor has.
+            taken = multiplies and onednn.works(torch.bfloat16)
+            assert any("forward" in vars(part) for part in model.modules()) == taken
             torch.testing.assert_close(model(ids).logits, expected, atol=0.05, rtol=0.05)
 
 
