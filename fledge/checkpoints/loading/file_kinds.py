@@ -36,7 +36,7 @@ def _of_zip(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError):  # damaged, names and versions among it
         return None  # said by who reads it
     if names and all(name.endswith(".npy") for name in names):
         return "a NumPy archive (.npz)"
