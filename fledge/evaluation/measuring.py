@@ -73,7 +73,7 @@ def completion_nats(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, list[int]]],
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
     """For each row the negative log-likelihood of its supervised tokens, in nats and in their order (S,)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))

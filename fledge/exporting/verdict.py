@@ -15,7 +15,7 @@ from fledge.evaluation.intervals import Ratio, interval, means, paired_differenc
 from fledge.evaluation.measuring import completion_nats, loss_ratios, supervised_text
 from fledge.evaluation.prompts import open_prompts
 from fledge.exporting.programs import Program
-from fledge.generation.answers import answer_all, answer_each
+from fledge.generation.answers import answer_all, answer_of, continue_each
 from fledge.messages import Answer, Messages
 from fledge.models import context_of
 from fledge.sampling import Sampling
@@ -70,13 +70,10 @@ def self_written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exa
     else:
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         prompt = [0 if begin is None else begin]
-    texts: dict[int, list[int]] = {number: [] for number in range(TEXTS)}
     drawn = Sampling(temperature=1, top_p=1, max_new_tokens=200)
-    for _ in answer_each(
-        model, tokenizer, [prompt] * TEXTS, drawn, TEXTS, told=lambda number, token: texts[number].append(token)
-    ):
-        pass
-    rows = [{"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids} for ids in texts.values()]
+    end = cast(int | None, tokenizer.eos_token_id)
+    texts = [ids for _, ids in sorted(continue_each(model, end, [prompt] * TEXTS, drawn, TEXTS))]
+    rows = [{"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids} for ids in texts]
     rows = [row for row in rows if supervised_text(tokenizer, row)]
     return Trial([row["input_ids"][: len(prompt) + BEGINNING] for row in rows], rows, f"{len(rows)} texts of its own")
 
@@ -118,7 +115,7 @@ def judge(
     `error` is the largest error of its logits, already measured.
     """
     texts = [supervised_text(tokenizer, row) for row in trial.rows]
-    nats = completion_nats(model, tokenizer, trial.rows, lambda done: None)
+    nats = completion_nats(model, tokenizer, trial.rows)
     bits = loss_ratios([row.cpu() for row in nats], texts)["bits_per_byte"]
     of_program = [_nats(program, row) for row in trial.rows]
     quantised_bits = loss_ratios(of_program, texts)["bits_per_byte"]
@@ -172,6 +169,4 @@ def _answer(program: Program, tokenizer: PreTrainedTokenizerBase, prompt: list[i
         ids += new
         if new[0] == tokenizer.eos_token_id:
             break
-    stopped = ids[-1] == tokenizer.eos_token_id
-    text = cast(str, tokenizer.decode(ids[: len(ids) - stopped], skip_special_tokens=False)).strip()
-    return Answer(text, len(ids), stopped)
+    return answer_of(tokenizer, ids)

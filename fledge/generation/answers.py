@@ -68,10 +68,15 @@ def answer_each(
     """
     end = cast(int | None, tokenizer.eos_token_id)
     for number, made in continue_each(model, end, prompts, sampling, batch_size, numbers, told):
-        stopped = made[-1] == end
-        # A role token in an answer is a fault that must be seen.
-        text = cast(str, tokenizer.decode(made[:-1] if stopped else made, skip_special_tokens=False)).strip()
-        yield number, Answer(text, len(made), stopped)
+        yield number, answer_of(tokenizer, made)
+
+
+def answer_of(tokenizer: PreTrainedTokenizerBase, made: list[int]) -> Answer:
+    """The answer that new token ids are, of which end-of-text is the last if the model stopped by itself."""
+    stopped = bool(made) and made[-1] == tokenizer.eos_token_id
+    # A role token in an answer is a fault that must be seen.
+    text = cast(str, tokenizer.decode(made[:-1] if stopped else made, skip_special_tokens=False))
+    return Answer(text.strip(), len(made), stopped)
 
 
 @torch.inference_mode()

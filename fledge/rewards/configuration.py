@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from fledge.encoding import prompt_length
 from fledge.errors import UserError
 from fledge.models import context_of
+from fledge.rewards.functions import call_of
 from fledge.training.configuration import SmallDefaults, with_values
 from fledge.training.sharding import told_to_shard
 
@@ -126,15 +127,7 @@ def check_rewards(
     count = min(4, len(rows))
     completions = [labels[prompt_length(labels) :] for labels in ids["labels"][:count]]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    given = {
-        "prompts": [row["messages"][:-1] for row in rows[:count]],
-        "completions": [[{"role": "assistant", "content": text}] for text in texts],
-        "completion_ids": completions,
-        "row": list(range(count)),
-        "trainer_state": TrainerState(),
-        "log_extra": lambda column, values: None,
-        "log_metric": lambda name, value: None,
-    }
+    given = call_of(rows[:count], texts, completions, TrainerState())
     for function in functions:
         name = function.__name__
         try:

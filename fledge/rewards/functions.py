@@ -10,13 +10,14 @@ Besides its own rewards (`Task.rewards`) every task rewards
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from fledge.errors import UserError
 from fledge.evaluation.wording import repetition, words
+from fledge.generation.answers import answer_of
 from fledge.messages import Answer
 from fledge.tasks import Task
 
@@ -165,11 +166,17 @@ class Usual:
         return max(0.0, 2 * fresh * length - 1)
 
 
-def answer_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
-    """The answer that a completion's token ids are, as `generate.py` would give it."""
-    stopped = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    text = cast(str, tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False))
-    return Answer(text.strip(), len(ids), stopped)
+def call_of(rows: list[dict], texts: list[str], completion_ids: list[list[int]], state: TrainerState) -> dict[str, Any]:
+    """What TRL calls a reward function with, for one answer to the prompt of each of `rows`."""
+    return {
+        "prompts": [row["messages"][:-1] for row in rows],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": completion_ids,
+        "row": list(range(len(rows))),
+        "trainer_state": state,
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
 
 
 def _of_user(named: str, rows: list[dict]) -> RewardFunction:

@@ -59,6 +59,7 @@ def best_of(looks: list[Look], start: Look, limits: WatchArguments) -> Look | No
 
 def broken(looks: list[Look], limits: WatchArguments) -> list[str]:
     """The limits that the last look does not keep, if it is time to stop: as many looks in a row kept not all."""
-    last = looks[1:][-limits.watch_patience :] if limits.watch_patience else []
-    found = [outside(look, looks[0], limits) for look in last]
-    return found[-1] if len(found) == limits.watch_patience and all(found) and found else []
+    if not limits.watch_patience or len(looks) <= limits.watch_patience:  # the first look is the start
+        return []
+    found = [outside(look, looks[0], limits) for look in looks[-limits.watch_patience :]]
+    return found[-1] if all(found) else []

@@ -1,7 +1,6 @@
 """DPO (Rafailov et al. 2023, arXiv:2305.18290) for small models, through TRL's DPOTrainer."""
 
 import copy
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +26,6 @@ from fledge.training.run_record import Progress
 from fledge.training.sharding import told_to_shard
 from fledge.training.trainer import score_faster
 
-# TRL reads a flag whose name transformers is changing.
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 # The picture's panels: what the log calls a curve, and what the picture does.
 SHOWN = {

@@ -7,6 +7,7 @@ from fledge.encoding import prompt_length
 from fledge.generation.answers import continue_each
 from fledge.messages import Messages
 from fledge.sampling import Sampling
+from fledge.training.trainable import without_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,8 +29,7 @@ class Rollouts:
 
     def __call__(self, prompts: list[Messages], trainer: Any) -> dict[str, Any]:
         """The token ids of prompts and answers, as TRL wants them from the rollouts of a `SmallGrpoTrainer`."""
-        config, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config, model = trainer.args, without_adapter(trainer.accelerator.unwrap_model(trainer.model))
         prompt_ids = [self.ids[json.dumps(messages)] for messages in prompts]
         first = trainer.generation * config.generation_batch_size + config.process_index * len(prompts)
         numbers = list(range(first, first + len(prompts)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +28,14 @@ from fledge.evaluation.measuring import completion_nats, distinct_ratio, loss_ra
 from fledge.evaluation.prompts import Prompts, open_prompts
 from fledge.evaluation.scoring import Scoring
 from fledge.evaluation.wording import Wording
-from fledge.generation.answers import continue_each
+from fledge.generation.answers import answer_of, continue_each
 from fledge.guards import check_overrides
-from fledge.rewards.functions import RewardFunction, answer_of, reward_functions, weights_of
+from fledge.rewards.functions import RewardFunction, call_of, reward_functions, weights_of
 from fledge.rewards.limits import Look, WatchArguments, best_of, broken, outside
 from fledge.sampling import Sampling
 from fledge.tasks import FOLLOWING
 from fledge.training.sharding import told_to_shard
+from fledge.training.trainable import without_adapter
 
 PREFIX = "watch/"
 KEPT = f"{PREFIX}kept_step"
@@ -76,10 +77,10 @@ class Watched:
             {"input_ids": ids + made[number], "labels": [IGNORED] * len(ids) + made[number]}
             for number, ids in zip(numbers, asked, strict=True)
         ]
-        nats = completion_nats(model, tokenizer, rows, lambda done: None)
-        references = completion_nats(model, tokenizer, [prompts.encoded[i] for i in numbers], lambda done: None)
+        nats = completion_nats(model, tokenizer, rows)
+        references = completion_nats(model, tokenizer, [prompts.encoded[i] for i in numbers])
         with start() as first:
-            of_start = completion_nats(first, tokenizer, rows, lambda done: None)
+            of_start = completion_nats(first, tokenizer, rows)
         seen = {}
         for i, number in enumerate(numbers):
             ratio = nats[i] - of_start[i]  # log of the start's probability over the model's
@@ -100,13 +101,7 @@ class Watched:
         if "coherence" in found:
             coherence = [score["coherence"] for score in scores]
             found["coherence_error"] = float(np.std(coherence) / np.sqrt(len(coherence)))
-        given = {
-            "prompts": [row["messages"][:-1] for row in prompts.rows],
-            "completions": [[{"role": "assistant", "content": answer.text}] for answer in answers],
-            "completion_ids": [one.ids for one in of_each],
-            "row": list(range(len(of_each))),
-            "trainer_state": state,
-        }
+        given = call_of(prompts.rows, [answer.text for answer in answers], [one.ids for one in of_each], state)
         rewards = np.array([function(**given) for function in self.functions], dtype=float)  # None becomes NaN
         weighted = np.nansum(rewards * np.array(self.weights)[:, None], axis=0)
         for function, of_function in zip(self.functions, rewards, strict=True):
@@ -197,8 +192,7 @@ class Watch(TrainerCallback):
         training = model.training
         model.eval()
         numbers = range(accelerator.process_index, len(self.watched.prompts.rows), accelerator.num_processes)
-        inner = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-        parts = gather_object([self.watched.see(inner, lambda: self._start_of(model), list(numbers))])
+        parts = gather_object([self.watched.see(without_adapter(model), lambda: self._start_of(model), list(numbers))])
         found = [self.watched.figures({k: v for part in parts for k, v in part.items()}, state)]
         broadcast_object_list(found)  # sums of floats may differ between machines, and all must stop together
         self._log({f"{PREFIX}{name}": value for name, value in found[0].items()}, control)

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from fledge.encoding import IGNORED
 from fledge.models import head_of
+from fledge.training.trainable import without_adapter
 
 # Entries of the logits in float32 at a time: 1.6 MB for a vocabulary of 50,257, which a core's level-2 cache holds.
 CACHED = 1 << 19
@@ -165,8 +166,8 @@ def has_plain_logits(config: PretrainedConfig) -> bool:
 
 def has_fused_head(model: PreTrainedModel | PeftModel) -> bool:
     """Whether `SFTTrainer` has put into `model` the forward that `score_supervised_only` replaces."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "fused_lm_head" in inspect.signature(inner.forward, follow_wrapped=False).parameters
+    forward = without_adapter(model).forward
+    return "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
 
 
 def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows: int = 3) -> None:

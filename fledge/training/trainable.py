@@ -11,6 +11,11 @@ from fledge.errors import UserError
 from fledge.models import embedding_of
 
 
+def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model that an adapter is put into, with its layers in place; or the model itself if it has none."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
 def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The transformer blocks, in order."""
     count = model.config.num_hidden_layers

@@ -101,6 +101,15 @@ def test_a_hack_that_pays_is_caught(look, asked, tales, hack):
     assert best_of([honest, gamed], honest, WatchArguments()) is honest
 
 
+def test_a_reward_may_log_at_a_look_as_trl_lets_it(look, asked):
+    def logged(completions, log_metric, log_extra, **_):
+        log_metric("answers", len(completions))
+        log_extra("length", [len(completion[0]["content"]) for completion in completions])
+        return [1.0] * len(completions)
+
+    assert look([row["story"] for row in asked], logged)["reward"] == 1
+
+
 def test_honest_answers_are_within_the_limits(look, asked):
     """The start is held against itself; its reward is the mean of the answers'."""
     honest = look([row["story"] for row in asked], of_text(len))
