@@ -61,7 +61,7 @@ class GPT(nn.Module):
 def loop(ids: np.memmap, autocast: bool, compiled: bool) -> list[float]:
     """Seconds of each of `STEPS` steps."""
     torch.manual_seed(0)
-    device = str(torch.accelerator.current_accelerator() or "cpu")
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     model = GPT().to(device)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -137,7 +137,7 @@ def fledge(folder: Path, float32: bool) -> tuple[list[float], int, str]:
 
 def matrix_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product, the limit for any of this."""
-    device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     a, best = torch.randn(2048, 2048, device=device).to(dtype), float("inf")
     for _ in range(8):
         start = time.perf_counter()

@@ -33,7 +33,7 @@ def load_model(name: str | Path, dtype: str = "float32") -> ModelAndTokenizer:
     folder = find_model(name)
     model, tokenizer = open_model(folder, dtype=dtype, name=name), open_tokenizer(folder)
     check_vocabulary(model, tokenizer, name)
-    nn.Module.to(model, torch.accelerator.current_accelerator() or "cpu")
+    nn.Module.to(model, torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return model, tokenizer
 
 

@@ -92,6 +92,15 @@ def run_script(*arguments: object, check: bool = True, **variables: str) -> subp
     return done
 
 
+def build_for_gpus(patched: pytest.MonkeyPatch) -> None:
+    """Makes torch one that is built for GPUs, on a machine without one; PyPI's torch for Linux often is.
+
+    `current_accelerator` then names a GPU that cannot be used, unless it is told to check.
+    """
+    found = {True: None, False: torch.device("cuda")}
+    patched.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found[check_available])
+
+
 def pytest_collection_modifyitems(items):
     """A test that needs the folders of five scripts is slow, and one that needs a browser is marked so."""
     for item in items:

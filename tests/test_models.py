@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_for_gpus
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small import MODELS, small_gpt2, small_tokenizer
@@ -113,6 +114,12 @@ def test_a_damaged_model_is_one_sentence_in_every_script(damage, script, sound, 
         module.main()
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_torch_built_for_gpus_uses_the_cpu_of_a_machine_without_one(sound, monkeypatch):
+    build_for_gpus(monkeypatch)
+    model, _ = load_model(sound)
+    assert model.device.type == "cpu"
 
 
 @pytest.mark.parametrize("kind", MODELS)

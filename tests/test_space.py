@@ -11,7 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import load_module
+from conftest import build_for_gpus, load_module
 from contrast import faint
 from hub import Hub, Repository
 
@@ -200,7 +200,9 @@ def test_a_conversation_keeps_its_turns(client):
 @pytest.fixture(scope="module")
 def writer(folder, tiny):
     app = load_module(folder / "app.py")
-    return app.Writer(str(tiny.model), app.AutoTokenizer.from_pretrained(tiny.model))
+    with pytest.MonkeyPatch.context() as patched:
+        build_for_gpus(patched)  # as on a free Space
+        return app.Writer(str(tiny.model), app.AutoTokenizer.from_pretrained(tiny.model))
 
 
 def test_a_control_token_that_a_visitor_types_is_text(writer):

@@ -77,7 +77,7 @@ class Writer:
         self.tokenizer = tokenizer
         trusted = SETTINGS["trust_remote_code"]  # for a model with code of its own, which lies beside its weights
         self.model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trusted)
-        self.model.to(torch.accelerator.current_accelerator() or "cpu")
+        self.model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         self.model.eval()
         if len(tokenizer) > self.model.get_input_embeddings().num_embeddings:  # a base without the roles' tokens
             self.model.resize_token_embeddings(len(tokenizer))
