@@ -30,6 +30,7 @@ import numpy as np
 from fledge.errors import UserError
 from fledge.judges.corruption import TESTED, Corrupter, names
 from fledge.judges.ngrams import WordModel
+from fledge.text import beings
 from fledge.text.stories import QUOTED, sentences
 
 FEATURES = tuple(
@@ -43,14 +44,8 @@ SHORT, LONG, ODD = 70, 350, 9
 
 MALE = frozenset(("he", "him", "his", "himself"))
 FEMALE = frozenset(("she", "her", "hers", "herself"))
-MEN = frozenset(
-    """boy man dad daddy father brother grandpa grandfather king prince son uncle mr sir wizard grandad
-    papa""".split()  # noqa: SIM905
-)
-WOMEN = frozenset(
-    """girl woman mom mommy mum mummy mama mother sister grandma grandmother queen princess daughter aunt mrs ms miss
-    lady witch granny nana""".split()  # noqa: SIM905
-)
+MEN = beings.MALE | {"mr", "sir"}
+WOMEN = beings.FEMALE | {"mrs", "ms", "miss"}
 FUNCTION_WORDS = frozenset(
     """a about after all also an and any are as at away back be because been before being but by came can come could
     day did do does down each every for from get go going got had has have he her here hers herself him himself his how

@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from fledge.judges.corruption import verb_form
-from fledge.text.stories import BEINGS, NO_NAMES, sentences
+from fledge.text.beings import BEINGS, STANDARD, SYNONYMS, with_synonyms
+from fledge.text.stories import NO_NAMES, sentences
 from fledge.text.words import FUNCTION_WORDS, lemmas
 
 ALIGNED = 0.5  # of a sentence's words: enough to say that the story's sentence tells this one
@@ -32,19 +33,13 @@ VERBS = frozenset(("felt", "found", "left", "made", "met", "saw", "thought"))  #
 PREPOSITIONS = frozenset(
     "around at for from in inside into near of on onto over to under with".split()  # noqa: SIM905
 )
-KINDS = BEINGS | {"birdie", "bunny", "doggy", "kitty", "mum", "mummy"}
+KINDS = BEINGS | frozenset(STANDARD)
+# What a story may call a character of the topic. "Parents" are mom and dad, and a son is a boy or a kid.
 SAME_KIND = (
-    {"cat", "kitten", "kitty"},
-    {"dog", "puppy", "doggy", "pup"},
-    {"bird", "birdie"},
-    {"rabbit", "bunny"},
-    {"mom", "mommy", "mother", "mum", "mummy", "mama"},
-    {"dad", "daddy", "father", "papa"},
-    {"parent", "mom", "mother", "mum", "dad", "father"},
-    {"boy", "kid", "child", "son", "brother"},
-    {"girl", "kid", "child", "daughter", "sister"},
-    {"grandma", "grandmother", "granny", "nana"},
-    {"grandpa", "grandfather", "grandad"},
+    *map(frozenset, SYNONYMS),
+    with_synonyms(("parent", "mom", "dad")),
+    frozenset(("boy", "kid", "child", "son", "brother")),
+    frozenset(("girl", "kid", "child", "daughter", "sister")),
 )
 VERB_PHRASE = re.compile(
     r"(?P<denied>(?:\b(?:did|does|do|could|would|will|can) not|n't|\bnever) )?(?P<verb>\b[a-z]+)\b"

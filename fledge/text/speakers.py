@@ -6,30 +6,17 @@ Case does not count, so a name is known by its place ("said Tom", "Tom said") an
 
 import re
 
+from fledge.text.beings import BEINGS, FEMALE, MALE, STANDARD
 from fledge.text.spelling import straight
-from fledge.text.stories import BEINGS
 from fledge.text.words import FUNCTION_WORDS
 
 VERB = (
     r"(?:said|says|asked|asks|replied|replies|answered|answers|shouted|yelled|whispered|cried|exclaimed|called|told"
     r"|begged|screamed|explained|laughed|responded|warned|suggested|added|repeated)"
 )
-# Two words for one person of a story.
-SAME = {
-    **dict.fromkeys(("mommy", "mother", "mama", "mum", "mummy", "momma"), "mom"),
-    **dict.fromkeys(("daddy", "father", "papa"), "dad"),
-    **dict.fromkeys(("grandmother", "granny", "nana"), "grandma"),
-    **dict.fromkeys(("grandfather", "grandad", "granddad"), "grandpa"),
-    **dict.fromkeys(("kitty", "kitten"), "cat"),
-    **dict.fromkeys(("puppy", "doggy"), "dog"),
-    "birdie": "bird",
-    "rabbit": "bunny",
-}
-SHE = ("girl", "mom", "sister", "grandma", "aunt", "woman", "lady", "queen", "princess", "daughter", "witch")
-HE = ("boy", "dad", "brother", "grandpa", "uncle", "man", "king", "prince", "son", "policeman", "fisherman")
-PRONOUN = dict.fromkeys(SHE, "she") | dict.fromkeys(HE, "he")
+PRONOUN = dict.fromkeys(FEMALE, "she") | dict.fromkeys(MALE, "he")
 CROWDS = ("everyone", "everybody", "nobody", "someone", "both")
-BEING = "|".join(sorted(BEINGS | set(SAME) | set(PRONOUN) | {"neighbor"}, key=len, reverse=True))
+BEING = "|".join(sorted(BEINGS | set(STANDARD) | set(PRONOUN) | {"neighbor"}, key=len, reverse=True))
 DETERMINER = r"(?:the|an?|his|her|their|its|my|our|another|[\w-]+'s)"
 WHO = rf"(?:{DETERMINER} (?:[\w'-]+,? ){{0,3}}?(?:{BEING})(?!')|(?:mr|mrs|ms|miss|dr)\.? \w+|(?!{DETERMINER}\b)[\w-]+)"
 ADVERBS = r"(?: (?:\w+ly|then|also|just|still|always|finally))*"
@@ -50,7 +37,7 @@ def speakers(story: str) -> int | None:
     if len(parts) % 2 == 0:
         return None  # a quotation is not closed
     narration = " ".join(parts[::2])
-    names = {name: SAME.get(being, being) for being, name in NAMED.findall(narration)}
+    names = {name: STANDARD.get(being, being) for being, name in NAMED.findall(narration)}
     found, previous = set(), None
     for at in range(1, len(parts), 2):
         previous = _speaker(parts, at, previous)
@@ -87,7 +74,7 @@ def _different(found: set[str], names: dict[str, str], narration: str) -> int | 
     named = {being: [name for name, of in names.items() if of == being] for being in names.values()}
     for who in found:
         *others, head = who.split()
-        head = SAME.get(head, head)
+        head = STANDARD.get(head, head)
         head = f"{others[-1]} {head}" if others and others[-1] in BEINGS else head  # the queen bee
         if head in ("he", "she"):
             pronouns.add(head)
@@ -95,7 +82,7 @@ def _different(found: set[str], names: dict[str, str], narration: str) -> int | 
             return None
         else:
             beings.add(named[head][0] if len(named.get(head, ())) == 1 else head)
-    everyone = {SAME.get(word, word) for word in re.findall(rf"\b(?:{BEING})\b", narration)} | beings | set(names)
+    everyone = {STANDARD.get(word, word) for word in re.findall(rf"\b(?:{BEING})\b", narration)} | beings | set(names)
     everyone -= {being for being in named if len(named[being]) == 1}
     for pronoun in pronouns:
         possible = {who for who in everyone if PRONOUN.get(names.get(who, who), pronoun) == pronoun}

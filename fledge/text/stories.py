@@ -7,6 +7,8 @@ Every function returns `None` unless it is certain: an instruction with a wrong 
 import re
 from collections import Counter
 
+from fledge.text.beings import BEINGS
+
 SENTENCE_END = re.compile(
     r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)"
     r"""(?:(?<=[.!?])|(?<=[.!?]["”’']))\s+(?=["“‘']?[A-Z])"""
@@ -33,19 +35,6 @@ GOOD_TURN = re.compile(
 SPEECH = re.compile(
     r"\b(said|says|say|asked|asks|replied|replies|answered|shouted|yelled|whispered|cried out|exclaimed|called out"
     r"|told|tells|talk(?:ed|ing|s)?|spoke|speaks?|begged|screamed|explained|laughed|responded|warned|suggested)\b"
-)
-# Who can be a story's main character without a name.
-BEINGS = frozenset(
-    """alien angel animal ant baby bear beaver bee beetle bird birdie boy brother bug bull bunny butterfly camel captain
-    cat caterpillar chef chick chicken child clown cook cop cow crab creature cricket crocodile crow dad daddy
-    dancer daughter deer dinosaur doctor dog dolphin donkey dove dragon driver duck duckling eagle elephant elf
-    explorer fairy farmer father fireman fish fisherman fly fox friend frog ghost giant giraffe girl goat goose
-    gorilla grandma grandpa guard hamster hawk hedgehog hen hero hippo horse human hunter infant jellyfish judge
-    kangaroo kid king kitten kitty knight lady lamb leopard lion lizard lobster man mermaid mole mom mommy monkey
-    monster mosquito mother mouse mule musician nurse octopus ostrich otter owl painter panda parrot peacock
-    penguin person pig pigeon pilot pirate policeman pony prince princess puppy queen rabbit raccoon rat raven
-    reindeer rhinoceros robot sailor seal shark sheep sister skeleton snail snake soldier son spider squirrel
-    swan teacher tiger toad troll turkey turtle unicorn vet warrior whale witch wizard wolf woman worm zebra""".split()  # noqa: SIM905
 )
 # What may carry a name and is nobody.
 PLACES = frozenset(
