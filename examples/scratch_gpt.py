@@ -131,10 +131,13 @@ def train(args):
     args.out.mkdir(parents=True, exist_ok=True)
     held_out = "\n".join(read_documents(args.hold_out))
     documents = [document for document in read_documents(args.text) if document not in held_out]
-    tokenizer = train_tokenizer(documents, CONFIG["vocab_size"])
+    if args.start_from:
+        model, tokenizer = load(args.start_from)
+        model.train()
+    else:
+        model, tokenizer = ScratchGPT(**CONFIG), train_tokenizer(documents, CONFIG["vocab_size"])
     tokenizer.save(str(args.out / "tokenizer.json"))
     stream = torch.tensor([i for doc in tokenizer.encode_batch(documents) for i in [0, *doc.ids]] + [0])
-    model = ScratchGPT(**CONFIG)
     print(
         f"{len(documents):,} documents, {len(stream):,} tokens, {sum(p.numel() for p in model.parameters()):,} weights"
     )
@@ -146,7 +149,7 @@ def train(args):
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
-    context, offsets = CONFIG["context_length"], torch.arange(CONFIG["context_length"] + 1)
+    context, offsets = args.length, torch.arange(args.length + 1)
     # A window begins where a document does, as every use of the model will; what follows fills it.
     starts = (stream[:-context] == 0).nonzero()
     loss_of = torch.compile(next_token_loss) if args.compile else next_token_loss
@@ -202,11 +205,13 @@ def main():
     training.set_defaults(function=train)
     training.add_argument("--text", nargs="+", required=True)
     training.add_argument("--hold_out", nargs="*", default=[], help="files whose stories are left out")
+    training.add_argument("--start_from", type=Path, help="a folder that `train` wrote: it goes on from there")
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--minutes", type=float, default=60)
     training.add_argument("--batch_size", type=int, default=8)
+    training.add_argument("--length", type=int, default=CONFIG["context_length"], help="tokens of a window")
     training.add_argument("--lr", type=float, default=5e-3)
-    training.add_argument("--compile", action="store_true", help="a quarter faster where there is a C++ compiler")
+    training.add_argument("--compile", action="store_true", help="faster on some CPUs, where there is a C++ compiler")
     sampling = commands.add_parser("sample")
     sampling.set_defaults(function=sample)
     sampling.add_argument("--checkpoint", type=Path, required=True)

@@ -36,27 +36,30 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, used: Iterable[int]
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """A byte-level BPE with the `used` tokens only, and the old id of each of its tokens, in ascending order.
+    """A BPE with the `used` tokens only, and the old id of each of its tokens, in ascending order.
 
     Kept besides: all 256 bytes, so that any text can be written; added tokens; and what a kept token is merged from.
     A text of used tokens keeps its tokens: every merge on the way to them is still there, in the old order, and those
     that are gone never applied.
 
     Raises:
-        UserError: the tokenizer is no byte-level BPE.
+        UserError: the tokenizer is no BPE that writes any text with its bytes.
     """
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     model = description["model"]
     vocabulary = model["vocab"]
-    if model["type"] != "BPE" or not characters_of_bytes().keys() <= vocabulary.keys():
-        raise UserError("The tokenizer is no byte-level BPE with all 256 bytes, and no other kind can be trimmed.")
+    # What SentencePiece made writes a space as "▁", and other characters that it has no token for with their bytes.
+    falls_back = model["type"] == "BPE" and model["byte_fallback"]
+    all_bytes = {"▁", *(f"<0x{byte:02X}>" for byte in range(256))} if falls_back else characters_of_bytes().keys()
+    if model["type"] != "BPE" or not all_bytes <= vocabulary.keys():
+        raise UserError("The tokenizer is no BPE with a token for each of the 256 bytes; no other kind can be trimmed.")
     merges = merges_of(model)
     parts_of: dict[str, list[tuple[str, str]]] = {}
     for left, right in merges:
         parts_of.setdefault(left + right, []).append((left, right))
     name_of = {i: token for token, i in vocabulary.items()}
     added = {token["id"] for token in description["added_tokens"]}
-    kept = {*characters_of_bytes(), *([model["unk_token"]] if model["unk_token"] else [])}
+    kept = {*all_bytes, *([model["unk_token"]] if model["unk_token"] else [])}
     waiting = [name_of[i] for i in used if i in name_of]
     while waiting:
         token = waiting.pop()

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import TextIO
 
 BETWEEN = 30.0  # seconds between two lines of progress in a log
@@ -50,3 +53,17 @@ def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
             print(f"  {doing}: {done:,}/{total:,}", file=sys.stderr, flush=True)
 
     yield tell
+
+
+def in_columns(names: tuple[str, str], texts: tuple[str, str]) -> str:
+    """Two texts with their names in columns; one below the other where the terminal is too narrow for that."""
+    width = (shutil.get_terminal_size().columns - 3) // 2
+    if width < 30:
+        return "\n\n".join(f"--- {name}\n{text}" for name, text in zip(names, texts, strict=True)) + "\n"
+    columns = []
+    for name, text in zip(names, texts, strict=True):
+        wrapped = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width) or [""]]
+        columns.append([name[-width:], "─" * width, *wrapped])
+    return (
+        "\n".join(f"{left:<{width}} │ {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")) + "\n"
+    )

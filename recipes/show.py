@@ -9,8 +9,7 @@ import yaml
 
 from fledge.cli import read_json, run
 from fledge.evaluation.report import beside, cautions, judged_by, table
-
-HEADINGS = {"happy.txt": "A happy ending", "sad.txt": "A sad ending", "answer.txt": "An answer"}
+from fledge.terminal import in_columns
 
 
 def main():
@@ -21,14 +20,19 @@ def main():
     print(f"Base against instruct, {metrics['num_prompts']} held-out prompts, 95% intervals")
     print(f"Instruction following: base {beside(metrics, 'base')}, instruct {beside(metrics)}\n")
     print("\n".join([table(metrics), *cautions(metrics), *judged_by(metrics)]))
-    for file, heading in HEADINGS.items():
-        if (runs / file).exists():
-            print(f"\n{heading}")
-            for paragraph in (runs / file).read_text(encoding="utf-8").strip().splitlines():
-                print(textwrap.fill(paragraph, 98, initial_indent="  ", subsequent_indent="  "))
+    print("\n" + answers(runs))
     print(f"\nThe model: {runs}/model   every answer: {runs}/evaluation/report.html   for the Hub: {runs}/repository")
     print("Next: source .venv/bin/activate")
     print(f"      {shlex.join(next_command(name))}")
+
+
+def answers(runs: Path) -> str:
+    """What the model was asked for last: one topic told twice, side by side, or an answer."""
+    if (runs / "happy.txt").exists():
+        told = [(runs / file).read_text(encoding="utf-8").strip() for file in ("happy.txt", "sad.txt")]
+        return in_columns(("A happy ending", "A sad ending"), (told[0], told[1]))
+    paragraphs = (runs / "answer.txt").read_text(encoding="utf-8").strip().splitlines()
+    return "\n".join(["An answer", *(textwrap.fill(paragraph, 98) for paragraph in paragraphs)])
 
 
 def next_command(name: str) -> list[str]:

@@ -112,6 +112,21 @@ def test_the_last_screen_asks_as_the_recipe_does(name, monkeypatch):
     assert all(vars(asked)[key] == vars(recipe)[key] for key in ("model", "topic", "words", "constraints", "prompt"))
 
 
+@pytest.mark.parametrize(("columns", "beside"), [(100, True), (40, False)])
+def test_the_last_screen_tells_one_topic_twice(columns, beside, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    answers = importlib.import_module("show").answers
+    (tmp_path / "happy.txt").write_text("The fox found a friend.\n", encoding="utf-8")
+    (tmp_path / "sad.txt").write_text("The fox was alone.\n", encoding="utf-8")
+    lines = answers(tmp_path).splitlines()
+    assert any("found a friend" in line and "was alone" in line for line in lines) == beside
+    assert "A happy ending" in lines[0]
+    (tmp_path / "happy.txt").unlink()
+    (tmp_path / "answer.txt").write_text("Forty-two.\n", encoding="utf-8")
+    assert answers(tmp_path).splitlines() == ["An answer", "Forty-two."]
+
+
 def test_trl_reads_its_recipe():
     from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 

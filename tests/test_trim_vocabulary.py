@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -61,13 +61,30 @@ def test_a_chain_of_merges_is_kept_and_nothing_else():
     assert (trimmed.eos_token_id, trimmed.chat_template) == (names["<end>"], "{{ messages }}")
 
 
+def with_byte_fallback() -> PreTrainedTokenizerFast:
+    """What transformers makes of SentencePiece's BPE, as in Llama: other characters are written with their bytes."""
+    parts = ["▁", *"Lilysawbedn.", "Li", "ly", "Lily", "▁Lily", "▁s", "aw", "▁saw"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *parts]
+    merges = [("L", "i"), ("l", "y"), ("Li", "ly"), ("▁", "Lily"), ("▁", "s"), ("a", "w"), ("▁s", "aw")]
+    vocabulary = {token: i for i, token in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 @given(st.text())
-def test_any_text_comes_back_and_used_text_keeps_its_tokens(tokenizer, text):
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+def test_any_text_comes_back_and_used_text_keeps_its_tokens(tokenizer, kind, text):
+    tokenizer = tokenizer if kind == "byte-level" else with_byte_fallback()
     used = tokenizer(text, split_special_tokens=True)["input_ids"]
     trimmed, old_ids = trim_tokenizer(tokenizer, used)
     ids = trimmed(text, split_special_tokens=True)["input_ids"]
     assert [old_ids[i] for i in ids] == used
-    assert trimmed.decode(ids) == text
+    assert trimmed.decode(ids) == tokenizer.decode(used) == text
     other = "Lily saw \N{SNOWMAN}.\n"
     assert trimmed.decode(trimmed.encode(other)) == other
 
@@ -134,5 +151,5 @@ def test_the_script_writes_a_model_that_opens(corpus, tmp_path, monkeypatch, cap
 
 def test_other_kinds_are_refused(tmp_path):
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(UserError, match="no byte-level BPE with all 256 bytes"):
+    with pytest.raises(UserError, match="no BPE with a token for each of the 256 bytes"):
         trim_tokenizer(words, [0])

@@ -8,12 +8,9 @@ python generate.py --model base --prompt "Once upon a time"
 
 import contextlib
 import json
-import shutil
 import sys
-import textwrap
 import time
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,7 +21,7 @@ from fledge.hub import find_model
 from fledge.locks import locked
 from fledge.ranges import AT_LEAST_ONE, check_ranges
 from fledge.sampling import Sampling
-from fledge.terminal import quiet
+from fledge.terminal import in_columns, quiet
 from fledge.trained import Trained, read_trained
 
 if TYPE_CHECKING:
@@ -187,7 +184,7 @@ def compare(
             answers += answer_batch(model, tokenizer, [ids] * args.num_samples, sampling, sampling.seed)
         columns.append([answer.text for answer in answers])
     for texts in zip(*columns, strict=True):
-        print(side_by_side((args.model, str(args.compare)), texts))
+        print(in_columns((args.model, str(args.compare)), texts))
     return [text for texts in columns for text in texts]
 
 
@@ -273,17 +270,3 @@ def stats(shown: bool) -> "Iterator[list[Answer]]":
         rate = tokens / (time.perf_counter() - start)
         ended = f"{stopped} of {len(answers)} stopped by end-of-text"
         print(f"[{tokens:,} tokens, {rate:,.0f} tokens/s, {ended}]", file=sys.stderr)
-
-
-def side_by_side(names: tuple[str, str], texts: tuple[str, str]) -> str:
-    """Two texts in columns; one below the other where the terminal is too narrow for that."""
-    width = (shutil.get_terminal_size().columns - 3) // 2
-    if width < 30:
-        return "\n\n".join(f"--- {name}\n{text}" for name, text in zip(names, texts, strict=True)) + "\n"
-    columns = []
-    for name, text in zip(names, texts, strict=True):
-        wrapped = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width) or [""]]
-        columns.append([name[-width:], "─" * width, *wrapped])
-    return (
-        "\n".join(f"{left:<{width}} │ {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")) + "\n"
-    )
