@@ -37,8 +37,9 @@ def main() -> None:
 
 
 def best_of_n(rewarder, scorer, rows: list[dict], folder: Path) -> None:
-    from fledge.evaluation.wording import distinct_2, repetition, words
+    from fledge.evaluation.wording import distinct_2, repetition
     from fledge.messages import Answer
+    from fledge.text.words import as_written
 
     entries = [json.loads(line) for line in (folder / "answers.jsonl").open(encoding="utf-8")]
     count = entries[0]["--num_samples"]
@@ -62,7 +63,7 @@ def best_of_n(rewarder, scorer, rows: list[dict], folder: Path) -> None:
         found = {name: np.mean([scores[i][name] for i in best if name in scores[i]]) for name in SHOWN}
         said = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
         variety = sum(part for part, _ in parts) / sum(pairs for _, pairs in parts)
-        length = np.mean([len(words(answers[i].text)) for i in best])
+        length = np.mean([len(as_written(answers[i].text)) for i in best])
         print(f"  {title}: {said}, distinct_2 {variety:.1%}, words {length:.0f}")
 
 

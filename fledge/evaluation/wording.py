@@ -8,6 +8,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from fledge.messages import INPUT_MARK, Answer
+from fledge.text.words import as_written
 
 MEANING = {
     "eos_rate": "answers that the model ended itself",
@@ -24,13 +25,9 @@ OPENING = 3
 CONTENT = "\ue000"  # stands for a message's content where only what surrounds it matters
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
-
-
 def runs(text: str, length: int) -> Iterator[tuple[str, ...]]:
     """Every run of `length` words."""
-    found = words(text)
+    found = as_written(text)
     return zip(*(found[i:] for i in range(length)), strict=False)
 
 
@@ -55,7 +52,7 @@ def copied(texts: list[str], training: Iterable[str]) -> list[float | None]:
         for begin, run in enumerate(runs(text, COPIED_RUN)):
             if run in found:
                 covered.update(range(begin, begin + COPIED_RUN))
-        count = len(words(text))
+        count = len(as_written(text))
         shares.append(len(covered) / count if count >= COPIED_RUN else None)
     return shares
 
@@ -67,13 +64,13 @@ def distinct_2(texts: list[str]) -> list[tuple[float, int]]:
     sums of either over the texts are distinct-2's numerator and denominator.
     """
     counts = Counter(pair for text in texts for pair in runs(text, 2))
-    return [(sum(1 / counts[pair] for pair in runs(text, 2)), max(len(words(text)) - 1, 0)) for text in texts]
+    return [(sum(1 / counts[pair] for pair in runs(text, 2)), max(len(as_written(text)) - 1, 0)) for text in texts]
 
 
 def unique(texts: list[str]) -> list[bool]:
     """Whether no other text has the same words."""
-    counts = Counter(tuple(words(text)) for text in texts)
-    return [counts[tuple(words(text))] == 1 for text in texts]
+    counts = Counter(tuple(as_written(text)) for text in texts)
+    return [counts[tuple(as_written(text))] == 1 for text in texts]
 
 
 class Wording:
@@ -122,7 +119,7 @@ def template_marks(tokenizer: PreTrainedTokenizerBase, conversations: list[list[
             str(tokenizer.eos_token), "\n"
         )
         marks.update(line.strip() for line in re.split(f"[{CONTENT}\n]", text))
-    return {mark for mark in marks if words(mark)}
+    return {mark for mark in marks if as_written(mark)}
 
 
 def instruction_openings(conversations: list[list[dict]]) -> set[str]:
@@ -142,6 +139,6 @@ def continues_prompt(answer: str, marks: set[str], openings: set[str]) -> bool:
 
 def _openings(text: str) -> Iterator[str]:
     for line in text.split("\n"):
-        first = words(line)[:OPENING]
+        first = as_written(line)[:OPENING]
         if len(first) == OPENING:
             yield " ".join(first)

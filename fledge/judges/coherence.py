@@ -32,6 +32,7 @@ from fledge.judges.corruption import TESTED, Corrupter, names
 from fledge.judges.ngrams import WordModel
 from fledge.text import beings
 from fledge.text.stories import QUOTED, sentences
+from fledge.text.words import FUNCTION_WORDS
 
 FEATURES = tuple(
     """surprise unevenness worst odd order fit fresh given names late_names lost_name gender switch repeated same twice
@@ -46,13 +47,10 @@ MALE = frozenset(("he", "him", "his", "himself"))
 FEMALE = frozenset(("she", "her", "hers", "herself"))
 MEN = beings.MALE | {"mr", "sir"}
 WOMEN = beings.FEMALE | {"mrs", "ms", "miss"}
-FUNCTION_WORDS = frozenset(
-    """a about after all also an and any are as at away back be because been before being but by came can come could
-    day did do does down each every for from get go going got had has have he her here hers herself him himself his how
-    i if in into is it its just let like little lot made make many me more much my named no not now of off oh old on
-    once one only or other our out over said saw she so some something soon than thank that the their them then there
-    these they thing things this those time to too two up upon us very want wanted was we went were what when where
-    which while who why will with would yes you your""".split()  # noqa: SIM905
+# A story tells with more words than a summary that say little of what it is about.
+COMMON_WORDS = FUNCTION_WORDS - {"gets", "learn", "learns", "makes"} | frozenset(
+    """any away back came come down go going here herself himself let like lot many much now oh said saw something soon
+    thank these thing things those want wanted went why yes""".split()  # noqa: SIM905
 )
 INTRODUCED = re.compile(
     r"\b(the|a|an|his|her|their|some|my|this|that|your|our) (?:[a-z]+,? ){0,2}?([a-z]+)"
@@ -67,7 +65,7 @@ def tokens(text: str) -> list[str]:
 def content(text: str) -> list[str]:
     """The words that carry meaning, without their plainest endings."""
     words = re.findall(r"[a-z]{3,}", text.lower().replace("’", "'").replace("'s", ""))
-    return [re.sub(r"(?<=\w{3})(?:ies|ied|es|s|ed|ing|e|y)$", "", word) for word in words if word not in FUNCTION_WORDS]
+    return [re.sub(r"(?<=\w{3})(?:ies|ied|es|s|ed|ing|e|y)$", "", word) for word in words if word not in COMMON_WORDS]
 
 
 class CoherenceJudge:

@@ -16,7 +16,7 @@ from pathlib import Path
 from fledge.judges.corruption import verb_form
 from fledge.text.beings import BEINGS, STANDARD, SYNONYMS, with_synonyms
 from fledge.text.stories import NO_NAMES, sentences
-from fledge.text.words import FUNCTION_WORDS, lemmas
+from fledge.text.words import FUNCTION_WORDS, in_order, lemmas
 
 ALIGNED = 0.5  # of a sentence's words: enough to say that the story's sentence tells this one
 LONG = 8  # words: a summary's longer sentence may be told in several, so what it names has no one place
@@ -77,16 +77,12 @@ def judge_topic(topic: str, story: str) -> Verdict:
 
 def content(text: str) -> list[str]:
     """The different words that carry meaning, names among them, in lower case and in order."""
-    return [word for word in dict.fromkeys(words(text)) if word not in FUNCTION_WORDS]
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+(?:'t)?", re.sub(r"'s\b", "", text.lower().replace("’", "'")))
+    return [word for word in dict.fromkeys(in_order(text)) if word not in FUNCTION_WORDS]
 
 
 class _Sentence:
     def __init__(self, text: str):
-        self.text, self.words = text, words(text)
+        self.text, self.words = text, in_order(text)
         self.forms = frozenset().union(*(lemmas(word) for word in self.words))
 
 
@@ -157,7 +153,7 @@ def _other_statement(part: str, told: list[_Sentence], present: frozenset[str]) 
     if not is_told:
         return None
     if len(wanted) <= LONG:
-        new = [head for head in heads(beside.text) if not lemmas(head) & set(words(part))]
+        new = [head for head in heads(beside.text) if not lemmas(head) & set(in_order(part))]
         elsewhere = [head for head in named if not lemmas(head) & near and head not in KINDS]
         if new and elsewhere:
             return CONTRADICTS, f"{elsewhere[0]} became {new[0]}"
@@ -194,7 +190,7 @@ def heads(text: str) -> list[str]:
 
 def _other_number(part: str, beside: _Sentence) -> tuple[str, str] | None:
     told = list(pairwise(beside.words))
-    for number, noun in pairwise(words(part)):
+    for number, noun in pairwise(in_order(part)):
         if number not in NUMBERS or (number, noun) in told:
             continue
         for other, same in told:

@@ -5,10 +5,11 @@ that it holds for millions of rows.
 Rows of one group are no duplicates of each other: they are several tasks about one text and stay in one split.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
+
+from fledge.text.words import as_written
 
 HASHES = 128  # an estimate of the similarity is off by 0.035 (one standard deviation) at 0.8
 SHINGLE = 5  # words
@@ -21,7 +22,7 @@ def signatures(texts: list[str]) -> np.ndarray:
 
     shingles = []
     for text in texts:
-        words = re.findall(r"\w+", text.lower())
+        words = as_written(text)
         shingles.append([" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))])
     rows = RMinHash.digest_matrix_from_token_sets(shingles, num_perm=HASHES, seed=1).to_rows()
     return np.array(rows, np.uint32).reshape(len(texts), HASHES)

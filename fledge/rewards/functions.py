@@ -16,10 +16,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from fledge.errors import UserError
-from fledge.evaluation.wording import repetition, words
+from fledge.evaluation.wording import repetition
 from fledge.generation.answers import answer_of
 from fledge.messages import Answer
 from fledge.tasks import Task
+from fledge.text.words import as_written
 
 RewardFunction = Callable[..., list[float | None]]
 OF_EVERY_TASK = {"stopped": 1.0, "usual": 1.0}
@@ -144,7 +145,7 @@ class Usual:
         found: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             text = row["messages"][-1]["content"]
-            found.setdefault(task.kind(row), []).append((len(words(text)), 1 - repetition(text)))
+            found.setdefault(task.kind(row), []).append((len(as_written(text)), 1 - repetition(text)))
         self.limits = {
             kind: (
                 float(np.quantile([count for count, _ in of_kind], 1 - COMMON_SHARE)),
@@ -155,7 +156,7 @@ class Usual:
         }
 
     def reward(self, row: dict, answer: Answer) -> float:
-        limits, count = self.limits.get(self.task.kind(row)), len(words(answer.text))
+        limits, count = self.limits.get(self.task.kind(row)), len(as_written(answer.text))
         if limits is None:  # a kind of prompt that training does not have
             return 1.0
         shortest, longest, least_fresh = limits

@@ -2,6 +2,10 @@
 
 Two words are inflections of one when they share a dictionary form in LemmInflect's lexicon, which is made from the
 NIH's SPECIALIST lexicon (https://github.com/bjascob/LemmInflect). "A run" and "to run" are one word here.
+
+Texts are split into words here. A learned judge has a splitter of its own, with which its weights were learned
+(`endings.py`, `coherence.py` and `corruption.py` in `fledge/judges/`); `judges/topic.py` reads punctuation along with
+the words to find noun phrases.
 """
 
 import re
@@ -25,6 +29,15 @@ def lemmas(word: str) -> frozenset[str]:
 
     found = {lemma for forms in getAllLemmas(word).values() for lemma in forms}
     return frozenset({word, SUPPLETIVE.get(word, word)} | found)
+
+
+def as_written(text: str) -> list[str]:
+    """Lower-case words of a text in order; a hyphen parts words.
+
+    >>> as_written("The ice-cream man's van")
+    ['the', 'ice', 'cream', "man's", 'van']
+    """
+    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("’", "'"))
 
 
 def in_order(text: str) -> list[str]:
@@ -52,8 +65,8 @@ def used(requested: Sequence[str], text: str) -> list[bool]:
 
 def content_words(text: str) -> set[str]:
     """Lower-case words that carry meaning, with plain plural and past endings taken off."""
-    words = re.findall(r"[a-z]+", text.lower().replace("’", "'").replace("'s", ""))
-    return {re.sub(r"(?<=\w{3})(es|s|ed|ing|e)$", "", word) for word in words if word not in FUNCTION_WORDS}
+    words = (word for word in in_order(text) if word not in FUNCTION_WORDS)
+    return {re.sub(r"(?<=\w{3})(es|s|ed|ing|e)$", "", word) for word in words}
 
 
 def is_run(words: str, text: str) -> bool:

@@ -1,6 +1,6 @@
 import pytest
 
-from fledge.text.words import content_words, in_order, used
+from fledge.text.words import as_written, content_words, in_order, used
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,10 @@ def test_each_word_has_its_own_answer():
     assert used([], "The dogs sang.") == []
 
 
+def test_words_as_they_are_written():
+    assert as_written("Don’t stop, Zoë! It's 3 o'clock.") == ["don't", "stop", "zoë", "it's", "3", "o'clock"]
+
+
 def test_words_of_a_text_in_order():
     assert in_order("“Tom’s dog,” she said: don't!") == ["tom", "dog", "she", "said", "don't"]
 
@@ -107,6 +111,8 @@ def test_words_of_a_text_in_order():
         ("jumped jumping jumps jump", {"jump"}),
         ("bus red sing", {"bus", "red", "sing"}),
         ("Lily's ball", {"lily", "ball"}),
+        ("'sad,' she said", {"sad", "said"}),
+        ("a café", {"café"}),
         ("and then they were", set()),
         ("", set()),
     ],
