@@ -59,7 +59,7 @@ def make_trainer(way, args, folder):
     from fledge.evaluation.prompts import task_of
     from fledge.models import load_model
     from fledge.rewards.configuration import SmallGrpoConfig, fit_answers
-    from fledge.rewards.functions import chosen_rewards, reward_functions
+    from fledge.rewards.functions import Rewarder, chosen_rewards, reward_functions
     from fledge.rewards.rollouts import Rollouts
     from fledge.rewards.trainer import SmallGrpoTrainer
     from fledge.training.configuration import choose_bf16
@@ -79,7 +79,7 @@ def make_trainer(way, args, folder):
     }  # fmt: skip
     config, _ = fit_answers(SmallGrpoConfig(**common, bf16=bf16), model, encoded["train"])
     prompts = [row["messages"][:-1] for row in rows]
-    functions = reward_functions(task, rows, tokenizer, list(weights))
+    functions = reward_functions(Rewarder(task, rows), rows, tokenizer, list(weights))
     if way == "Fledge":
         rollouts = Rollouts(encoded["train"], prompts)
         given = {"prompts": prompts, "rollouts": rollouts}

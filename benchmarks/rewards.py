@@ -29,7 +29,7 @@ def main() -> None:
     from fledge.rewards.functions import Rewarder
 
     task, train_rows = task_of(args.dataset, None), open_rows(args.dataset)["train"]
-    rewarder = Rewarder(task, train_rows, None)
+    rewarder = Rewarder(task, train_rows)
     if args.answers:
         best_of_n(rewarder, task.scorer(train_rows, []), train_rows, args.answers)
     if args.hacked:

@@ -66,6 +66,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(small, tmp_path, monkeyp
     said = capsys.readouterr().out
     assert "validation loss 0." in said
     assert "preferred" in said
+    assert "Time: about" in said
 
     def stop(*_: object, **__: object) -> None:
         raise Killed

@@ -128,6 +128,10 @@ def test_killed_and_resumed_equals_straight(small, tmp_path, capsys):
     one, other = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("straight", "cut"))
     assert (one["tokens"], one["last_loss"], one["steps"]) == (other["tokens"], other["last_loss"], other["steps"])
     assert (one["resumed"], other["resumed"]) == (False, True)
+    first, second = other["parts"]
+    assert (first["first_step"], second["first_step"]) == (0, 3)
+    assert other["seconds"] == pytest.approx(first["seconds"] + second["seconds"], abs=0.1)
+    assert other["tokens_per_second"] == pytest.approx(other["tokens"] / other["seconds"], rel=0.1)
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_seed_others(small, tmp_path):
@@ -165,7 +169,7 @@ def test_going_on_with_something_else_is_refused_or_recorded(small, tmp_path, ca
     train(small, first, *steps, "--resume", "auto", *changes, *without_effect, dataset=other)
     record = json.loads((first / "run.json").read_text(encoding="utf-8"))
     start, went_on = record["parts"]
-    assert (start, went_on["first_step"]) == ({"first_step": 0}, 1)
+    assert (start["first_step"], "changed" in start, went_on["first_step"]) == (0, False, 1)
     assert went_on["changed"].keys() == {"learning_rate", "weight_decay", "data"}
     assert went_on["changed"]["learning_rate"] == [0.0005, 0.002]
     log = [json.loads(line) for line in (first / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]

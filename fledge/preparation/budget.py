@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fledge.cli import write_json
+from fledge.pictures import picture
 from fledge.preparation.chunks import Facts
 from fledge.preparation.reasons import ANSWER_LOST, OF_ANSWERS, Reason, too_long, unwritable
 from fledge.tokenizers.spelling import named
@@ -161,22 +162,15 @@ class Budget:
         """Writes `budget.json`, `budget.md` and `budget.png`, the lengths of the training rows."""
         write_json(folder / "budget.json", self.as_dict())
         (folder / "budget.md").write_text(self.markdown(), encoding="utf-8")
-
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
-        axes.hist(
-            [train["length"] - train["completion_length"], train["completion_length"]],
-            bins=60,
-            histtype="stepfilled",
-            alpha=0.6,
-            label=["prompt", "completion"],
-        )
-        axes.axvline(self.max_length, color="black", linestyle="--", linewidth=1, label=f"max_length {self.max_length}")
-        axes.set(xlabel="tokens", ylabel="training rows")
-        axes.legend(frameon=False)
-        figure.savefig(folder / "budget.png", dpi=120)
-        pyplot.close(figure)
+        with picture(folder / "budget.png", (7, 3.2)) as axes:
+            axes.hist(
+                [train["length"] - train["completion_length"], train["completion_length"]],
+                bins=60,
+                histtype="stepfilled",
+                alpha=0.6,
+                label=["prompt", "completion"],
+            )
+            limit = f"max_length {self.max_length}"
+            axes.axvline(self.max_length, color="black", linestyle="--", linewidth=1, label=limit)
+            axes.set(xlabel="tokens", ylabel="training rows")
+            axes.legend(frameon=False)

@@ -309,9 +309,7 @@ def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
     return estimate, lines
 
 
-def pretraining_record(
-    trainer: PretrainTrainer, seconds: float, tokens: dict, estimate: dict, tokens_before: int
-) -> dict:
+def pretraining_record(trainer: PretrainTrainer, tokens: dict, estimate: dict) -> dict:
     """Everything that made the base: corpus, sizes, hyper-parameters, machine, and outcome."""
     config, history = trainer.model.config, trainer.state.log_history
     measured = [entry for entry in history if "eval_bits_per_byte" in entry]
@@ -323,5 +321,5 @@ def pretraining_record(
         "estimate": estimate,
         "uniform_loss": math.log(config.vocab_size),
         "bits_per_byte": measured[-1]["eval_bits_per_byte"],
-        **outcome(trainer, seconds, TrainingArguments, tokens_before),
+        **outcome(trainer, TrainingArguments),
     }

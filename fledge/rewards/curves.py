@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from fledge.evaluation.scoring import MEANING
+from fledge.pictures import picture
 from fledge.rewards.watch import kept_step, looks_in
 from fledge.training.run_record import Progress
 
@@ -49,37 +50,30 @@ class RewardProgress(Progress):
 
 def save_picture(log_history: list[dict], folder: Path) -> None:
     """`rewards.png`: what was rewarded, what is reported, and what it cost; a dotted line where the model is kept."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     looks, steps = looks_in(log_history), [entry for entry in log_history if "reward" in entry]
     own = sorted({name for look in looks for name in look if name not in OF_NO_TASK and not name.startswith(REWARDS)})
-    figure, panels = pyplot.subplots(3, 3, figsize=(15, 11), layout="constrained")
-    axes = panels.flatten()
-    axes[0].set_title("reward, weighted and summed")
-    _draw(axes[0], steps, {"reward": "of training prompts"}, "")
-    _draw(axes[0], looks, {"reward": "of validation prompts"})
-    axes[1].set_title("rewards of training prompts")
-    _draw(axes[1], steps, {f"{REWARDS}{name}{MEAN}": name for entry in steps for name in rewards_in(entry)}, "")
-    axes[2].set_title("reported of validation prompts")
-    _draw(axes[2], looks, {name: name.replace("_", " ") for name in own})
-    for axis, (title, names) in zip(axes[3:], OF_LOOKS.items(), strict=False):
-        axis.set_title(title)
-        _draw(axis, looks, {name: name.replace("_", " ") for name in names})
-    axes[8].set_title("of the trainer's log")
-    _draw(axes[8], steps, OF_LOG, "")
-    kept = kept_step(log_history)
-    for axis in axes:
-        if kept is not None:
-            axis.axvline(kept, color="0.6", linestyle=":", label="kept" if axis is axes[0] else None)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("step")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, fontsize="small")
-    figure.savefig(folder / "rewards.png", dpi=110)
-    pyplot.close(figure)
+    with picture(folder / "rewards.png", (15, 11), 3, 3, dpi=110) as panels:
+        axes = panels.flatten()
+        axes[0].set_title("reward, weighted and summed")
+        _draw(axes[0], steps, {"reward": "of training prompts"}, "")
+        _draw(axes[0], looks, {"reward": "of validation prompts"})
+        axes[1].set_title("rewards of training prompts")
+        _draw(axes[1], steps, {f"{REWARDS}{name}{MEAN}": name for entry in steps for name in rewards_in(entry)}, "")
+        axes[2].set_title("reported of validation prompts")
+        _draw(axes[2], looks, {name: name.replace("_", " ") for name in own})
+        for axis, (title, names) in zip(axes[3:], OF_LOOKS.items(), strict=False):
+            axis.set_title(title)
+            _draw(axis, looks, {name: name.replace("_", " ") for name in names})
+        axes[8].set_title("of the trainer's log")
+        _draw(axes[8], steps, OF_LOG, "")
+        kept = kept_step(log_history)
+        for axis in axes:
+            if kept is not None:
+                axis.axvline(kept, color="0.6", linestyle=":", label="kept" if axis is axes[0] else None)
+            axis.grid(alpha=0.3)
+            axis.set_xlabel("step")
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(frameon=False, fontsize="small")
 
 
 def _draw(axis: "Axes", entries: list[dict], names: dict[str, str], marker: str = "o") -> None:

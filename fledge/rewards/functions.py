@@ -59,57 +59,52 @@ def chosen_rewards(task: Task, names: list[str] | None, weights: list[float] | N
 
 
 def reward_functions(
-    task: Task,
-    rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    names: list[str] | None = None,
-    train_rows: list[dict] | None = None,
+    rewarder: "Rewarder", rows: list[dict], tokenizer: PreTrainedTokenizerBase, names: list[str] | None = None
 ) -> list[RewardFunction]:
-    """TRL's reward functions for the rewards of `task`, or for those that `names` has (see `chosen_rewards`).
+    """TRL's reward functions for answers to the prompts of `rows`, for all rewards of the task or those of `names`.
 
     Each is called with `completion_ids` and `row`, the number of each answer's prompt among `rows`. It returns a value
-    in [0, 1] for each answer, and None where the prompt does not call for this reward. `train_rows`, which show what is
-    usual, are `rows` themselves unless others are given.
+    in [0, 1] for each answer, and None where the prompt does not call for this reward (see `chosen_rewards`).
 
     Raises:
         UserError: a name is no reward; a user's file cannot be run; a task returned a value outside 0 to 1.
     """
-    rewarder = Rewarder(task, rows, tokenizer, train_rows)
+    step = _Step(rewarder, rows, tokenizer)
     return [
-        _of_user(name, rows) if FILE_MARK in name else rewarder.function(name)
-        for name in chosen_rewards(task, names, None)
+        _of_user(name, rows) if FILE_MARK in name else step.function(name)
+        for name in chosen_rewards(rewarder.task, names, None)
     ]
 
 
-class Rewarder:
-    """Rewards the answers to the prompts of `rows`. All functions of one step share one scoring."""
+class _Step:
+    """Rewards the answers of a step to the prompts of `rows`, once for all functions."""
 
-    def __init__(
-        self,
-        task: Task,
-        rows: list[dict],
-        tokenizer: PreTrainedTokenizerBase | None,
-        train_rows: list[dict] | None = None,
-    ):
-        self.task, self.rows, self.tokenizer = task, rows, tokenizer
-        self.names, train_rows = weights_of(task), train_rows or rows
-        self.usual = Usual(task, train_rows)
-        self.scorer = task.scorer(train_rows, []) if type(task).reward is Task.reward else None
+    def __init__(self, rewarder: "Rewarder", rows: list[dict], tokenizer: PreTrainedTokenizerBase):
+        self.rewarder, self.rows, self.tokenizer = rewarder, rows, tokenizer
         self.last: tuple[list[int], list[list[int]], list[dict[str, float]]] = ([], [], [])
 
     def function(self, name: str) -> RewardFunction:
         def reward(*, completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
-            return [found.get(name) for found in self.of_step(row, completion_ids)]
+            return [found.get(name) for found in self.rewards(row, completion_ids)]
 
         reward.__name__ = name
         return reward
 
-    def of_step(self, numbers: list[int], completion_ids: list[list[int]]) -> list[dict[str, float]]:
+    def rewards(self, numbers: list[int], completion_ids: list[list[int]]) -> list[dict[str, float]]:
         if self.last[:2] != (numbers, completion_ids):
-            assert self.tokenizer
             answers = [answer_of(self.tokenizer, ids) for ids in completion_ids]
-            self.last = (numbers, completion_ids, self.rewards([self.rows[number] for number in numbers], answers))
+            rows = [self.rows[number] for number in numbers]
+            self.last = (numbers, completion_ids, self.rewarder.rewards(rows, answers))
         return self.last[2]
+
+
+class Rewarder:
+    """Rewards answers as a task does; what is usual is learned from the training split, `train_rows`."""
+
+    def __init__(self, task: Task, train_rows: list[dict]):
+        self.task, self.names = task, weights_of(task)
+        self.usual = Usual(task, train_rows)
+        self.scorer = task.scorer(train_rows, []) if type(task).reward is Task.reward else None
 
     def rewards(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
         """Every reward that is called for in each answer.

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from typing_extensions import override
 
-from fledge.encoding import prompt_length
+from fledge.encoding import IGNORED, prompt_length
 from fledge.guards import check_overrides
+from fledge.pictures import picture
 from fledge.ranges import POSITIVE, check_ranges
 from fledge.rewards.pairs import lengths_of
 from fledge.rewards.watch import record_of
@@ -25,6 +26,7 @@ from fledge.training.configuration import SmallDefaults, with_values
 from fledge.training.run_record import Progress
 from fledge.training.sharding import told_to_shard
 from fledge.training.trainer import score_faster
+from fledge.training.trial import lengths_in, time_of_rows
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 # The picture's panels: what the log calls a curve, and what the picture does.
@@ -90,6 +92,26 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
             if self.ref_model is not None:
                 score_faster(self.accelerator.unwrap_model(self.ref_model), self.args, rows=1)
 
+    def time_needed(self, tokens_seen: int) -> str | None:
+        """A line on what is left, from a trial with both answers of some pairs; see `time_of_rows`."""
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        prompts, chosen, rejected = (lengths_in(self.train_dataset, column) for column in columns)
+        longest = self.args.max_length
+        lengths = (prompts + chosen).clip(0, longest) + (prompts + rejected).clip(0, longest)
+
+        def log_probs(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            labels = ids.masked_fill(batch["completion_mask"] == 0, IGNORED)
+            return self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+
+        def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            if not self.precompute_ref_logps:
+                with torch.no_grad():
+                    log_probs(batch)  # the reference is as large as the model
+            return -log_probs(batch).mean()
+
+        return time_of_rows(self, lengths, loss_of, tokens_seen)
+
     @override
     def more_of_the_way(self) -> dict:
         return record_of(self.state.log_history)
@@ -152,21 +174,15 @@ def _preferred(logs: dict[str, float], prefix: str) -> str:
 
 def save_preference_curve(log_history: list[dict], folder: Path) -> None:
     """The loss, how often the chosen answer is preferred, and what both answers gained, as `loss_curve.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(SHOWN), figsize=(11, 3.4), layout="constrained")
-    for panel, (title, curves) in zip(panels, SHOWN.items(), strict=True):
-        for key, label in curves.items():
-            for prefix, style, split in (("", "-", "training"), ("eval_", "o--", "validation")):
-                points = [(entry["step"], float(entry[prefix + key])) for entry in log_history if prefix + key in entry]
-                if points:
-                    panel.plot(*zip(*points, strict=True), style, label=f"{label} {split}".strip(), markersize=4)
-        panel.set(xlabel="step", title=title)
-        if panel.lines:
-            panel.legend(frameon=False)
-        panel.grid(alpha=0.3)
-    figure.savefig(folder / "loss_curve.png", dpi=120)
-    pyplot.close(figure)
+    with picture(folder / "loss_curve.png", (11, 3.4), columns=len(SHOWN)) as panels:
+        for panel, (title, curves) in zip(panels, SHOWN.items(), strict=True):
+            for key, label in curves.items():
+                for prefix, style, split in (("", "-", "training"), ("eval_", "o--", "validation")):
+                    told = [entry for entry in log_history if prefix + key in entry]
+                    points = [(entry["step"], float(entry[prefix + key])) for entry in told]
+                    if points:
+                        panel.plot(*zip(*points, strict=True), style, label=f"{label} {split}".strip(), markersize=4)
+            panel.set(xlabel="step", title=title)
+            if panel.lines:
+                panel.legend(frameon=False)
+            panel.grid(alpha=0.3)

@@ -30,7 +30,7 @@ from fledge.evaluation.scoring import Scoring
 from fledge.evaluation.wording import Wording
 from fledge.generation.answers import answer_of, continue_each
 from fledge.guards import check_overrides
-from fledge.rewards.functions import RewardFunction, call_of, reward_functions, weights_of
+from fledge.rewards.functions import Rewarder, RewardFunction, call_of, reward_functions, weights_of
 from fledge.rewards.limits import Look, WatchArguments, best_of, broken, outside
 from fledge.sampling import Sampling
 from fledge.tasks import FOLLOWING
@@ -297,11 +297,16 @@ def said_at_the_end(looks: list[Look], best: Look | None, reasons: list[str]) ->
 
 
 def watched_in(
-    limits: WatchArguments, data: Path, task_file: str | None, weights: dict[str, float] | None = None
+    limits: WatchArguments,
+    data: Path,
+    task_file: str | None,
+    weights: dict[str, float] | None = None,
+    rewarder: Rewarder | None = None,
 ) -> Watched | None:
     """What is looked at in a run: validation prompts of the dataset `data`; None if none are wanted.
 
-    `weights` are the rewards by name, the task's own unless others are given.
+    `weights` are the rewards by name, the task's own unless others are given. `rewarder` is that of a run which learns
+    from the training split of `data`.
 
     Raises:
         UserError: the dataset has no validation prompts, or `task_file` is not its task.
@@ -313,7 +318,8 @@ def watched_in(
     except UserError as error:
         raise UserError(f"{error} Or train without being watched: --watch_prompts 0.") from error
     weights = weights or weights_of(prompts.task)
-    functions = reward_functions(prompts.task, prompts.rows, prompts.tokenizer, list(weights), prompts.train_rows)
+    rewarder = rewarder or Rewarder(prompts.task, prompts.train_rows)
+    functions = reward_functions(rewarder, prompts.rows, prompts.tokenizer, list(weights))
     return Watched(prompts, functions, list(weights.values()))
 
 

@@ -167,7 +167,7 @@ def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
 
     quiet()
     prompts = open_prompts(Path(str(args.dataset)), args.task, args.split, args.num_prompts, args.num_samples)
-    rewarder = Rewarder(prompts.task, prompts.train_rows, prompts.tokenizer)
+    rewarder = Rewarder(prompts.task, prompts.train_rows)
     model = open_models(args, prompts.tokenizer)["model"]
     journal = open_journal(args, sampling, prompts.ids, output)
     with progress("answers", len(prompts.rows) * prompts.num_samples) as tell:

@@ -9,7 +9,6 @@ Besides the keys below, every key of transformers' TrainingArguments works under
 """
 
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +107,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     from fledge.pretraining.tokens import Corpus, open_tokens
     from fledge.training.configuration import precision, use_all_threads, with_values
     from fledge.training.lineage import go_on, settings_of
-    from fledge.training.resuming import StopOnSignal, find_checkpoint, tokens_seen
+    from fledge.training.resuming import StopOnSignal, find_checkpoint
 
     # ------------------------------------------------------------ Load and check
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)
@@ -141,9 +140,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     trainer.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------ Train
-    seen, start = tokens_seen(checkpoint), time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - start
     stop.leave_if_told(trainer.state)
 
     # ------------------------------------------------------------ Save
@@ -152,7 +149,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     if not trainer.was_evaluated:
         attempt("The last evaluation", trainer.evaluate)
     if trainer.is_world_process_zero():
-        record(trainer, output, seconds, (tokens, estimate, seen))
+        record(trainer, output, tokens, estimate)
     trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
     attempt("The end of tracking", trainer.accelerator.end_training)
 
@@ -213,17 +210,17 @@ def save(trainer: "PretrainTrainer", output: Output) -> None:
             trainer.processing_class.save_pretrained(folder)
 
 
-def record(trainer: "PretrainTrainer", output: Output, seconds: float, told: tuple[dict, dict, int]) -> None:
-    """Adds the log, the record and the picture of the loss; `told` is corpus, estimate and tokens seen before."""
+def record(trainer: "PretrainTrainer", output: Output, tokens: dict, estimate: dict) -> None:
+    """Adds the log, the record and the picture of the loss; `tokens` is the record of the corpus."""
     from fledge.pretraining.pretrainer import pretraining_record
     from fledge.training.run_record import save_curve, save_log
 
     history = trainer.state.log_history
     output.add("training_log.jsonl", lambda folder: save_log(history, folder))
-    made = attempt("The record of the run", lambda: pretraining_record(trainer, seconds, *told))
+    made = attempt("The record of the run", lambda: pretraining_record(trainer, tokens, estimate))
     if made:
         output.add("pretraining.json", lambda folder: write_json(folder / "pretraining.json", made))
-        print(f"Trained {made['steps']} steps in {seconds:.0f} s, {made['tokens_per_second']:,} tokens/s.")
+        print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")
         if made["first_loss"] is not None:  # --logging_strategy no
             way = f"{made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}) to {made['last_loss']:.3f}"
             print(f"Loss {way}; {made['bits_per_byte']:.4f} bits per byte on held-out text.")

@@ -54,6 +54,7 @@ def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig
     from fledge.rewards.preferences import PreferenceProgress, PreferenceTrainer, save_preference_curve
     from fledge.rewards.watch import watch, watched_in, without_reference
     from fledge.training.opening import early_stopping, open_trainer
+    from fledge.training.resuming import tokens_seen
     from fledge.training.running import open_run
     from fledge.training.trainer import check_fit
 
@@ -75,7 +76,7 @@ def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig
         processing_class=inputs.tokenizer,
         peft_config=inputs.adapter,
     )
-    run.notes += [trainer.loss_line, *inputs.notes]
+    run.notes += [trainer.loss_line, *inputs.notes, trainer.time_needed(tokens_seen(run.checkpoint))]
     if watched:
         run.notes.append(watch(watched, args, trainer, start))
         pictures |= {"rewards.png": save_picture, "watch.jsonl": save_looks}

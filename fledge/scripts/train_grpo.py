@@ -54,7 +54,7 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
     from fledge.evaluation.prompts import task_of
     from fledge.rewards.configuration import check_rewards
     from fledge.rewards.curves import RewardProgress, save_looks, save_picture
-    from fledge.rewards.functions import chosen_rewards, reward_functions
+    from fledge.rewards.functions import Rewarder, chosen_rewards, reward_functions
     from fledge.rewards.rollouts import Rollouts
     from fledge.rewards.trainer import SmallGrpoTrainer, StopWhenDead
     from fledge.rewards.watch import watch, watched_in, without_reference
@@ -67,12 +67,13 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
     task = task_of(data, args.task)
     weights = chosen_rewards(task, args.rewards, config.reward_weights)
     config = with_values(config, reward_weights=list(weights.values()))
-    watched = watched_in(args, data, args.task, weights)
     rows, functions = open_rows(data)["train"], []
+    rewarder = Rewarder(task, rows)
+    watched = watched_in(args, data, args.task, weights, rewarder)
 
     def open_inputs() -> "tuple[Inputs, SmallGrpoConfig]":
         inputs, fitted = load_inputs(args, config, model_args)
-        functions.extend(reward_functions(task, rows, inputs.tokenizer, list(weights)))
+        functions.extend(reward_functions(rewarder, rows, inputs.tokenizer, list(weights)))
         check_rewards(functions, inputs.tokenizer, rows, inputs.rows["train"])
         return inputs, fitted
 

@@ -107,8 +107,7 @@ class CheckedTrainer(Trainer):
 
     @override
     def train(self, *arguments: Any, **keywords: Any) -> TrainOutput:
-        self.tokens_before = self.tokens_so_far()
-        self.last_logged = time.monotonic(), self.tokens_before
+        self.last_logged = time.monotonic(), self.tokens_so_far()
         return super().train(*arguments, **keywords)
 
     @override

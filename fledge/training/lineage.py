@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,17 +43,33 @@ class Lineage(TrainerCallback, ExportableState):
 
     settings: dict
     parts: list[dict] = field(default_factory=lambda: [{"first_step": 0}])
+    begun: float | None = field(default=None, init=False)  # by `time.monotonic`
+    ended: float | None = field(default=None, init=False)
+
+    def timed_parts(self) -> list[dict]:
+        """The parts with the seconds that each took: an earlier one to its checkpoint, the last one until now."""
+        if self.begun is None:
+            return self.parts
+        *earlier, last = self.parts
+        return [*earlier, last | {"seconds": round((self.ended or time.monotonic()) - self.begun, 3)}]
 
     @override
     def state(self) -> dict:
-        return {"args": {"settings": self.settings, "parts": self.parts}, "attributes": {}}
+        return {"args": {"settings": self.settings, "parts": self.timed_parts()}, "attributes": {}}
 
     @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.begun = time.monotonic()
         # A checkpoint that was saved without has no place for it, and Trainer looks for one.
         cast(dict[str, Any], state.stateful_callbacks)[type(self).__name__] = self.state()
+
+    @override
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.ended = time.monotonic()
 
     @property
     def has_changes(self) -> bool:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from fledge.cpu import describe
 from fledge.guards import check_overrides
+from fledge.pictures import picture
 from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import precision
 from fledge.training.lineage import lineage_of
@@ -102,33 +103,26 @@ def save_log(log_history: list[dict], folder: Path) -> None:
 
 def save_curve(log_history: list[dict], folder: Path, what: str = "completion loss") -> None:
     """Training and validation loss (`what`) over steps as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel=f"{what} (nats per token)")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "loss_curve.png", dpi=120)
-    pyplot.close(figure)
+    with picture(folder / "loss_curve.png", (7, 3.6)) as axes:
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+            points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(xlabel="step", ylabel=f"{what} (nats per token)")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
 
 
-def run_record(trainer: CheckedTrainer, seconds: float, rows: DatasetDict, trained: dict) -> dict:
+def run_record(trainer: CheckedTrainer, rows: DatasetDict, trained: dict) -> dict:
     """Everything that made the run: data, which parameters `trained`, and what `outcome` tells."""
     return {
         "rows": {name: len(split) for name, split in rows.items()},
         "data_fingerprint": lineage_of(trainer).settings["data"],
         "trained": trained,
-        **outcome(trainer, seconds, trl_config(trainer.args), trainer.tokens_before),
+        **outcome(trainer, trl_config(trainer.args)),
         **trainer.more_of_the_way(),
         "best_validation_loss": trainer.state.best_metric,
-        "resumed": trainer.tokens_before > 0,
+        "resumed": len(lineage_of(trainer).parts) > 1,
     }
 
 
@@ -137,12 +131,11 @@ def trl_config(config: TrainingArguments) -> type[TrainingArguments]:
     return next(kind for kind in type(config).__mro__ if kind.__module__.startswith("trl."))
 
 
-def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments], tokens_before: int = 0) -> dict:
+def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
     """Hyper-parameters that differ from the library's `defaults`, machine, and what was reached.
 
-    `parts` says from which step on a resumed run was made with something else.
-
-    `seconds` are those of this process; a resumed run had seen `tokens_before` when it began.
+    `parts` says at which steps a run went on, for how many seconds, and what was changed. `seconds` are those of all
+    parts: what was trained after a checkpoint and lost is not counted.
     """
     import accelerate
     import datasets
@@ -168,10 +161,12 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     training = [float(entry["loss"]) for entry in history if "loss" in entry]
     tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+    parts = lineage_of(trainer).timed_parts()
+    seconds = sum(part.get("seconds", 0) for part in parts)  # a checkpoint of another program does not say
     return {
         "hyperparameters": hyperparameters,
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "parts": lineage_of(trainer).parts,
+        "parts": parts,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 3),
         "first_loss": training[0] if training else None,
@@ -179,7 +174,7 @@ def outcome(trainer: Trainer, seconds: float, defaults: type[TrainingArguments],
         "validation_loss": evaluations[-1] if evaluations else None,
         "tokens": int(tokens),
         "seconds": round(seconds, 1),
-        "tokens_per_second": round((tokens - tokens_before) / seconds),
+        "tokens_per_second": round(tokens / seconds),
         "peak_memory_mib": peak_memory_mib(),
         "processes": args.world_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{args.device.type} ({describe()})",

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -71,13 +70,11 @@ class Run:
         if trainer.is_world_process_zero():
             self.announce(trainer)
         trainer.start_from(self.checkpoint)
-        start = time.monotonic()
         trainer.train(resume_from_checkpoint=self.checkpoint)
         self.stop.leave_if_told(trainer.state)
-        seconds = time.monotonic() - start
         self.save(trainer)
         if trainer.is_world_process_zero():
-            self.record(trainer, seconds, self.args.trained_parts | trained, pictures)
+            self.record(trainer, self.args.trained_parts | trained, pictures)
         trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
         attempt("The end of tracking", trainer.end)
 
@@ -121,14 +118,13 @@ class Run:
     def record(
         self,
         trainer: CheckedTrainer,
-        seconds: float,
         trained: dict,
         pictures: Mapping[str, Callable[[list[dict], Path], None]],
     ) -> None:
         """Adds the log, the record of the run and its pictures to the finished model."""
         history, output = trainer.state.log_history, self.output
         output.add("training_log.jsonl", lambda folder: save_log(history, folder))
-        made = attempt("The record of the run", lambda: run_record(trainer, seconds, self.inputs.rows, trained))
+        made = attempt("The record of the run", lambda: run_record(trainer, self.inputs.rows, trained))
         if made:
             output.add("run.json", lambda folder: write_json(folder / "run.json", made))
             print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")

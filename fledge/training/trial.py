@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import cast
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.utils import send_to_device
@@ -43,29 +44,40 @@ def in_words(seconds: float) -> str:
 
 
 def time_needed(trainer: Trainer, tokens_seen: int) -> str | None:
-    """A line on what is left of a fine-tuning, in which each process has a part; nothing where a model is sharded.
+    """A line on what is left of a fine-tuning; nothing where a model is sharded. See `time_of_rows`."""
+    model = cast(PreTrainedModel, trainer.model)
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        if has_fused_head(model):
+            return -model(**batch, fused_lm_head=True).log_probs.mean()
+        return model(**batch).loss
+
+    rows = cast(Dataset, trainer.train_dataset)
+    return time_of_rows(trainer, lengths_in(rows, "input_ids"), loss_of, tokens_seen)
+
+
+def lengths_in(rows: Dataset, column: str) -> np.ndarray:
+    """(rows,), how many tokens each list of a column has."""
+    return pc.list_value_length(rows.with_format("arrow")[column][:]).to_numpy()
+
+
+def time_of_rows(
+    trainer: Trainer, lengths: np.ndarray, loss_of: Callable[[dict[str, Tensor]], Tensor], tokens_seen: int
+) -> str | None:
+    """A line on what is left of a training on rows of `lengths` (rows,) tokens, of which each process has a part.
 
     The rows of the trial are those nearest to the mean length, as batches of like length have them.
     """
     args, rows = trainer.args, cast(Dataset, trainer.train_dataset)
-    model = cast(PreTrainedModel, trainer.model)
     if told_to_shard(args):
         return None
-    lengths = pc.list_value_length(rows.with_format("arrow")["input_ids"][:])
-    mean, total = pc.mean(lengths).as_py(), pc.sum(lengths).as_py()
-    nearest = pc.array_sort_indices(pc.abs(pc.subtract(lengths.combine_chunks(), mean)))
-    chosen = nearest[: max(1, min(args.train_batch_size, int(TRIAL / mean)))].to_pylist()
+    mean = float(lengths.mean())
+    nearest = np.argsort(np.abs(lengths - mean), kind="stable")
+    chosen = nearest[: max(1, min(args.train_batch_size, int(TRIAL / mean)))].tolist()
     batch = send_to_device(trainer.data_collator([rows[k] for k in chosen]), args.device)
-    tokens = sum(lengths[k].as_py() for k in chosen)
-
-    def loss_of() -> Tensor:
-        if has_fused_head(model):
-            return -model(**batch, fused_lm_head=True).log_probs.sum() / tokens
-        return model(**batch).loss
-
-    seconds = seconds_of(trainer, loss_of, 1)
-    speed = tokens / seconds * args.world_size
+    seconds = seconds_of(trainer, lambda: loss_of(batch), 1)
+    speed = int(lengths[chosen].sum()) / seconds * args.world_size
     a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * mean
-    needed = args.max_steps * a_step if args.max_steps > 0 else args.num_train_epochs * total
+    needed = args.max_steps * a_step if args.max_steps > 0 else args.num_train_epochs * int(lengths.sum())
     left = max(0.0, needed - tokens_seen) / speed
     return f"Time: about {in_words(left)} on this machine ({speed:,.0f} tokens/s in a short trial)"

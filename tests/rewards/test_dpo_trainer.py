@@ -14,6 +14,7 @@ from small import MODELS, VOCAB_SIZE, random_rows, small_gpt2, small_tokenizer
 from fledge.encoding import prompt_length
 from fledge.errors import UserError
 from fledge.rewards.preferences import PreferenceTrainer, SmallDpoConfig, save_preference_curve
+from fledge.training import trial
 from fledge.training.opening import open_trainer
 
 BETA = 0.3
@@ -107,6 +108,20 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path):
     loss = trainer.compute_loss(trainer.model, batch)
     merged = exactly(trainer.model.merge_and_unload())
     assert loss.item() == pytest.approx(loss_by_definition(merged, reference, pairs).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_what_is_left_counts_both_answers_with_their_prompts(tmp_path, monkeypatch, precomputed):
+    pairs = random_pairs()
+    tokens = sum(len(r["input_ids"]) + prompt_length(r["labels"]) + len(r["rejected_ids"]) for r in pairs)
+    settings = {"precompute_ref_log_probs": precomputed, "num_train_epochs": 2}
+    trainer = trainer_for(small_gpt2(), tmp_path, pairs, **settings)
+    # All pairs are read in a millisecond.
+    monkeypatch.setattr(trial, "seconds_of", lambda trainer, loss_of, repeats: loss_of().item() * 0 + 1e-3)
+    monkeypatch.setattr(trial, "in_words", lambda seconds: f"{seconds:.6f}")
+    for seen, left in ((0, 0.002), (tokens, 0.001)):
+        told = f"Time: about {left:.6f} on this machine ({tokens * 1000:,} tokens/s in a short trial)"
+        assert trainer.time_needed(seen) == told
 
 
 def test_the_trainer_reads_the_ids_as_they_are_encoded(tmp_path):

@@ -28,7 +28,7 @@ def asked(prompt: str, reference: str = HAPPY, **columns: object) -> dict:
 
 def rewards(task: str, row: dict, text: str, stopped: bool = True) -> dict[str, float]:
     train = [row | {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": HAPPY}]}]
-    return Rewarder(load_task(task), train, None).rewards([row], [Answer(text, 9, stopped)])[0]
+    return Rewarder(load_task(task), train).rewards([row], [Answer(text, 9, stopped)])[0]
 
 
 STORY = asked(instruction("Tom lost his red kite in the park.", "sad"))
@@ -148,7 +148,7 @@ def test_what_says_that_an_answer_is_done_is_rewarded(name):
 
 def test_a_task_without_rewards_gives_its_constraints():
     shout = Shout()
-    found = Rewarder(shout, [STORY], None).rewards([STORY], [Answer("ABcd", 1, True)])[0]
+    found = Rewarder(shout, [STORY]).rewards([STORY], [Answer("ABcd", 1, True)])[0]
 
     assert weights_of(shout) == {"capitals": 1, "short": 1, "stopped": 1, "usual": 1}
     assert (found["capitals"], found["short"], found["stopped"]) == (0.5, 1, 1)
@@ -160,7 +160,7 @@ def test_a_reward_outside_its_range_is_refused():
             return {"capitals": 2.0}
 
     with pytest.raises(UserError, match=r"rewarded an answer with 2\.0 for capitals"):
-        Rewarder(Loud(), [STORY], None).rewards([STORY], [Answer("ABcd", 1, True)])
+        Rewarder(Loud(), [STORY]).rewards([STORY], [Answer("ABcd", 1, True)])
 
 
 def test_functions_are_what_trl_calls(tmp_path):
@@ -168,7 +168,8 @@ def test_functions_are_what_trl_calls(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(completions, kind, row, **_):\n    return [len(k) + r for k, r in zip(kind, row)]\n")
     tokenizer, rows = small_tokenizer(), [WORDS, WHO]
-    functions = reward_functions(load_task("story_chat"), rows, tokenizer, ["right", "stopped", f"{file}:short"])
+    rewarder = Rewarder(load_task("story_chat"), rows)
+    functions = reward_functions(rewarder, rows, tokenizer, ["right", "stopped", f"{file}:short"])
     given = {"prompts": ["", ""], "completions": ["", ""], "completion_ids": [[5, 6], [7, 0]], "row": [0, 1]}
 
     assert [function.__name__ for function in functions] == ["right", "stopped", "short"]
@@ -198,14 +199,15 @@ def test_a_function_that_is_not_there_is_one_sentence(tmp_path, text, said):
         file.write_text(text)
 
     with pytest.raises(UserError, match=said):
-        reward_functions(load_task("topic_ending"), [STORY], small_tokenizer(), [f"{file}:short"])
+        reward_functions(Rewarder(load_task("topic_ending"), [STORY]), [STORY], small_tokenizer(), [f"{file}:short"])
 
 
 def test_the_reward_of_the_documentation_works(tmp_path):
     file = tmp_path / "my_rewards.py"
     file.write_text(re.search(r"```python\n(def shorter.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1])
     rows = [STORY | {"ending": ending} for ending in ("sad", "happy")]
-    (shorter,) = reward_functions(load_task("topic_ending"), rows, small_tokenizer(), [f"{file}:shorter"])
+    rewarder = Rewarder(load_task("topic_ending"), rows)
+    (shorter,) = reward_functions(rewarder, rows, small_tokenizer(), [f"{file}:shorter"])
     said = [[{"role": "assistant", "content": "no " * 100}]] * 2
 
     assert shorter(prompts=["", ""], completions=said, completion_ids=[[1], [1]], row=[0, 1]) == [0.5, None]
