@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import chain, islice
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -22,36 +21,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, fit, shortest
+from fledge.encoding import Encoded, encode, encode_rejected, fit, shortest
 from fledge.errors import UserError
 from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
 from fledge.preparation.preferences import Choice
 from fledge.preparation.reasons import ANSWER_LOST, too_long, unwritable
-from fledge.reading.files import SPLITS
+from fledge.preparation.tables import facts_table, read_table, rows_table, write_table
 from fledge.sources import Chunk, Source
-from fledge.tasks import RejectedRecord, Task, open_task
+from fledge.tasks import RejectedRecord, open_task
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
 from fledge.tokenizers.spelling import Spelling
 
 RECORDS = 500  # at a time: what a process holds
-TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-TOKENS_OF_PAIRS = Features({**TOKENS, "rejected_ids": List(Value("int32"))})
-FACTS = {
-    "source_split": pa.int8(),
-    "group": pa.uint64(),
-    "fingerprint": pa.uint64(),
-    "length": pa.int32(),
-    "completion_length": pa.int32(),
-    "supervised": pa.int32(),
-    "is_ended": pa.bool_(),
-    "was_cut": pa.bool_(),
-}
 
 
 @dataclass
@@ -259,86 +245,6 @@ def prepare_chunks(preparation: Preparation, chunks: Callable[[], Iterator[Named
     except UnequalIds:
         preparation.encoder = TextEncoder(preparation.tokenizer, fast=False)
         prepare_chunks(preparation, chunks, num_proc)
-
-
-def written_columns(task: Task, has_pairs: bool = False) -> Features:
-    """The columns of a published row: `instruction` and `response` replace the messages if the task `asks_once`.
-
-    Those of a pair are TRL's: `prompt`, `chosen` and `rejected`, each a list of messages.
-    """
-    columns = columns_of(task, has_pairs)
-    if not task.asks_once and not has_pairs:
-        return columns
-    messages = columns.pop("messages")
-    if has_pairs:
-        return Features({"prompt": messages, "chosen": messages, **columns, "rejected": messages})
-    return Features({"instruction": Value("string"), "response": Value("string"), **columns})
-
-
-def columns_of(task: Task, has_pairs: bool = False) -> Features:
-    """The columns of a row in a chunk."""
-    kinds = {"string": Value("string"), "strings": List(Value("string"))}
-    columns = {
-        column: ClassLabel(names=list(kind)) if isinstance(kind, tuple) else kinds[kind]
-        for column, kind in task.columns.items()
-    }
-    rejected = {"rejected": Value("string")} if has_pairs else {}
-    return Features({"messages": List({"role": Value("string"), "content": Value("string")}), **rejected, **columns})
-
-
-def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]], has_pairs: bool = False) -> pa.Table:
-    """Examples and their ids as a table of the task's columns, then `input_ids` and `labels`, of pairs more of both."""
-    features, tokens = columns_of(task, has_pairs), TOKENS_OF_PAIRS if has_pairs else TOKENS
-    arrays = []
-    for name, column in zip(features, features.arrow_schema, strict=True):
-        values = [example[name] for example, _ in rows]
-        if isinstance(features[name], ClassLabel):
-            values = [features[name].str2int(value) for value in values]
-        arrays.append(pa.array(values, column.type))
-    for name in tokens:
-        parts = [ids.row[name] for _, ids in rows]
-        offsets = pa.array(np.cumsum([0, *map(len, parts)], dtype=np.int32))
-        flat = np.fromiter(chain.from_iterable(parts), np.int32, count=sum(map(len, parts)))
-        arrays.append(pa.ListArray.from_arrays(offsets, pa.array(flat)))
-    return pa.table(arrays, names=[*features, *tokens])
-
-
-def facts_table(
-    task: Task, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, eos_token_id: int
-) -> pa.Table:
-    """What curation and the budget report ask of each row; class columns as the number of their label, the source's
-    own split as its number in `SPLITS`, -1 for none."""
-    texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
-    facts = {
-        "source_split": [SPLITS.index(split) if split else -1] * len(rows),
-        "group": [hash_of(example["group"]) for example, _ in rows],
-        "fingerprint": list(map(hash_of, texts)),
-        "length": [len(ids.input_ids) for _, ids in rows],
-        "completion_length": [ids.completion_length for _, ids in rows],
-        "supervised": [len(ids.labels) - ids.labels.count(IGNORED) for _, ids in rows],
-        "is_ended": [ids.input_ids[-1] == eos_token_id for _, ids in rows],
-        "was_cut": [ids.was_cut for _, ids in rows],
-    }
-    table = pa.table({name: pa.array(values, FACTS[name]) for name, values in facts.items()})
-    for column, labels in task.classes.items():
-        table = table.append_column(column, pa.array([labels.index(e[column]) for e, _ in rows], pa.int16()))
-    return table
-
-
-def hash_of(text: str) -> int:
-    """64 bits of BLAKE2: two of three million texts agree by chance once in four million corpora."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def write_table(file: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def read_table(file: Path) -> pa.Table:
-    # Read, not mapped: mapped pages would count as memory until the system takes them back.
-    with pa.OSFile(str(file)) as source:
-        return pa.ipc.open_file(source).read_all()
 
 
 def spread(work: Callable[[NamedChunk], Any], chunks: Iterable[NamedChunk], num_proc: int) -> Iterator[Any]:

@@ -18,7 +18,8 @@ from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, load_
 
 from fledge.encoding import with_messages
 from fledge.errors import UserError
-from fledge.preparation.chunks import TOKENS, TOKENS_OF_PAIRS, Facts, read_table
+from fledge.preparation.chunks import Facts
+from fledge.preparation.tables import TOKENS, TOKENS_OF_PAIRS, read_table
 
 SHUFFLED = 32  # chunks whose rows are shuffled together: about 100 MB
 

@@ -257,10 +257,10 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
     """
     from fledge.encoding import prompt_text
     from fledge.preparation.budget import Budget
-    from fledge.preparation.chunks import written_columns
     from fledge.preparation.curation import assign_splits
     from fledge.preparation.duplicates import near_duplicates
     from fledge.preparation.shards import first_rows, write_splits
+    from fledge.preparation.tables import written_columns
     from fledge.publishing.repositories import dataset_card
 
     args, preparation, classes = plan.arguments, plan.preparation, plan.task.classes

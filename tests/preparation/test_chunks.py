@@ -14,17 +14,9 @@ from hypothesis import strategies as st
 
 from fledge.errors import UserError
 from fledge.preparation import chunks, shards
-from fledge.preparation.chunks import (
-    Facts,
-    NamedChunk,
-    Preparation,
-    hash_of,
-    named_chunks,
-    prepare_chunks,
-    read_table,
-    spread,
-)
+from fledge.preparation.chunks import Facts, NamedChunk, Preparation, named_chunks, prepare_chunks, spread
 from fledge.preparation.shards import Shards, bytes_of, parquet_writer, write_splits
+from fledge.preparation.tables import columns_of, hash_of, read_table
 from fledge.sources import Chunk, load_source
 from fledge.tasks import load_task
 from fledge.templates import add_template
@@ -217,7 +209,7 @@ def test_splits_are_written_as_datasets_writes_them(preparation, records, tmp_pa
     facts = Facts.read(preparation.folder)
     rows = [r for name in facts.chunks for r in read_table(tmp_path / f"{name}.rows.arrow").to_pylist()]
     split_of = np.arange(60, dtype=np.int8) % 4 - 1
-    columns = Features({"messages": chunks.columns_of(load_task("topic_ending"))["messages"]})
+    columns = Features({"messages": columns_of(load_task("topic_ending"))["messages"]})
     (tmp_path / "out").mkdir()
     write_splits(tmp_path / "out", tmp_path, facts, split_of, ("a", "b", "c"), columns, 1500, seed=3)
 
