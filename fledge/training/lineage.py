@@ -61,7 +61,7 @@ class Lineage(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.begun = time.monotonic()
+        self.begun, self.ended = time.monotonic(), None
         # A checkpoint that was saved without has no place for it, and Trainer looks for one.
         cast(dict[str, Any], state.stateful_callbacks)[type(self).__name__] = self.state()
 
