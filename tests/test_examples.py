@@ -4,13 +4,16 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from conftest import ROOT, call_script, load_scratch_gpt, run_script, write_records
 
+from fledge.judges.endings import last_sentences
 from fledge.sources import load_source
 from fledge.tasks import load_task
+from fledge.text.stories import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +45,23 @@ def test_the_shipped_records_are_small_and_hold_both_endings():
     assert (endings.count("happy"), endings.count("sad")) == (2000, 1600)
 
 
-def test_the_hand_written_gpt_trains_leaves_out_what_it_must_and_samples(tmp_path):
+def test_two_endings_are_varied_and_nearly_half_in_pairs():
+    file = EXAMPLES / "two_endings.txt.gz"
+    assert file.stat().st_size <= 1_500_000
+    make = load_task("topic_ending").examples
+    records = list(load_source("tinystories_instruct").records(str(file)))
+    rows = [row for record in records for row in make(record, random.Random(0))]
+    endings_of, last = {}, {"happy": Counter(), "sad": Counter()}
+    for row in rows:
+        endings_of.setdefault(row["group"], []).append(row["ending"])
+        last[row["ending"]][tuple(sentences(last_sentences(row["messages"][-1]["content"]))[-1].split()[:3])] += 1
+    assert sum(sorted(endings) == ["happy", "sad"] for endings in endings_of.values()) >= 600
+    for openings in last.values():
+        assert openings.total() == 1360
+        assert openings.most_common(1)[0][1] <= 0.02 * openings.total()
+
+
+def test_the_hand_written_gpt_trains_goes_on_leaves_out_what_it_must_and_samples(tmp_path):
     text, held_out = tmp_path / "text.txt", tmp_path / "held_out.txt.gz"
     write_records(text, 40)
     first = text.read_text(encoding="utf-8").split("<|endoftext|>")[0]
@@ -51,6 +70,11 @@ def test_the_hand_written_gpt_trains_leaves_out_what_it_must_and_samples(tmp_pat
         "examples/scratch_gpt.py", "train", "--text", text, "--hold_out", held_out, "--out", tmp_path, "--minutes", 0.02
     )
     assert "39 documents, " in done.stdout
+    weights = (tmp_path / "checkpoint.pt").read_bytes()
+    again = ("--text", text, "--start_from", tmp_path, "--out", tmp_path / "on", "--minutes", 0.01, "--length", 64)
+    run_script("examples/scratch_gpt.py", "train", *again)
+    assert (tmp_path / "on" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    assert (tmp_path / "on" / "checkpoint.pt").read_bytes() != weights
     sampled = run_script("examples/scratch_gpt.py", "sample", "--checkpoint", tmp_path, "--prompt", "Lily had")
     assert sampled.stdout.startswith("Lily had")
 

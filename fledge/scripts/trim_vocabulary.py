@@ -2,8 +2,9 @@
 
     python trim_vocabulary.py --model base --data corpus.txt --output_dir small
 
-For models with a BPE, byte-level or with byte fallback (Llama's). Text of the kept tokens keeps its ids (renumbered) and its probabilities, up to what
-the removed tokens had; any other text is written with smaller tokens, of which all 256 bytes stay.
+For models with a BPE, byte-level or with byte fallback (Llama's). Text of the kept tokens keeps its ids (renumbered)
+and its probabilities, up to what the removed tokens had; any other text is written with smaller tokens, of which all
+256 bytes stay.
 """
 
 import sys

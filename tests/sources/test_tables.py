@@ -306,8 +306,9 @@ def test_a_source_that_cannot_be(source, columns, message):
         load_source(source, columns)
 
 
-def test_the_shipped_tales_are_the_projects_own(tmp_path):
-    tales, source = str(ROOT / "examples" / "tales.txt.gz"), load_source("tinystories_instruct")
+@pytest.mark.parametrize("name", ["tales.txt.gz", "two_endings.txt.gz"])
+def test_the_shipped_tales_are_the_projects_own(name, tmp_path):
+    tales, source = str(ROOT / "examples" / name), load_source("tinystories_instruct")
     (tmp_path / "tales.txt.gz").write_bytes(b"others'")
 
     assert source.license([tales]) == "apache-2.0"
