@@ -12,6 +12,14 @@ import pytest
 from conftest import ROOT, run_script
 from contrast import faint
 
+from fledge.encoding import encode_prompt
+from fledge.errors import UserError
+from fledge.exporting import verdict
+from fledge.exporting.programs import OnnxRuntime
+from fledge.models import load_model
+from fledge.publishing.spaces import About
+from fledge.publishing.static_space import BASE_FILES, build_static_space, write_browser_model
+
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/((?:@\w+/)?[\w-]+)@([^/]+)/(.*)")
@@ -44,6 +52,14 @@ def folder(tiny, tmp_path_factory) -> Path:
         "--space_repo_id", "someone/tiny-tales", "--dry_run", "--output_dir", out,
     )  # fmt: skip
     return out / "space"
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny, folder) -> Path:
+    """The same page with weights of 8 bits, beside the other, and without the base."""
+    about = About("tiny-tales", None, None, None, None, "en")
+    build_static_space(folder / "int8", tiny.model, None, tiny.evaluation, about, "int8")
+    return folder / "int8"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +136,34 @@ def test_the_greedy_stories_are_those_of_generate_py(page, tiny):
     asked = ["--model", tiny.model, "--topic", TOPIC, "--max_new_tokens", 60, "--temperature", 0]
     for ending, story in zip(("happy", "sad"), told, strict=True):
         assert story == run_script("generate.py", *asked, "--ending", ending).stdout.strip()
-    assert page.get_by_text("ended by itself").count() == 2
+    assert page.get_by_text("complete").count() == 2
+
+
+def test_int8_weights_tell_what_onnxruntime_tells(rounded, visit, tiny):
+    page = visit.page("int8/")
+    told = write(page, temperature=0, length=24)
+    assert (visit.seen.errors, visit.seen.elsewhere) == ([], [])
+    page.close()
+    card = (rounded / "README.md").read_text(encoding="utf-8")
+    assert "stored as int8" in card
+    assert "bits per byte" in card
+    tokenizer = load_model(tiny.model)[1]
+    new = encode_prompt(tokenizer, [{"role": "user", "content": f"Write a story about: {TOPIC}\nWith: happy ending"}])
+    program, ids = OnnxRuntime(rounded / "model" / "onnx" / "model_int8.onnx"), []
+    while len(ids) < 24 and tokenizer.eos_token_id not in ids:
+        new = [int(program.read(new)[-1].argmax())]
+        ids += new
+    # Rounding is the same in both, so they part at a near-tie at most.
+    assert told[0][:20] == tokenizer.decode(ids, skip_special_tokens=True).strip()[:20]
+
+
+def test_int8_weights_that_lose_too_much_are_not_offered(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, "MOST_LOST_BITS", -1)
+    monkeypatch.setattr(verdict, "TEXTS", 2)
+    model, tokenizer = load_model(tiny.model)
+    with pytest.raises(UserError, match=r"--quantize int8 loses too much .*leave it out"):
+        write_browser_model(model, tokenizer, tmp_path / "model", BASE_FILES, "int8", [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_tells_the_same_story_again(page, visit):

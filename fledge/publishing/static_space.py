@@ -12,40 +12,52 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fledge.cli import read_json
 from fledge.errors import UserError
-from fledge.exporting.onnx_graph import write_onnx
+from fledge.exporting.onnx_graph import quantize_onnx, write_onnx
 from fledge.exporting.programs import OnnxRuntime, largest_error, logits_of, random_prompts
+from fledge.exporting.verdict import judge, self_written
+from fledge.messages import Messages
 from fledge.models import context_of, load_model
 from fledge.pages import MODEL_CARD, open_templates
 from fledge.publishing.card import count_parameters, read_samples, render
 from fledge.publishing.repositories import published_sampling
 from fledge.publishing.spaces import About, space_settings
 from fledge.resizing import add_rows
+from fledge.trained import read_trained
 
 PAGE = ("app.js", "worker.js", "service_worker.js", "style.css", "icon.svg")
-# What transformers.js opens of a model, and of one that answers through another's tokenizer.
-MODEL_FILES = ("config.json", "generation_config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json")
-BASE_FILES = MODEL_FILES[:3]
+# What transformers.js opens beside the weights of a model, and of one that answers through another's tokenizer.
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+BASE_FILES = MODEL_FILES[:2]
 SHORTEST_ANSWER = 16  # tokens of the context that a prompt must leave
 HALF_TOLERANCE = 5e-3  # of the largest logit: what rounding the weights to 11 bits may change
 LARGE = 1024  # numbers of a tensor from which on it is stored in half precision
 
 
 def build_static_space(
-    folder: Path, model_dir: Path, base: str | None, evaluation_dir: Path | None, about: About
+    folder: Path,
+    model_dir: Path,
+    base: str | None,
+    evaluation_dir: Path | None,
+    about: About,
+    quantize: str | None = None,
 ) -> None:
     """Fills `folder` with the page, the model as ONNX, the base's too if it is named, and the card.
 
+    `quantize` is a kind of `quantize_onnx`, or None for weights that are stored in half precision.
+
     Raises:
-        UserError: see `load_model`, `write_onnx` and `store_half`; or a record of the model is missing.
+        UserError: see `load_model`, `write_onnx`, `store_half` and `measured`; or a record of the model is missing.
     """
     from huggingface_hub import SpaceCardData
 
+    trained = read_trained(model_dir)
+    example = trained.example if trained else []
     model, tokenizer = load_model(model_dir)
-    models = {"model": write_browser_model(model.cpu(), tokenizer, folder / "model", MODEL_FILES)}
+    models = {"model": write_browser_model(model.cpu(), tokenizer, folder / "model", MODEL_FILES, quantize, example)}
     if base:
         of_base, _ = load_model(base)
         add_rows(of_base.cpu(), tokenizer)
-        models["base"] = write_browser_model(of_base, tokenizer, folder / "base", BASE_FILES)
+        models["base"] = write_browser_model(of_base, tokenizer, folder / "base", BASE_FILES, quantize, example)
     sampling = published_sampling(model_dir, evaluation_dir)
     gradio = space_settings(model_dir, read_samples(evaluation_dir), about, sampling)
     parameters, size = count_parameters(model_dir), sum(models["model"]["files"].values())
@@ -63,6 +75,7 @@ def build_static_space(
             "eos_token_id"
         ],
         "models": models,
+        "dtype": quantize or "fp32",
         "version": digest(folder),
     }
     for name in PAGE:
@@ -100,36 +113,76 @@ def one_question(chat: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_browser_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, wanted: tuple[str, ...]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    beside: tuple[str, ...],
+    quantize: str | None,
+    example: Messages,
 ) -> dict[str, Any]:
-    """Writes the `wanted` files of the model as ONNX with weights in half precision; their sizes, and that of all.
+    """Writes the model as ONNX and the files `beside` it; their sizes, that of all, and how the weights are stored.
+
+    `example` is what the model is asked where `quantize` is measured.
 
     Raises:
         UserError: the architecture has no ONNX export, or onnxruntime computes other logits.
     """
     with tempfile.TemporaryDirectory(prefix="fledge-") as work:
         write_onnx(model, tokenizer, Path(work), [])  # the page sends the system message itself
-        file = Path(work, "onnx", "model.onnx")
-        store_half(file)
-        prompts = random_prompts(model, tokenizer)
-        error = largest_error(model, prompts, logits_of(OnnxRuntime(file), prompts))
-        if error > HALF_TOLERANCE:
-            raise UserError(
-                f"In half precision the weights compute other logits ({error:.1e} of the largest one, at most "
-                f"{HALF_TOLERANCE:.0e} is allowed); publish it with --space gradio."
-            )
+        if quantize:
+            file = quantize_onnx(Path(work), quantize)
+            stored = measured(model, tokenizer, file, quantize, example)
+        else:
+            file = Path(work, "onnx", "model.onnx")
+            stored = store_half(model, tokenizer, file)
         files = {}
-        for name in wanted:
+        for name in (*beside, file.relative_to(work).as_posix()):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(work, name), folder / name)
             files[name] = (folder / name).stat().st_size
-    print(
-        f"{folder.name}: in half precision {megabytes(sum(files.values()))}, logits within {error:.1e} of the largest."
-    )
-    return {"files": files, "size": megabytes(sum(files.values()))}
+    size = megabytes(sum(files.values()))
+    print(f"{folder.name}: {size}, {stored}")
+    return {"files": files, "size": size, "stored": stored}
 
 
-def store_half(file: Path) -> None:
+def measured(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, kind: str, example: Messages
+) -> str:
+    """What a quantised graph loses, in words, on texts that the model draws itself.
+
+    Raises:
+        UserError: it is more than the limits of `export.py`.
+    """
+    program, prompts = OnnxRuntime(file), random_prompts(model, tokenizer)
+    error = largest_error(model, prompts, logits_of(program, prompts))
+    trial = self_written(model, tokenizer, example)
+    verdict = judge(model, tokenizer, program, trial, error, lambda done: None)
+    if verdict.faults:
+        raise UserError(
+            f"--quantize {kind} loses too much ({' and '.join(verdict.faults)}); leave it out, and the page holds "
+            "weights in half precision."
+        )
+    return f"stored as {kind} and computed so: {verdict}"
+
+
+def store_half(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> str:
+    """Stores the model's weights in half precision, and compares the logits; what was done, in words.
+
+    Raises:
+        UserError: a weight is too large, or the logits differ by more than `HALF_TOLERANCE`.
+    """
+    halve(file)
+    prompts = random_prompts(model, tokenizer)
+    error = largest_error(model, prompts, logits_of(OnnxRuntime(file), prompts))
+    if error > HALF_TOLERANCE:
+        raise UserError(
+            f"In half precision the weights compute other logits ({error:.1e} of the largest one, at most "
+            f"{HALF_TOLERANCE:.0e} is allowed); publish it with --space gradio."
+        )
+    return f"stored in half precision and computed in single precision: logits within {error:.1e} of the largest one."
+
+
+def halve(file: Path) -> None:
     """Stores the large float32 weights of an ONNX graph as float16, and computes with them in float32 as before.
 
     onnxruntime widens them once, when it opens the file. So a file of half the size is as fast on every device, also

@@ -43,6 +43,10 @@ class PublishArguments:
     base: str | None = field(
         default=None, metadata={"help": "the base's folder or Hub id, to run beside the model in a static Space"}
     )
+    quantize: str | None = field(
+        default=None,
+        metadata={"help": "int8: a static Space of half the size, if its measured loss is within limits"},
+    )
     base_model: str | None = field(
         default=None, metadata={"help": "the base's Hub id, if it has one: named on the card, compared in the Space"}
     )
@@ -92,7 +96,11 @@ def check_space(args: PublishArguments) -> None:
     """
     if args.space not in SPACES:
         raise UserError(f"--space {args.space} is unknown; choose {' or '.join(SPACES)}.")
+    if args.quantize not in (None, "int8"):
+        raise UserError(f"--quantize {args.quantize} is no kind of a static Space; give int8, or leave it out.")
     if args.space == "gradio":
+        if args.quantize:
+            raise UserError("--quantize goes with --space static; a Gradio Space loads the published weights.")
         if args.base:
             raise UserError("--base goes with --space static; a Gradio Space compares with --base_model user/name.")
         if args.space_repo_id and not args.repo_id and args.model and Path(args.model).is_dir():
@@ -200,7 +208,7 @@ def build_page(args: PublishArguments, folder: Path, evaluation_dir: Path | None
     if args.space == "static":
         from fledge.publishing.static_space import build_static_space
 
-        build_static_space(folder, model_dir, args.base, evaluation_dir, about)
+        build_static_space(folder, model_dir, args.base, evaluation_dir, about, args.quantize)
     else:
         build_space(folder, model_dir, evaluation_dir, about)
 

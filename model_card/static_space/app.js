@@ -3,7 +3,7 @@ const settings = JSON.parse(document.getElementById("settings").textContent);
 const { form: ask, models } = settings;
 const $ = (id) => document.getElementById(id);
 const home = new URL("./", location.href).href;
-const HOW = { ended: "ended by itself", limit: "cut at the limit", stopped: "stopped" };
+const HOW = { ended: "complete", limit: "cut off", stopped: "stopped" };
 const DEVICES = { webgpu: "WebGPU", wasm: "WebAssembly" };
 let worker, cards;
 let [state, waiting, chosenSeed] = ["loading", null, false]; // the state is loading, ready, writing or failed
@@ -111,7 +111,7 @@ function addCard({ which, ending }, compared) {
 
 function show({ text, figures }, content, tokens, milliseconds, how = "") {
   text.textContent = content;
-  figures.textContent = `${tokens} tokens, ${Math.round((1000 * tokens) / milliseconds)} per second${how && ", " + how}`;
+  figures.textContent = `${tokens} tokens, ${Math.round((1000 * tokens) / milliseconds)}/s${how && ", " + how}`;
 }
 
 function write(topic, ending, beside, options) {
@@ -200,7 +200,7 @@ for (const button of document.querySelectorAll("[data-example]"))
 $("seed").addEventListener("input", () => { chosenSeed = true; });
 $("temperature").addEventListener("input", () => { $("warmth").value = $("temperature").value; });
 $("device").addEventListener("change", () => start($("device").value));
-$("device").previousElementSibling.hidden = $("device").hidden = !navigator.gpu;
+$("device").previousElementSibling.hidden = $("device").hidden = !navigator.gpu || settings.dtype === "int8";
 $("warmth").value = $("temperature").value;
 addEventListener("hashchange", followLink);
 navigator.serviceWorker?.register("service_worker.js").catch(() => {}); // without it the page needs a network

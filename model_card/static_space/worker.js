@@ -81,8 +81,9 @@ async function readAll(files) {
 const filesOf = (which) =>
   Object.entries(settings.models[which].files).map(([path, bytes]) => ({ url: `${home}${which}/${path}`, bytes }));
 
+// WebGPU has no products of bytes; what is rounded to them is computed by WebAssembly.
 async function chooseDevice(wanted) {
-  const adapter = wanted === "wasm" ? null : await navigator.gpu?.requestAdapter().catch(() => null);
+  const adapter = wanted === "wasm" || settings.dtype === "int8" ? null : await navigator.gpu?.requestAdapter().catch(() => null);
   return adapter && !(adapter.info?.isFallbackAdapter && wanted !== "webgpu") ? "webgpu" : "wasm";
 }
 
@@ -120,7 +121,7 @@ async function openModel(which) {
   library.env.fetch = async (url) =>
     held.has(`${url}`) ? new Response(held.get(`${url}`).slice(0)) : new Response(null, { status: 404 });
   tokenizer ??= await library.AutoTokenizer.from_pretrained("model");
-  const open = () => library.AutoModelForCausalLM.from_pretrained(which, { dtype: "fp32", device });
+  const open = () => library.AutoModelForCausalLM.from_pretrained(which, { dtype: settings.dtype, device });
   try {
     const model = await open();
     await answerOnce(model);

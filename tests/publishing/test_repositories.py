@@ -237,6 +237,8 @@ def test_no_code_asks_to_run_a_models_own_code():
         (["--space_repo_id", "a/b", "--space", "static", "--base", "nowhere"], "There is no model at nowhere"),
         (["--repo_id", "a/b", "--space", "static"], "needs --space_repo_id"),
         (["--repo_id", "a/b", "--base", "base"], "goes with --space static"),
+        (["--space_repo_id", "a/b", "--quantize", "int8"], "goes with --space static"),
+        (["--space_repo_id", "a/b", "--space", "static", "--quantize", "q8_0"], "give int8, or leave it out"),
         (["--dataset_repo_id", "a/b"], "go together"),
         (["--repo_id", "a/b", "--create_pr", "--revision", "v2"], "leave out --revision"),
         (["--repo_id", "a/b", "--evaluation", "nowhere"], "metrics.json is missing"),
