@@ -10,10 +10,15 @@ NUMERICAL := tests/checkpoints tests/custom tests/generation tests/pretraining t
 	tests/evaluation/test_measuring.py tests/test_encoding.py tests/test_resizing.py tests/judges
 CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2
 
-.PHONY: quickstart demo check test test-cpus test-lowest lint bench clean
+.PHONY: quickstart rewards demo check test test-cpus test-lowest lint bench clean
 
 quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
+
+# The quickstart's model goes on by rewards for about a quarter of an hour, and is compared with what it was.
+rewards: $(VENV)/ready
+	[ -e runs/quickstart/evaluation/metrics.json ] || $(MAKE) quickstart
+	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart_grpo
 
 # The quickstart's model in a page that runs it in the browser; Ctrl-C ends the server.
 demo: $(VENV)/ready
