@@ -14,7 +14,7 @@ from fledge.cli import read_json
 from fledge.errors import UserError
 from fledge.messages import Answer
 from fledge.scripts import evaluate_model, generate, prepare_dataset, publish, train_sft
-from fledge.tasks import open_task, task_names
+from fledge.tasks import load_task, open_task, task_names
 
 PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 SHOUT = re.search(r'```python\n("""Shout.*?)```', PAGE, re.DOTALL)[1]
@@ -24,6 +24,15 @@ ASKED = {"role": "user", "content": "Shout: A cat sat."}
 def write(folder: Path, text: str, name: str = "shout.py") -> str:
     (folder / name).write_text(text, encoding="utf-8")
     return str(folder / name)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """No test knows the tasks of another, whose files have the same name."""
+    yield
+    load_task.cache_clear()
+    open_task.cache_clear()
+    sys.modules.pop("fledge.tasks.shout", None)
 
 
 @pytest.fixture
