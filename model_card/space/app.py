@@ -29,7 +29,7 @@ CSS = """
 .title h1 {font-size: clamp(1.75rem, 5vw, 2.4rem); letter-spacing: -.02em; margin-bottom: .2rem;}
 .title p {color: var(--body-text-color-subdued); margin: .3rem 0;}
 .title a {display: inline-block; margin-right: 1.2rem; text-underline-offset: .2em;}
-.choices {align-items: center;}
+.choices .block + .block {display: flex; flex-direction: column; justify-content: end; padding-bottom: 1.15rem;}
 .answer textarea {font-family: Georgia, 'Times New Roman', serif; font-size: 1.08rem; line-height: 1.65;
   background: none !important; border: 0 !important; box-shadow: none !important; padding: 0 !important;}
 .status, .status input {color: var(--body-text-color-subdued) !important; font-size: 0.92rem;
@@ -204,8 +204,8 @@ def story_page(writer: Writer, base: Writer | None) -> None:
             value=next(iter(endings), None),
             label="Ending",
             visible=bool(endings),
-            scale=2,
-            min_width=280,
+            scale=0 if base else 1,
+            min_width=380,
         )
         compare = gr.Checkbox(label="Base model beside it", visible=base is not None, min_width=200)
     with gr.Row():
