@@ -10,7 +10,7 @@ A teacher continues the beginnings that this script writes, by `generate.py`; `e
 
 `openings` are more varied than the teacher's own. `turns` cuts happy stories in the middle and begins a sentence with
 which something goes wrong. `gather` keeps what is whole and new, with the sad ends on which both judges of endings
-agree, and says what the text is like. `records` makes instruction records, a third of them in pairs.
+agree, and says what the text is like. `records` makes instruction records, with as many pairs as there are.
 """
 
 import argparse
@@ -132,7 +132,6 @@ BEGINNINGS = (
 def opening(rng: random.Random) -> str:
     """The beginning of a story, made of the lists above."""
     he = rng.choice(list(NAMES))
-    one = {words: rng.choice(text.split("|")) for words, text in (("place", PLACES), ("thing", THINGS))}
     kinds = rng.sample(KINDS.split("|"), 3)
     text = rng.choice(BEGINNINGS).format(
         he=he,
@@ -147,7 +146,8 @@ def opening(rng: random.Random) -> str:
         pastime=rng.choice(PASTIMES.split("|")).replace("her friends", f"{'his' if he == 'he' else 'her'} friends"),
         weather=rng.choice(WEATHER.split("|")),
         feeling=rng.choice(FEELINGS.split("|")),
-        **one,
+        place=rng.choice(PLACES.split("|")),
+        thing=rng.choice(THINGS.split("|")),
     )
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
@@ -356,8 +356,7 @@ def write_records(args: argparse.Namespace) -> None:
 
 
 class Variety:
-    """What the last sentences of stories with one ending have in common, kept rare: few may begin the last one alike,
-    and few may share any four words."""
+    """Keeps the ends of stories different: few may begin their last sentence alike or share four words in a row."""
 
     def __init__(self, stories: int):
         self.most = {True: max(1, stories * ALIKE_BEGINNING), False: max(1, stories * ALIKE_WORDS)}
