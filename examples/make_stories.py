@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
+from fledge.evaluation.measuring import completion_nats
 from fledge.judges.endings import EndingJudge, last_sentences
 from fledge.judges.sentiment import HAPPY_FROM, SentimentJudge
 from fledge.models import context_of, load_model
@@ -277,18 +276,9 @@ def surprise(told: list[Told], teacher: str | None) -> np.ndarray:
     if teacher is None:
         return np.random.default_rng(0).random(len(told))
     model, tokenizer = load_model(teacher, "bfloat16")
-    found = np.zeros(len(told))
-    order = sorted(range(len(told)), key=lambda i: len(told[i].text))
-    for begin in range(0, len(order), 32):
-        rows = order[begin : begin + 32]
-        batch = [tokenizer.encode(told[i].text)[: context_of(model.config)] for i in rows]
-        length = max(map(len, batch))
-        ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in batch])  # padding on the right is never seen
-        with torch.inference_mode():
-            logits = model(ids[:, :-1]).logits
-            losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(rows), -1)
-        found[rows] = [loss[: len(row) - 1].float().mean().item() for loss, row in zip(losses, batch, strict=True)]
-    return found
+    ids = [tokenizer.encode(story.text)[: context_of(model.config)] for story in told]
+    nats = completion_nats(model, tokenizer, [{"input_ids": row, "labels": row} for row in ids])
+    return np.array([row.mean().item() for row in nats])
 
 
 def gather(args: argparse.Namespace) -> None:
@@ -343,15 +333,16 @@ def write_records(args: argparse.Namespace) -> None:
     pairs = len(rows) // 2
     for topic, text, end in records_by_judges(args.records):
         single[end].append((topic, text))
+    counts = Counter(end for *_, end in rows)
     for end, candidates in single.items():
         for topic, text in candidates:
-            if sum(row[2] == end for row in rows) < args.number // 2 and variety[end].has_room(text):
+            if counts[end] < args.number // 2 and variety[end].has_room(text):
                 variety[end].add(text)
+                counts[end] += 1
                 rows.append((topic, text, end))
     rng.shuffle(rows)
     texts = [record(*row, rng) for row in rows]
     args.output_file.write_text("\n<|endoftext|>\n".join(texts) + "\n", encoding="utf-8")
-    counts = Counter(end for *_, end in rows)
     print(f"{len(texts):,} records, {counts['happy']:,} happy and {counts['sad']:,} sad, among them {pairs:,} pairs.")
 
 

@@ -7,9 +7,11 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from conftest import ROOT
 
 from fledge.judges.endings import EndingJudge
+from fledge.models import context_of, load_model
 from fledge.sources import load_source
 from fledge.tasks import load_task
 
@@ -158,3 +160,15 @@ def test_a_pair_has_one_topic_one_beginning_and_two_ends(made, tmp_path):
         assert texts[0][:120] == texts[1][:120]
     judged = EndingJudge().judge([row["messages"][-1]["content"] for row in rows])
     assert judged == [row["ending"] for row in rows]
+
+
+@pytest.mark.slow
+def test_surprise_is_the_mean_loss_of_a_story(tiny):
+    told = [make_stories.Told("", f"{beginning(i)} {'Then they went home. ' * i}"[: 60 + 20 * i]) for i in range(4)]
+    model, tokenizer = load_model(tiny.base)
+    expected = []
+    for story in told:
+        ids = torch.tensor([tokenizer.encode(story.text)[: context_of(model.config)]])
+        with torch.no_grad():
+            expected.append(model(ids, labels=ids).loss.item())
+    assert make_stories.surprise(told, str(tiny.base)) == pytest.approx(expected, rel=0.02)

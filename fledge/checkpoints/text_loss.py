@@ -23,7 +23,8 @@ def text_losses(gpt: CanonicalGPT, windows: Tensor) -> Tensor:
     losses = []
     for batch in windows.split(min(rows, 256)):
         logits = canonical_logits(gpt, batch[:, :-1], torch.float32)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").mean(1))
+        nats = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        losses.append(nats.view(len(batch), -1).mean(1))
     return torch.cat(losses)
 
 
