@@ -131,7 +131,6 @@ def test_killed_and_resumed_equals_straight(small, tmp_path, capsys):
     first, second = other["parts"]
     assert (first["first_step"], second["first_step"]) == (0, 3)
     assert other["seconds"] == pytest.approx(first["seconds"] + second["seconds"], abs=0.1)
-    assert other["tokens_per_second"] == pytest.approx(other["tokens"] / other["seconds"], rel=0.1)
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_seed_others(small, tmp_path):

@@ -162,7 +162,6 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
     training = [float(entry["loss"]) for entry in history if "loss" in entry]
     tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
     parts = lineage_of(trainer).timed_parts()
-    seconds = sum(part.get("seconds", 0) for part in parts)  # a checkpoint of another program does not say
     return {
         "hyperparameters": hyperparameters,
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -173,8 +172,8 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
         "last_loss": training[-1] if training else None,
         "validation_loss": evaluations[-1] if evaluations else None,
         "tokens": int(tokens),
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds),
+        "seconds": round(sum(part.get("seconds", 0) for part in parts), 1),
+        "tokens_per_second": tokens_per_second(history, parts),
         "peak_memory_mib": peak_memory_mib(),
         "processes": args.world_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{args.device.type} ({describe()})",
@@ -192,6 +191,24 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
             "peft": peft.__version__,
         },
     }
+
+
+def tokens_per_second(history: list[dict], parts: list[dict]) -> int:
+    """Mean speed over the `parts` that say their seconds: a part that another program trained does not.
+
+    `history` is Trainer's log, in which `num_tokens` counts the tokens since step 0.
+    """
+
+    def tokens_until(step: float) -> int:
+        return max(
+            (int(entry["num_tokens"]) for entry in history if "num_tokens" in entry and entry["step"] <= step),
+            default=0,
+        )
+
+    ends = [part["first_step"] for part in parts[1:]] + [math.inf]
+    timed = [(part, end) for part, end in zip(parts, ends, strict=True) if "seconds" in part]
+    tokens = sum(tokens_until(end) - tokens_until(part["first_step"]) for part, end in timed)
+    return round(tokens / sum(part["seconds"] for part, _ in timed))
 
 
 def peak_memory_mib() -> int | None:
