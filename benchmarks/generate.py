@@ -1,18 +1,20 @@
 """Tokens a second of Fledge's generation beside transformers, llama.cpp, onnxruntime and CTranslate2.
 
-    python benchmarks/generate.py            the 49.5M topic-ending shape with random weights, prompts of 54 tokens
-    python benchmarks/generate.py MODEL      a trained model; then 128 prompts whose answers end where they end
+    python benchmarks/generate.py                 the 49.5M topic-ending shape, random weights, prompts of 54 tokens
+    python benchmarks/generate.py --model MODEL   a trained one; then 128 prompts whose answers end where they end
 
 The ways take turns, round by round, greedy, on the same prompts and with the same number of tokens, as many threads as
-torch has. Printed for 1 prompt and for 64: the median rate; how many times as fast Fledge in float32 is (with the range
-of the rounds); the share of what this machine allows; and how many answers equal Fledge's. A program that is not
-installed (`pip install llama-cpp-python onnx onnxscript onnxruntime ctranslate2`) is left out with a sentence.
+torch has; `--only llama f32` takes those whose names have one of these words. Printed for 1 prompt and for 64: the
+median rate; how many times as fast Fledge in float32 is (with the range of the rounds); the share of what this machine
+allows; and how many answers equal Fledge's. A program that is not installed (`pip install llama-cpp-python onnx
+onnxscript onnxruntime ctranslate2`) is left out with a sentence.
 
 The machine allows a token no sooner than its weights and its cache are read from memory, or its products are computed:
 see `fastest`. Bandwidth and products a second are measured first. Weights that fit into a processor's cache can exceed
 100%.
 """
 
+import argparse
 import copy
 import itertools
 import statistics
@@ -142,6 +144,7 @@ def compare(title: str, ways: dict[str, Engine], prompts: list, tokens: int, lim
             start = time.perf_counter()
             made = run(prompts, tokens)
             rates[way].append(sum(map(len, made)) / (time.perf_counter() - start))
+            print(f"{title}: {way} {rates[way][-1]:,.0f} tokens/s", file=sys.stderr, flush=True)
             # CTranslate2 goes past an end by leaving the token out, so answers are compared up to there.
             answers[way] = [list(itertools.takewhile(lambda token: token != end, ids)) for ids in made]
     first = next(iter(ways))
@@ -163,11 +166,19 @@ def nameless(count: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=tokens[-1], unk_token=tokens[-1])
 
 
-def others(model: PreTrainedModel, tokenizer, folder: Path, tokens: int) -> dict[str, tuple[Engine, str]]:
+def chosen(name: str, words: list[str]) -> bool:
+    return not words or any(word.lower() in name.lower() for word in words)
+
+
+def others(
+    model: PreTrainedModel, tokenizer, folder: Path, tokens: int, words: list[str]
+) -> dict[str, tuple[Engine, str]]:
     """The other programs that are here and can run this model, with how they store its weights."""
     found = {}
     for package, engine, kind in ENGINES:
         name = f"{engine.__name__} {kind}"
+        if not chosen(name, words):
+            continue
         if find_spec(package) is None:
             print(f"{name} is left out: {package} is not installed.")
             continue
@@ -179,12 +190,16 @@ def others(model: PreTrainedModel, tokenizer, folder: Path, tokens: int) -> dict
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a trained model instead of random weights")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="beside Fledge in float32")
+    args = parser.parse_args()
     torch.manual_seed(0)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     print(f"{describe()}; {torch.get_num_threads()} threads", flush=True)
-    if trained := sys.argv[1:]:
-        model, tokenizer = load_model(trained[0])
+    if args.model:
+        model, tokenizer = load_model(args.model)
         who, what, where = ("Lily", "Tim", "A dog", "A cat"), ("ball", "kite", "boat", "hat"), ("park", "shop")
         topics = [f"{a} found {n} of the {b}s in the {c}." for a in who for b in what for c in where for n in range(4)]
         texts = [f"Write a story about: {topic}\nWith: happy ending\n\n### Story:\n" for topic in topics]
@@ -200,8 +215,9 @@ def main():
         own["Fledge bf16"] = with_fledge(copy.deepcopy(model).bfloat16()), "bf16"
     own["torch's int8 in Fledge's loop"] = with_fledge(in_int8(model, dynamic)), "int8"
     own["the same, of weights alone"] = with_fledge(in_int8(model, weights_only)), "int8"
+    own = {name: way for name, way in own.items() if name == "Fledge f32" or chosen(name, args.only)}
     with tempfile.TemporaryDirectory() as folder:
-        known = own | others(model, tokenizer, Path(folder), tokens)
+        known = own | others(model, tokenizer, Path(folder), tokens, args.only)
         for rows in (1, ROWS):
             limits = {name: fastest(model, kind, rows, tokens, rates) for name, (_, kind) in known.items()}
             ways = {name: way for name, (way, _) in known.items()}
