@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
+# A file's tests share what is costly to make, so each file goes to one of the two processes, in the order of conftest.py.
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What computes: its results must not hang on the kind of CPU.
 NUMERICAL := tests/checkpoints tests/custom tests/generation tests/pretraining tests/training \
@@ -29,17 +31,17 @@ demo: $(VENV)/ready
 
 # The daily tests: no script runs to its end, no model is trained for long, no browser starts, no port is opened.
 check: $(VENV)/ready
-	HF_HUB_OFFLINE=1 python -m pytest -n 2 -m "not slow and not browser and not network"
+	HF_HUB_OFFLINE=1 python $(TESTS) -m "not slow and not browser and not network"
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 python -m pytest -n 2 -rs
+	HF_HUB_OFFLINE=1 python $(TESTS) -rs
 
 test-cpus: $(VENV)/ready
-	for cpu in $(CPUS); do echo "== $$cpu"; env $$cpu HF_HUB_OFFLINE=1 python -m pytest -n 2 $(NUMERICAL) || exit 1; done
+	for cpu in $(CPUS); do echo "== $$cpu"; env $$cpu HF_HUB_OFFLINE=1 python $(TESTS) $(NUMERICAL) || exit 1; done
 
 # On the lowest versions that pyproject.toml allows, in an environment of its own.
 test-lowest: build/lowest/ready
-	HF_HUB_OFFLINE=1 build/lowest/bin/python -m pytest -n 2 -rs
+	HF_HUB_OFFLINE=1 build/lowest/bin/python $(TESTS) -rs
 
 lint: $(VENV)/ready
 	ruff check .

@@ -17,6 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from processes import fork_script
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -102,11 +103,16 @@ def build_for_gpus(patched: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items):
-    """A test that needs the folders of five scripts is slow, and one that needs a browser is marked so."""
+    """A test that needs the folders of five scripts is slow, and one that needs a browser is marked so.
+
+    Files with slow tests come first: what two processes still do at the end is short.
+    """
     for item in items:
         for fixture, mark in (("tiny", pytest.mark.slow), ("browser", pytest.mark.browser)):
             if fixture in item.fixturenames:
                 item.add_marker(mark)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -154,10 +160,10 @@ def make_tiny(work: Path) -> dict:
         "prepare_dataset.py", "--data", records, "--tokenizer", paths["base"], "--balance", "ending",
         "--split", "80/10/10", "--output_dir", paths["data"],
     )  # fmt: skip
-    trained = run_script(
-        "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "train_sft.py",
-        "--model_name_or_path", paths["base"], "--dataset", paths["data"], "--output_dir", paths["model"],
-        "--num_train_epochs", 12, "--learning_rate", 0.01, "--per_device_train_batch_size", 8,
+    trained = fork_script(
+        "train_sft.py", "--model_name_or_path", paths["base"], "--dataset", paths["data"],
+        "--output_dir", paths["model"], "--num_train_epochs", 12, "--learning_rate", 0.01,
+        "--per_device_train_batch_size", 8,
     )  # fmt: skip
     evaluated = call_script(
         "evaluate_model.py", "--model", paths["model"], "--base", paths["base"], "--dataset", paths["data"],

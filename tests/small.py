@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,9 +18,12 @@ from transformers import (
 from trl import SFTTrainer
 
 from fledge.encoding import IGNORED
+from fledge.templates import load_template
 from fledge.training.trainer import SmallModelConfig
 
 VOCAB_SIZE, CONTEXT_LENGTH = 97, 40
+BYTE_LEVEL_SIZE = 300
+TEXT = "Once upon a time, there was a dog. It's 12 o'clock — naïve café! They  ran.\n\nThe end."
 WITHOUT_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 LLAMA_SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -61,6 +65,24 @@ def small_tokenizer(count: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     vocabulary = Tokenizer(models.WordLevel({f"t{i}": i for i in range(count)}, unk_token="t1"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="t0", pad_token="t0")
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """BPE over the bytes of `TEXT`, with a chat template; BYTE_LEVEL_SIZE leaves a model a few rows without a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=BYTE_LEVEL_SIZE - 5,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    end = "<|endoftext|>"
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+    made.chat_template = load_template("story")
+    return made
 
 
 def random_rows(count: int = 24) -> list[dict]:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, call_script, load_scratch_gpt, run_script
+from processes import fork_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -425,6 +426,6 @@ def test_a_full_disk_is_one_sentence_and_nothing_stays_behind(own, tmp_path):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     base = tmp_path / "deep" / "base"
-    finished = run_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
+    finished = fork_script(limited, "convert_checkpoint.py", *arguments(own[0], base), check=False)
     assert_refused(finished.returncode, finished.stderr, [base, "cannot be written"])
     assert list(tmp_path.iterdir()) == [limited]

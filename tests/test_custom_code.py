@@ -1,14 +1,13 @@
 """A GPT that no class of transformers holds: converted, trained, asked, measured, published, opened by strangers."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import call_script
+from processes import fork_script
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -125,14 +124,7 @@ assert "fledge" not in sys.modules
 
 
 def test_a_stranger_opens_it_by_transformers_alone(custom, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, custom.base, tmp_path / "logits.pt"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    fork_script("-c", STRANGER, custom.base, tmp_path / "logits.pt", folder=tmp_path)
     with torch.no_grad():
         expected = custom.module(torch.arange(24).reshape(2, 12))
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5)

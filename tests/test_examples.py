@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import ROOT, call_script, load_scratch_gpt, run_script, write_records
+from processes import fork_script
 
 from fledge.judges.endings import last_sentences
 from fledge.sources import load_source
@@ -66,13 +67,12 @@ def test_the_hand_written_gpt_trains_goes_on_leaves_out_what_it_must_and_samples
     write_records(text, 40)
     first = text.read_text(encoding="utf-8").split("<|endoftext|>")[0]
     held_out.write_bytes(gzip.compress(first.encode()))
-    done = run_script(
-        "examples/scratch_gpt.py", "train", "--text", text, "--hold_out", held_out, "--out", tmp_path, "--minutes", 0.02
-    )
+    short = ("--text", text, "--minutes", 0.001, "--batch_size", 1)
+    done = fork_script("examples/scratch_gpt.py", "train", *short, "--hold_out", held_out, "--out", tmp_path)
     assert "39 documents, " in done.stdout
     weights = (tmp_path / "checkpoint.pt").read_bytes()
-    again = ("--text", text, "--start_from", tmp_path, "--out", tmp_path / "on", "--minutes", 0.01, "--length", 64)
-    run_script("examples/scratch_gpt.py", "train", *again)
+    again = ("--start_from", tmp_path, "--out", tmp_path / "on", "--length", 64)
+    fork_script("examples/scratch_gpt.py", "train", *short, *again)
     assert (tmp_path / "on" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     assert (tmp_path / "on" / "checkpoint.pt").read_bytes() != weights
     sampled = run_script("examples/scratch_gpt.py", "sample", "--checkpoint", tmp_path, "--prompt", "Lily had")

@@ -2,6 +2,7 @@ import ast
 import copy
 import re
 from collections import Counter
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,7 @@ BASES = (SFTTrainer, Trainer, TrainerCallback, TrlParser, Cache)
 OF_LIBRARY = {name for base in (*BASES, PreTrainedModel) for name in dir(base)}
 
 
+@cache
 def trees() -> list[ast.Module]:
     files = [*(ROOT / "fledge").rglob("*.py"), *ROOT.glob("*.py")]
     return [ast.parse(file.read_text(encoding="utf-8")) for file in files]
@@ -88,6 +90,13 @@ def trees() -> list[ast.Module]:
 
 def is_private(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"_[A-Za-z]\w*", name) is not None
+
+
+def last_names(node: ast.AST) -> list[str]:
+    """The last two names of `a.b.c`; `ast.unparse` takes seconds for a package."""
+    if isinstance(node, ast.Attribute):
+        return [*last_names(node.value), node.attr][-2:]
+    return [node.id] if isinstance(node, ast.Name) else []
 
 
 def of_library(tree: ast.Module) -> tuple[set[str], list[ast.ClassDef]]:
@@ -116,7 +125,7 @@ def own_names(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not is_override(node) and node not in hooks:
             found.add(node.name)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("__dict__.update"):
+        if isinstance(node, ast.Call) and last_names(node.func) == ["__dict__", "update"]:
             found.update(keyword.arg for keyword in node.keywords)
         if isinstance(node, (ast.ClassDef, ast.Module)) and node not in inheriting:
             for part in ast.walk(node) if isinstance(node, ast.ClassDef) else node.body:
@@ -142,7 +151,7 @@ def used_names(tree: ast.Module) -> Counter:
             found.update([*node.module.split("."), *(alias.name for alias in node.names)])
         elif isinstance(node, ast.Call):
             found.update(keyword.arg for keyword in node.keywords)
-            if ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            if last_names(node.func) in (["getattr"], ["hasattr"], ["setattr"]):
                 found[getattr(node.args[1], "value", None)] += 1
         elif isinstance(node, ast.Compare):
             found[getattr(node.left, "value", None)] += isinstance(node.left, ast.Constant)

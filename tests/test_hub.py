@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from hub import Hub, Repository
-from small import VOCAB_SIZE, small_tokenizer
+from processes import fork_script
+from small import BYTE_LEVEL_SIZE, byte_level
 from transformers import GPT2Config, GPT2LMHeadModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -30,8 +31,10 @@ for line in open(sys.argv[1]).read().splitlines():
 """
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nobody/nothing", "nothing"])
-@pytest.mark.parametrize("script", MISSING)
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [*((script, "nobody/nothing") for script in MISSING), ("generate.py", "./nowhere"), ("pretrain.py", "nothing")],
+)
 def test_a_missing_model_is_told_before_torch_is_imported(script, name, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')", encoding="utf-8")
     if script == "export.py":
@@ -49,12 +52,10 @@ def hub(tmp_path):
     server = Hub()
     for name, old in (("new", False), ("old", True)):
         folder = tmp_path / name
-        shape = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=512, n_embd=24, n_layer=1, n_head=2, eos_token_id=0)
+        shape = GPT2Config(vocab_size=BYTE_LEVEL_SIZE, n_positions=512, n_embd=24, n_layer=1, n_head=2, eos_token_id=0)
         model = GPT2LMHeadModel(shape)
         model.save_pretrained(folder)
-        tokenizer = small_tokenizer()
-        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-        tokenizer.save_pretrained(folder)
+        byte_level().save_pretrained(folder)
         if old:
             (folder / "model.safetensors").unlink()
             torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -73,16 +74,16 @@ def test_every_script_takes_a_model_of_the_hub(hub, tmp_path):
         "generate --model someone/new --compare someone/old --prompt t5 --max_new_tokens 3",
         "evaluate_model --model someone/old --base someone/new --capabilities --max_new_tokens 3",
         f"train_sft --model_name_or_path someone/new --dataset {rows} --output_dir {out} --max_steps 1 --use_cpu",
-        "export --model someone/new --to onnx --output_dir " + str(tmp_path / "onnx"),
+        f"export --model someone/new --to gguf --name tales --output_dir {tmp_path / 'gguf'}",
     ]
     (tmp_path / "lines").write_text("\n".join(lines), encoding="utf-8")
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": f"{tmp_path}/home"}
     (tmp_path / "driver.py").write_text(EVERY_SCRIPT, encoding="utf-8")
-    run_script(tmp_path / "driver.py", tmp_path / "lines", **online)
+    fork_script(tmp_path / "driver.py", tmp_path / "lines", **online)
     assert (out / "model.safetensors").exists()
-    assert (tmp_path / "onnx" / "onnx" / "model.onnx").exists()
+    assert (tmp_path / "gguf" / "tales-f32.gguf").exists()
     assert not any("model.gguf" in request for request in hub.requests)
     hub.shutdown()
     hub.server_close()
-    again = run_script("generate.py", "--model", "someone/new", "--prompt", "t5", **online | {"HF_HUB_OFFLINE": "1"})
+    again = fork_script("generate.py", "--model", "someone/new", "--prompt", "t5", **online | {"HF_HUB_OFFLINE": "1"})
     assert again.stdout.strip()

@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 MEASURES = """
-    import resource, torch
+    import resource
     from fledge import memory
 
     def faults():
@@ -34,7 +34,7 @@ def test_kept_memory_is_not_asked_for_again():
         {}
         before = faults()
         for _ in range(60):
-            torch.ones(1 << 23)
+            b"x" * (1 << 25)
         print(faults() - before)
     """
     plain, kept = measured(steps.format("")), measured(steps.format("assert memory.keep_freed_memory()"))
@@ -45,8 +45,8 @@ def test_kept_memory_is_not_asked_for_again():
 def test_returned_memory_is_gone_between_live_blocks():
     steps = """
         {}
-        torch.ones(30 << 18)  # from here on glibc keeps blocks of up to 30 MB
-        blocks = [torch.ones(1 << 20) for _ in range(32)]
+        b"x" * (30 << 20)  # from here on glibc keeps blocks of up to 30 MB
+        blocks = [b"x" * (1 << 22) for _ in range(32)]
         before = resident()
         del blocks[::2]
         print(before - resident())
@@ -59,8 +59,8 @@ def test_returned_memory_is_gone_between_live_blocks():
 def test_emptied_memory_is_gone_although_it_was_to_be_kept():
     steps = """
         memory.keep_freed_memory()
-        blocks = [torch.ones(1 << 20) for _ in range(32)]
-        kept = torch.ones(1)
+        blocks = [b"x" * (1 << 22) for _ in range(32)]
+        kept = b"x" * 5000
         del blocks
         before = resident()
         {}

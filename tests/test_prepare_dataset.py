@@ -10,6 +10,7 @@ from conftest import call_script, run_script
 from datasets import ClassLabel, load_dataset, load_from_disk
 from hub import TOKEN, Hub
 from huggingface_hub import DatasetCard
+from processes import fork_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -549,7 +550,7 @@ def test_a_run_that_is_killed_leaves_the_old_dataset_and_the_next_completes(usua
         "fledge.preparation.shards.write_splits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepare_dataset.main()\n"
     )
-    done = run_script(script, *usual, "--overwrite", "--output_dir", tmp_path / "out", check=False)
+    done = fork_script(script, *usual, "--overwrite", "--output_dir", tmp_path / "out", check=False)
     assert done.returncode == -9
     assert (tmp_path / "out" / "budget.json").read_bytes() == before
 
@@ -570,11 +571,11 @@ def test_what_is_sent_to_the_hub_is_streamed_back_from_it(usual, tmp_path):
     hub = Hub()
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     try:
-        done = run_script(
+        done = fork_script(
             "prepare_dataset.py", *usual, "--push_to_hub", "someone/tales", "--output_dir", tmp_path / "out",
             HF_TOKEN=TOKEN, **online,
         )  # fmt: skip
-        streamed = run_script("-c", STREAMED, **online).stdout.splitlines()
+        streamed = fork_script("-c", STREAMED, **online).stdout.splitlines()
     finally:
         hub.shutdown()
         hub.server_close()
@@ -586,7 +587,7 @@ def test_what_is_sent_to_the_hub_is_streamed_back_from_it(usual, tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_leaves_the_dataset_here(usual, tmp_path):
-    done = run_script(
+    done = fork_script(
         "prepare_dataset.py", *usual, "--push_to_hub", "someone/tales", "--output_dir", tmp_path / "out",
         check=False, HF_TOKEN="", HF_HOME=str(tmp_path / "home"),
     )  # fmt: skip

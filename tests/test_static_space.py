@@ -2,21 +2,25 @@
 
 import functools
 import http.server
+import itertools
 import re
+import shutil
 import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, call_script
 from contrast import faint
 
 from fledge.encoding import encode_prompt
 from fledge.errors import UserError
 from fledge.exporting import verdict
+from fledge.exporting.onnx_graph import write_onnx
 from fledge.exporting.programs import OnnxRuntime
 from fledge.models import load_model
+from fledge.publishing import static_space
 from fledge.publishing.spaces import About
 from fledge.publishing.static_space import BASE_FILES, build_static_space, write_browser_model
 
@@ -45,17 +49,39 @@ def npm() -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory) -> Path:
+def graph(tmp_path_factory) -> Path:
+    """Where `folder` leaves the model as ONNX; exporting it again for the tests of int8 would take seconds."""
+    return tmp_path_factory.mktemp("graph") / "model"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, graph, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("static") / "out"
-    run_script(
-        "publish.py", "--model", tiny.model, "--base", tiny.base, "--evaluation", tiny.evaluation, "--space", "static",
-        "--space_repo_id", "someone/tiny-tales", "--dry_run", "--output_dir", out,
-    )  # fmt: skip
+
+    def keep(model, tokenizer, work, system):
+        write_onnx(model, tokenizer, work, system)
+        if not graph.exists():  # the base comes after the model
+            shutil.copytree(work, graph)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(static_space, "write_onnx", keep)
+        call_script(
+            "publish.py", "--model", tiny.model, "--base", tiny.base, "--evaluation", tiny.evaluation,
+            "--space", "static", "--space_repo_id", "someone/tiny-tales", "--dry_run", "--output_dir", out,
+        )  # fmt: skip
     return out / "space"
 
 
 @pytest.fixture(scope="module")
-def rounded(tiny, folder) -> Path:
+def exported(folder, graph):
+    """The model is not exported again."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(static_space, "write_onnx", lambda *given: shutil.copytree(graph, given[2], dirs_exist_ok=True))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny, folder, exported) -> Path:
     """The same page with weights of 8 bits, beside the other, and without the base."""
     about = About("tiny-tales", None, None, None, None, "en")
     build_static_space(folder / "int8", tiny.model, None, tiny.evaluation, about, "int8")
@@ -135,7 +161,7 @@ def test_the_greedy_stories_are_those_of_generate_py(page, tiny):
     told = write(page, temperature=0, length=60)
     asked = ["--model", tiny.model, "--topic", TOPIC, "--max_new_tokens", 60, "--temperature", 0]
     for ending, story in zip(("happy", "sad"), told, strict=True):
-        assert story == run_script("generate.py", *asked, "--ending", ending).stdout.strip()
+        assert story == call_script("generate.py", *asked, "--ending", ending).stdout.strip()
     assert page.get_by_text("complete").count() == 2
 
 
@@ -157,7 +183,7 @@ def test_int8_weights_tell_what_onnxruntime_tells(rounded, visit, tiny):
     assert told[0][:20] == tokenizer.decode(ids, skip_special_tokens=True).strip()[:20]
 
 
-def test_int8_weights_that_lose_too_much_are_not_offered(tiny, tmp_path, monkeypatch):
+def test_int8_weights_that_lose_too_much_are_not_offered(exported, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(verdict, "MOST_LOST_BITS", -1)
     monkeypatch.setattr(verdict, "TEXTS", 2)
     model, tokenizer = load_model(tiny.model)
@@ -221,16 +247,17 @@ def test_no_script_and_no_address_of_others_is_let_in(page, visit):
     visit.seen.errors.clear()  # what the browser said of those
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 768])
-def test_the_page_fits_and_is_legible(width, scheme, page):
-    page.set_viewport_size({"width": width, "height": 800})
-    page.emulate_media(color_scheme=scheme)
+def test_the_page_fits_and_is_legible(page):
+    page.set_viewport_size({"width": 360, "height": 800})
     page.get_by_label("Base model beside it").check()
     write(page, length=8)
-    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
     texts = ["Topic", "Ending", "Happy", "Sad", "Base model beside it", "Write", "Try again", "instruct", "base"]
-    assert faint(page, [*texts, "Made with Fledge", "Settings", "Copy", "Try one of these"]) == {}
+    texts += ["Made with Fledge", "Settings", "Copy", "Try one of these"]
+    for width, scheme in itertools.product((360, 768), ("light", "dark")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        assert faint(page, texts) == {}, (width, scheme)
 
 
 def test_after_one_visit_it_works_without_a_network(page, visit):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from processes import fork_two
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,10 +80,7 @@ def test_two_processes_are_one_with_twice_the_prompts(straight, tiny, tmp_path):
     folder = tmp_path / "two"
     given = ("--model_name_or_path", tiny.model, "--dataset", tiny.data, "--output_dir", folder, *SHORT)
     rewards = ("--rewards", "topic", "stopped", f"{straight.parent / 'own.py'}:short", "--reward_weights", 1, 1, 0.5)
-    run_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train_grpo.py", *given, *rewards,
-        "--per_device_train_batch_size", 4,
-    )  # fmt: skip
+    fork_two("train_grpo.py", *given, *rewards, "--per_device_train_batch_size", 4)
     same_weights(straight, folder, atol=2e-5, rtol=1e-4)
 
 

@@ -2,14 +2,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from processes import fork_script, fork_two, variables_of
 from safetensors.torch import load_file
 from small import random_rows, small_gpt2, small_tokenizer, trainer_for, write_prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
@@ -67,7 +66,7 @@ def changed(before: Path, after: Path) -> set[str]:
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
-def test_accelerate_launch_wrote_a_finished_model(tiny):
+def test_training_wrote_a_finished_model(tiny):
     names = {file.name for file in tiny.model.iterdir()}
     assert names == {
         ".fledge.json",
@@ -115,7 +114,7 @@ def test_killed_and_resumed_equals_straight(small, tmp_path, capsys):
     cut = tmp_path / "cut"
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     given = ("--model_name_or_path", small.base, "--dataset", small.data, "--output_dir", cut)
-    killed = run_script(tmp_path / "killed.py", *given, *QUIET, *steps, check=False)
+    killed = fork_script(tmp_path / "killed.py", *given, *QUIET, *steps, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (cut / "run.json").exists()
     assert "saved at checkpoint-3; go on with --resume auto" in refusal(capsys, small, cut, *steps)
@@ -471,30 +470,14 @@ def test_overwrite_deletes_an_unfinished_run_only_once_the_input_is_known_to_be_
     assert not checkpoint.exists()
 
 
-def torchrun(small, output_dir: Path, *launcher: object, rows_a_process: int) -> list[str]:
-    script = (ROOT / "train_sft.py", "--model_name_or_path", small.base, "--dataset", small.data)
-    script += ("--output_dir", output_dir, *QUIET, "--max_steps", 3, "--per_device_train_batch_size", rows_a_process)
-    return [*map(str, (sys.executable, "-m", "torch.distributed.run", *launcher, *script))]
-
-
 def test_two_nodes_of_one_process_equal_one_process_with_twice_the_batch(small, tmp_path):
     train(small, tmp_path / "one", "--max_steps", 3, "--per_device_train_batch_size", 8)
-    port = 20000 + os.getpid() % 20000
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    nodes = [
-        subprocess.Popen(
-            torchrun(
-                small, tmp_path / "two", "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1,
-                "--master_addr", "127.0.0.1", "--master_port", port, rows_a_process=4,
-            ),
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [node.communicate(timeout=300) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said[0][1][-2000:]
-    assert "Processes 2" in said[0][0]
-    assert "Trained 3 steps" not in said[1][0]
+    said = fork_two(
+        "train_sft.py", "--model_name_or_path", small.base, "--dataset", small.data, "--output_dir", tmp_path / "two",
+        *QUIET, "--max_steps", 3, "--per_device_train_batch_size", 4, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+    )  # fmt: skip
+    assert "Processes 2" in said[0].stdout
+    assert "Trained 3 steps" not in said[1].stdout
     record = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
     assert (record["processes"], record["effective_batch_size"]) == (2, 8)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -525,7 +508,6 @@ sharding.CheckSharded = Holding
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-SHARDING = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml", "--num_processes", 2)
 
 
 def test_fsdp2_spreads_the_weights_over_two_processes_and_trains_the_same(small, tmp_path):
@@ -533,15 +515,15 @@ def test_fsdp2_spreads_the_weights_over_two_processes_and_trains_the_same(small,
     (tmp_path / "holding.py").write_text(HOLDING, encoding="utf-8")
     script = (tmp_path / "holding.py", "train_sft.py", "--model_name_or_path", small.base, "--dataset", small.data)
     script += (*QUIET, *steps, "--per_device_train_batch_size", 4, "--save_strategy", "steps", "--save_steps", 2)
-    port = ("--main_process_port", 20000 + os.getpid() % 20000)
-    command = (*SHARDING, *port, *script, "--output_dir", tmp_path / "two")
+    script += ("--output_dir", tmp_path / "two")
+    sharding = variables_of("recipes/accelerate/fsdp2.yaml")
     held = [tmp_path / "held_by_the_killed", tmp_path / "held_by_the_resumed"]
     for folder in held:
         folder.mkdir()
-    killed = run_script(*command, check=False, KILL_AT="2", HELD=str(held[0]))
-    assert killed.returncode != 0
+    killed = fork_two(*script, check=False, **sharding, KILL_AT="2", HELD=str(held[0]))
+    assert 9 in [process.returncode for process in killed]
     assert not (tmp_path / "two" / "run.json").exists()
-    assert "checkpoint-2" in run_script(*command, "--resume", "auto", HELD=str(held[1])).stdout
+    assert "checkpoint-2" in fork_two(*script, "--resume", "auto", **sharding, HELD=str(held[1]))[0].stdout
 
     for folder in held:
         first, second = (json.loads((folder / rank).read_text()) for rank in ("0", "1"))

@@ -68,29 +68,20 @@ def settled_by(gpt: CanonicalGPT, facts: list[Fact], author: CanonicalGPT, tmp_p
     return model, {fact.name: fact for fact in facts}, loss, trials
 
 
-# Each fact of a plain GPT, and of one that rotates its positions, as another author could have it.
+# Facts of a plain GPT, and of one that rotates its positions, as another author could have them; two differ at once.
 PLAIN = [
     {},
-    {"activation": "relu"},
-    {"activation": "relu2"},
-    {"activation": "silu"},
-    {"attention_scale": 32**-0.5},
-    {"attention_scale": 1.0},
-    {"norm_placement": "post"},
-    {"norm_placement": "sublayer"},
-    {"parallel": True},
-    {"embedding_scale": 32**0.5},
     {"activation": "relu", "attention_scale": 32**-0.5},
     {"activation": "relu", "norm_placement": "post"},
+    {"activation": "relu2", "embedding_scale": 32**0.5},
+    {"activation": "silu", "parallel": True},
+    {"attention_scale": 1.0, "norm_placement": "sublayer"},
 ]
 ROTARY = [
     {},
-    {"rope": "interleaved"},
-    {"rope_direction": -1},
-    {"rope_theta": 500_000.0},
-    {"qk_norm": "head"},
-    {"norm": "layernorm"},
-    {"activation": "gelu"},
+    {"rope": "interleaved", "norm": "layernorm"},
+    {"rope_direction": -1, "activation": "gelu"},
+    {"rope_theta": 500_000.0, "qk_norm": "head"},
 ]
 
 

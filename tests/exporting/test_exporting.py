@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 from gguf import GGUFReader, dequantize
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, StableLmConfig
+from small import BYTE_LEVEL_SIZE as V
+from small import TEXT, byte_level
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, StableLmConfig
 
 from fledge.encoding import encode_prompt
 from fledge.errors import UserError
@@ -27,8 +27,6 @@ from fledge.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
-TEXT = "Once upon a time, there was a dog. It's 12 o'clock — naïve café! They  ran.\n\nThe end."
-V = 300
 SIZES = {"vocab_size": V, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 SHAPE = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
 CONFIGS = {
@@ -42,23 +40,6 @@ CONFIGS = {
 ABOUT = Description("tales", "mit", [{"role": "system", "content": 'Say "hi".\n{{ name }}'}])
 NAMES = sorted(file.stem for file in (ROOT / "fledge" / "templates").glob("*.jinja"))
 needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-
-
-def byte_level() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=V - 5,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    end = "<|endoftext|>"
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
-    made.chat_template = load_template("story")
-    return made
 
 
 def random_model(config):
@@ -308,10 +289,17 @@ def onnx_folders(tiny, tmp_path_factory):
     """The model by --quantize, none of it first, each as transformers.js finds it."""
     pytest.importorskip("onnxruntime")
     work = tmp_path_factory.mktemp("onnx")
+    asked = ["--model", tiny.model, "--to", "onnx", "--output_dir"]
     with pytest.MonkeyPatch.context() as patched:
-        for kind in ("fp32", "fp16", "int8"):
-            asked = ["--model", tiny.model, "--to", "onnx", "--output_dir", work / kind]
-            exported(patched, *asked, *(["--quantize", kind, "--accept_loss"] if kind != "fp32" else []))
+        exported(patched, *asked, work / "fp32")
+        # The graph is the same before it is quantised, and tracing it again takes seconds.
+        records = shutil.ignore_patterns(".fledge.json", "export.json")
+        patched.setattr(
+            "fledge.exporting.onnx_graph.write_onnx",
+            lambda *given: shutil.copytree(work / "fp32", given[2], ignore=records, dirs_exist_ok=True),
+        )
+        for kind in ("fp16", "int8"):
+            exported(patched, *asked, work / kind, "--quantize", kind, "--accept_loss")
     return work
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_script
+from processes import fork_two
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -287,7 +288,7 @@ def test_accumulated_and_two_processes_equal_one_big_batch(straight, corpus, tmp
     half = ("--per_device_train_batch_size", 2)
     pretrain(corpus, tmp_path / "accumulated", *EIGHT_STEPS, *half, "--gradient_accumulation_steps", 2)
     two = command(corpus, tmp_path / "two", *EIGHT_STEPS, *half)
-    run_script("-m", "torch.distributed.run", "--nproc_per_node", 2, "pretrain.py", *two)
+    fork_two("pretrain.py", *two)
     expected = weights(straight[0])
     of_straight = json.loads((straight[0] / "pretraining.json").read_text())
     for name in ("accumulated", "two"):

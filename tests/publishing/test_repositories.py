@@ -2,16 +2,15 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, call_script, run_script
 from hub import TOKEN, Hub
+from processes import fork_script
 from transformers import AutoTokenizer
 
 from fledge.encoding import encode_prompt
@@ -30,7 +29,6 @@ STRANGER = """
 import contextlib, io, json, sys
 from datasets import load_dataset
 from transformers import pipeline
-assert not any(name.startswith("fledge") for name in sys.modules)
 writer = pipeline("text-generation", "someone/tiny-tales")
 chat = [{"role": "user", "content": sys.argv[1]}]
 raw = sys.argv[1] + "\\n\\n### Story:\\n"
@@ -41,6 +39,7 @@ for snippet in sys.argv[2:]:
         exec(snippet, {})
     printed.append(out.getvalue())
 data = load_dataset("someone/data")
+assert not any(name.startswith("fledge") for name in sys.modules)
 print(json.dumps({
     "raw": writer(raw, return_full_text=False, **greedy)[0]["generated_text"],
     "chat": writer(chat, **greedy)[0]["generated_text"][-1]["content"],
@@ -72,8 +71,8 @@ def online(hub: Hub, cache: Path, **variables: str) -> dict[str, str]:
     }
 
 
-def publish(hub: Hub, tiny, cache: Path, *arguments: object, check: bool = True, token: str = TOKEN):
-    return run_script(
+def publish(hub: Hub, tiny, cache: Path, *arguments: object, start=fork_script, token: str = TOKEN, check: bool = True):
+    return start(
         "publish.py", "--model", tiny.model, "--evaluation", tiny.evaluation, "--dataset", tiny.data,
         "--license", "apache-2.0", *arguments, check=check, **online(hub, cache, HF_TOKEN=token),
     )  # fmt: skip
@@ -81,7 +80,7 @@ def publish(hub: Hub, tiny, cache: Path, *arguments: object, check: bool = True,
 
 @pytest.fixture(scope="module")
 def published(hub, tiny, tmp_path_factory):
-    return publish(hub, tiny, tmp_path_factory.mktemp("publisher"), *ALL)
+    return publish(hub, tiny, tmp_path_factory.mktemp("publisher"), *ALL, start=run_script)
 
 
 def snippets(card: str, language: str) -> list[str]:
@@ -104,12 +103,7 @@ def test_a_stranger_with_an_empty_cache_loads_the_model_the_data_and_runs_the_sn
     card = hub.repos["model", "someone/tiny-tales"].files["README.md"].decode()
     python = snippets(card, "python")
     assert len(python) == 2
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, INSTRUCTION, *python],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | online(hub, tmp_path, OMP_NUM_THREADS="1"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = fork_script("-c", STRANGER, INSTRUCTION, *python, folder=tmp_path, **online(hub, tmp_path))
     found = json.loads(done.stdout.splitlines()[-1])
     tokenizer = AutoTokenizer.from_pretrained(tiny.data / "tokenizer")
     trained_on = encode_prompt(tokenizer, [{"role": "user", "content": INSTRUCTION}])
@@ -125,13 +119,9 @@ def test_a_stranger_with_an_empty_cache_loads_the_model_the_data_and_runs_the_sn
 def test_the_command_on_the_card_runs(published, hub, tmp_path):
     card = hub.repos["model", "someone/tiny-tales"].files["README.md"].decode()
     (command,) = snippets(card, "bash")
-    command = command.replace("fledge generate", "python -m fledge generate")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path} | online(hub, tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    program, *given = shlex.split(command)
+    assert program == "fledge"
+    done = fork_script("-m", "fledge", *given, folder=tmp_path, **online(hub, tmp_path))
     assert done.stdout.strip().splitlines()[-1]
 
 
@@ -141,7 +131,7 @@ def test_a_second_publication_sends_nothing_and_a_space_needs_only_a_published_m
     done = publish(hub, tiny, tmp_path, *ALL)
     assert done.stdout.count("nothing changed, nothing sent") == 3
     assert hub.uploads == []
-    alone = run_script(
+    alone = fork_script(
         "publish.py", "--model", "someone/tiny-tales", "--evaluation", tiny.evaluation, "--license", "apache-2.0",
         "--space_repo_id", "someone/demo", **online(hub, tmp_path, HF_TOKEN=TOKEN),
     )  # fmt: skip

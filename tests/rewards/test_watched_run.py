@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from processes import fork_two
 from safetensors.torch import load_file
 
 from fledge.cli import run
@@ -88,10 +88,7 @@ def test_a_run_that_was_cut_sees_and_keeps_the_same(straight, tiny, tmp_path, mo
 
 
 def test_two_processes_see_what_one_sees(straight, tiny, tmp_path):
-    run_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train_grpo.py",
-        *keys(tiny, tmp_path / "two", "--per_device_train_batch_size", 4),
-    )  # fmt: skip
+    fork_two("train_grpo.py", *keys(tiny, tmp_path / "two", "--per_device_train_batch_size", 4))
 
     first, other = looks_of(straight)[0], looks_of(tmp_path / "two")[0]
     assert other == pytest.approx(first, abs=1e-5)
