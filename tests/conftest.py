@@ -1,6 +1,7 @@
 """A tiny system that the end-to-end tests share: a hand-written checkpoint, records, and the scripts run on them."""
 
 import contextlib
+import gc
 import gzip
 import importlib.util
 import io
@@ -113,6 +114,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(mark)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What is imported stays, and each of the many trainings would otherwise look through all of it for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

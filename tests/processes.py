@@ -6,6 +6,7 @@ is for `conftest.run_script` to test, which starts Python anew.
 
 import atexit
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ if FORKS:
 
 def as_python(command: list[str], folder: str, environment: dict[str, str], said: str) -> None:
     """What `python *command` does, in the process that was forked for it: a file, `-m module` or `-c code`."""
+    gc.freeze()  # what was imported is no garbage
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

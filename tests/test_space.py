@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import time
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +15,14 @@ from contrast import faint
 from hub import Hub, Repository
 from processes import forked
 
-pytestmark = [pytest.mark.slow, pytest.mark.network]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.network,
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the Space needs gradio: pip install 'fledge-gpt[demo]'"),
+]
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {ending} {0} <|endoftext|> **not bold**"
 ENDED = re.compile(r"^\d+ tokens, (ended by the model|broken off at the limit)\.$")
-
-gradio = pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'fledge-gpt[demo]'")
 
 
 @pytest.fixture(scope="module")

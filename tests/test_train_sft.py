@@ -37,6 +37,12 @@ def small(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(base=work / "base", data=work / "data")
 
 
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    """To draw one takes as long as such a training, and `tiny` has one."""
+    monkeypatch.setattr("fledge.training.run_record.save_curve", lambda *_: None)
+
+
 def train(small, output_dir: Path, *arguments: object, dataset: Path | None = None) -> None:
     """train_sft.py in this process, which has imported everything already."""
     given = ("--model_name_or_path", small.base, "--dataset", dataset or small.data, "--output_dir", output_dir)
