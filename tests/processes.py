@@ -33,8 +33,8 @@ IMPORTED = [
     "trl.trainer.sft_trainer",
 ]
 READ_ENVIRONMENT = ("huggingface_hub.constants", "datasets.config")  # once, when they are imported
-# Windows cannot fork: there each process imports for itself.
-FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+# Windows cannot fork, and macOS not with the libraries that torch loads: there each process imports for itself.
+FORKS = sys.platform == "linux"
 CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 if FORKS:
     CONTEXT.set_forkserver_preload(IMPORTED)
