@@ -52,7 +52,7 @@ def hub(tmp_path):
     server = Hub()
     for name, old in (("new", False), ("old", True)):
         folder = tmp_path / name
-        shape = GPT2Config(vocab_size=BYTE_LEVEL_SIZE, n_positions=512, n_embd=24, n_layer=1, n_head=2, eos_token_id=0)
+        shape = GPT2Config(vocab_size=BYTE_LEVEL_SIZE, n_positions=512, n_embd=32, n_layer=1, n_head=4, eos_token_id=0)
         model = GPT2LMHeadModel(shape)
         model.save_pretrained(folder)
         byte_level().save_pretrained(folder)
