@@ -48,8 +48,6 @@ def build_static_space(
     Raises:
         UserError: see `load_model`, `write_onnx`, `store_half` and `measured`; or a record of the model is missing.
     """
-    from huggingface_hub import SpaceCardData
-
     trained = read_trained(model_dir)
     example = trained.example if trained else []
     model, tokenizer = load_model(model_dir)
@@ -78,12 +76,24 @@ def build_static_space(
         "dtype": quantize or "fp32",
         "version": digest(folder),
     }
+    _write_page(folder, settings)
+    _write_card(folder, about, settings)
+
+
+def _write_page(folder: Path, settings: dict[str, Any]) -> None:
+    """The files that a browser opens."""
     for name in PAGE:
         shutil.copy(MODEL_CARD / "static_space" / name, folder)
     # A data block ends at the first "</script"; JSON may write "<" as an escape.
     data = json.dumps(settings, ensure_ascii=False).replace("<", "\\u003c")
     page = open_templates(autoescape=True).get_template("static_space/index.html.jinja")
     (folder / "index.html").write_text(page.render(settings=settings, data=data), encoding="utf-8")
+
+
+def _write_card(folder: Path, about: About, settings: dict[str, Any]) -> None:
+    """README.md, by which the Hub knows the folder as a static Space."""
+    from huggingface_hub import SpaceCardData
+
     metadata = SpaceCardData(
         title=about.title,
         sdk="static",

@@ -137,12 +137,6 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
     `parts` says at which steps a run went on, for how many seconds, and what was changed. `seconds` are those of all
     parts: what was trained after a checkpoint and lost is not counted.
     """
-    import accelerate
-    import datasets
-    import peft
-    import transformers
-    import trl
-
     args, history = trainer.args, trainer.state.log_history
     with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
         warnings.simplefilter("ignore", FutureWarning)
@@ -180,16 +174,27 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
         "threads": torch.get_num_threads(),
         "precision": precision(args),
         "commit": commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "fledge": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-            "datasets": datasets.__version__,
-            "accelerate": accelerate.__version__,
-            "peft": peft.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the run's result depends on: Python, Fledge and the libraries that train."""
+    import accelerate
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    return {
+        "python": platform.python_version(),
+        "fledge": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+        "datasets": datasets.__version__,
+        "accelerate": accelerate.__version__,
+        "peft": peft.__version__,
     }
 
 

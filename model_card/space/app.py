@@ -155,6 +155,16 @@ def together(answers: list[Iterator[tuple[str, str]]]) -> Iterator[tuple[list[st
             answer.close()
 
 
+def boxes_shown(ending: str | None, compare: bool = False) -> list:
+    """The boxes that an answer needs, what they are called, and the rows that hold them."""
+    several = SETTINGS["story"]["endings"] if ending == BOTH else [ending]
+    titles = [f"{one.capitalize()} ending" if one else "Story" for one in several]
+    names = [title + of for title in titles for of in ("", ", base model")] + [""] * BOXES
+    visible = [place < 2 * len(titles) and (place % 2 == 0 or compare) for place in range(BOXES)]
+    made = [gr.update(visible=visible[place], label=names[place]) for place in range(BOXES)]
+    return [*made, *(gr.update(visible=any(visible[place : place + 2])) for place in range(0, BOXES, 2))]
+
+
 def story_page(writer: Writer, base: Writer | None) -> None:
     """Topic, ending, Write: the story streams in; both endings side by side, and the base beside them, if asked."""
     settings = SETTINGS["story"]
@@ -185,15 +195,6 @@ def story_page(writer: Writer, base: Writer | None) -> None:
         for found, status in together(list(asked.values())):
             texts = dict(zip(asked, found, strict=True))
             yield status, *(texts.get(place, "") for place in range(BOXES))
-
-    def shown(ending: str | None, compare: bool = False) -> list:
-        """The boxes that an answer needs, and what they are called."""
-        several = endings if ending == BOTH else [ending]
-        titles = [f"{one.capitalize()} ending" if one else "Story" for one in several]
-        names = [title + of for title in titles for of in ("", ", base model")] + [""] * BOXES
-        visible = [place < 2 * len(titles) and (place % 2 == 0 or compare) for place in range(BOXES)]
-        made = [gr.update(visible=visible[place], label=names[place]) for place in range(BOXES)]
-        return [*made, *(gr.update(visible=any(visible[place : place + 2])) for place in range(0, BOXES, 2))]
 
     topic = gr.Textbox(
         label=settings["label"], placeholder=settings["placeholder"], lines=1, max_lines=6, autofocus=True
@@ -228,7 +229,7 @@ def story_page(writer: Writer, base: Writer | None) -> None:
         inputs.append(compare)
     running = []
     for started, name in ((generate.click, "public"), (topic.submit, "private")):
-        made = started(shown, [ending, *([compare] if base else [])], [*boxes, *rows], api_visibility="private")
+        made = started(boxes_shown, [ending, *([compare] if base else [])], [*boxes, *rows], api_visibility="private")
         running.append(made.then(write, inputs, [status, *boxes], api_name="write", api_visibility=name))
     stop.click(None, cancels=running, api_visibility="private")
 
