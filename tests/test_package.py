@@ -10,7 +10,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, load_scratch_gpt
 
 SOURCES = ("fledge", "model_card", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 # The cells of the notebook, small; and what it leaves out.
@@ -69,6 +70,10 @@ def start(*command: object, cwd: Path) -> str:
 def test_a_wheel_runs_the_notebook_without_the_checkout(installed, tmp_path):
     python, runs = installed / "python", tmp_path / "runs"
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    scratch = load_scratch_gpt()
+    config = scratch.CONFIG | {"emb_dim": 32, "n_heads": 2, "n_layers": 1}  # the shipped one takes long to answer
+    checkpoint = {"model_state_dict": scratch.ScratchGPT(**config).state_dict(), "config": config}
+    torch.save(checkpoint, tmp_path / "examples" / "scratch_gpt" / "checkpoint.pt")
     said = start(python, "-c", CELLS, cwd=tmp_path)
     assert "Next: fledge.prepare(tokenizer='../runs/base', data='RECORDS'" in said
     assert said.splitlines()[-1].startswith(str(installed.parent))
@@ -78,8 +83,9 @@ def test_a_wheel_runs_the_notebook_without_the_checkout(installed, tmp_path):
     # The repository that the environment lies in is not the one that Fledge's code comes from.
     assert json.loads((runs / "model" / "run.json").read_text(encoding="utf-8"))["commit"] is None
 
-    launch = (python, "-m", "accelerate.commands.launch", "--num_processes", 1, "--cpu", "-m", "fledge", "train")
-    keys = ("--model_name_or_path", "base", "--dataset", "data", "--output_dir", "launched", "--max_steps", 1)
+    launch = (python, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes" / "accelerate" / "cpu.yaml")
+    keys = ("-m", "fledge", "train", "--model_name_or_path", "base", "--dataset", "data")
+    keys += ("--output_dir", "launched", "--max_steps", 1)
     assert "Next: fledge evaluate --model launched --base base" in start(*launch, *keys, cwd=runs)
 
 

@@ -2,25 +2,27 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
+import time
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 from conftest import build_for_gpus, load_module
 from contrast import faint
 from hub import Hub, Repository
+from processes import forked
 
-pytestmark = [pytest.mark.slow, pytest.mark.network]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.network,
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the Space needs gradio: pip install 'fledge-gpt[demo]'"),
+]
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {ending} {0} <|endoftext|> **not bold**"
 ENDED = re.compile(r"^\d+ tokens, (ended by the model|broken off at the limit)\.$")
-
-gradio = pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'fledge-gpt[demo]'")
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +52,17 @@ def space(folder, tiny, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    environment = {
         "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path_factory.mktemp("cache")),
-        "BASE": str(tiny.base), "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "BASE": str(tiny.base), "GRADIO_SERVER_PORT": str(port),
     }  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "log.txt"
-    with log.open("w", encoding="utf-8") as out:
-        app = subprocess.Popen(
-            [sys.executable, "-u", "app.py"], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=out, text=True
-        )
-        try:
-            started = next((line for line in app.stdout if "Running on local URL" in line), None)
-            assert started, log.read_text(encoding="utf-8")
-            yield SimpleNamespace(url=f"http://127.0.0.1:{port}", log=log)
-        finally:
-            app.terminate()
-            app.wait()
-            hub.shutdown()
-            hub.server_close()
+    with forked("app.py", folder=folder, **environment) as app:
+        while "Running on local URL" not in (app.said / "stdout").read_text(encoding="utf-8"):
+            assert app.process.is_alive(), (app.said / "stderr").read_text(encoding="utf-8")
+            time.sleep(0.2)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}")
+    hub.shutdown()
+    hub.server_close()
 
 
 @pytest.fixture
@@ -103,9 +98,7 @@ def test_type_choose_press_and_a_story_appears(page):
     assert len(story.input_value().split()) > 2
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_endings_and_the_base_side_by_side_all_legible(page, scheme):
-    page.emulate_media(color_scheme=scheme)
+def test_both_endings_and_the_base_side_by_side_all_legible(page):
     boxes = page.locator(".answer textarea").locator("visible=true")
     assert boxes.count() == 0  # no empty slab
     page.get_by_label("Side by side").check()
@@ -116,7 +109,9 @@ def test_both_endings_and_the_base_side_by_side_all_legible(page, scheme):
     assert [len(box.input_value()) > 5 for box in boxes.all()] == [True] * 4
     names = ["Happy ending", "Happy ending, base model", "Sad ending", "Sad ending, base model"]
     shown = ["Topic", "Ending", "Happy", "Side by side", "Base model beside it", "Write", "Stop", "More"]
-    assert faint(page, [*shown, *names, "The model", "Made with Fledge", "Try one of these"]) == {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert faint(page, [*shown, *names, "The model", "Made with Fledge", "Try one of these"]) == {}, scheme
 
 
 def test_an_example_is_whole_and_fills_the_form(page):
