@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from processes import forked
 
 from fledge.encoding import encode_prompt
 from fledge.generation.answers import answer_batch
@@ -17,7 +18,7 @@ from fledge.models import load_model
 from fledge.sampling import Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
-TRANSFORMERS = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+TRANSFORMERS = "from transformers.cli.transformers import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -26,23 +27,19 @@ def address(tiny):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    serve = [*TRANSFORMERS, "serve", str(tiny.model), "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
+    serve = ("serve", tiny.model, "--host", "127.0.0.1", "--port", port)
+    with forked("-c", TRANSFORMERS, *serve) as server:
         until = time.monotonic() + 240
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except (urllib.error.URLError, TimeoutError):
-                if server.poll() is not None:
-                    pytest.fail(server.stdout.read())
+                if server.process.exitcode is not None:
+                    pytest.fail((server.said / "stderr").read_text(encoding="utf-8"))
                 assert time.monotonic() < until, "transformers serve does not answer"
-                time.sleep(1)
+                time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.communicate()
 
 
 def greedy(folder, content: str) -> str:
@@ -63,7 +60,8 @@ def test_the_server_tells_the_same_story(address, tiny):
 
 def test_transformers_chat_talks_to_it(address, tiny, tmp_path):
     content = "Write a story about: Lily took a ball."
-    chat = [*TRANSFORMERS, "chat", str(tiny.model), address, "max_new_tokens=30", "do_sample=False"]
+    chat = [sys.executable, "-c", TRANSFORMERS, "chat", str(tiny.model), address]
+    chat += ["max_new_tokens=30", "do_sample=False"]
     # Offline, huggingface_hub's client refuses loopback too.
     done = subprocess.run(
         chat, input=f"{content}\nn\n!exit\n", cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "0", "COLUMNS": "200"},
