@@ -68,7 +68,7 @@ def settled_by(gpt: CanonicalGPT, facts: list[Fact], author: CanonicalGPT, tmp_p
     return model, {fact.name: fact for fact in facts}, loss, trials
 
 
-# Facts of a plain GPT, and of one that rotates its positions, as another author could have them; two differ at once.
+# Facts of a plain GPT, and of one that rotates its positions, as another author could have them, often two at once.
 PLAIN = [
     {},
     {"activation": "relu", "attention_scale": 32**-0.5},
@@ -81,7 +81,8 @@ ROTARY = [
     {},
     {"rope": "interleaved", "norm": "layernorm"},
     {"rope_direction": -1, "activation": "gelu"},
-    {"rope_theta": 500_000.0, "qk_norm": "head"},
+    {"rope_theta": 500_000.0},
+    {"qk_norm": "head"},
 ]
 
 
