@@ -1,4 +1,4 @@
-"""Several evaluations at a glance: the headline of each, from the base to the trained model, as a table and a picture.
+"""Several evaluations at a glance: the headline of each, before and after training, as a table and a picture.
 
     python benchmarks/results.py "Quickstart=runs/quickstart/evaluation" "Constraints=runs/constraints/evaluation" \\
         --picture docs/results/results.png
@@ -34,14 +34,12 @@ def table(rows: list[dict]) -> str:
     def percent(value: float | None) -> str:
         return "" if value is None else f"{value:.1%}"
 
-    lines = [
-        "| task and model | base | tuned | chance | reference | prompts | completion loss |",
-        "|---|" + "---:|" * 6,
-    ]
+    columns = ("model", "before", "after", "chance", "reference", "prompts", "completion loss")
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for row in rows:
-        tuned = f"{row['model']:.1%} ({row['interval'][0]:.1%} to {row['interval'][1]:.1%})"
+        after = f"{row['model']:.1%} ({row['interval'][0]:.1%} to {row['interval'][1]:.1%})"
         loss = " to ".join(f"{value:.3f}" for value in row["loss"])
-        cells = [row["name"], percent(row["base"]), tuned, percent(row["chance"]), percent(row["reference"])]
+        cells = [row["name"], percent(row["base"]), after, percent(row["chance"]), percent(row["reference"])]
         lines.append(f"| {' | '.join(map(str, [*cells, row['prompts'], loss]))} |")
     return "\n".join(lines)
 
@@ -53,15 +51,15 @@ def draw(rows: list[dict], file: Path) -> None:
             axes.plot([row["base"], row["model"]], [place, place], color="0.75", linewidth=2, zorder=1)
             axes.plot(row["interval"], [place, place], color="tab:blue", linewidth=5, alpha=0.35, zorder=2)
         for key, label, style in (
-            ("base", "base", {"marker": "o", "color": "0.5"}),
-            ("model", "tuned, with its 95% interval", {"marker": "o", "color": "tab:blue"}),
-            ("chance", "tuned, without the instruction (chance)", {"marker": "|", "color": "tab:red", "s": 150}),
+            ("base", "before", {"marker": "o", "color": "0.5"}),
+            ("model", "after, with its 95% interval", {"marker": "o", "color": "tab:blue"}),
+            ("chance", "the same answers, another instruction (chance)", {"marker": "|", "color": "tab:red", "s": 150}),
             ("reference", "held-out references", {"marker": "|", "color": "black", "s": 150}),
         ):
             there = [place for place in places if rows[place][key] is not None]
             axes.scatter([rows[place][key] for place in there], there, label=label, zorder=3, **style)
         axes.set_yticks(places, [row["name"] for row in rows])
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set(xlim=(-0.02, 1.02), xlabel="instruction following")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="x", alpha=0.3)
