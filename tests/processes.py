@@ -32,6 +32,7 @@ IMPORTED = [
     "trl.trainer.grpo_trainer",
     "trl.trainer.sft_trainer",
 ]
+LIMIT = 300  # seconds, after which a script that hangs is ended
 READ_ENVIRONMENT = ("huggingface_hub.constants", "datasets.config")  # once, when they are imported
 # Windows cannot fork, and macOS not with the libraries that torch loads: there each process imports for itself.
 FORKS = sys.platform == "linux"
@@ -96,7 +97,8 @@ def completed(run: SimpleNamespace, arguments: tuple) -> subprocess.CompletedPro
 def fork_script(*arguments: object, check: bool = True, folder: Path = ROOT, **variables: str):
     """As `conftest.run_script`, whose process has imported the libraries before it begins."""
     with forked(*arguments, folder=folder, **variables) as run:
-        run.process.join()
+        run.process.join(LIMIT)
+        assert run.process.exitcode is not None, f"{arguments[0]} does not end"
         done = completed(run, arguments)
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -113,7 +115,7 @@ def fork_two(*arguments: object, check: bool = True, **variables: str) -> list[s
         runs = [both.enter_context(forked(*arguments, **where | rank | variables)) for rank in ranks]
         running = [run.process for run in runs]
         while running and not any(run.process.exitcode for run in runs):
-            connection.wait([process.sentinel for process in running])
+            assert connection.wait([process.sentinel for process in running], LIMIT), f"{arguments[0]} does not end"
             running = [process for process in running if process.is_alive()]
         for process in running:
             process.terminate()

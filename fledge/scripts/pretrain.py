@@ -107,6 +107,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     from fledge.pretraining.tokens import Corpus, open_tokens
     from fledge.training.configuration import precision, use_all_threads, with_values
     from fledge.training.lineage import go_on, settings_of
+    from fledge.training.opening import close_trainer
     from fledge.training.resuming import StopOnSignal, find_checkpoint
 
     # ------------------------------------------------------------ Load and check
@@ -150,8 +151,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
         attempt("The last evaluation", trainer.evaluate)
     if trainer.is_world_process_zero():
         record(trainer, output, tokens, estimate)
-    trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
-    attempt("The end of tracking", trainer.accelerator.end_training)
+    close_trainer(trainer)
 
 
 def open_vocabulary(args: PretrainArguments) -> "PreTrainedTokenizerBase":

@@ -1,10 +1,12 @@
-"""A trainer with what every training of Fledge has: sharding that is checked, lines of progress, shielded trackers."""
+"""A trainer with what every training of Fledge has: sharding that is checked, lines of progress, shielded trackers; and
+its end."""
 
 from typing import Any, TypeVar
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from fledge.cli import attempt
 from fledge.training.configuration import SmallDefaults
 from fledge.training.run_record import Progress, shield_trackers
 from fledge.training.settings import said_in_words
@@ -37,3 +39,15 @@ def open_trainer(
     trainer.remove_callback(PrinterCallback)
     shield_trackers(trainer)
     return trainer
+
+
+def close_trainer(trainer: Trainer) -> None:
+    """Finishes the trackers and destroys the process group; not before every process is here.
+
+    The model that DDP wraps is freed first. Its reducer would otherwise be the last owner of the group, and end the
+    group's threads while it holds the interpreter's lock, for which they may be waiting.
+    """
+    trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
+    trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    trainer.accelerator.free_memory()
+    attempt("The end of tracking", trainer.end)

@@ -22,6 +22,7 @@ from fledge.sampling import Sampling
 from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import precision, use_all_threads, with_values
 from fledge.training.lineage import Lineage, fingerprint_of_rows, go_on, settings_of
+from fledge.training.opening import close_trainer
 from fledge.training.resuming import StopOnSignal, find_checkpoint
 from fledge.training.run_record import run_record, save_log
 from fledge.training.starting import RunArguments
@@ -75,8 +76,7 @@ class Run:
         self.save(trainer)
         if trainer.is_world_process_zero():
             self.record(trainer, self.args.trained_parts | trained, pictures)
-        trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
-        attempt("The end of tracking", trainer.end)
+        close_trainer(trainer)
 
     def announce(self, trainer: CheckedTrainer) -> None:
         """Prints what will be trained, with what was chosen automatically and why."""
