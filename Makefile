@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
-# A file's tests share what is costly to make, so each file goes to one of the two processes, in the order of conftest.py.
+# A file's tests share what is costly to make, so each file goes to one of two processes, in the order of conftest.py.
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What computes: its results must not hang on the kind of CPU.

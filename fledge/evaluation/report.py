@@ -53,7 +53,7 @@ def table(metrics: dict) -> str:
             show(name, found.get(name)).split(" (")[0] for found in (metrics["chance"]["model"], metrics["reference"])
         )
         rows.append((title(name), *parts, *ends))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def table_by(metrics: dict, name: str = HEADLINE) -> str:
@@ -63,7 +63,7 @@ def table_by(metrics: dict, name: str = HEADLINE) -> str:
         shown = [show(name, of_label[who].get(name)) for who in ("base", "model")]
         held = [of_label["chance"], of_label["reference"], *of_label["baselines"].values()]
         rows.append((label, str(of_label["prompts"]), *shown, *(share(found.get(name)) for found in held)))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def classes(metrics: dict) -> list[tuple[str, dict]]:
@@ -75,7 +75,8 @@ def classes(metrics: dict) -> list[tuple[str, dict]]:
     return found
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows, of which the first names the columns, as a Markdown table that also reads well in a terminal."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

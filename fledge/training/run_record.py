@@ -154,7 +154,6 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
     hyperparameters = {k: v for k, v in sorted(chosen) if k in usual and v != usual[k] and k not in left_out}
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     training = [float(entry["loss"]) for entry in history if "loss" in entry]
-    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
     parts = lineage_of(trainer).timed_parts()
     return {
         "hyperparameters": hyperparameters,
@@ -165,7 +164,7 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
         "first_loss": training[0] if training else None,
         "last_loss": training[-1] if training else None,
         "validation_loss": evaluations[-1] if evaluations else None,
-        "tokens": int(tokens),
+        "tokens": tokens_until(history),
         "seconds": round(sum(part.get("seconds", 0) for part in parts), 1),
         "tokens_per_second": tokens_per_second(history, parts),
         "peak_memory_mib": peak_memory_mib(),
@@ -198,21 +197,16 @@ def versions() -> dict[str, str]:
     }
 
 
+def tokens_until(history: list[dict], step: float = math.inf) -> int:
+    """The tokens from step 0 until `step`, by Trainer's log."""
+    return int(max((entry.get("num_tokens", 0) for entry in history if entry["step"] <= step), default=0))
+
+
 def tokens_per_second(history: list[dict], parts: list[dict]) -> int:
-    """Mean speed over the `parts` that say their seconds: a part that another program trained does not.
-
-    `history` is Trainer's log, in which `num_tokens` counts the tokens since step 0.
-    """
-
-    def tokens_until(step: float) -> int:
-        return max(
-            (int(entry["num_tokens"]) for entry in history if "num_tokens" in entry and entry["step"] <= step),
-            default=0,
-        )
-
+    """Mean speed over the `parts` that say their seconds: a part that another program trained does not."""
     ends = [part["first_step"] for part in parts[1:]] + [math.inf]
     timed = [(part, end) for part, end in zip(parts, ends, strict=True) if "seconds" in part]
-    tokens = sum(tokens_until(end) - tokens_until(part["first_step"]) for part, end in timed)
+    tokens = sum(tokens_until(history, end) - tokens_until(history, part["first_step"]) for part, end in timed)
     return round(tokens / sum(part["seconds"] for part, _ in timed))
 
 

@@ -4,7 +4,7 @@ import pytest
 from processes import fork_two
 
 ENDED = """
-import gc, sys, weakref
+import sys, weakref
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
