@@ -7,7 +7,7 @@ never on a cut one. A control token that stands in somebody's text stays text.
 
 import bisect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +23,7 @@ from fledge.tokenizers import open_tokenizer
 from fledge.tokenizers.fast import TextEncoder
 
 IGNORED = -100
+MOST_NAMED = 10  # values of a column, in a message
 OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
 
 
@@ -274,6 +275,33 @@ def with_messages(row: dict[str, Any]) -> dict[str, Any]:
         return {"messages": row.pop("prompt") + row.pop("chosen"), **row}
     pair = (("user", row.pop("instruction")), ("assistant", row.pop("response")))
     return {"messages": [{"role": role, "content": content} for role, content in pair], **row}
+
+
+def numbers_of(rows: list[dict[str, Any]], only: Sequence[str]) -> list[int]:
+    """The numbers of the rows that meet every condition of `only`, such as `kind=words`.
+
+    A column that holds a list meets a condition if the value is in it.
+
+    Raises:
+        UserError: a condition is not COLUMN=VALUE, there is no such column, or no row meets all conditions.
+    """
+    columns = sorted({column for row in rows for column in row} - {"messages", "group"})
+    numbers = list(range(len(rows)))
+    for condition in only:
+        column, _, wanted = condition.partition("=")
+        if "=" not in condition or column not in columns:
+            raise UserError(f"--only {condition} is no COLUMN=VALUE; the dataset's columns are {', '.join(columns)}.")
+        values = {number: _values(rows[number].get(column)) for number in numbers}
+        numbers = [number for number in numbers if wanted in values[number]]
+        if not numbers:
+            found = sorted(set().union(*values.values()))
+            named = ", ".join(found[:MOST_NAMED]) + (", …" if len(found) > MOST_NAMED else "")
+            raise UserError(f"No row meets --only {condition}; its values of {column}: {named or 'none'}.")
+    return numbers
+
+
+def _values(cell: object) -> set[str]:
+    return {str(value) for value in (cell if isinstance(cell, list) else [cell]) if value is not None}
 
 
 def open_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:

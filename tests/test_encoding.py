@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,9 +14,11 @@ from fledge.encoding import (
     encode_prompt,
     encode_rejected,
     fit,
+    numbers_of,
     prompt_text,
     shortest,
 )
+from fledge.errors import UserError
 from fledge.messages import INPUT_MARK
 from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer
@@ -345,3 +349,38 @@ def test_fitting_leaves_the_example_itself_alone(gpt2):
 
     assert messages == chat(counting(6), "yes yes")
     assert whole == encode(gpt2, [messages])[0]
+
+
+ROWS = [
+    {"messages": [], "kind": "words", "features": ["dialogue"], "count": 3},
+    {"messages": [], "kind": "who", "features": [], "count": 3},
+    {"messages": [], "kind": "words", "features": [], "count": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("only", "numbers"),
+    [
+        ([], [0, 1, 2]),
+        (["kind=words"], [0, 2]),
+        (["features=dialogue"], [0]),
+        (["count=3"], [0, 1]),
+        (["kind=words", "count=3"], [0]),
+    ],
+)
+def test_rows_are_chosen_by_their_columns(only, numbers):
+    assert numbers_of(ROWS, only) == numbers
+
+
+@pytest.mark.parametrize(
+    ("only", "said"),
+    [
+        (["kind"], "--only kind is no COLUMN=VALUE; the dataset's columns are count, features, kind."),
+        (["messages=x"], "--only messages=x is no COLUMN=VALUE"),
+        (["kind=moral"], "No row meets --only kind=moral; its values of kind: who, words."),
+        (["kind=who", "features=dialogue"], "No row meets --only features=dialogue; its values of features: none."),
+    ],
+)
+def test_a_condition_that_no_row_meets_is_refused(only, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        numbers_of(ROWS, only)

@@ -125,6 +125,14 @@ def test_answers_alone_are_those_of_a_whole_evaluation(tiny, evaluate, tmp_path)
         evaluate(tmp_path / "out", "--answers_only", True)
 
 
+def test_such_prompts_alone_are_asked(evaluate, tmp_path):
+    said = evaluate(tmp_path / "out", "--only", "ending=sad")
+    assert "4 held-out prompts with ending=sad of the test split" in said
+    assert {sample["ending"] for sample in read_lines(tmp_path / "out" / "samples.jsonl")} == {"sad"}
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["only"] == ["ending=sad"]
+
+
 def test_several_answers_to_a_prompt(evaluate, tmp_path):
     evaluate(tmp_path / "out", "--num_samples", 3)
     samples = read_lines(tmp_path / "out" / "samples.jsonl")

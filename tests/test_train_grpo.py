@@ -76,6 +76,15 @@ def test_what_is_written(straight, tiny):
     assert AutoModelForCausalLM.from_pretrained(straight).config.use_cache is True
 
 
+def test_such_prompts_alone_are_learned_from(tiny, tmp_path):
+    (tmp_path / "own.py").write_text("def sad(ending, **_):\n    return [float(of == 'sad') for of in ending]\n")
+    one_step = ("--max_steps", 1, "--watch_prompts", 4, "--only", "ending=sad")
+    train(tiny, tmp_path / "out", "--rewards", "stopped", f"{tmp_path / 'own.py'}:sad", *one_step)
+    assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["rewards"]["sad"] == [1, 1]
+    looks = (tmp_path / "out" / "watch.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(look)["rewards/sad"] for look in looks] == [1, 1]
+
+
 def test_two_processes_are_one_with_twice_the_prompts(straight, tiny, tmp_path):
     folder = tmp_path / "two"
     given = ("--model_name_or_path", tiny.model, "--dataset", tiny.data, "--output_dir", folder, *SHORT)
@@ -96,6 +105,7 @@ def test_two_processes_are_one_with_twice_the_prompts(straight, tiny, tmp_path):
         (["--gradient_accumulation_steps", 400], {}, "prompts and a step takes 800; lower"),
         (["--temperature", 0], {}, "--temperature 0.0 is out of range"),
         (["--eval_strategy", "steps"], {}, "--eval_steps says how often"),
+        (["--only", "ending=odd"], {}, "No row meets --only ending=odd; its values of ending: happy, sad."),
     ],
 )
 def test_what_cannot_be_trained_on_is_one_sentence(arguments, changed, said, tiny, tmp_path, capsys):

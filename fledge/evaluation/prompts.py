@@ -1,12 +1,13 @@
 """What an evaluation asks: the first prompts of one split of a prepared dataset."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import read_json
-from fledge.encoding import open_prepared, open_rows, prompt_length
+from fledge.encoding import numbers_of, open_prepared, open_rows, prompt_length
 from fledge.errors import UserError
 from fledge.messages import Answer
 from fledge.tasks import Task, open_task, task_names
@@ -53,12 +54,16 @@ class Prompts:
         ]
 
 
-def open_prompts(data: Path, task_file: str | None, split: str, num_prompts: int, num_samples: int) -> Prompts:
+def open_prompts(
+    data: Path, task_file: str | None, split: str, num_prompts: int, num_samples: int, only: Sequence[str] = ()
+) -> Prompts:
     """Opens what `prepare_dataset.py` wrote. `task_file` is what --task names, for a task that is not shipped.
 
+    `only` are the conditions of `numbers_of` for the rows that are asked.
+
     Raises:
-        UserError: there is no such dataset or split, the split is empty, it holds a model's own answers, or `task_of`
-            refuses.
+        UserError: there is no such dataset or split, the split is empty or no row of it meets `only`, it holds a
+            model's own answers, or `task_of` refuses.
     """
     task = task_of(data, task_file)
     budget, tokenizer, encoded = open_prepared(data)
@@ -68,16 +73,16 @@ def open_prompts(data: Path, task_file: str | None, split: str, num_prompts: int
         )
     if split not in encoded:
         raise UserError(f"{data} has no split {split!r}; it has {', '.join(encoded)}.")
-    count = min(num_prompts, len(encoded[split]))
-    if not count:
+    if not len(encoded[split]):
         raise UserError(f"The {split} split of {data} is empty; prepare more data or name another --split.")
     rows = open_rows(data)
+    numbers = numbers_of(rows[split], only)[:num_prompts]
     return Prompts(
         task=task,
         split=split,
         tokenizer=tokenizer,
-        rows=rows[split][:count],
-        encoded=encoded[split].select(range(count)).to_list(),
+        rows=[rows[split][number] for number in numbers],
+        encoded=encoded[split].select(numbers).to_list(),
         train_rows=rows["train"],
         unseen_rows=[row for name, of_split in rows.items() if name != "train" for row in of_split],
         num_samples=num_samples,

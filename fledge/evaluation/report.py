@@ -211,7 +211,8 @@ def report(metrics: dict) -> str:
 def asked(metrics: dict) -> str:
     samples = metrics["num_samples"]
     each = f", {samples} answers each," if samples > 1 else ""
-    return f"{metrics['num_prompts']:,} held-out prompts{each} of the {metrics['split']} split"
+    such = f" with {' and '.join(metrics['only'])}" if metrics["only"] else ""
+    return f"{metrics['num_prompts']:,} held-out prompts{such}{each} of the {metrics['split']} split"
 
 
 def answers_id(samples: list[dict]) -> str:

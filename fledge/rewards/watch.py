@@ -302,11 +302,12 @@ def watched_in(
     task_file: str | None,
     weights: dict[str, float] | None = None,
     rewarder: Rewarder | None = None,
+    only: Sequence[str] = (),
 ) -> Watched | None:
     """What is looked at in a run: validation prompts of the dataset `data`; None if none are wanted.
 
     `weights` are the rewards by name, the task's own unless others are given. `rewarder` is that of a run which learns
-    from the training split of `data`.
+    from the training split of `data`, and `only` are the conditions of `open_prompts`.
 
     Raises:
         UserError: the dataset has no validation prompts, or `task_file` is not its task.
@@ -314,7 +315,7 @@ def watched_in(
     if not limits.watch_prompts:
         return None
     try:
-        prompts = open_prompts(data, task_file, "validation", limits.watch_prompts, num_samples=1)
+        prompts = open_prompts(data, task_file, "validation", limits.watch_prompts, 1, only)
     except UserError as error:
         raise UserError(f"{error} Or train without being watched: --watch_prompts 0.") from error
     weights = weights or weights_of(prompts.task)

@@ -51,6 +51,9 @@ class EvaluateArguments:
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     split: str = field(default="test", metadata={"help": "the split to ask from (default test)"})
     num_prompts: int = field(default=200, metadata={"help": "prompts to answer (default 200, or all there are)"})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "ask such prompts alone: COLUMN=VALUE, as in kind=words"}
+    )
     num_samples: int = field(default=1, metadata={"help": "answers to each prompt (default 1)"})
     batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
     resume: bool = field(default=False, metadata={"help": "use the answers that output_dir already holds"})
@@ -116,13 +119,12 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     this one is complete."""
     from fledge.evaluation import report
     from fledge.evaluation.measuring import measure
-    from fledge.evaluation.prompts import open_prompts
     from fledge.evaluation.scoring import MEANING, Scoring, figures
     from fledge.evaluation.wording import Wording
 
     quiet()
     ratings = [report.read_ratings(file) for file in args.ratings or []]
-    prompts = open_prompts(Path(str(args.dataset)), args.task, args.split, args.num_prompts, args.num_samples)
+    prompts = open_asked(args)
     scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
     scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
     models = open_models(args, prompts.tokenizer)
@@ -144,6 +146,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     metrics = {
         "task": prompts.task.name,
         "split": args.split,
+        "only": args.only,
         "num_prompts": len(prompts.rows),
         "num_samples": args.num_samples,
         "sampling": asdict(sampling),
@@ -162,11 +165,10 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
 def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
     """Asks the model alone and keeps its answers, each with the task's rewards."""
     from fledge.evaluation.measuring import answer_prompts
-    from fledge.evaluation.prompts import open_prompts
     from fledge.rewards.functions import Rewarder
 
     quiet()
-    prompts = open_prompts(Path(str(args.dataset)), args.task, args.split, args.num_prompts, args.num_samples)
+    prompts = open_asked(args)
     rewarder = Rewarder(prompts.task, prompts.train_rows)
     model = open_models(args, prompts.tokenizer)["model"]
     journal = open_journal(args, sampling, prompts.ids, output)
@@ -182,6 +184,13 @@ def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
     suggested = {"source": "answers", "tokenizer": args.model, "task": prompts.task.name}
     suggested["output_dir"] = str(output.path.parent / "pairs")
     print(f"Next: {next_command('prepare_dataset.py', {'data': output.path}, suggested)}")
+
+
+def open_asked(args: EvaluateArguments) -> "Prompts":
+    from fledge.evaluation.prompts import open_prompts
+
+    data = Path(str(args.dataset))
+    return open_prompts(data, args.task, args.split, args.num_prompts, args.num_samples, args.only)
 
 
 def mean_rewards(rewards: list[dict[str, float]]) -> str:
@@ -222,7 +231,7 @@ def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list
     folders = {"--base": args.base, "--model": args.model}
     made_with = {
         **{key: fingerprint(find_model(folder)) for key, folder in folders.items() if folder},
-        "--dataset or --num_prompts": fingerprint_of_prompts(prompts),
+        "--dataset, --only or --num_prompts": fingerprint_of_prompts(prompts),
         "--num_samples": args.num_samples,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
     }

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 @dataclass
 class GrpoArguments(WatchArguments, starting.RunArguments):
     dataset: str = field(metadata={"help": "a folder of prepare_dataset.py; its training prompts are answered"})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "learn from such prompts alone: COLUMN=VALUE, as in kind=words"}
+    )
     task: str | None = field(
         default=None, metadata={"help": "the Python file of a task that is not shipped; its code is run"}
     )
@@ -50,7 +53,7 @@ def config_kind() -> "type[SmallGrpoConfig]":
 
 
 def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig", output: Output) -> None:
-    from fledge.encoding import open_rows
+    from fledge.encoding import numbers_of, open_rows
     from fledge.evaluation.prompts import task_of
     from fledge.rewards.configuration import check_rewards
     from fledge.rewards.curves import RewardProgress, save_looks, save_picture
@@ -69,15 +72,17 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
     config = with_values(config, reward_weights=list(weights.values()))
     rows, functions = open_rows(data)["train"], []
     rewarder = Rewarder(task, rows)
-    watched = watched_in(args, data, args.task, weights, rewarder)
+    numbers = numbers_of(rows, args.only)
+    rows = [rows[number] for number in numbers]
+    watched = watched_in(args, data, args.task, weights, rewarder, args.only)
 
     def open_inputs() -> "tuple[Inputs, SmallGrpoConfig]":
-        inputs, fitted = load_inputs(args, config, model_args)
+        inputs, fitted = load_inputs(args, config, model_args, numbers)
         functions.extend(reward_functions(rewarder, rows, inputs.tokenizer, list(weights)))
         check_rewards(functions, inputs.tokenizer, rows, inputs.rows["train"])
         return inputs, fitted
 
-    run, config = open_run(args, config, model_args, output, open_inputs, rewards=weights)
+    run, config = open_run(args, config, model_args, output, open_inputs, rewards=weights, only=args.only)
     inputs = run.inputs
 
     # ------------------------------------------------------------ Train
@@ -100,9 +105,11 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
 
 
 def load_inputs(
-    args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig"
+    args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig", numbers: list[int]
 ) -> "tuple[Inputs, SmallGrpoConfig]":
-    """Opens the model and the dataset, and the configuration with the longest answer that they allow.
+    """Opens the model and the dataset, with the training rows of these `numbers` alone, and fits the configuration.
+
+    The configuration gets the longest answer that model and rows allow.
 
     Raises:
         UserError: one of them cannot be used, they do not fit together, or the model cannot answer the prompts.
@@ -117,6 +124,8 @@ def load_inputs(
     base, model = open_base(model_args, args.dropout)
     own = open_tokenizer(base)
     budget, tokenizer, rows = open_prepared(Path(args.dataset))
+    if args.only:
+        rows["train"] = rows["train"].select(numbers)
     check_supervised(rows)
     check_fit(model, own, tokenizer, longest_row(rows))
     check_prompts(config, own, tokenizer, len(rows["train"]))

@@ -72,6 +72,7 @@ def metrics() -> dict:
     return {
         "task": "topic_ending",
         "split": "test",
+        "only": [],
         "num_prompts": 3,
         "num_samples": 1,
         "sampling": {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 300, "seed": 0},

@@ -61,7 +61,7 @@ def compare():
         for of_model in models.values():
             of_model.scores = scoring.score(of_model.answers)
         metrics = figures(scoring, models, TASK.meaning | MEANING)
-        return {"num_prompts": len(rows), "num_samples": num_samples, **metrics}
+        return {"num_prompts": len(rows), "num_samples": num_samples, "only": [], **metrics}
 
     return run
 
