@@ -18,12 +18,14 @@ const values = {};
 for (const sample of samples)
   for (const who in WHO)
     for (const [name, value] of Object.entries(sample[who].scores)) (values[name] ??= new Set()).add(value);
+const FAULTS = ["same_ending"]; // 1 is worse than 0
 const constraints = Object.keys(values)
-  .filter((name) => name in least || [...values[name]].every((value) => value === 0 || value === 1));
+  .filter((name) => name in least || [...values[name]].every((value) => value === 0 || value === 1))
+  .filter((name) => !FAULTS.includes(name));
 const isMet = (name, value) => (value === undefined ? undefined : value >= (least[name] ?? 1));
 
 // What the heading of an answer says already, and what is no concern of a single answer.
-const UNMARKED = ["eos_rate", "answer_tokens", "distinct_answers"];
+const UNMARKED = ["eos_rate", "answer_tokens", "distinct_answers", ...FAULTS];
 
 function chips(scores) {
   const row = make("div", "chips");

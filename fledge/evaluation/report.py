@@ -12,7 +12,7 @@ from fledge.evaluation.figures import HEADLINE
 from fledge.evaluation.intervals import NO_SHARES, preference
 from fledge.pages import MODEL_CARD, open_templates
 
-LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied")
+LOWER_IS_BETTER = ("completion_loss", "perplexity", "bits_per_byte", "repetition", "copied", "same_ending")
 WHO = {"base": "base", "model": "instruct"}
 NEUTRAL = ("answer_tokens", "distinct_2")
 ONE_DIGIT = ("answer_tokens", "judge_score")

@@ -17,18 +17,24 @@ MEANING = {
     "repetition": "share of an answer's runs of four words that have already occurred in it",
     "copied": "share of an answer's words inside a run of eight words that a training answer has too",
     "distinct_answers": "answers that no other answer equals word for word",
+    "same_ending": "answers whose last forty words have the run of four words that most answers end with",
     "distinct_2": "different word pairs over all word pairs of all answers",
 }
 REPEATED_RUN = 4
 COPIED_RUN = 8
+SHARED_RUN = 4
+ENDING = 40  # words
 OPENING = 3
 CONTENT = "\ue000"  # stands for a message's content where only what surrounds it matters
 
 
 def runs(text: str, length: int) -> Iterator[tuple[str, ...]]:
     """Every run of `length` words."""
-    found = as_written(text)
-    return zip(*(found[i:] for i in range(length)), strict=False)
+    return runs_of(as_written(text), length)
+
+
+def runs_of(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[i:] for i in range(length)), strict=False)
 
 
 def repetition(text: str) -> float:
@@ -73,6 +79,22 @@ def unique(texts: list[str]) -> list[bool]:
     return [counts[tuple(as_written(text))] == 1 for text in texts]
 
 
+def ending_runs(text: str) -> set[tuple[str, ...]]:
+    """Every run of four words among the last forty."""
+    return set(runs_of(as_written(text)[-ENDING:], SHARED_RUN))
+
+
+def same_ending(texts: list[str]) -> list[bool]:
+    """Whether each text has, among its last words, the run of four words that most texts have there.
+
+    If no run is in two texts, no text has it. Of equally common runs the first in the alphabet counts.
+    """
+    endings = [ending_runs(text) for text in texts]
+    counts = Counter(run for ending in endings for run in ending)
+    commonest = min(counts, key=lambda run: (-counts[run], run), default=None)
+    return [commonest in ending and counts[commonest] > 1 for ending in endings]
+
+
 class Wording:
     """Scores any task's answers by their words.
 
@@ -94,7 +116,8 @@ class Wording:
         """
         texts = [answer.text for answer in answers]
         scores = []
-        for answer, share, is_unique in zip(answers, copied(texts, self.training), unique(texts), strict=True):
+        shared = zip(copied(texts, self.training), unique(texts), same_ending(texts), strict=True)
+        for answer, (share, is_unique, is_shared) in zip(answers, shared, strict=True):
             goes_on = continues_prompt(answer.text, self.marks, self.openings)
             scores.append(
                 {
@@ -104,6 +127,7 @@ class Wording:
                     "repetition": repetition(answer.text),
                     **({} if share is None else {"copied": share}),
                     "distinct_answers": float(is_unique),
+                    "same_ending": float(is_shared),
                 }
             )
         return scores

@@ -19,7 +19,7 @@ REWARDS = "rewards/"
 # What the picture shows of the looks, and under which title.
 OF_LOOKS = {
     "KL to the start (nats a token)": ("kl",),
-    "variety": ("distinct_2", "repetition", "copied", "coherence"),
+    "variety": ("distinct_2", "repetition", "copied", "same_ending", "coherence"),
     "completion loss on the references (nats)": ("completion_loss",),
     "tokens an answer": ("answer_tokens",),
     "share of answers that stop": ("eos_rate",),

@@ -10,6 +10,7 @@ from fledge.evaluation.wording import (
     distinct_2,
     instruction_openings,
     repetition,
+    same_ending,
     template_marks,
     unique,
 )
@@ -65,6 +66,27 @@ def test_distinct_2_is_different_pairs_over_all_pairs(texts):
 def test_unique_answers(texts):
     for text, is_unique in zip(texts, unique(texts), strict=True):
         assert is_unique == (sum(as_written(other) == as_written(text) for other in texts) == 1)
+
+
+def test_the_ending_that_most_texts_share():
+    middle = " and the dog ran on" * 9  # 45 words
+    texts = [
+        "It was too late. She cried.",
+        "The cat ran home. But it was too late!",
+        f"It was too late.{middle}",  # not at its end
+        "He was never seen again.",
+        "",
+    ]
+    assert same_ending(texts) == [True, True, False, False, False]
+    assert same_ending(texts[2:]) == [False, False, False]
+    assert same_ending([]) == []
+
+
+@given(TEXTS, st.randoms())
+def test_the_order_of_texts_does_not_change_which_ending_is_shared(texts, random):
+    order = random.sample(range(len(texts)), len(texts))
+    found = same_ending([texts[i] for i in order])
+    assert found == [same_ending(texts)[i] for i in order]
 
 
 def test_openings_are_those_of_prompts_and_not_those_of_stories():
