@@ -119,7 +119,7 @@ def test_answers_alone_are_those_of_a_whole_evaluation(tiny, evaluate, tmp_path)
     assert {(line["task"], line["split"]) for line in alone + whole} == {("topic_ending", "train")}
     for line, other in zip(alone, whole, strict=True):
         assert line["model"]["text"] == other["model"]["text"]
-        assert line["model"]["rewards"].keys() == {"ending", "topic", "stopped", "usual"}
+        assert line["model"]["rewards"].keys() == {"ending", "topic", "stopped", "usual", "varied"}
         assert "base" not in line
     with pytest.raises(UserError, match="asks the model alone and writes no report; leave out --base"):
         evaluate(tmp_path / "out", "--answers_only", True)

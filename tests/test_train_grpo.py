@@ -15,7 +15,7 @@ from fledge.cli import run
 from fledge.scripts import train_grpo
 
 SHORT = (
-    "--bf16", "False", "--use_cpu", "--max_steps", 4, "--num_generations", 4, "--per_device_train_batch_size", 8,
+    "--bf16", "False", "--use_cpu", "--max_steps", 4, "--num_generations", 2, "--per_device_train_batch_size", 8,
     "--gradient_accumulation_steps", 2, "--max_completion_length", 12, "--learning_rate", 1e-3,
     "--watch_prompts", 0,
 )  # fmt: skip
@@ -42,7 +42,7 @@ def straight(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grpo") / "straight"
     own = folder.parent / "own.py"
     own.write_text("def short(completions, **_):\n    return [1 / (1 + len(c[0]['content'])) for c in completions]\n")
-    train(tiny, folder, "--rewards", "topic", "stopped", f"{own}:short", "--reward_weights", 1, 1, 0.5)
+    train(tiny, folder, "--rewards", "topic", "varied", f"{own}:short", "--reward_weights", 1, 1, 0.5)
     return folder
 
 
@@ -64,7 +64,7 @@ def test_what_is_written(straight, tiny):
     }
     record = json.loads((straight / "run.json").read_text(encoding="utf-8"))
     assert record["steps"] == 4
-    assert record["rewards"].keys() == {"reward", "topic", "stopped", "short"}
+    assert record["rewards"].keys() == {"reward", "topic", "varied", "short"}
     assert record["hyperparameters"]["reward_weights"] == [1, 1, 0.5]
     log = [json.loads(line) for line in (straight / "training_log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "reward" in entry]
@@ -88,7 +88,7 @@ def test_such_prompts_alone_are_learned_from(tiny, tmp_path):
 def test_two_processes_are_one_with_twice_the_prompts(straight, tiny, tmp_path):
     folder = tmp_path / "two"
     given = ("--model_name_or_path", tiny.model, "--dataset", tiny.data, "--output_dir", folder, *SHORT)
-    rewards = ("--rewards", "topic", "stopped", f"{straight.parent / 'own.py'}:short", "--reward_weights", 1, 1, 0.5)
+    rewards = ("--rewards", "topic", "varied", f"{straight.parent / 'own.py'}:short", "--reward_weights", 1, 1, 0.5)
     fork_two("train_grpo.py", *given, *rewards, "--per_device_train_batch_size", 4)
     same_weights(straight, folder, atol=2e-5, rtol=1e-4)
 
@@ -102,7 +102,7 @@ def test_two_processes_are_one_with_twice_the_prompts(straight, tiny, tmp_path):
         (["--num_generations", 1], {}, "--num_generations 1 is out of range"),
         (["--rewards", "wit"], {}, "The task topic_ending has no reward 'wit'; name some of "),
         (["--rewards", "topic", "--reward_weights", 1, 2], {}, "--reward_weights has 2 numbers for 1 rewards"),
-        (["--gradient_accumulation_steps", 400], {}, "prompts and a step takes 800; lower"),
+        (["--gradient_accumulation_steps", 400], {}, "prompts and a step takes 1600; lower"),
         (["--temperature", 0], {}, "--temperature 0.0 is out of range"),
         (["--eval_strategy", "steps"], {}, "--eval_steps says how often"),
         (["--only", "ending=odd"], {}, "No row meets --only ending=odd; its values of ending: happy, sad."),

@@ -4,7 +4,9 @@ Besides its own rewards (`Task.rewards`) every task rewards
 
 - `stopped`: the model ended its answer itself;
 - `usual`: the answer is about as long, and repeats itself as little, as the training answers to such prompts. A model
-  that is rewarded for anything else finds out that a short answer, or the same words again, often pay as well.
+  that is rewarded for anything else finds out that a short answer, or the same words again, often pay as well;
+- `varied`: the answer does not end as too many answers to other prompts do. Otherwise the model finds one ending that
+  pays, and ends every story with it.
 """
 
 import importlib.util
@@ -12,19 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from fledge.errors import UserError
-from fledge.evaluation.wording import repetition
 from fledge.generation.answers import answer_of
 from fledge.messages import Answer
+from fledge.rewards.usual import Ending, Usual, Varied
 from fledge.tasks import Task
-from fledge.text.words import as_written
 
 RewardFunction = Callable[..., list[float | None]]
-OF_EVERY_TASK = {"stopped": 1.0, "usual": 1.0}
-COMMON_SHARE = 0.95  # of the training answers are as usual as an answer that gets the whole reward
+OF_EVERY_TASK = {"stopped": 1.0, "usual": 1.0, "varied": 1.0}
 FILE_MARK = ".py:"
 
 
@@ -81,7 +81,8 @@ class _Step:
 
     def __init__(self, rewarder: "Rewarder", rows: list[dict], tokenizer: PreTrainedTokenizerBase):
         self.rewarder, self.rows, self.tokenizer = rewarder, rows, tokenizer
-        self.last: tuple[list[int], list[list[int]], list[dict[str, float]]] = ([], [], [])
+        self.ids: list[list[int]] | None = None
+        self.found: list[dict[str, float]] = []
 
     def function(self, name: str) -> RewardFunction:
         def reward(*, completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
@@ -91,11 +92,11 @@ class _Step:
         return reward
 
     def rewards(self, numbers: list[int], completion_ids: list[list[int]]) -> list[dict[str, float]]:
-        if self.last[:2] != (numbers, completion_ids):
+        if self.ids is not completion_ids:  # the first function that TRL calls in this step
             answers = [answer_of(self.tokenizer, ids) for ids in completion_ids]
             rows = [self.rows[number] for number in numbers]
-            self.last = (numbers, completion_ids, self.rewarder.rewards(rows, answers))
-        return self.last[2]
+            self.ids, self.found = completion_ids, self.rewarder.rewards(rows, answers, gather_object)
+        return self.found
 
 
 class Rewarder:
@@ -103,11 +104,15 @@ class Rewarder:
 
     def __init__(self, task: Task, train_rows: list[dict]):
         self.task, self.names = task, weights_of(task)
-        self.usual = Usual(task, train_rows)
+        self.usual, self.varied = Usual(task, train_rows), Varied(task, train_rows)
         self.scorer = task.scorer(train_rows, []) if type(task).reward is Task.reward else None
 
-    def rewards(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
+    def rewards(
+        self, rows: list[dict], answers: list[Answer], gather: Callable[[list[Ending]], list[Ending]] = list
+    ) -> list[dict[str, float]]:
         """Every reward that is called for in each answer.
+
+        `gather` collects how the answers end from all processes that share them; without it these are all.
 
         Raises:
             UserError: a reward is none of the task's, or outside 0 to 1.
@@ -117,8 +122,11 @@ class Rewarder:
             found = [{name: value for name, value in of.items() if name in self.names} for of in scored]
         else:
             found = [self.task.reward(row, answer) for row, answer in zip(rows, answers, strict=True)]
-        for row, answer, of_answer in zip(rows, answers, found, strict=True):
+        endings = self.varied.endings(rows, answers)
+        varied = self.varied.rewards(endings, gather(endings))
+        for row, answer, of_varied, of_answer in zip(rows, answers, varied, found, strict=True):
             of_answer |= {"stopped": float(answer.stopped), "usual": self.usual.reward(row, answer)}
+            of_answer["varied"] = of_varied
             for name, value in of_answer.items():
                 if name not in self.names or not 0 <= value <= 1:
                     raise UserError(
@@ -126,40 +134,6 @@ class Rewarder:
                         "1, and name it in `rewards`."
                     )
         return found
-
-
-class Usual:
-    """How long training answers are and how much they repeat themselves, by the kind of their prompt.
-
-    The limits leave out the outermost twentieth of the training answers on either side. Inside them the reward is 1.
-    Outside it falls to 0: for an answer half as long, twice as long, or with half as many different runs of words.
-    """
-
-    def __init__(self, task: Task, rows: list[dict]):
-        self.task = task
-        found: dict[str, list[tuple[int, float]]] = {}
-        for row in rows:
-            text = row["messages"][-1]["content"]
-            found.setdefault(task.kind(row), []).append((len(as_written(text)), 1 - repetition(text)))
-        self.limits = {
-            kind: (
-                float(np.quantile([count for count, _ in of_kind], 1 - COMMON_SHARE)),
-                float(np.quantile([count for count, _ in of_kind], COMMON_SHARE)),
-                float(np.quantile([fresh for _, fresh in of_kind], 1 - COMMON_SHARE)),
-            )
-            for kind, of_kind in found.items()
-        }
-
-    def reward(self, row: dict, answer: Answer) -> float:
-        limits, count = self.limits.get(self.task.kind(row)), len(as_written(answer.text))
-        if limits is None:  # a kind of prompt that training does not have
-            return 1.0
-        shortest, longest, least_fresh = limits
-        if count == 0:
-            return float(shortest == 0)
-        fresh = min(1.0, (1 - repetition(answer.text)) / least_fresh)
-        length = min(1.0, count / max(shortest, 1), max(longest, 1) / count)
-        return max(0.0, 2 * fresh * length - 1)
 
 
 def call_of(rows: list[dict], texts: list[str], completion_ids: list[list[int]], state: TrainerState) -> dict[str, Any]:

@@ -25,7 +25,7 @@ PROMPT = "Write a story about: A dog.\nWith: sad ending"
 
 
 def answer(text: str, topic: float = 1.0, stopped: bool = True, ending: float = 1.0) -> dict:
-    rewards = {"ending": ending, "topic": topic, "stopped": float(stopped), "usual": 0.9}
+    rewards = {"ending": ending, "topic": topic, "stopped": float(stopped), "usual": 0.9, "varied": 1.0}
     return {"text": text, "tokens": 5, "stopped": stopped, "rewards": rewards}
 
 

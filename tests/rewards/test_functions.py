@@ -82,7 +82,8 @@ def test_each_task_rewards_what_its_prompt_asks_for(task, row, text, wanted):
 
 
 def test_what_a_prompt_does_not_ask_for_is_not_rewarded():
-    assert rewards("story_chat", WHO, "Tom.").keys() == {"right", "overlap", "no_role_leak", "stopped", "usual"}
+    of_every_task = {"stopped", "usual", "varied"}
+    assert rewards("story_chat", WHO, "Tom.").keys() == {"right", "overlap", "no_role_leak"} | of_every_task
     assert not {"rhyme", "length"} & rewards("constraints", KEPT, SAD).keys()
 
 
@@ -150,7 +151,7 @@ def test_a_task_without_rewards_gives_its_constraints():
     shout = Shout()
     found = Rewarder(shout, [STORY]).rewards([STORY], [Answer("ABcd", 1, True)])[0]
 
-    assert weights_of(shout) == {"capitals": 1, "short": 1, "stopped": 1, "usual": 1}
+    assert weights_of(shout) == {"capitals": 1, "short": 1, "stopped": 1, "usual": 1, "varied": 1}
     assert (found["capitals"], found["short"], found["stopped"]) == (0.5, 1, 1)
 
 
@@ -182,7 +183,7 @@ def test_functions_are_what_trl_calls(tmp_path):
         (["ending", "wit"], None, "has no reward 'wit'; name some of ending, topic, stopped, usual"),
         (["ending", "ending"], None, "each once"),
         ([], None, "at least one"),
-        (None, [1.0], "1 numbers for 4 rewards"),
+        (None, [1.0], "1 numbers for 5 rewards"),
     ],
 )
 def test_a_wrong_choice_of_rewards_is_one_sentence(names, weights, said):
