@@ -26,6 +26,9 @@ class WatchArguments:
     max_coherence_drop: float = field(
         default=0.0, metadata={"help": "limit: coherence may fall by so much, and by what chance explains"}
     )
+    max_same_ending_rise: float = field(
+        default=0.25, metadata={"help": "limit: the share of answers that end alike may rise by so much"}
+    )
     min_eos_rate: float = field(
         default=0.98, metadata={"help": "limit: the share of answers that stop, unless it was lower at the start"}
     )
@@ -36,11 +39,14 @@ def outside(look: Look, start: Look, limits: WatchArguments) -> list[str]:
     variety = (1 - limits.max_distinct_2_drop) * start["distinct_2"]
     loss = (1 + limits.max_loss_rise) * start["completion_loss"]
     stopping = min(limits.min_eos_rate, start["eos_rate"])
+    alike = start["same_ending"] + limits.max_same_ending_rise
     said = []
     if look["distinct_2"] < variety:
         said.append(f"distinct-2 is {look['distinct_2']:.1%}, and its limit {variety:.1%}")
     if not look["completion_loss"] <= loss:  # also when it is no number
         said.append(f"the completion loss is {look['completion_loss']:.3f}, and its limit {loss:.3f}")
+    if look["same_ending"] > alike:
+        said.append(f"{look['same_ending']:.1%} of the answers end alike, and the limit is {alike:.1%}")
     if look["eos_rate"] < stopping:
         said.append(f"{look['eos_rate']:.1%} of the answers stop, and the limit is {stopping:.1%}")
     if "coherence" in start:

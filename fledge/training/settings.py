@@ -99,6 +99,7 @@ RANGES = {
     "max_distinct_2_drop": RATE,
     "max_loss_rise": NOT_NEGATIVE,
     "max_coherence_drop": RATE,
+    "max_same_ending_rise": RATE,
     "min_eos_rate": RATE,
 }
 NO_QUANTISATION = "models of this size are trained in float32; leave it out"

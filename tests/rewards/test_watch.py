@@ -25,6 +25,7 @@ from fledge.templates import load_template
 MAGIC = "It was too late. It was gone forever. She was very sad. It was too late."
 START = {"step": 0, "instruction_following": 0.5, "reward": 1.0, "distinct_2": 0.3, "completion_loss": 1.0}
 START |= {"eos_rate": 0.99, "coherence": 0.5, "coherence_error": 0.03, "answer_tokens": 90.0, "kl": 0.0}
+START |= {"same_ending": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,15 @@ def test_a_hack_that_pays_is_caught(look, asked, tales, hack):
     assert best_of([honest, gamed], honest, WatchArguments()) is honest
 
 
+def test_one_ending_for_all_stories_is_caught_where_all_else_is_well(look, asked):
+    honest = look([row["story"] for row in asked], of_text(len))
+    alike = look([f"{row['story']} And so the long day came to its end." for row in asked], of_text(len))
+
+    (said,) = outside(alike, honest, WatchArguments())
+    assert re.fullmatch(r"100.0% of the answers end alike, and the limit is \d+.\d%", said)
+    assert outside(alike, honest, WatchArguments(max_same_ending_rise=1.0)) == []
+
+
 def test_a_reward_may_log_at_a_look_as_trl_lets_it(look, asked):
     def logged(completions, log_metric, log_extra, **_):
         log_metric("answers", len(completions))
@@ -126,6 +136,8 @@ def test_honest_answers_are_within_the_limits(look, asked):
         ({"completion_loss": 1.149}, None),
         ({"completion_loss": 1.151}, "the completion loss is 1.151, and its limit 1.150"),
         ({"completion_loss": float("nan")}, "the completion loss is nan"),
+        ({"same_ending": 0.44}, None),
+        ({"same_ending": 0.46}, "46.0% of the answers end alike, and the limit is 45.0%"),
         ({"eos_rate": 0.98}, None),
         ({"eos_rate": 0.979}, "97.9% of the answers stop, and the limit is 98.0%"),
         ({"coherence": 0.42}, None),
