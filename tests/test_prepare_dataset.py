@@ -394,6 +394,20 @@ def test_a_vocabulary_of_characters_loses_records_not_the_run(work, tmp_path):
         prepare("--data", tmp_path / "more.txt", "--tokenizer", tmp_path / "base", *out, "--overwrite")
 
 
+def test_the_context_is_the_models_where_the_tokenizer_says_none(usual, work, tmp_path, monkeypatch):
+    save_tokenizer(tmp_path / "base")
+    out = (*usual, "--tokenizer", tmp_path / "base", "--output_dir", tmp_path / "out")
+    with pytest.raises(UserError, match=r"base does not say how many tokens .*; name the folder of the model, or give"):
+        prepare(*out)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "base" / "config.json").write_text('{"n_positions": 70}')
+    with pytest.raises(UserError, match="--max_length 71 is outside 1 to 70, the model's context"):
+        prepare(*out, "--max_length", "71")
+    prepare(*out)
+    assert read_budget(tmp_path / "out")["max_length"] == 70
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer").model_max_length == 70
+
+
 def test_max_length_drops_what_is_longer(usual, plain, tmp_path):
     limit = read_budget(plain)["splits"]["train"]["lengths"]["total"]["0.5"]
     prepare(*usual, "--max_length", limit, "--output_dir", tmp_path / "out")
@@ -620,7 +634,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
             ["--max_length", "10"], r"No record .* \(longer than 10 tokens: 186, .*no summary: 3", id="all too long"
         ),
         pytest.param(["--limit", "4"], "The (validation|test) split is empty with 4 usable", id="too few to split"),
-        pytest.param(["--limit", "100", "--balance", "ending"], "no example with ending sad", id="an ending missing"),
+        pytest.param(["--limit", "100", "--balance", "ending"], "have the ending happy, so --bal", id="one ending"),
         pytest.param(["--source", "novels"], "'novels' is unknown; choose one of alpaca", id="source"),
         pytest.param(["--task", "poem"], "'poem' is unknown; choose one of constraints", id="task"),
         pytest.param(["--template", "haiku"], "'haiku' is unknown; choose one of alpaca, inst,", id="template"),

@@ -75,6 +75,7 @@ class Budget:
             "supervised_share": float(facts["supervised"].sum() / total.sum()),
             "eos_supervised": int(facts["is_ended"].sum()),
             "cut": int(facts["was_cut"].sum()),
+            "unknown": int((~facts["is_known"]).sum()),
             "prompts_cut": int((facts["was_cut"] & facts["is_ended"]).sum()),
             "lengths": {
                 name: {f"{quantile:g}": int(np.quantile(values, quantile)) for quantile in QUANTILES}
@@ -106,6 +107,11 @@ class Budget:
             sentences.append(
                 f"{cut:,} of {rows:,} rows have a prompt that was cut to fit {self.max_length} tokens, and an answer "
                 "may rest on what is gone; --overflow drop leaves them out."
+            )
+        if unknown := sum(split["unknown"] for split in self.splits.values()):
+            sentences.append(
+                f"{unknown:,} of {sum(split['rows'] for split in self.splits.values()):,} rows have an answer with the "
+                "token for unknown text, which the model then learns to write; use a base with a larger vocabulary."
             )
         for column, counts in train["classes"].items():
             rarest, most = min(counts, key=counts.get), max(counts, key=counts.get)

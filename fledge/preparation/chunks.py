@@ -79,8 +79,7 @@ class Preparation:
             UnequalIds: see `TextEncoder`.
         """
         task, found = open_task(self.task), Found()
-        eos_token_id = self.tokenizer.eos_token_id
-        rows, facts, texts = [rows_table(task, [], self.has_pairs)], [facts_table(task, [], None, eos_token_id)], []
+        rows, facts, texts = [rows_table(task, [], self.has_pairs)], [facts_table(task, [], None, self.tokenizer)], []
         numbered = enumerate(self.source.parse(named.chunk)[: named.limit])
         while records := list(islice(numbered, RECORDS)):
             examples = []
@@ -95,12 +94,21 @@ class Preparation:
                 except RejectedRecord as reason:
                     found.rejected[str(reason)] += 1
                     continue
+                except UserError:
+                    raise
+                except Exception as error:
+                    if not self.task.endswith(".py"):
+                        raise
+                    raise UserError(  # whatever the file's own code raises
+                        f"--task {self.task} fails with {type(error).__name__}: {error}, on the record "
+                        f"{str(record)[:80]!r} of {named.chunk.origin}; raise RejectedRecord for what gives no example."
+                    ) from error
                 found.counts["used"] += 1
                 found.counts["examples"] += len(made)
                 examples += made
             fitted = self._encoded(examples, found)
             rows.append(rows_table(task, fitted, self.has_pairs))
-            facts.append(facts_table(task, fitted, named.chunk.split, eos_token_id))
+            facts.append(facts_table(task, fitted, named.chunk.split, self.tokenizer))
             texts += ["\n".join(message["content"] for message in example["messages"]) for example, _ in fitted]
         assert self.folder
         written = json.dumps(vars(found))

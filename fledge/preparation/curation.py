@@ -40,22 +40,25 @@ def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> n
 
 
 def balance(
-    split: str, rows: np.ndarray, codes: np.ndarray, column: str, labels: tuple[str, ...], seed: int
+    split: str, rows: np.ndarray, codes: np.ndarray, column: str, labels: dict[int, str], seed: int
 ) -> np.ndarray:
-    """Keeps as many of `rows` with each label as the rarest one has. `codes` (rows,) are numbers of `labels`.
+    """Keeps as many of `rows` with each label as the rarest one has.
+
+    `codes` (rows,) are numbers of the column's labels, `labels` those that occur in the data.
 
     Raises:
         UserError: a label does not occur.
     """
-    counts = np.bincount(codes, minlength=len(labels))
-    if not counts.min():
-        found = ", ".join(f"{label} {count:,}" for label, count in zip(labels, counts, strict=True))
+    counts = {label: int((codes == code).sum()) for code, label in labels.items()}
+    fewest = min(counts, key=lambda label: counts[label])
+    if not counts[fewest]:
+        found = ", ".join(f"{label} {count:,}" for label, count in counts.items())
         raise UserError(
-            f"The {split} split has no example with {column} {labels[counts.argmin()]} (it has {found}), so it cannot "
+            f"The {split} split has no example with {column} {fewest} (it has {found}), so it cannot "
             "be balanced; give more data, another --split, or leave --balance out."
         )
     rng = np.random.default_rng(seed)
-    kept = [rng.permutation(rows[codes == code])[: counts.min()] for code in range(len(labels))]
+    kept = [rng.permutation(rows[codes == code])[: counts[fewest]] for code in labels]
     return np.sort(np.concatenate(kept))
 
 
@@ -117,15 +120,23 @@ def assign_splits(
     else:
         numbers = split_by_group(columns["group"][kept], shares, seed)
         names = tuple(shares)
+    groups = np.unique(columns["group"][kept])
     split_of = np.full(facts.total, -1, np.int8)
     split_of[kept] = numbers
     for name in ("train", *names):
         if name not in names or not (numbers == names.index(name)).any():
             raise UserError(
-                f"The {name} split is empty with {len(kept):,} usable records; give more data or another --split."
+                f"The {name} split is empty with {len(kept):,} usable records in {len(groups):,} groups, which stay "
+                "whole; give more data or another --split."
             )
     if balanced:
-        column, labels = balanced
+        column, all_labels = balanced
+        labels = {int(code): all_labels[code] for code in np.unique(columns[column][kept])}
+        if len(labels) == 1:
+            raise UserError(
+                f"All {len(kept):,} usable records have the {column} {labels.popitem()[1]}, so --balance {column} has "
+                "nothing to balance; give more data or leave it out."
+            )
         for number, name in enumerate(names):
             rows = np.flatnonzero(split_of == number)
             chosen = balance(name, rows, columns[column][rows], column, labels, seed)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Features, List, Value
+from transformers import PreTrainedTokenizerBase
 
 from fledge.encoding import IGNORED, Encoded
 from fledge.reading.files import SPLITS
@@ -23,6 +24,7 @@ FACTS = {
     "completion_length": pa.int32(),
     "supervised": pa.int32(),
     "is_ended": pa.bool_(),
+    "is_known": pa.bool_(),
     "was_cut": pa.bool_(),
 }
 
@@ -70,10 +72,11 @@ def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]], has_pairs
 
 
 def facts_table(
-    task: Task, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, eos_token_id: int
+    task: Task, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> pa.Table:
     """What curation and the budget report ask of each row; class columns as the number of their label, the source's
-    own split as its number in `SPLITS`, -1 for none."""
+    own split as its number in `SPLITS`, -1 for none. `is_known` says that no answer has a token for unknown text."""
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None  # GPT-2's are one
     texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
     facts = {
         "source_split": [SPLITS.index(split) if split else -1] * len(rows),
@@ -82,7 +85,8 @@ def facts_table(
         "length": [len(ids.input_ids) for _, ids in rows],
         "completion_length": [ids.completion_length for _, ids in rows],
         "supervised": [len(ids.labels) - ids.labels.count(IGNORED) for _, ids in rows],
-        "is_ended": [ids.input_ids[-1] == eos_token_id for _, ids in rows],
+        "is_ended": [ids.input_ids[-1] == tokenizer.eos_token_id for _, ids in rows],
+        "is_known": [unknown not in ids.labels and unknown not in (ids.rejected_ids or ()) for _, ids in rows],
         "was_cut": [ids.was_cut for _, ids in rows],
     }
     table = pa.table({name: pa.array(values, FACTS[name]) for name, values in facts.items()})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from fledge.folders import claimed
 from fledge.reading.documents import names_and_sizes, pieces
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
+from fledge.tokenizers.spelling import Spelling, named
 
 BATCH = 4_000_000  # characters that are encoded at once
 
@@ -103,6 +105,7 @@ class TokenWriter:
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, encode: TextEncoder):
         self.folder, self.tokenizer, self.encode = folder, tokenizer, encode
+        self.spelling = Spelling(tokenizer)
         self.dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
         self.splits = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in ("train", "validation")}
 
@@ -135,6 +138,12 @@ class TokenWriter:
 
     def _write_batch(self, batch: list[tuple[str, str, bool]], files: Mapping[str, IO[bytes]]) -> None:
         end = self.tokenizer.eos_token_id
+        if missing := {part for _, text, _ in batch for part in self.spelling.missing(text)}:
+            # Some tokenizers would leave it out without a word.
+            raise UserError(
+                f"The corpus holds {named(Counter(sorted(missing)))}, which the vocabulary lacks; take it out, or "
+                "train a tokenizer by train_tokenizer.py."
+            )
         with encoding_of("The corpus"):
             encoded = self.encode([text for _, text, _ in batch])
         for (split, text, is_end), ids in zip(batch, encoded, strict=True):

@@ -17,7 +17,7 @@ def pieces(
 ) -> Iterator[tuple[str, bool]]:
     """Yields (text, whether its document ends with it) from files, folders and Hub datasets, in their order.
 
-    Documents of a text file (or .gz) lie between `<|endoftext|>` marks; a row of a .jsonl, .csv or .parquet file or of
+    Documents of a text file lie between `<|endoftext|>` marks; a row of a .jsonl, .csv or .parquet file or of
     a Hub dataset (owner/name, or owner/name:config) is one. With `document_start`, a regular expression, documents also
     begin at lines that it matches, and rows are lines (WikiText: `^ = [^=]`). Space around a document is taken off,
     empty documents are left out.
@@ -57,7 +57,7 @@ def _texts(source: str, column: str, rows_are_lines: bool) -> Iterator[str | Non
     """Text in reading order; `None` where a document ends. Of a Hub dataset, the split train."""
     for origin, split, rows in origins(source):
         if rows is None:
-            yield from decoded(Path(origin), " ")
+            yield from decoded(Path(origin), " ", "\n")  # Chinese has no spaces
             yield None
         elif Path(origin).exists() or split in (None, "train"):
             for number, row in enumerate(rows, 1):

@@ -4,17 +4,20 @@ The text of a chunk ends with a record; the chunks of a table are lists of rows.
 Processes share out chunks.
 """
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import re
 import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fledge.errors import UserError
 from fledge.reading.values import as_text, checked
@@ -24,6 +27,10 @@ csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere; Pyth
 CHUNK_BYTES = 1_000_000  # of text, about
 CHUNK_ROWS = 1_000  # of a table, at most
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+PACKED = f"{', '.join(COMPRESSED)} of it"
+# JSON that describes a dataset and has none of its rows, by the names that `datasets` and this library give it.
+DESCRIPTIONS = ("budget.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 SPLITS = ("train", "validation", "test")
 SPLIT = re.compile(r"(?<![a-z])(train|valid|val|dev|test)(ing|ation)?(?![a-z])", re.IGNORECASE)
@@ -77,7 +84,7 @@ def row_chunks(data: str) -> Iterator[Chunk]:
     """
     for origin, split, rows in origins(data):
         if rows is None:
-            raise UserError(f"{origin} is no table; this source reads {', '.join(TABLES)} (or .gz of it) and Hub ids.")
+            raise UserError(f"{origin} is no table; this source reads {', '.join(TABLES)} (or {PACKED}) and Hub ids.")
         rows, first_row = _not_empty(origin, rows), 1
         while chunk := list(islice(rows, CHUNK_ROWS)):
             yield Chunk(origin, split, chunk, first_row)
@@ -95,7 +102,7 @@ def origins(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]
     if path.is_dir():
         files = _data_files(path) or _data_files(path / "data")  # a repository of the Hub has them in data/
         if not files:
-            raise UserError(f"{path} holds no data file; expected .txt, {', '.join(TABLES)} or .gz of it.")
+            raise UserError(f"{path} holds no data file; expected .txt, {', '.join(TABLES)} or {PACKED}.")
     for file in files:
         if not file.exists():
             raise UserError(f"There is no data file at {file}.")
@@ -103,14 +110,14 @@ def origins(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]
 
 
 def _data_files(folder: Path) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() else ()
+    found = (file for file in folder.iterdir() if file.name not in DESCRIPTIONS) if folder.is_dir() else ()
     return sorted(file for file in found if suffix(file) in (*TABLES, ".txt") and file.is_file())
 
 
 def suffix(file: Path) -> str:
-    """A file's suffix in lower case, without `.gz`: `.jsonl` for `A.JSONL.GZ`."""
-    name = file.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
+    """A file's suffix in lower case, without that of a compression: `.jsonl` for `A.JSONL.GZ`."""
+    name = Path(file.name.lower())
+    return (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix
 
 
 def _split(name: str) -> str | None:
@@ -123,12 +130,26 @@ def _hub_dataset(name: str) -> dict[str, Iterable[Row]]:
 
     try:
         repository, _, config = name.partition(":")
-        return load_dataset(repository, config or None, streaming=True)
+        splits = load_dataset(repository, config or None, streaming=True)
     except Exception as error:  # the Hub, its libraries and the network fail in many ways
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{name} is no file here, and the Hub does not give a dataset of that name: {reason}"
+            f"{name} is no file here, and the Hub does not give a dataset of that name: {_reason(error)}"
         ) from error
+    return {split: _streamed(f"{name}, split {split},", rows) for split, rows in splits.items()}
+
+
+def _streamed(origin: str, rows: Iterable[Row]) -> Iterator[Row]:
+    number = 0
+    try:
+        for row in rows:
+            yield row
+            number += 1
+    except Exception as error:  # as above; rows come over the network as they are asked for
+        raise UserError(f"{origin} gives no more rows after row {number}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _not_empty(origin: str, items: Iterable) -> Iterator:
@@ -138,23 +159,43 @@ def _not_empty(origin: str, items: Iterable) -> Iterator:
     raise UserError(f"{origin} is empty.")
 
 
-def decoded(file: Path, end: str) -> Iterator[str]:
-    """Yields the text of a file, about `CHUNK_BYTES` bytes at a time, each time up to an `end`."""
-    mark, left, offset = end.encode(), b"", 0
+def decoded(file: Path, *ends: str) -> Iterator[str]:
+    """Yields the text of a file, about `CHUNK_BYTES` bytes at a time, each time up to one of `ends`.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8 (with the byte's offset).
+    """
+    marks, offset = [end.encode() for end in ends], 0
+    held: list[bytes] = []  # what has no end yet; joined once, because a line may be as long as the file
     try:
-        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+        with _opened(file) as stream:
             while read := stream.read(CHUNK_BYTES):
-                content = left + read
-                cut = content.rfind(mark) + len(mark) if mark in content else 0
-                content, left = content[:cut], content[cut:]
-                yield _decode(file, content, offset)
-                offset += len(content)
-        yield _decode(file, left, offset)
-    except (OSError, EOFError, zlib.error) as error:
+                cut = max(read.rfind(mark) + len(mark) if mark in read else 0 for mark in marks)
+                if cut:
+                    content = b"".join([*held, read[:cut]])
+                    yield _decode(file, content, offset)
+                    held, offset = [], offset + len(content)
+                held.append(read[cut:])
+        yield _decode(file, b"".join(held), offset)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
 
 
+def _opened(file: Path) -> IO[bytes]:
+    kinds: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstandard}
+    return kinds.get(file.suffix.lower(), open)(file, "rb")
+
+
+def _zstandard(file: Path, mode: str) -> IO[bytes]:
+    import pyarrow
+
+    return pyarrow.input_stream(str(file), compression="zstd")
+
+
 def _decode(file: Path, content: bytes, offset: int) -> str:
+    head = b"" if offset else content[:1000]
+    if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or head.count(0) > len(head) / 4:
+        raise UserError(f"{file} is not UTF-8 text but looks like UTF-16; save it as UTF-8.")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -191,7 +232,7 @@ def _rows(file: Path) -> Iterator[Row]:
     else:
         lines = (line for text in decoded(file, "\n") if text for line in text.removesuffix("\n").split("\n"))
         if kind in (".csv", ".tsv"):
-            rows = _csv(lines, "\t" if kind == ".tsv" else ",")
+            rows = _csv(lines, "\t" if kind == ".tsv" else ",;\t")
         else:
             rows = (json.loads(line) for line in lines if line.strip())
     try:
@@ -204,9 +245,14 @@ def _rows(file: Path) -> Iterator[Row]:
         raise UserError(f"{file} is damaged after row {number}: {error}.") from error
 
 
-def _csv(lines: Iterator[str], delimiter: str) -> Iterator[Row]:
-    """Strict: a quote that is never closed would otherwise swallow the rest of the file."""
-    rows = csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, strict=True)
+def _csv(lines: Iterator[str], delimiters: str) -> Iterator[Row]:
+    """The first of `delimiters` that the header has parts the fields: a spreadsheet writes `;` where numbers have `,`.
+
+    Strict: a quote that is never closed would otherwise swallow the rest of the file.
+    """
+    head = next(lines, "")
+    delimiter = next((sign for sign in delimiters if sign in head), delimiters[0])
+    rows = csv.reader((f"{line}\n" for line in chain([head], lines)), delimiter=delimiter, strict=True)
     header = next(rows, [])
     _refuse_twice(header)
     for row in rows:

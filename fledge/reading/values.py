@@ -8,9 +8,15 @@ import math
 from fledge.errors import UserError
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
+# What calls a tool, and what it answers, as ShareGPT's descendants and Llama 3 name them.
+TOOL_ROLES = ("function_call", "tool_call", "observation", "function_response", "tool_response", "ipython")
 # ShareGPT's names for who speaks, as its many copies write them.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-ALL_ROLES = {**ROLES, **SHAREGPT_ROLES, "model": "assistant", "developer": "system"}
+ALL_ROLES = {
+    **{**ROLES, **SHAREGPT_ROLES, **dict.fromkeys(TOOL_ROLES, "tool")},
+    **{"model": "assistant", "bot": "assistant", "ai": "assistant", "prompter": "user", "developer": "system"},
+}
+UNLEARNED, WHY_UNLEARNED = "unlearned", "an answer in it has weight 0, so it is not to be learnt"
 TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's content parts, in its two interfaces
 
 
@@ -59,11 +65,14 @@ def checked(text: str, where: str) -> str:
 def as_messages(value: object, where: str) -> list[dict[str, str]]:
     """Messages of `role` and `content`, of ShareGPT's `from` and `value`, or a text of JSON that holds either.
 
-    Roles become system, user, assistant and tool.
+    A list of texts is UltraChat's: user and assistant in turn. Nothing (None, NaN) is no message. Roles become system,
+    user, assistant and tool, which is also whoever calls a tool; an assistant's message of weight 0 is `UNLEARNED`.
 
     Raises:
         UserError: it is none of these.
     """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return []
     messages = value
     if isinstance(value, str):
         try:
@@ -72,6 +81,9 @@ def as_messages(value: object, where: str) -> list[dict[str, str]]:
             messages = None
     if not isinstance(messages, list):
         raise UserError(f"{where} holds {_shown(value)}, no list of messages with role and content.")
+    if all(isinstance(message, str) for message in messages):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(messages)]
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
 
 
@@ -81,7 +93,12 @@ def _message(message: object, where: str) -> dict[str, str]:
             name = message[role].strip().lower()
             if name not in ALL_ROLES:
                 raise UserError(f"{where}: the role {message[role]!r} is unknown; known are {', '.join(ALL_ROLES)}.")
-            return {"role": ALL_ROLES[name], "content": as_text(message.get(content), where)}
+            said = ALL_ROLES[name]
+            if message.get("tool_calls") or message.get("function_call"):
+                said = "tool"
+            elif said == "assistant" and message.get("weight") == 0:  # OpenAI's way to say that it is not to be learnt
+                said = UNLEARNED
+            return {"role": said, "content": as_text(message.get(content), where)}
     raise UserError(f"{where} holds {_shown(message)}, no message with role and content, or from and value.")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fledge.cli import check_hub_id, parse
+from fledge.cli import check_hub_id, parse, read_json
 from fledge.commands import next_command
 from fledge.errors import UserError
 from fledge.folders import Output, claimed
@@ -181,9 +181,7 @@ def make_plan(args: PrepareArguments) -> Plan:
     max_shard_bytes = bytes_of(args.max_shard_size)
     tokenizer = open_tokenizer(args.tokenizer)
     template = choose_template(args, task, tokenizer)
-    max_length = tokenizer.model_max_length if args.max_length is None else args.max_length
-    if not 0 < max_length <= tokenizer.model_max_length:
-        raise UserError(f"--max_length {max_length} is outside 1 to {tokenizer.model_max_length}, the model's context.")
+    max_length = choose_length(args, tokenizer)
     if args.overflow not in OVERFLOW_POLICIES:
         raise UserError(f"--overflow {args.overflow} is unknown; choose one of {', '.join(OVERFLOW_POLICIES)}.")
     if args.balance not in (None, *task.classes):
@@ -229,6 +227,35 @@ def choose_among_answers(args: PrepareArguments, task: Task) -> "Choice | None":
         raise UserError("--split source does not go with --source answers, which are all to training prompts.")
     weights = chosen_rewards(task, args.rewards, args.reward_weights)
     return Choice(args.keep or "pairs", weights, args.margin, args.pairs_per_prompt)
+
+
+def choose_length(args: PrepareArguments, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The most tokens of a row. The tokenizer then knows the model's context length, or else this.
+
+    Raises:
+        UserError: it is more than the model's context, or neither the model nor the arguments say.
+    """
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    from fledge.hub import find_tokenizer
+    from fledge.models import CONTEXTS
+
+    config = find_tokenizer(args.tokenizer) / "config.json"
+    settings = read_json(config, "convert_checkpoint.py") if config.exists() else {}
+    of_model = next((settings[key] for key in CONTEXTS if settings.get(key)), VERY_LARGE_INTEGER)
+    context = min(of_model, tokenizer.model_max_length)
+    if context >= VERY_LARGE_INTEGER:  # what transformers writes for "not known"
+        if args.max_length is None:
+            raise UserError(
+                f"--tokenizer {args.tokenizer} does not say how many tokens the model sees at once; name the folder of "
+                "the model, or give --max_length."
+            )
+        context = args.max_length
+    max_length = args.max_length or context
+    if max_length > context:
+        raise UserError(f"--max_length {max_length} is outside 1 to {context}, the model's context.")
+    tokenizer.model_max_length = context
+    return max_length
 
 
 def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -281,7 +308,10 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
     left_out = f" Left out: {reasons}." if reasons else ""
     print(f"Read {budget.rows_read:,} {budget.record}s: {budget.examples:,} examples.{left_out}", flush=True)
     if not facts.total:
-        raise UserError(f"No {budget.record} of {', '.join(args.data)} can be used ({reasons}).")
+        raise UserError(
+            f"No {budget.record} of {', '.join(args.data)} can be used ({reasons}); give other data, or another "
+            "--source, --task or --max_length."
+        )
 
     balanced = (args.balance, classes[args.balance]) if args.balance else None
     near = None

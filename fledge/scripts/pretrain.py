@@ -41,7 +41,9 @@ RANGES = {
 @dataclass
 class PretrainArguments:
     data: list[str] = field(
-        metadata={"help": "text, .jsonl or .parquet files (or .gz), folders of them, or Hub datasets (owner/name)"}
+        metadata={
+            "help": "text, .jsonl or .parquet files (or .gz, .zst), folders of them, or Hub datasets (owner/name)"
+        }
     )
     tokenizer: str = field(metadata={"help": "the folder that train_tokenizer.py wrote, another tokenizer, or gpt2"})
     n_layer: int = field(default=6, metadata={"help": "layers (default 6)"})

@@ -20,7 +20,9 @@ RANGES = {"vocab_size": Range(at_least=1, below=2**32), "min_frequency": AT_LEAS
 @dataclass
 class TokenizerArguments:
     data: list[str] = field(
-        metadata={"help": "text, .jsonl or .parquet files (or .gz), folders of them, or Hub datasets (owner/name)"}
+        metadata={
+            "help": "text, .jsonl or .parquet files (or .gz, .zst), folders of them, or Hub datasets (owner/name)"
+        }
     )
     output_dir: str = field(metadata={"help": "the folder to write"})
     vocab_size: int = field(default=8192, metadata={"help": "tokens, bytes and special ones included (default 8192)"})

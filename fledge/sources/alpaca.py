@@ -1,8 +1,9 @@
-"""Alpaca's form (Taori et al. 2023): `instruction`, `input` (empty in most records) and `output`.
+"""Alpaca's form (Taori et al. 2023): `instruction`, `input` (empty in most records, or no column) and `output`.
 
 Much data by others has it too, so the licence is not assumed.
 """
 
+import re
 from collections.abc import Iterator
 
 from fledge.reading.files import Chunk
@@ -10,8 +11,13 @@ from fledge.sources.columns import parse_form
 
 LICENSE = None
 END = None
-FORMS = ({"instruction": "instruction", "input": "input", "response": "output"},)
+FORMS = (
+    {"instruction": "instruction", "input": "input", "response": "output"},
+    {"instruction": "instruction", "response": "output"},  # WizardLM's
+)
+NOTHING = re.compile(r"\W*no ?(input|output)\W*", re.IGNORECASE)  # GPT-3.5's way to say so: "<noinput>", "Noinput"
 
 
 def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:
-    return parse_form(chunk, FORMS)
+    for record in parse_form(chunk, FORMS):
+        yield {name: "" if NOTHING.fullmatch(value) else value for name, value in record.items()}

@@ -36,32 +36,36 @@ def parse_columns(text: str) -> dict[str, str]:
 def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:
     """Records of `instruction`, `input`, `output`, or of `messages`; `category` and `group` where they are named.
 
+    A row of JSON may leave out what it has no value for.
+
     Raises:
-        UserError: a row lacks a column that was named, or holds what is neither text nor messages.
+        UserError: no row at the beginning of a table has a column that was named, or a row holds what is neither text
+            nor messages.
     """
+    for column in columns.values() if chunk.first_row == 1 else ():
+        if not any(column in row for row in chunk.rows):
+            raise UserError(f"{chunk.origin} has no column {column}; it has {', '.join(map(str, chunk.rows[0]))}.")
     for number, row in enumerate(chunk.rows, chunk.first_row):
-        for column in columns.values():
-            if column not in row:
-                raise UserError(f"{chunk.origin} has no column {column}; it has {', '.join(map(str, row))}.")
         record = {}
         for name, column in columns.items():
             read = as_messages if name == "messages" else as_text
-            value = read(row[column], f"{chunk.origin}, row {number}, column {column}")
+            value = read(row.get(column), f"{chunk.origin}, row {number}, column {column}")
             record["output" if name == "response" else name] = value
         yield record
 
 
 def parse_form(chunk: Chunk, forms: tuple[dict[str, str], ...]) -> Iterator[dict]:
-    """The records of a table that is known to have one of `forms`; the first row tells which.
+    """The records of a table that is known to have one of `forms`: the first of them whose columns its rows have.
 
     Raises:
         UserError: it has none of them.
     """
-    row = chunk.rows[0]
+    found = {column for row in chunk.rows for column in row}
     for form in forms:
-        if set(form.values()) <= set(row):
+        if set(form.values()) <= found:
             return parse(chunk, form)
     raise UserError(
-        f"{chunk.origin} has not the columns {', '.join(forms[0].values())}; it has {', '.join(map(str, row))}. "
+        f"{chunk.origin} has not the columns {', '.join(forms[0].values())}; it has "
+        f"{', '.join(map(str, chunk.rows[0]))}. "
         "Name them: --source columns --columns instruction=COLUMN,response=COLUMN."
     )

@@ -22,6 +22,12 @@ from fledge.text.baselines import BASELINES, Baseline
 
 FOLLOWING = "instruction_following"
 KINDS = ("string", "strings")
+ROLES = ("system", "user", "assistant")
+GIVEN = {
+    "string": "a text",
+    "strings": "a list of texts",
+    "messages": "a list of messages with role (system, user, assistant) and content, a text; the last is an answer",
+}
 
 
 class RejectedRecord(Exception):
@@ -127,7 +133,7 @@ class Task(ABC):
 
         Raises:
             RejectedRecord: the record gives no example.
-            UserError: an example lacks a column or has another one, or its class is none that the task names.
+            UserError: an example lacks a column or has another one, or a value is not what the task declares.
         """
         made = self.examples(record, rng)
         wanted = {"messages", "group", *self.columns}
@@ -140,6 +146,9 @@ class Task(ABC):
             for column, labels in self.classes.items():
                 if example[column] not in labels:
                     raise UserError(f"The task {self.name} made the {column} {example[column]!r}; it names {labels}.")
+            for column, kind in {"group": "string", **self.columns, "messages": "messages"}.items():
+                if isinstance(kind, str) and not _is_a(kind, example[column]):
+                    raise UserError(f"The task {self.name} made the {column} {example[column]!r}; give {GIVEN[kind]}.")
         return made
 
     def score(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
@@ -220,6 +229,17 @@ class Scorer:
             met = [metrics[name] >= least for name, least in self.task.constraints.items() if name in metrics]
             scored.append({FOLLOWING: float(answer.stopped and all(met)), **metrics})
         return scored
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    if kind == "string":
+        return isinstance(value, str)
+    if not isinstance(value, list):
+        return False
+    if kind == "strings":
+        return all(isinstance(text, str) for text in value)
+    is_message = all(m["role"] in ROLES and isinstance(m["content"], str) for m in value)
+    return is_message and len(value) > 1 and value[-1]["role"] == "assistant"
 
 
 def task_names() -> list[str]:

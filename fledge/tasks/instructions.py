@@ -9,6 +9,7 @@ import random
 import re
 
 from fledge.messages import INPUT_MARK, Answer, Messages
+from fledge.reading.values import UNLEARNED, WHY_UNLEARNED
 from fledge.tasks import RejectedRecord, Task
 from fledge.text.limits import limits_met, refused
 from fledge.text.overlap import exact_match, f1, plain, rouge, translation
@@ -73,20 +74,23 @@ class Instructions(Task):
         Raises:
             RejectedRecord: nothing is asked or nothing is answered.
         """
-        messages = record.get("messages") or _one_turn(record)
+        messages = record["messages"] if "messages" in record else _one_turn(record)
         roles = [message["role"] for message in messages if message["role"] != "system"]
         if "tool" in roles:
             raise RejectedRecord("a tool speaks in it, which no template writes")
+        if UNLEARNED in roles:
+            raise RejectedRecord(WHY_UNLEARNED)
         if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
             raise RejectedRecord("its messages are not questions and answers in turn")
-        if any(message["role"] != "system" and not message["content"].strip() for message in messages):
+        if any(message["role"] != "system" and not is_visible(message["content"]) for message in messages):
             raise RejectedRecord("a question or an answer is empty")
-        category = (record.get("category") or "other").strip()
+        category = (record.get("category") or "other").strip().lower()
         if category in FAIRYTALE_ATTRIBUTES:
             category = "closed_qa"
         # Questions about one text lie in one split; without a text, the question itself is what must not be in two.
         first = next(message["content"] for message in messages if message["role"] == "user")
         group = record.get("group") or record.get("input") or first
+        category = re.sub(r"[\s-]+", "_", category)  # "Closed QA"
         category = category if category in CATEGORIES else "other"
         return [{"messages": messages, "category": category, "group": " ".join(group.split())}]
 
@@ -131,6 +135,11 @@ def _one_turn(record: dict) -> list[dict[str, str]]:
         {"role": "user", "content": asked},
         {"role": "assistant", "content": record.get("output", "").strip()},
     ]
+
+
+def is_visible(text: str) -> bool:
+    """Whether there is anything in it to see: zero-width spaces, marks of byte order and NULs are nothing."""
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def last_number(text: str) -> float | None:

@@ -13,7 +13,7 @@ from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, open_prep
 from fledge.errors import UserError
 from fledge.messages import INPUT_MARK, Messages
 from fledge.reading.files import Chunk, row_chunks
-from fledge.reading.values import as_messages, as_text
+from fledge.reading.values import UNLEARNED, WHY_UNLEARNED, as_messages, as_text
 from fledge.templates import add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
@@ -130,7 +130,7 @@ def conversations_of(chunk: Chunk) -> Iterator[Messages]:
     Raises:
         UserError: the columns are others, or a value is neither text nor messages.
     """
-    columns = list(chunk.rows[0])
+    columns = list(dict.fromkeys(name for row in chunk.rows for name in row))  # JSON may leave out what is empty
     whole = next((name for name in CONVERSATIONS if name in columns), None)
     pair = None if whole else next((pair for pair in PAIRS if set(pair) <= set(columns)), None)
     if whole is None and pair is None:
@@ -163,6 +163,8 @@ def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
     roles = [message["role"] for message in messages]
     if "tool" in roles:
         return "a tool speaks in it, which no template writes"
+    if UNLEARNED in roles:
+        return WHY_UNLEARNED
     if "user" not in roles or roles[-1] != "assistant":
         return "it does not end with an answer to a question"
     if not all(message["content"] for message in messages if message["role"] != "system"):

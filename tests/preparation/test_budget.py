@@ -9,6 +9,7 @@ from fledge.preparation.budget import Budget
 from fledge.preparation.reasons import DUPLICATE, Reason, surplus, too_long, unwritable
 
 CLASSES = {"ending": ("sad", "happy")}
+UNKNOWN = 7  # an answer of so many tokens has the unknown one
 
 
 def facts(rows: list[tuple[int, int, bool]], endings: list[str]) -> dict[str, np.ndarray]:
@@ -19,6 +20,7 @@ def facts(rows: list[tuple[int, int, bool]], endings: list[str]) -> dict[str, np
         "completion_length": answer + end,
         "supervised": answer + end,
         "is_ended": end,
+        "is_known": np.array([answer != UNKNOWN for answer in answer]),
         "was_cut": ~end,
         "ending": np.array([CLASSES["ending"].index(ending) for ending in endings]),
     }
@@ -57,6 +59,7 @@ def test_figures_of_a_split_match_a_hand_count(budget):
         "supervised_share": pytest.approx(144 / 159),
         "eos_supervised": 4,
         "cut": 1,
+        "unknown": 1,
         "prompts_cut": 0,
         "lengths": {
             "prompt": {"0": 1, "0.05": 1, "0.25": 2, "0.5": 3, "0.75": 4, "0.95": 4, "0.99": 4, "1": 5},
@@ -121,6 +124,7 @@ def warnings_of(rows, endings=None, rejected=None, examples=1000, **found) -> li
     [
         ({"rows": [(5, 5, True)] * 2}, []),
         ({"rows": [(98, 0, True)] * 2}, []),
+        ({"rows": [(5, 5, True), (5, UNKNOWN, True)]}, ["1 of 2 rows have an answer with the token for unknown text"]),
         ({"rows": [(100, 0, True)] * 2}, [r"Only 0\.99% of the training tokens are supervised\.$"]),
         (
             {"rows": [(100, 0, True)] * 2, "cuttable": 1},

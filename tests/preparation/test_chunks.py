@@ -143,6 +143,30 @@ def test_a_chunk_without_a_record_has_no_row(preparation):
     assert (facts.total, facts.rows.tolist(), +facts.found.counts, +facts.found.rejected) == (0, [0], {}, {})
 
 
+def test_an_error_in_a_task_of_ones_own_names_the_record(preparation, records, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from fledge.tasks.topic_ending import TopicEnding\n\n\n"
+        "class Own(TopicEnding):\n    def examples(self, record, rng):\n        return record['Abstract']\n"
+    )
+    preparation.task = str(file)
+    with pytest.raises(UserError, match=r"own.py fails with KeyError: 'Abstract', on the record .*'Summary'.*records"):
+        prepare_chunks(preparation, lambda: named_chunks(SOURCE, [records], None), num_proc=1)
+
+
+def test_an_answer_with_the_token_for_unknown_text_is_told(preparation, tmp_path):
+    """Of a byte-level vocabulary none has it, even where that token is also end-of-text."""
+    text = "".join(f"Summary: A fox.\nStory:\nA fox {did}.\n<|endoftext|>\n" for did in ("ran", "hid", "sang"))
+    words = ["A", "fox", "ran", "sang", ".", "<|endoftext|>", "<|unk|>"]
+    by_words = load_tokenizer(None, 400, {word: number for number, word in enumerate(words)})
+    add_template(by_words, "story")
+    preparation.tokenizer.unk_token = preparation.tokenizer.eos_token
+    for tokenizer, is_known in ((preparation.tokenizer, [True] * 3), (by_words, [True, False, True])):
+        preparation.tokenizer, preparation.encoder = tokenizer, TextEncoder(tokenizer)
+        preparation(NamedChunk("all", Chunk("", None, text)))
+        assert Facts.read(tmp_path).columns["is_known"].tolist() == is_known
+
+
 def test_any_number_of_processes_writes_the_same_bytes(preparation, records, tmp_path):
     written = []
     for num_proc in (1, 2, 3):

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.errors import UserError
-from fledge.preparation.curation import apart, balance, repeated, split_by_group, split_shares
+from fledge.preparation.chunks import Facts, Found
+from fledge.preparation.curation import apart, assign_splits, balance, repeated, split_by_group, split_shares
 
 SPLITS = ("train", "validation", "test")
 
@@ -70,11 +71,11 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows():
 @settings(deadline=None, max_examples=100)
 @given(
     codes=st.lists(st.integers(0, 2), max_size=40),
-    labels=st.sampled_from([("a", "b"), ("a", "b", "c")]),
+    labels=st.sampled_from([{0: "a", 1: "b"}, {0: "a", 1: "b", 2: "c"}, {0: "a", 2: "c"}]),
     seed=st.integers(0, 5),
 )
 def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(codes, labels, seed):
-    codes = np.array([code for code in codes if code < len(labels)], dtype=int)
+    codes = np.array([code for code in codes if code in labels], dtype=int)
     rows = np.arange(len(codes)) * 3
     counts = Counter(codes.tolist())
 
@@ -83,10 +84,25 @@ def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(codes, labels, se
             balance("train", rows, codes, "ending", labels, seed)
         return
     kept = balance("train", rows, codes, "ending", labels, seed)
-    assert Counter(codes[kept // 3].tolist()) == dict.fromkeys(range(len(labels)), min(counts.values()))
+    assert Counter(codes[kept // 3].tolist()) == dict.fromkeys(labels, min(counts.values()))
     assert len(set(kept)) == len(kept)
     assert set(kept) <= set(rows)
     assert kept.tolist() == balance("train", rows, codes, "ending", labels, seed).tolist()
+
+
+@pytest.mark.parametrize(("codes", "kept"), [([2, 0, 2, 2, 0, 2], 4), ([2, 2, 2, 2, 2, 2], None)])
+def test_only_labels_that_occur_are_balanced(codes, kept):
+    rows = np.arange(6)
+    columns = {"group": rows, "fingerprint": rows, "source_split": np.zeros(6, int), "kind": np.array(codes)}
+    facts = Facts(["a"], np.array([6]), columns, Found())
+    if kept is None:
+        with pytest.raises(UserError, match="All 6 usable records have the kind c, so --balance kind has nothing"):
+            assign_splits(facts, None, ("kind", ("a", "b", "c")), 0)
+        return
+    _, split_of, left_out = assign_splits(facts, None, ("kind", ("a", "b", "c")), 0)
+
+    assert Counter(columns["kind"][split_of == 0].tolist()) == {0: kept // 2, 2: kept // 2}
+    assert left_out.total() == 6 - kept
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fledge.errors import UserError
 from fledge.reading.documents import END, names_and_sizes, pieces
+from fledge.reading.files import decoded
 from fledge.tokenizers import gpt2
 
 
@@ -74,6 +75,16 @@ def test_files_larger_than_a_read_are_the_same(write, monkeypatch):
     for size in (1, 7, 13, 64, 1000):
         monkeypatch.setattr("fledge.reading.documents.PIECE", size)
         assert [documents(file), documents(file, document_start="^ = ")] == expected
+
+
+@pytest.mark.parametrize("gap", [" ", "\n"])
+def test_a_file_is_read_in_parts_wherever_it_has_spaces_or_lines(write, monkeypatch, gap):
+    monkeypatch.setattr("fledge.reading.files.CHUNK_BYTES", 100)
+    file = write("a.txt", gap.join(["\u4e2d" * 9] * 50))
+
+    parts = list(decoded(file, " ", "\n"))
+    assert max(map(len, parts)) < 100
+    assert "".join(parts) == file.read_text(encoding="utf-8")
 
 
 WORDS = st.text(st.sampled_from("ab'\u00e9 \n\t\u20099.,\u4e2d\U0001f600"), min_size=1, max_size=80)

@@ -1,8 +1,11 @@
+import bz2
 import csv
 import datetime
 import decimal
 import gzip
 import json
+import lzma
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -15,7 +18,17 @@ from fledge import sources
 from fledge.errors import UserError
 from fledge.reading.values import as_text
 from fledge.sources import load_source, source_names
+from fledge.tasks import RejectedRecord, load_task
 
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    # Two frames, as tools that compress in parallel write them.
+    ".zst": lambda content: b"".join(
+        pyarrow.compress(part, "zstd", asbytes=True) for part in (content[:9], content[9:])
+    ),
+}
 ROWS = [
     {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
     {"instruction": "Translate to French.", "input": "a café,\nplease", "output": '"un café, s’il vous plaît" 🦊'},
@@ -24,10 +37,10 @@ ROWS = [
 
 
 def write(file, rows):
-    if file.suffix in (".gz", ".GZ"):
+    if file.suffix.lower() in COMPRESS:
         inner = file.with_suffix("")
         write(inner, rows)
-        file.write_bytes(gzip.compress(inner.read_bytes()))
+        file.write_bytes(COMPRESS[file.suffix.lower()](inner.read_bytes()))
     elif file.suffix.isupper():
         write(file.with_suffix(file.suffix.lower()), rows)
         file.with_suffix(file.suffix.lower()).rename(file)
@@ -45,7 +58,7 @@ def write(file, rows):
 
 
 FORMS = ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.json.gz", "a.jsonl.gz", "a.csv.gz"]
-FORMS += ["A.JSON", "A.JSONL", "A.CSV", "A.PARQUET", "A.JSONL.GZ"]
+FORMS += ["a.jsonl.zst", "a.json.xz", "a.csv.bz2", "A.JSON", "A.JSONL", "A.CSV", "A.PARQUET", "A.JSONL.GZ"]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -63,6 +76,41 @@ def test_an_array_may_lie_in_an_object_and_lines_may_be_called_json(tmp_path):
 
     for name in ("object.json", "lines.json"):
         assert list(load_source("alpaca").records(str(tmp_path / name))) == ROWS
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_spreadsheet_of_any_country_is_read(tmp_path, delimiter):
+    fields = list(ROWS[0]), ["Add;\t\r\n2, 3.", "", "5"], ["Halve 1.", "", "½"]
+    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream, delimiter=delimiter).writerows(fields)
+
+    assert list(load_source("alpaca").records(str(tmp_path / "a.csv"))) == [
+        {"instruction": "Add;\t\n2, 3.", "input": "", "output": "5"},
+        {"instruction": "Halve 1.", "input": "", "output": "½"},
+    ]
+
+
+def test_a_row_may_leave_out_what_it_has_no_value_for(tmp_path):
+    rows = [{"instruction": "Name one.", "output": "A fox."}, ROWS[1], {"instruction": "Name two."}]
+    write(tmp_path / "some.jsonl", rows)
+    assert [row["input"] for row in load_source("alpaca").records(str(tmp_path / "some.jsonl"))] == [
+        "",
+        ROWS[1]["input"],
+        "",
+    ]
+
+    write(tmp_path / "none.jsonl", [rows[0], rows[2]])
+    for source in (load_source("alpaca"), load_source("columns", "instruction=instruction,response=output")):
+        assert list(source.records(str(tmp_path / "none.jsonl"))) == [rows[0], {**rows[2], "output": ""}]
+
+
+@pytest.mark.parametrize("nothing", ["<noinput>", "Noinput", "`< no input >`", "<nooutput>"])
+def test_alpacas_word_for_nothing_is_nothing(tmp_path, nothing):
+    write(tmp_path / "a.jsonl", [{"instruction": "Sing.", "input": nothing, "output": nothing}, *ROWS])
+    (record, *others) = load_source("alpaca").records(str(tmp_path / "a.jsonl"))
+
+    assert record == {"instruction": "Sing.", "input": "", "output": ""}
+    assert others == ROWS
 
 
 def test_a_folder_is_read_file_by_file_and_their_names_tell_the_split(tmp_path):
@@ -84,7 +132,8 @@ def test_a_folder_is_read_file_by_file_and_their_names_tell_the_split(tmp_path):
 def test_a_copy_of_a_hub_repository_has_its_files_in_data(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS)
-    (tmp_path / "README.md").write_text("not data")
+    for name in ("README.md", "dataset_infos.json", "budget.json"):
+        (tmp_path / name).write_text("{}")
 
     assert [chunk.split for chunk in load_source("alpaca").chunks(str(tmp_path))] == ["train"]
 
@@ -139,8 +188,10 @@ def test_messages_are_taken_as_they_are(tmp_path):
         [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Ho."}],
         '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]',
         [{"role": "user", "content": [{"type": "text", "text": "Hi."}]}, {"role": "Assistant", "content": " Ho. "}],
+        ["Hi.", "Ho."],
+        [{"role": "prompter", "content": "Hi.", "tool_calls": None}, {"role": "assistant", "content": "Ho."}],
     ],
-    ids=["ShareGPT", "as text", "content parts"],
+    ids=["ShareGPT", "as text", "content parts", "UltraChat", "OpenAssistant"],
 )
 def test_messages_in_every_usual_form_are_the_same(tmp_path, messages):
     write(tmp_path / "chats.jsonl", [{"m": messages}])
@@ -148,6 +199,34 @@ def test_messages_in_every_usual_form_are_the_same(tmp_path, messages):
     assert list(load_source("columns", "messages=m").records(str(tmp_path / "chats.jsonl"))) == [
         {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]}
     ]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": "Let me see.", "function_call": {"name": "see"}},
+        {"from": "function_call", "value": "{}"},
+        {"from": "observation", "value": "5"},
+        {"role": "ipython", "content": "5"},
+    ],
+)
+def test_a_conversation_that_cannot_be_learnt_is_left_out_and_no_other(tmp_path, call):
+    asked, answered = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}
+    bad = {**answered, "weight": 0}
+    chats = [[asked, call, answered], None, [], [asked, bad, asked, answered], [asked, {**answered, "weight": 1}]]
+    write(tmp_path / "a.jsonl", [{"m": chat} for chat in chats])
+    tool, none, empty, unlearned, whole = load_source("columns", "messages=m").records(str(tmp_path / "a.jsonl"))
+
+    task = load_task("instructions")
+    with pytest.raises(RejectedRecord, match="a tool speaks in it"):
+        task.examples(tool, random.Random(0))
+    with pytest.raises(RejectedRecord, match="weight 0, so it is not to be learnt"):
+        task.examples(unlearned, random.Random(0))
+    for record in (none, empty):
+        with pytest.raises(RejectedRecord, match="not questions and answers"):
+            task.examples(record, random.Random(0))
+    assert task.examples(whole, random.Random(0))[0]["messages"] == [asked, answered]
 
 
 @pytest.mark.parametrize(
@@ -218,9 +297,35 @@ def test_a_hub_dataset_is_streamed_split_by_split(monkeypatch):
     assert [(chunk.split, chunk.content) for chunk in chunks] == [("train", ROWS[:2]), ("validation", ROWS[2:])]
 
 
+def test_a_network_that_fails_on_the_way_is_one_sentence(monkeypatch):
+    def rows():
+        yield ROWS[0]
+        raise ConnectionError("502\nBad Gateway")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"train": rows()})
+    with pytest.raises(UserError, match="me/alpaca, split train, gives no more rows after row 1: 502 Bad Gateway"):
+        list(load_source("alpaca").chunks("me/alpaca"))
+
+
 @pytest.mark.parametrize(
     ("source", "columns", "name", "content", "message"),
     [
+        (
+            "alpaca",
+            None,
+            "a.jsonl",
+            '{"instruction": "a"}'.encode("utf-16"),
+            "a.jsonl is not UTF-8 .* like UTF-16; save",
+        ),
+        (
+            "alpaca",
+            None,
+            "a.csv",
+            "instruction;output\n".encode("utf-16-le"),
+            "a.csv is not UTF-8 .* like UTF-16; save",
+        ),
+        ("alpaca", None, "a.jsonl.xz", lzma.compress(b"{}")[:-9], "a.jsonl.xz cannot be read"),
+        ("alpaca", None, "a.jsonl.zst", b"(\xb5/\xfd none", "a.jsonl.zst cannot be read"),
         ("alpaca", None, "a.jsonl", b"", "a.jsonl is empty"),
         ("alpaca", None, "a.json", b" \n", "a.json is empty"),
         ("alpaca", None, "a.json", b"[]", "a.json is empty"),

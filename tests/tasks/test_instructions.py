@@ -68,6 +68,26 @@ def test_the_shipped_answers_follow_their_own_instructions():
         assert scored(made, row["response"])["instruction_following"] == 1, row
 
 
+@pytest.mark.parametrize(
+    ("given", "category"),
+    [
+        ("Closed QA", "closed_qa"),
+        (" creative-writing", "creative_writing"),
+        ("feeling", "closed_qa"),
+        ("math", "other"),
+    ],
+)
+def test_a_category_is_known_in_any_spelling(given, category):
+    record = {"instruction": "Sing.", "output": "La.", "category": given}
+    assert TASK.examples(record, random.Random(0))[0]["category"] == category
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", "\u200b", "\ufeff\u00a0", "\0"])
+def test_what_nobody_sees_is_no_answer(nothing):
+    with pytest.raises(RejectedRecord, match="a question or an answer is empty"):
+        TASK.examples({"instruction": "Sing.", "output": nothing}, random.Random(0))
+
+
 def test_an_input_stands_below_its_mark():
     record = {"instruction": "Sum up.", "input": "It rained.", "output": "Rain.", "category": "summarization"}
 

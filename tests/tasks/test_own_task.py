@@ -77,6 +77,23 @@ def test_a_task_of_ones_own_goes_the_whole_way(tiny, run, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"group": sentence', '"group": len(sentence)', r"made the group 10; give a text"),
+        ("sentence.upper()}", "None}", "made the messages .*; give a list of messages"),
+        ('"role": "assistant"', '"role": "user"', "made the messages .*the last is an answer"),
+        ('"role": "user"', '"role": "human"', "made the messages .*role .system, user, assistant."),
+        ("columns = {}", 'columns = {"group": "string", "tags": "strings"}', "declares group, messages, tags"),
+        ("columns = {}", 'columns = {"group": "strings"}', "made the group 'A cat sat.'; give a list of texts"),
+    ],
+)
+def test_an_example_that_is_none_is_refused(tmp_path, old, new, message):
+    task = open_task(write(tmp_path, SHOUT.replace(old, new)))
+    with pytest.raises(UserError, match=message):
+        task.checked_examples({"Summary": "A cat sat."}, random.Random(0))
+
+
 def test_one_file_in_the_folder_is_a_task(tmp_path, monkeypatch):
     write(tmp_path, SHOUT)
     assert "shout" not in task_names()

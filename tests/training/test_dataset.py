@@ -78,7 +78,7 @@ def test_files_named_after_splits_are_those_splits(tmp_path):
     ],
 )
 def test_a_row_that_cannot_be_used_is_counted(tmp_path, row, reason):
-    *_, lines = opened(write(tmp_path / "a.jsonl", [*PAIR, row]))
+    *_, lines = opened(write(tmp_path / "a.jsonl", [row, *PAIR]))
 
     assert lines == [f"Rows: 19 in train, 1 in validation, left out 1 ({reason})"]
 
@@ -93,6 +93,10 @@ def test_a_row_that_cannot_be_used_is_counted(tmp_path, row, reason):
                 {"role": "assistant", "content": "t7"},
             ],
             "a tool speaks in it, which no template writes",
+        ),
+        (
+            [{"role": "user", "content": "t5"}, {"role": "assistant", "content": "t6", "weight": 0}] * 2,
+            "an answer in it has weight 0, so it is not to be learnt",
         ),
         ([{"role": "user", "content": "t5"}], "it does not end with an answer to a question"),
         ([{"from": "gpt", "value": "t5"}], "it does not end with an answer to a question"),
