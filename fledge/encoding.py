@@ -31,8 +31,9 @@ OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
 class Encoded:
     """Token ids of one example; the last `completion_length` of them are its last answer.
 
-    `labels` are the ids where an answer stands and `IGNORED` elsewhere. An answer that was cut has no end-of-text. A
-    preference pair also has the `rejected_ids` of another answer to the same prompt, and its length is the longer one.
+    `labels` are the ids where an answer stands and `IGNORED` elsewhere. An answer that was cut has no end-of-text.
+    `unlearned` earlier answers are not supervised: the whole conversation does not hold their ids. A preference pair
+    also has the `rejected_ids` of another answer to the same prompt, and its length is the longer one.
     """
 
     input_ids: list[int]
@@ -40,6 +41,7 @@ class Encoded:
     completion_length: int
     was_cut: bool = False
     rejected_ids: list[int] | None = None
+    unlearned: int = 0
 
     def __len__(self) -> int:
         longer = max(self.completion_length, len(self.rejected_ids or ()))
@@ -89,12 +91,13 @@ def encode(
     for places in turns:
         pairs = [(next(prompt_ids), [*next(answer_ids), tokenizer.eos_token_id]) for _ in places]
         prompt, completion = pairs[-1]
-        labels = [IGNORED] * len(prompt) + completion
+        labels, unlearned = [IGNORED] * len(prompt) + completion, len(pairs) - 1
         for earlier, answer in pairs[:-1]:
             begin, end = len(earlier), len(earlier) + len(answer)
             if prompt[:end] == earlier + answer:
                 labels[begin:end] = answer
-        encoded.append(Encoded(prompt + completion, labels, len(completion)))
+                unlearned -= 1
+        encoded.append(Encoded(prompt + completion, labels, len(completion), unlearned=unlearned))
     return encoded
 
 
@@ -174,8 +177,8 @@ def fit(
         if shortened:
             return shortened
     if overflow == "cut_completion" and excess < whole.completion_length:
-        cut = Encoded(whole.input_ids[:-excess], whole.labels[:-excess], whole.completion_length - excess, was_cut=True)
-        return messages, cut
+        ids, labels, length = whole.input_ids[:-excess], whole.labels[:-excess], whole.completion_length - excess
+        return messages, Encoded(ids, labels, length, was_cut=True, unlearned=whole.unlearned)
     return None
 
 

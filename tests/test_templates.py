@@ -142,6 +142,7 @@ def test_special_tokens_alone_keep_any_answer_whole():
         add_template(tokenizer, name)
         (encoded,) = encode(tokenizer, [chat("Who?", "\n\nTom", "Where?", "Home.")])
         supervised[name] = answers_of(tokenizer, encoded.labels)[:-1]
+        assert encoded.unlearned == 2 - len(supervised[name])
 
     assert supervised.pop("story_chat") == ["\n\nTom", "Home."]
     assert set(map(tuple, supervised.values())) == {("Home.",)}

@@ -76,6 +76,7 @@ class Budget:
             "eos_supervised": int(facts["is_ended"].sum()),
             "cut": int(facts["was_cut"].sum()),
             "unknown": int((~facts["is_known"]).sum()),
+            "unlearned": int(facts["unlearned"].sum()),
             "prompts_cut": int((facts["was_cut"] & facts["is_ended"]).sum()),
             "lengths": {
                 name: {f"{quantile:g}": int(np.quantile(values, quantile)) for quantile in QUANTILES}
@@ -107,6 +108,11 @@ class Budget:
             sentences.append(
                 f"{cut:,} of {rows:,} rows have a prompt that was cut to fit {self.max_length} tokens, and an answer "
                 "may rest on what is gone; --overflow drop leaves them out."
+            )
+        if unlearned := sum(split["unlearned"] for split in self.splits.values()):
+            sentences.append(
+                f"{unlearned:,} earlier answers of conversations are not supervised, since the vocabulary joins them "
+                "with the template's text; --template story_chat keeps the two apart."
             )
         if unknown := sum(split["unknown"] for split in self.splits.values()):
             sentences.append(

@@ -26,6 +26,7 @@ FACTS = {
     "is_ended": pa.bool_(),
     "is_known": pa.bool_(),
     "was_cut": pa.bool_(),
+    "unlearned": pa.int32(),
 }
 
 
@@ -88,6 +89,7 @@ def facts_table(
         "is_ended": [ids.input_ids[-1] == tokenizer.eos_token_id for _, ids in rows],
         "is_known": [unknown not in ids.labels and unknown not in (ids.rejected_ids or ()) for _, ids in rows],
         "was_cut": [ids.was_cut for _, ids in rows],
+        "unlearned": [ids.unlearned for _, ids in rows],
     }
     table = pa.table({name: pa.array(values, FACTS[name]) for name, values in facts.items()})
     for column, labels in task.classes.items():

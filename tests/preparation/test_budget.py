@@ -10,6 +10,7 @@ from fledge.preparation.reasons import DUPLICATE, Reason, surplus, too_long, unw
 
 CLASSES = {"ending": ("sad", "happy")}
 UNKNOWN = 7  # an answer of so many tokens has the unknown one
+JOINED = 124  # before an answer of so many tokens are three that are not supervised
 
 
 def facts(rows: list[tuple[int, int, bool]], endings: list[str]) -> dict[str, np.ndarray]:
@@ -20,6 +21,7 @@ def facts(rows: list[tuple[int, int, bool]], endings: list[str]) -> dict[str, np
         "completion_length": answer + end,
         "supervised": answer + end,
         "is_ended": end,
+        "unlearned": np.where(answer == JOINED, 3, 0),
         "is_known": np.array([answer != UNKNOWN for answer in answer]),
         "was_cut": ~end,
         "ending": np.array([CLASSES["ending"].index(ending) for ending in endings]),
@@ -60,6 +62,7 @@ def test_figures_of_a_split_match_a_hand_count(budget):
         "eos_supervised": 4,
         "cut": 1,
         "unknown": 1,
+        "unlearned": 3,
         "prompts_cut": 0,
         "lengths": {
             "prompt": {"0": 1, "0.05": 1, "0.25": 2, "0.5": 3, "0.75": 4, "0.95": 4, "0.99": 4, "1": 5},
@@ -124,6 +127,7 @@ def warnings_of(rows, endings=None, rejected=None, examples=1000, **found) -> li
     [
         ({"rows": [(5, 5, True)] * 2}, []),
         ({"rows": [(98, 0, True)] * 2}, []),
+        ({"rows": [(5, JOINED, True)] * 2}, ["6 earlier answers of conversations are not supervised.* story_chat"]),
         ({"rows": [(5, 5, True), (5, UNKNOWN, True)]}, ["1 of 2 rows have an answer with the token for unknown text"]),
         ({"rows": [(100, 0, True)] * 2}, [r"Only 0\.99% of the training tokens are supervised\.$"]),
         (
