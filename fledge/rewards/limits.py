@@ -27,7 +27,7 @@ class WatchArguments:
         default=0.0, metadata={"help": "limit: coherence may fall by so much, and by what chance explains"}
     )
     max_same_ending_rise: float = field(
-        default=0.25, metadata={"help": "limit: the share of answers that end alike may rise by so much"}
+        default=0.15, metadata={"help": "limit: the share of answers that end alike may rise by so much"}
     )
     min_eos_rate: float = field(
         default=0.98, metadata={"help": "limit: the share of answers that stop, unless it was lower at the start"}
