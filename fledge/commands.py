@@ -59,18 +59,23 @@ def next_command(script: str, used: dict[str, Any], suggested: dict[str, Any]) -
 
     After a stage that was started with a recipe, the recipe beside it is named, and keys only where they differ.
     """
-    used, recipe = {key: str(value) for key, value in used.items() if value is not None}, _recipe_beside(script)
+    used = {key: value if isinstance(value, list) else str(value) for key, value in used.items() if value is not None}
+    recipe = _recipe_beside(script)
     shown = used | suggested
     if recipe:
         import yaml
 
         given = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-        differing = {key: value for key, value in used.items() if str(given.get(key)) != value}
+        differing = {key: value for key, value in used.items() if str(given.get(key)) != str(value)}
         shown = {"config": str(recipe)} | (differing | suggested if differing else {})
     begun = command(script)
     if begun.startswith("fledge."):
         return f"{begun}({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
-    return " ".join([begun, *(f"--{key} {shlex.quote(value)}" for key, value in shown.items())])
+    return " ".join([begun, *(f"--{key} {_quoted(value)}" for key, value in shown.items())])
+
+
+def _quoted(value: str | list[str]) -> str:
+    return shlex.join(value) if isinstance(value, list) else shlex.quote(value)
 
 
 def _recipe_beside(script: str) -> Path | None:

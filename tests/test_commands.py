@@ -38,6 +38,7 @@ def test_the_next_command_is_whole(tmp_path):
     with started_as("train_sft.py", []):
         whole = "--model 'my model' --base runs/base --output_dir evaluation"
         assert next_command("evaluate_model.py", used, suggested) == f"python evaluate_model.py {whole}"
+        assert next_command("pretrain.py", {"data": ["a b", "c"]}, {}) == "python pretrain.py --data 'a b' c"
     with started_as("fledge.train", []):
         said = next_command("evaluate_model.py", {"model": "m", "base": None}, suggested)
         assert said == "fledge.evaluate(model='m', output_dir='evaluation')"

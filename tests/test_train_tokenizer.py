@@ -112,6 +112,8 @@ def test_report_without_gpt2(monkeypatch):
     [
         (["--vocab_size", 257], "leaves no merge"),
         (["--vocab_size", 99999], "supports"),
+        (["--special_tokens", ""], "names '', which is empty or there twice"),
+        (["--special_tokens", "<a>", END], f"names {END!r}, which is empty or there twice"),
         (["--data", "nowhere.txt"], "There is no data file"),
     ],
 )

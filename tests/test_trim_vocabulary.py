@@ -148,6 +148,12 @@ def test_the_script_writes_a_model_that_opens(corpus, tmp_path, monkeypatch, cap
     assert tokenizer.decode(tokenizer.encode(only)) == only
     assert "bits per byte" in capsys.readouterr().out
 
+    # Nothing occurs so often: the bytes stay, and so much of the text is measured as fits the context in bytes.
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / "bytes"), "--min_count", "1000"])
+    run(trim_vocabulary.main)
+    record = json.loads((tmp_path / "bytes" / "trimming.json").read_text())
+    assert (record["texts"], record["bytes_per_token_after"]) == (1, 1)
+
 
 def test_other_kinds_are_refused(tmp_path):
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))

@@ -25,7 +25,7 @@ def split_shares(text: str) -> dict[str, float]:
 
 
 def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
-    """Deals whole groups to the splits until each has its share of the rows.
+    """Deals whole groups to the splits until each has its share of the rows, and at least one group.
 
     `groups` (rows,) are hashes of the groups' names; the result (rows,) is the number of each row's split. It depends
     on which groups there are, not on their order.
@@ -34,8 +34,13 @@ def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> n
     order = np.random.default_rng(seed).permutation(len(sizes))
     dealt = np.cumsum(sizes[order]) - sizes[order]
     bounds = np.cumsum([*shares.values()][:-1]) * len(groups)
+    split_in_order = np.searchsorted(bounds - 1e-9, dealt, side="right")
+    for empty in np.setdiff1d(np.arange(len(shares)), split_in_order):  # few groups, or large ones
+        counts = np.bincount(split_in_order)
+        if counts.max() > 1:
+            split_in_order[np.flatnonzero(split_in_order == counts.argmax())[-1]] = empty
     split_of_group = np.empty(len(sizes), np.int8)
-    split_of_group[order] = np.searchsorted(bounds - 1e-9, dealt, side="right")
+    split_of_group[order] = split_in_order
     return split_of_group[group_of]
 
 

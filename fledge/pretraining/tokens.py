@@ -41,7 +41,8 @@ class Corpus:
 class Windows(Dataset):
     """Token ids of one split, cut into windows of the context length.
 
-    The split is one row of ids, `<|endoftext|>` before the first document and after every document. Window k reads
+    The split is one row of ids, end-of-text after every document. Before the first document stands the token that
+    begins one, and before every document if that is not end-of-text, as in Llama's vocabularies. Window k reads
     positions kC to kC + C − 1 and predicts kC + 1 to kC + C, so each token after the first is predicted exactly once.
     The last window is filled up with ids whose labels are ignored.
     """
@@ -81,6 +82,8 @@ def open_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     """
     told: list[object] = [names_and_sizes(corpus.data), names_and_sizes(corpus.validation_data), corpus.text_column]
     told += [corpus.document_start, corpus.validation_share, tokenizer.backend_tokenizer.to_str()]
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        told.append(tokenizer.bos_token_id)
     fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     if (folder / "tokens.json").exists():
         record = read_json(folder / "tokens.json", "pretrain.py")
@@ -106,6 +109,7 @@ class TokenWriter:
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, encode: TextEncoder):
         self.folder, self.tokenizer, self.encode = folder, tokenizer, encode
         self.spelling = Spelling(tokenizer)
+        self.begun: set[str] = set()  # splits whose last document goes on
         self.dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
         self.splits = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in ("train", "validation")}
 
@@ -137,7 +141,7 @@ class TokenWriter:
         self._write_batch(batch, files)
 
     def _write_batch(self, batch: list[tuple[str, str, bool]], files: Mapping[str, IO[bytes]]) -> None:
-        end = self.tokenizer.eos_token_id
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if missing := {part for _, text, _ in batch for part in self.spelling.missing(text)}:
             # Some tokenizers would leave it out without a word.
             raise UserError(
@@ -148,7 +152,9 @@ class TokenWriter:
             encoded = self.encode([text for _, text, _ in batch])
         for (split, text, is_end), ids in zip(batch, encoded, strict=True):
             record = self.splits[split]
-            row = [*([] if record["tokens"] else [end]), *ids, *([end] if is_end else [])]
+            is_begin = split not in self.begun and (begin != end or not record["tokens"])
+            row = [*([begin] if is_begin else []), *ids, *([end] if is_end else [])]
+            (self.begun.discard if is_end else self.begun.add)(split)
             np.array(row, dtype=self.dtype).tofile(files[split])
             record["tokens"] += len(row)
             record["documents"] += is_end

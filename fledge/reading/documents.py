@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fledge.errors import UserError
 from fledge.reading.files import decoded, origins
-from fledge.reading.values import checked
+from fledge.reading.values import checked, is_nothing
 
 END = "<|endoftext|>"
 PIECE = 1 << 20  # characters
@@ -62,12 +62,13 @@ def _texts(source: str, column: str, rows_are_lines: bool) -> Iterator[str | Non
         elif Path(origin).exists() or split in (None, "train"):
             for number, row in enumerate(rows, 1):
                 where = f"{origin}, row {number}, column {column}"
-                if column not in row:
+                if number == 1 and column not in row:
                     has = ", ".join(row)
                     raise UserError(f"{origin} has no column {column} (it has {has}); name it by --text_column.")
-                if not isinstance(row[column], str):
+                text = "" if is_nothing(row.get(column)) else row[column]
+                if not isinstance(text, str):
                     raise UserError(f"{where} holds no text; name the column that does by --text_column.")
-                yield checked(row[column], where)
+                yield checked(text, where)
                 if not rows_are_lines:
                     yield None
             yield None

@@ -31,7 +31,7 @@ def as_text(value: object, where: str) -> str:
     """
     if isinstance(value, str):
         return checked(value, where).strip()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_nothing(value):
         return ""
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else str(value)
@@ -40,6 +40,11 @@ def as_text(value: object, where: str) -> str:
     if isinstance(value, list) and value and all(map(_is_text_part, value)):
         return checked("\n".join(part["text"] for part in value), where).strip()
     raise UserError(f"{where} holds {_shown(value)}, which is no text; write the words that are meant.")
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a cell has no value: JSON's null, or NaN, which pandas makes of it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_text_part(part: object) -> bool:
@@ -71,7 +76,7 @@ def as_messages(value: object, where: str) -> list[dict[str, str]]:
     Raises:
         UserError: it is none of these.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_nothing(value):
         return []
     messages = value
     if isinstance(value, str):

@@ -42,6 +42,11 @@ def main() -> Path:
     (args,) = parse(sys.argv[1:], TokenizerArguments, description=__doc__)
     check_ranges(args, RANGES)
     extra = args.special_tokens
+    for token in extra:
+        if not token.strip() or ["<|endoftext|>", *extra].count(token) > 1:
+            raise UserError(
+                f"--special_tokens names {token!r}, which is empty or there twice; name each other token once."
+            )
     if args.vocab_size <= 256 + 1 + len(extra):
         raise UserError(
             f"--vocab_size {args.vocab_size} leaves no merge beside 256 bytes and {1 + len(extra)} special tokens; "
@@ -72,5 +77,10 @@ def make_tokenizer(args: TokenizerArguments, output: Output) -> None:
         + f"; {record['vocabulary_used']:.0%} of the vocabulary occurs."
     )
     print(f"The longest tokens: {', '.join(map(repr, record['longest_tokens'][:8]))}")
-    used = {"data": args.data[0], "tokenizer": args.output_dir}
+    used = {
+        "data": args.data if len(args.data) > 1 else args.data[0],
+        "tokenizer": args.output_dir,
+        "document_start": args.document_start,
+        "text_column": None if args.text_column == "text" else args.text_column,
+    }
     print(f"Next: {next_command('pretrain.py', used, {'output_dir': str(output.path.parent / 'base')})}")

@@ -117,8 +117,11 @@ def measure(before: "ModelAndTokenizer", after: "ModelAndTokenizer", old_ids: li
     from fledge.resizing import compare_trimmed
 
     context = context_of(before[0].config)
-    begun = [text[: 2 * context] for text in texts[:200]]  # characters: half a context or so
-    short = [text for text in begun if len(after[1].encode(text)) < context]
+    # Characters: half a context or so of text like the data, a fifth where each is written with its bytes.
+    sizes = (2 * context, context // 2, context // 5)
+    begun = [[text[:size] for size in sizes] for text in texts[:200]]
+    fitting = [next((text for text in of_one if 0 < len(after[1].encode(text)) < context), None) for of_one in begun]
+    short = [text for text in fitting if text]
     if not short:
         raise UserError("No held-out text fits the model's context, so nothing can be measured; give other --data.")
     return {

@@ -135,7 +135,7 @@ class Task(ABC):
             RejectedRecord: the record gives no example.
             UserError: an example lacks a column or has another one, or a value is not what the task declares.
         """
-        made = self.examples(record, rng)
+        made = list(self.examples(record, rng))  # which may be a generator
         wanted = {"messages", "group", *self.columns}
         for example in made:
             if example.keys() != wanted:

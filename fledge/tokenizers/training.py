@@ -83,7 +83,9 @@ def measure_tokenizer(tokenizer: Tokenizer, held_out: HeldOut) -> dict:
     used = {i for ids in encoded for i in ids}
     vocabulary = tokenizer.get_vocab()
     learnt = set(vocabulary.values()) - set(tokenizer.get_added_tokens_decoder())
-    longest = sorted((tokenizer.decode([i]) for i in learnt), key=lambda token: (-len(token), token))
+    # A token of some bytes of a character is no text by itself.
+    readable = (text for text in (tokenizer.decode([i]) for i in learnt) if "\ufffd" not in text)
+    longest = sorted(readable, key=lambda token: (-len(token), token))
     try:
         other = gpt2()
         gpt2_tokens = sum(len(other.encode(text).ids) for text in held_out.text)

@@ -55,8 +55,12 @@ def test_groups_stay_whole_and_splits_are_near_their_shares(sizes, shares, seed)
     assert len(splits) == len(groups)
     assert set(splits) <= {0, 1, 2}
     assert all(len(set(splits[groups == group])) == 1 for group in range(len(sizes)))
+    if len(sizes) >= 3:
+        assert set(splits) == {0, 1, 2}
+    # A split may give a group to each of two that would be empty, which only those of less than a group can be.
+    given = 2 if min(wanted.values()) * len(groups) <= max(sizes) else 0
     for number, name in enumerate(SPLITS):
-        assert abs((splits == number).sum() - wanted[name] * len(groups)) <= max(sizes)
+        assert abs((splits == number).sum() - wanted[name] * len(groups)) <= max(sizes) * (1 + given)
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_rows():

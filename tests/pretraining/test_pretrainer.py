@@ -95,6 +95,22 @@ def test_a_corpus_without_marks_holds_its_end_out(tokenizer, tmp_path):
     assert sum(split["bytes"] for split in tokens["splits"].values()) == len(text.encode())
 
 
+def test_each_document_begins_with_the_token_for_it(tokenizer, tmp_path, monkeypatch):
+    """Also where it is read in pieces, and end-of-text where there is no such token."""
+    monkeypatch.setattr("fledge.reading.documents.pieces.__defaults__", ("text", None, 8))
+    tokenizer = copy.deepcopy(tokenizer)
+    (tmp_path / "a.txt").write_text(f"Lily had a ball.{END}Tim ran home.", encoding="utf-8")
+    written = {}
+    for begin in ("!", END):
+        tokenizer.bos_token = begin
+        tokens = open_tokens(tmp_path / "t", corpus_of(tmp_path / "a.txt", held_out=[tmp_path / "a.txt"]), tokenizer)
+        written[begin] = np.fromfile(tmp_path / "t" / "train.bin", "uint16").tolist()
+        assert tokens["splits"]["train"]["tokens"] == len(written[begin])
+    one, two = (tokenizer.encode(text) for text in ("Lily had a ball.", "Tim ran home."))
+    start = tokenizer.convert_tokens_to_ids("!")
+    assert written == {"!": [start, *one, 0, start, *two, 0], END: [0, *one, 0, *two, 0]}
+
+
 def test_validation_text_of_its_own(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(f"Lily{END}Tim", encoding="utf-8")
     (tmp_path / "b.txt").write_text("Ben", encoding="utf-8")

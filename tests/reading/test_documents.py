@@ -43,7 +43,14 @@ def test_documents_of_a_text_lie_between_marks(write, name):
 def test_rows_are_documents(write, tmp_path):
     from datasets import Dataset
 
-    rows = [{"text": "One"}, {"text": f"Two{END}Three"}, {"text": ""}, {"text": "Four \N{SNOWMAN}\u2028x"}]
+    rows = [
+        {"text": "One"},
+        {"text": f"Two{END}Three"},
+        {"text": ""},
+        {"text": None},
+        {},
+        {"text": "Four \N{SNOWMAN}\u2028x"},
+    ]
     expected = ["One", "Two", "Three", "Four \N{SNOWMAN}\u2028x"]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     assert documents(write("a.jsonl", lines)) == expected

@@ -94,6 +94,12 @@ def test_an_example_that_is_none_is_refused(tmp_path, old, new, message):
         task.checked_examples({"Summary": "A cat sat."}, random.Random(0))
 
 
+def test_examples_may_be_yielded(tmp_path):
+    task = open_task(write(tmp_path, SHOUT.replace("return [{", "yield from [{")))
+    made = task.checked_examples({"Summary": "A cat sat."}, random.Random(0))
+    assert [example["messages"][-1]["content"] for example in made] == ["A CAT SAT."]
+
+
 def test_one_file_in_the_folder_is_a_task(tmp_path, monkeypatch):
     write(tmp_path, SHOUT)
     assert "shout" not in task_names()
