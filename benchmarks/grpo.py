@@ -95,9 +95,29 @@ def make_trainer(way, args, folder):
     )
 
 
+def time_parts(trainer, way, clock):
+    """Lets the clock see each part of the trainer's steps."""
+    import torch
+
+    sampler = "rollout_func" if way == "Fledge" else "_generate_single_turn"
+    setattr(trainer, sampler, clock.timed("sampling", getattr(trainer, sampler)))
+    trainer._calculate_rewards = clock.timed("rewards", trainer._calculate_rewards)
+    trainer._get_per_token_logps_and_entropies = clock.timed(
+        lambda: "forward" if torch.is_grad_enabled() else "reference", trainer._get_per_token_logps_and_entropies
+    )
+    trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
+    create = trainer.create_optimizer
+
+    def timed_optimizer(*arguments):
+        optimizer = create(*arguments)
+        optimizer.step = clock.timed("update", optimizer.step)
+        return optimizer
+
+    trainer.create_optimizer = timed_optimizer
+
+
 def measure(way, args):
     """One process: seconds of each part, tokens that were sampled, and peak memory in MiB."""
-    import torch
     from transformers import TrainerCallback
 
     from fledge.memory import keep_freed_memory
@@ -106,58 +126,35 @@ def measure(way, args):
 
     quiet()
     logging.disable(logging.WARNING)
-    clock, steps = Clock(), []
+    clock, lengths, warm = Clock(), [], {}
 
     class Steps(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if not steps:
+        """Notes the mean length of each step's answers; the first step warms up, and nothing of it counts."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
                 clock.seconds.clear()
-            self.start = time.perf_counter()
+                warm["start"] = time.perf_counter()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "reward" in logs:
-                steps.append(logs["completions/mean_length"])
+                lengths.append(logs["completions/mean_length"])
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(way, args, folder)
         loaded = peak_memory_mib()
         trainer.add_callback(Steps())
-        sampler = "rollout_func" if way == "Fledge" else "_generate_single_turn"
-        setattr(trainer, sampler, clock.timed("sampling", getattr(trainer, sampler)))
-        trainer._calculate_rewards = clock.timed("rewards", trainer._calculate_rewards)
-        scored = clock.timed(
-            lambda: "forward" if torch.is_grad_enabled() else "reference", trainer._get_per_token_logps_and_entropies
-        )
-        trainer._get_per_token_logps_and_entropies = scored
-        trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
-        create = trainer.create_optimizer
-
-        def timed_optimizer(*arguments):
-            optimizer = create(*arguments)
-            optimizer.step = clock.timed("update", optimizer.step)
-            return optimizer
-
-        trainer.create_optimizer = timed_optimizer
-        warm = {}
-
-        class Warm(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == 1:
-                    clock.seconds.clear()
-                    warm["start"] = time.perf_counter()
-
-        trainer.add_callback(Warm())
+        time_parts(trainer, way, clock)
         if way == "Fledge":
             keep_freed_memory()
             trainer.start_from(None)
         trainer.train()
     total = time.perf_counter() - warm["start"]
-    tokens = sum(steps[1:]) * args.prompts * args.answers
     clock.seconds["rest"] = total - sum(clock.seconds.values())
     return {
         "seconds": dict(clock.seconds),
         "total": total,
-        "tokens": tokens,
+        "tokens": sum(lengths[1:]) * args.prompts * args.answers,
         "peak": peak_memory_mib(),
         "loaded": loaded,
     }

@@ -256,7 +256,7 @@ def test_output_folder_that_is_a_file_is_left_alone(own, tmp_path):
     assert content_of(tmp_path) == {"base": b"a file"}
 
 
-def test_earlier_conversion_is_replaced_only_when_asked_and_only_by_a_whole_one(own, tmp_path):
+def test_earlier_conversion_is_replaced_when_asked_and_by_a_whole_one(own, tmp_path):
     base = tmp_path / "base"
     assert convert(*arguments(own[0], base))[0] == 0
     first = content_of(base)

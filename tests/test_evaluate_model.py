@@ -196,7 +196,7 @@ def rate(output_dir: Path, preferences: list[str], **changed) -> str:
     return str(file)
 
 
-def test_ratings_and_a_judge_that_is_down_are_folded_in_without_answering_again(evaluate, tmp_path, monkeypatch):
+def test_ratings_and_a_judge_that_is_down_need_no_new_answers(evaluate, tmp_path, monkeypatch):
     out = tmp_path / "out"
     evaluate(out)
     answers = (out / "answers.jsonl").read_bytes()

@@ -62,7 +62,7 @@ def test_two_endings_are_varied_and_nearly_half_in_pairs():
         assert openings.most_common(1)[0][1] <= 0.02 * openings.total()
 
 
-def test_the_hand_written_gpt_trains_goes_on_leaves_out_what_it_must_and_samples(tmp_path):
+def test_the_hand_written_gpt_trains_goes_on_holds_out_and_samples(tmp_path):
     text, held_out = tmp_path / "text.txt", tmp_path / "held_out.txt.gz"
     write_records(text, 40)
     first = text.read_text(encoding="utf-8").split("<|endoftext|>")[0]

@@ -156,7 +156,7 @@ def test_the_encoded_rows_are_the_text_rows_in_their_order(plain):
             assert row["labels"] == [IGNORED] * (len(row["labels"]) - len(supervised)) + supervised
 
 
-def test_the_rows_are_opened_with_their_classes_by_name_and_the_prompt_is_where_the_answer_begins(balanced):
+def test_rows_are_opened_with_class_names_and_prompts_end_at_answers(balanced):
     _, tokenizer, tokenized = open_prepared(balanced)
 
     for name, rows in open_rows(balanced).items():
@@ -477,7 +477,7 @@ def test_a_person_runs_it_and_reads_the_report(usual, tmp_path):
     assert (tmp_path / "out" / "budget.md").read_text(encoding="utf-8") in done.stdout
 
 
-def test_the_splits_of_the_source_are_kept_and_held_out_topics_leave_the_training(work, tmp_path):
+def test_splits_of_the_source_are_kept_and_held_out_topics_leave_train(work, tmp_path):
     texts = {
         "train": [record(f"A fox and {n} hats.", story(n)) for n in range(20)],
         "valid": [record(f"A bear and {n} hats.", story(n)) for n in range(6)]
@@ -555,7 +555,7 @@ def test_a_full_disk_leaves_nothing(usual, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_is_killed_leaves_the_old_dataset_and_the_next_completes(usual, plain, tmp_path):
+def test_a_killed_run_leaves_the_old_dataset_and_the_next_completes(usual, plain, tmp_path):
     prepare(*usual, "--seed", "7", "--output_dir", tmp_path / "out")
     before = (tmp_path / "out" / "budget.json").read_bytes()
     script = tmp_path / "killed.py"

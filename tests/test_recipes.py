@@ -4,60 +4,37 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from keys import keys_of
 
 from fledge.cli import parse
 from fledge.errors import UserError
-from fledge.sampling import Sampling
 
 OF_OTHERS = ("accelerate", "lm_eval", "trl")  # files that other programs read
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in OF_OTHERS)
 
 
-def dataclasses_of(stage: str) -> list[type]:
-    if stage in ("train", "train_lora"):
-        from trl import ModelConfig
-
-        from fledge.scripts.train_sft import RunArguments
-        from fledge.training.trainer import SmallModelConfig
-
-        return [RunArguments, SmallModelConfig, ModelConfig]
-    if stage == "grpo":
-        from trl import ModelConfig
-
-        from fledge.rewards.configuration import SmallGrpoConfig
-        from fledge.scripts.train_grpo import GrpoArguments
-
-        return [GrpoArguments, SmallGrpoConfig, ModelConfig]
-    if stage == "dpo":
-        from trl import ModelConfig
-
-        from fledge.rewards.preferences import SmallDpoConfig
-        from fledge.scripts.train_dpo import DpoArguments
-
-        return [DpoArguments, SmallDpoConfig, ModelConfig]
-    if stage == "pretrain":
-        from fledge.pretraining.pretrainer import PretrainConfig
-        from fledge.scripts.pretrain import PretrainArguments
-
-        return [PretrainArguments, PretrainConfig]
-    module, name = {
-        "tokenizer": ("train_tokenizer", "TokenizerArguments"),
-        "trim": ("trim_vocabulary", "TrimArguments"),
-        "convert": ("convert_checkpoint", "ConvertArguments"),
-        "prepare": ("prepare_dataset", "PrepareArguments"),
-        "answers": ("evaluate_model", "EvaluateArguments"),
-        "evaluate": ("evaluate_model", "EvaluateArguments"),
-        "generate": ("generate", "GenerateArguments"),
-        "publish": ("publish", "PublishArguments"),
-        "demo": ("publish", "PublishArguments"),
-    }[stage]
-    arguments = getattr(importlib.import_module(f"fledge.scripts.{module}"), name)
-    return [arguments, *([Sampling] if stage in ("answers", "evaluate", "generate") else [])]
+# The stage that a recipe's file is for → its script, as in recipes/run.sh.
+SCRIPTS = {
+    "tokenizer": "train_tokenizer.py",
+    "pretrain": "pretrain.py",
+    "trim": "trim_vocabulary.py",
+    "convert": "convert_checkpoint.py",
+    "answers": "evaluate_model.py",
+    "prepare": "prepare_dataset.py",
+    "train": "train_sft.py",
+    "train_lora": "train_sft.py",
+    "dpo": "train_dpo.py",
+    "grpo": "train_grpo.py",
+    "evaluate": "evaluate_model.py",
+    "generate": "generate.py",
+    "publish": "publish.py",
+    "demo": "publish.py",
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_script_accepts_every_key_of_a_recipe(recipe: Path):
-    parsed = parse(["--config", str(recipe)], *dataclasses_of(recipe.stem))
+    parsed = parse(["--config", str(recipe)], *keys_of(SCRIPTS[recipe.stem]))
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     for key, value in written.items():
         holder = next(part for part in parsed if hasattr(part, key))
@@ -69,7 +46,7 @@ def test_an_unknown_key_is_refused(recipe: Path, tmp_path):
     spoiled = tmp_path / "recipe.yaml"
     spoiled.write_text(recipe.read_text(encoding="utf-8") + "learning_raet: 1\n", encoding="utf-8")
     with pytest.raises(UserError, match="learning_raet"):
-        parse(["--config", str(spoiled)], *dataclasses_of(recipe.stem))
+        parse(["--config", str(spoiled)], *keys_of(SCRIPTS[recipe.stem]))
 
 
 def test_stages_of_a_recipe_hand_on_the_same_folders():
@@ -107,8 +84,8 @@ def test_the_last_screen_asks_as_the_recipe_does(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     command = importlib.import_module("show").next_command(name)
-    asked, _ = parse(command[2:], *dataclasses_of("generate"))
-    recipe, _ = parse(["--config", f"recipes/{name}/generate.yaml"], *dataclasses_of("generate"))
+    asked, _ = parse(command[2:], *keys_of("generate.py"))
+    recipe, _ = parse(["--config", f"recipes/{name}/generate.yaml"], *keys_of("generate.py"))
     assert all(vars(asked)[key] == vars(recipe)[key] for key in ("model", "topic", "words", "constraints", "prompt"))
 
 

@@ -184,7 +184,7 @@ def test_going_on_with_something_else_is_refused_or_recorded(small, tmp_path, ca
     assert 0.0005 < rates[2] < 0.002
 
 
-def test_a_length_that_cuts_answers_is_counted_and_one_that_leaves_none_refused(small, tmp_path, capsys):
+def test_a_length_that_cuts_answers_is_counted_or_refused_at_none_left(small, tmp_path, capsys):
     rows = [{"input_ids": [5] * 10 + [6] * 4, "labels": [IGNORED] * 10 + [6] * 4} for _ in range(3)]
     rows += [{"input_ids": [5] * 3 + [6] * 9, "labels": [IGNORED] * 3 + [6] * 9}]
     data = spoil_data(small, tmp_path / "data", rows)
@@ -462,7 +462,7 @@ def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_overwrite_deletes_an_unfinished_run_only_once_the_input_is_known_to_be_good(small, tmp_path, capsys):
+def test_overwrite_deletes_an_unfinished_run_only_after_input_is_good(small, tmp_path, capsys):
     checkpoint = tmp_path / "m" / "checkpoints" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3}', encoding="utf-8")

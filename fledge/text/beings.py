@@ -13,7 +13,8 @@ BEINGS = frozenset(
     monster mosquito mother mouse mule musician nurse octopus ostrich otter owl painter panda parrot peacock
     penguin person pig pigeon pilot pirate policeman pony prince princess puppy queen rabbit raccoon rat raven
     reindeer rhinoceros robot sailor seal shark sheep sister skeleton snail snake soldier son spider squirrel
-    swan teacher tiger toad troll turkey turtle unicorn vet warrior whale witch wizard wolf woman worm zebra""".split()  # noqa: SIM905
+    swan teacher tiger toad troll turkey turtle unicorn vet warrior whale witch wizard wolf woman worm zebra
+    """.split()  # noqa: SIM905
 )
 # Words for the same person or animal; the first stands for all of them.
 SYNONYMS = (

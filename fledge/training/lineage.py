@@ -28,7 +28,8 @@ WITHOUT_EFFECT = re.compile(
     r"|per_device_eval_batch_size|prediction_loss_only|dataloader_(num_workers|prefetch_factor|pin_memory"
     r"|persistent_workers)|dataset_num_proc|ddp_.*|fsdp.*|deepspeed|accelerator_config|parallelism_config|local_rank"
     r"|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint|torch_empty_cache_steps"
-    r"|skip_memory_metrics|include_.*|jit_mode_eval|use_cpu|enable_jit_checkpoint|greater_is_better|remove_unused_columns"
+    r"|skip_memory_metrics|include_.*|jit_mode_eval|use_cpu|enable_jit_checkpoint|greater_is_better"
+    r"|remove_unused_columns"
 )
 
 

@@ -165,6 +165,22 @@ def boxes_shown(ending: str | None, compare: bool = False) -> list:
     return [*made, *(gr.update(visible=any(visible[place : place + 2])) for place in range(0, BOXES, 2))]
 
 
+def answer_boxes() -> tuple[list[gr.Textbox], list[gr.Row]]:
+    """Empty boxes for answers, and the rows that hold two each; `boxes_shown` says which are seen."""
+    boxes, rows = [], []
+    for _ in range(BOXES // 2):
+        with gr.Row(equal_height=True, visible=False) as row:
+            rows.append(row)
+            boxes += [
+                gr.Textbox(
+                    lines=4, max_lines=30, interactive=False, elem_classes="answer", buttons=["copy"], visible=False,
+                    min_width=300,
+                )
+                for _ in range(2)
+            ]  # fmt: skip
+    return boxes, rows
+
+
 def story_page(writer: Writer, base: Writer | None) -> None:
     """Topic, ending, Write: the story streams in; both endings side by side, and the base beside them, if asked."""
     settings = SETTINGS["story"]
@@ -212,17 +228,7 @@ def story_page(writer: Writer, base: Writer | None) -> None:
     with gr.Row():
         generate, stop = gr.Button("Write", variant="primary", scale=3), gr.Button("Stop", scale=1, min_width=90)
     status = status_line()
-    boxes, rows = [], []
-    for _ in range(BOXES // 2):
-        with gr.Row(equal_height=True, visible=False) as row:
-            rows.append(row)
-            boxes += [
-                gr.Textbox(
-                    lines=4, max_lines=30, interactive=False, elem_classes="answer", buttons=["copy"], visible=False,
-                    min_width=300,
-                )
-                for _ in range(2)
-            ]  # fmt: skip
+    boxes, rows = answer_boxes()
     examples(settings["examples"], [topic, ending] if endings else [topic])
     inputs = [topic, ending, *sampling_controls(writer)]
     if base:

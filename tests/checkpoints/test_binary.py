@@ -165,7 +165,7 @@ def test_llm_c_checkpoint_is_read_under_nanogpts_names_without_its_padding(versi
 
 
 @pytest.mark.parametrize("write", [write_llama2_c, write_llm_c])
-def test_weights_are_mapped_from_the_file_and_writing_to_them_leaves_it_alone(write, tmp_path):
+def test_weights_are_mapped_and_writing_to_them_leaves_the_file_alone(write, tmp_path):
     file = tmp_path / "a.bin"
     write(file, 1)
     content = file.read_bytes()
@@ -216,7 +216,7 @@ def test_unknown_version_of_llm_c_is_refused(version, tmp_path):
 
 
 @pytest.mark.parametrize(("version", "dtype"), [(2, torch.float32), (3, torch.bfloat16), (5, torch.float32)])
-def test_llm_c_checkpoint_of_another_precision_than_its_version_says_is_refused(version, dtype, tmp_path):
+def test_llm_c_of_another_precision_than_its_version_says_is_refused(version, dtype, tmp_path):
     write_llm_c(tmp_path / "a.bin", version, 16, dtype=dtype)
     assert_refused(tmp_path / "a.bin", "bytes and its header asks for .* of a version that Fledge does not know")
 

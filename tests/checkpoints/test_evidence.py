@@ -178,7 +178,7 @@ def test_projections_fused_by_head_are_settled_by_the_authors_module():
     assert (facts["qkv_by_head"].value, facts["qkv_by_head"].source) == (True, Source.REFERENCE)
 
 
-def test_heads_and_rotation_that_nobody_stated_are_settled_by_the_authors_module():
+def test_unstated_heads_and_rotation_are_settled_by_the_authors_module():
     module, _ = build("story_chat")
     renamed = {name.replace("ln_", "norm_"): tensor for name, tensor in checkpoint_of(module, {}).tensors.items()}
     checkpoint = replace(checkpoint_of(module, {"max_seq_len": 20}), tensors=renamed, left_out={})

@@ -259,7 +259,7 @@ REFUSED_NAMES = {
 
 
 @pytest.mark.parametrize("variant", REFUSED)
-def test_refused_architecture_computes_what_nanogpt_with_its_tensors_does_not(variant):
+def test_refused_architecture_differs_from_nanogpt_with_its_tensors(variant):
     module, config = REFUSED[variant](layers=1)
     plain, plain_config = build("nanogpt", layers=1)
     more, fewer = REFUSED_NAMES[variant]

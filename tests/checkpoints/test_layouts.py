@@ -116,7 +116,7 @@ def test_what_is_hidden_must_be_told(variant, name):
     assert logit_error(gpt, module) > 1e-6
 
 
-def test_what_the_author_of_build_nanogpt_saves_beside_the_weights_tells_its_activation(tmp_path):
+def test_the_config_that_build_nanogpt_saves_tells_its_activation(tmp_path):
     module, config = build("build_nanogpt")
     content = {"model": module.state_dict(), "config": config, "step": 7, "val_loss": 3.2}
     torch.save(content, tmp_path / "model.pt")

@@ -116,7 +116,7 @@ def test_wrapper_that_holds_itself_is_refused(tmp_path):
     assert_refused(saved(content, tmp_path), "holds no tensors")
 
 
-def test_weights_averaged_by_torch_lose_their_prefix_in_spite_of_the_counter(tmp_path):
+def test_weights_averaged_by_torch_lose_their_prefix_and_counter(tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))
     checkpoint = load_checkpoint(saved(averaged.state_dict(), tmp_path))
     assert_state(checkpoint.tensors, averaged.module.state_dict())
@@ -147,7 +147,7 @@ def test_config_that_is_no_mapping_is_listed(tmp_path):
     assert load_checkpoint(saved(STATE | {"config": "small"}, tmp_path)).left_out == {"config": "not a tensor"}
 
 
-def test_resumed_nanogpt_believes_model_args_before_the_settings_of_the_run(tmp_path):
+def test_resumed_nanogpt_believes_model_args_before_the_run_settings(tmp_path):
     content = {"model": STATE, "model_args": {"n_head": 3}, "config": {"n_head": 12, "learning_rate": 1e-3}}
     assert load_checkpoint(saved(content, tmp_path)).config["n_head"] == 3
 
@@ -365,7 +365,7 @@ def test_folder_of_several_checkpoints_is_refused_naming_them(tmp_path):
     assert_refused(tmp_path, r"holds last\.safetensors, step_1\.pt, step_2\.pt; name the one to convert")
 
 
-def test_safetensors_come_before_the_pickle_and_both_before_the_state_of_a_trainer(tmp_path):
+def test_safetensors_come_before_the_pickle_and_a_trainers_state_last(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     saved({"head.weight": torch.zeros(1)}, tmp_path, "pytorch_model.bin")
     saved({"state": {}}, tmp_path, "optimizer.pt")
@@ -604,7 +604,7 @@ CHARS = ["a", "b", "\n"]
         {"chars": ["a", "b"], "vocab": STOI},
     ],
 )
-def test_vocabulary_is_found_beside_the_weights_in_the_config_and_among_the_weights(entries, tmp_path):
+def test_vocabulary_is_found_beside_or_among_the_weights_or_in_config(entries, tmp_path):
     for content in ({"model": STATE, **entries}, {"model": STATE, "config": {"n_head": 2, **entries}}, STATE | entries):
         assert load_checkpoint(saved(content, tmp_path)).vocabulary == STOI
 

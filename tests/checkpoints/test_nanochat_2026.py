@@ -75,7 +75,7 @@ def test_reference_proves_it_from_the_code_in_a_folder(own, tmp_path):
     assert json.dumps([fact.source for fact in facts]).count("--reference") > 10
 
 
-def test_custom_code_holds_it_and_a_padded_vocabulary_is_cut_in_its_value_embeddings_too(own):
+def test_custom_code_holds_it_and_padding_is_cut_in_value_embeddings(own):
     gpt = recognise(own[2])[0]
     gpt, _ = fit_vocabulary(gpt, 60, "tokenizer")
     token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))

@@ -217,9 +217,7 @@ def test_frequencies_of_tokens_and_pairs():
         (math.inf, math.inf, math.inf, True, False),
     ],
 )
-def test_a_reading_is_ruled_out_by_a_sure_difference_of_the_size_that_the_model_predicts(
-    difference, errors, divergence, worse, better
-):
+def test_a_reading_is_ruled_out_by_a_sure_difference_as_predicted(difference, errors, divergence, worse, better):
     comparison = Comparison(difference, errors, divergence, matters=True)
     assert (comparison.worse, comparison.better) == (worse, better)
 

@@ -14,7 +14,7 @@ KNOWN = [
 OPEN = Fact.of("attention_scale", 0.25, Source.PRACTICE)
 
 
-def test_verdict_names_each_source_once_and_leaves_out_what_changes_nothing():
+def test_verdict_names_each_source_once_and_only_what_changes_logits():
     idle = Fact.of("logit_cap", None, Source.NO_EFFECT)
     assert verdict([*KNOWN, idle]) == (
         "Proven: nothing that changes the logits is assumed. "
@@ -41,7 +41,7 @@ def test_table_of_facts_tells_the_users_word_from_the_files():
     ]  # fmt: skip
 
 
-def test_table_of_trials_shows_the_closest_first_and_no_pair_that_is_ruled_out():
+def test_table_of_trials_shows_the_closest_first_and_no_ruled_out_pair():
     pair = {"activation": "relu", "rope_theta": 500_000.0}
     table = trials_table(
         [

@@ -238,7 +238,7 @@ def test_replies_are_kept_and_failures_are_asked_again(serve, tmp_path):
     assert len(server.bodies) - asked_before < 8
 
 
-def test_pairs_are_asked_in_both_orders_and_a_preference_for_an_order_is_none(serve):
+def test_pairs_are_asked_in_both_orders_and_favouring_one_order_is_none(serve):
     def reply(question):
         if "story 0" in question:  # always the model's
             return "FIRST" if question.index("model story") < question.index("base story") else "SECOND"

@@ -118,7 +118,7 @@ def test_repeated_rows_are_those_whose_fingerprint_came_before(fingerprints):
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), max_size=30))
-def test_what_is_held_out_stays_whole_and_its_groups_leave_the_earlier_splits(rows):
+def test_held_out_rows_stay_whole_and_their_groups_leave_other_splits(rows):
     splits, groups = np.array(rows, dtype=int).reshape(-1, 2).T
     is_apart = apart(splits, groups)
 

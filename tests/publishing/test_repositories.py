@@ -87,7 +87,7 @@ def snippets(card: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
 
 
-def test_each_repository_holds_its_folder_after_one_commit_and_nobody_sees_the_token(published, hub, tiny):
+def test_each_repository_holds_its_folder_and_nobody_sees_the_token(published, hub, tiny):
     for kind, repo_id in (("model", "tiny-tales"), ("dataset", "data"), ("space", "demo")):
         repo = hub.repos[kind, f"someone/{repo_id}"]
         folder = tiny.repository / kind
@@ -99,7 +99,7 @@ def test_each_repository_holds_its_folder_after_one_commit_and_nobody_sees_the_t
     assert not any(TOKEN.encode() in content for repo in hub.repos.values() for content in repo.files.values())
 
 
-def test_a_stranger_with_an_empty_cache_loads_the_model_the_data_and_runs_the_snippets(published, hub, tiny, tmp_path):
+def test_a_stranger_with_an_empty_cache_runs_the_snippets(published, hub, tiny, tmp_path):
     card = hub.repos["model", "someone/tiny-tales"].files["README.md"].decode()
     python = snippets(card, "python")
     assert len(python) == 2
@@ -125,7 +125,7 @@ def test_the_command_on_the_card_runs(published, hub, tmp_path):
     assert done.stdout.strip().splitlines()[-1]
 
 
-def test_a_second_publication_sends_nothing_and_a_space_needs_only_a_published_model(published, hub, tiny, tmp_path):
+def test_a_second_publication_sends_nothing(published, hub, tiny, tmp_path):
     before = {key: dict(repo.refs) for key, repo in hub.repos.items()}
     hub.requests.clear()
     done = publish(hub, tiny, tmp_path, *ALL)

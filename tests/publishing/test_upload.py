@@ -142,7 +142,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, folder):
         (Fault("PUT /lfs", 500, 99), "run the same command again"),
     ],
 )
-def test_a_failure_that_stays_leaves_the_repository_as_it_was_and_a_rerun_completes_it(fault, said, hub, folder):
+def test_a_failure_that_stays_changes_nothing_and_a_rerun_completes_it(fault, said, hub, folder):
     to(hub, folder)
     repo = hub.repos["model", "someone/thing"]
     before = dict(repo.refs), dict(repo.files)

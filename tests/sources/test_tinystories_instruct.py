@@ -117,7 +117,7 @@ STORY_LINES = [
 @pytest.mark.parametrize("line", STORY_LINES)
 @pytest.mark.parametrize("before", ["Summary: Tom hides.\n", "Words: a, b\nSummary: Tom hides.\nFeatures: Twist\n"])
 @pytest.mark.parametrize("after", ["", "Words: c, d\n", "Features: Dialogue\n\nSummary: Tom hides again.\n"])
-def test_a_line_of_the_story_that_begins_as_a_field_does_stays_in_the_story(tmp_path, line, before, after):
+def test_a_line_of_the_story_that_begins_as_a_field_stays_in_the_story(tmp_path, line, before, after):
     (tmp_path / "corpus.txt").write_text(f"{before}Story: \n\nTom hid.\n{line}\n{after}<|endoftext|>\n")
 
     (record,) = records(str(tmp_path / "corpus.txt"))

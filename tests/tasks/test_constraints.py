@@ -180,7 +180,7 @@ def test_a_kind_is_asked_for_once():
         instruction(["words: kite", "words: boat"])
 
 
-def test_examples_of_one_story_are_of_one_group_and_come_from_the_rng_alone():
+def test_examples_of_a_story_are_of_one_group_and_depend_only_on_rng():
     made = [TASK.examples(RECORD, random.Random(seed)) for seed in (1, 1, 2)]
     assert made[0] == made[1] != made[2]
     assert len({row["group"] for rows in made for row in rows}) == 1

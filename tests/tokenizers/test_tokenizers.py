@@ -266,7 +266,7 @@ def test_special_tokens_of_a_character_vocabulary_are_found_whole(character_toke
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data(), st.lists(st.characters(codec="utf-8"), min_size=1, max_size=30, unique=True))
-def test_any_character_vocabulary_spells_and_gives_back_any_text_of_its_characters(data, characters):
+def test_any_character_vocabulary_gives_back_any_text_of_its_characters(data, characters):
     tokenizer = load_tokenizer(None, CONTEXT_LENGTH, {c: i for i, c in enumerate(characters)})
     text = "".join(data.draw(st.lists(st.sampled_from(characters), max_size=40)))
     ids = [characters.index(c) for c in text]
@@ -363,7 +363,7 @@ def test_a_vocabulary_names_its_own_ends(tokens, begin, end, pad, tmp_path):
         assert each("ab")["input_ids"] == [0, len(vocabulary) - 1]
 
 
-def test_tokenizer_without_an_end_of_text_token_opens_without_special_tokens(tmp_path):
+def test_tokenizer_without_end_of_text_opens_without_special_tokens(tmp_path):
     load_tokenizer(str(as_file(trained(end=None), tmp_path)), CONTEXT_LENGTH).save_pretrained(tmp_path / "base")
     tokenizer = open_tokenizer(str(tmp_path / "base"))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (None, None, None)

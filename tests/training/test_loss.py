@@ -184,7 +184,7 @@ def test_padding_does_not_change_the_loss_of_a_row(tmp_path):
     torch.testing.assert_close(alone, beside)
 
 
-def test_a_batch_without_a_supervised_token_gives_a_zero_that_has_gradients(tmp_path):
+def test_a_batch_without_supervised_tokens_gives_zero_with_gradients(tmp_path):
     trainer = trainer_for(small_gpt2(), tmp_path)
     score_supervised_only(trainer.model)
     ids = torch.tensor([[5, 6, 7]])
