@@ -106,20 +106,28 @@ def build_for_gpus(patched: pytest.MonkeyPatch) -> None:
 def pytest_collection_modifyitems(items):
     """A test that needs the folders of five scripts is slow, and one that needs a browser is marked so.
 
-    Files with slow tests come first: what two processes still do at the end is short.
+    Files with slow tests come first: what two processes still do at the end is short. The very first needs `tiny`, and
+    the others that do come last of these: while one process makes it, the other has work without it.
     """
     for item in items:
         for fixture, mark in (("tiny", pytest.mark.slow), ("browser", pytest.mark.browser)):
             if fixture in item.fixturenames:
                 item.add_marker(mark)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    of_tiny = list(dict.fromkeys(item.path for item in items if "tiny" in item.fixturenames))
+    items.sort(key=lambda item: (item.path not in of_tiny[:1], item.path not in slow, item.path in of_tiny))
 
 
 def pytest_collection_finish():
     """What is imported stays, and each of the many trainings would otherwise look through all of it for garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A picture takes as long as such a run, and is drawn by the tests of pictures, by `tiny` and by shared runs."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: Path(file).touch())
 
 
 @pytest.fixture(scope="session")

@@ -283,6 +283,15 @@ def test_turns_about_a_text_stay_and_the_text_is_cut(gpt2):
     assert fit(gpt2, messages, whole, len(whole) - 2, "cut_prompt")[0] == chat(counting(4), "yes", "Again?", "yes")
 
 
+def test_of_two_texts_the_longer_one_is_cut(gpt2):
+    messages = chat(counting(2), "yes", counting(6), "yes")
+    (whole,) = encode(gpt2, [messages])
+
+    cut = fit(gpt2, messages, whole, len(whole) - 2, "cut_prompt")[0]
+    assert cut == chat(counting(2), "yes", counting(4), "yes")
+    assert shortest(messages) == chat(counting(2), "yes", counting(1), "yes")
+
+
 CONTENT = st.lists(st.sampled_from(["a", "dog", "ran,", "With: sad ending"]), min_size=1, max_size=12).map(" ".join)
 
 
@@ -378,9 +387,16 @@ def test_rows_are_chosen_by_their_columns(only, numbers):
         (["kind"], "--only kind is no COLUMN=VALUE; the dataset's columns are count, features, kind."),
         (["messages=x"], "--only messages=x is no COLUMN=VALUE"),
         (["kind=moral"], "No row meets --only kind=moral; its values of kind: who, words."),
+        (["count=None"], "No row meets --only count=None; its values of count: 3."),
         (["kind=who", "features=dialogue"], "No row meets --only features=dialogue; its values of features: none."),
     ],
 )
 def test_a_condition_that_no_row_meets_is_refused(only, said):
     with pytest.raises(UserError, match=re.escape(said)):
         numbers_of(ROWS, only)
+
+
+def test_a_refusal_names_few_of_many_values():
+    rows = [{"messages": [], "number": number} for number in range(10, 21)]
+    with pytest.raises(UserError, match="values of number: 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, …"):
+        numbers_of(rows, ["number=9"])

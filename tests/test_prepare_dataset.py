@@ -21,7 +21,7 @@ from fledge.tasks.topic_ending import requested
 from fledge.templates import load_template
 from fledge.tokenizers import load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 END = "<|endoftext|>"
 TOPICS = 120

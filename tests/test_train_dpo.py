@@ -16,7 +16,7 @@ from fledge.cli import run
 from fledge.scripts import train_dpo
 from fledge.training.run_record import Progress
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 QUIET = ("--bf16", "False", "--per_device_train_batch_size", "4", "--use_cpu")

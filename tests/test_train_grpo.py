@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fledge.cli import run
 from fledge.scripts import train_grpo
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SHORT = (
     "--bf16", "False", "--use_cpu", "--max_steps", 4, "--num_generations", 2, "--per_device_train_batch_size", 8,
     "--gradient_accumulation_steps", 2, "--max_completion_length", 12, "--learning_rate", 1e-3,

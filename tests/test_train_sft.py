@@ -19,7 +19,7 @@ from fledge.folders import claimed, write_mark
 from fledge.scripts import train_sft
 from fledge.training.run_record import Progress
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 QUIET = ("--bf16", "False", "--eval_strategy", "no", "--per_device_train_batch_size", "8", "--use_cpu")
@@ -35,13 +35,6 @@ def small(tmp_path_factory) -> SimpleNamespace:
     tokenizer.save_pretrained(work / "base")
     write_prepared(work / "data", random_rows(32), tokenizer)
     return SimpleNamespace(base=work / "base", data=work / "data")
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """To draw one takes as long as such a training, and `tiny` has one."""
-    place = "fledge.training.run_record.save_curve"
-    monkeypatch.setattr(place, lambda history, folder: (folder / "loss_curve.png").touch())
 
 
 def train(small, output_dir: Path, *arguments: object, dataset: Path | None = None) -> None:

@@ -38,10 +38,14 @@ def settle_by_reference(
     """
     questions = Questions(gpt, facts)
     probes = [(ids, author(ids)) for ids in probe_ids(gpt, avoid)]
+    errors: dict[tuple, float] = {}
 
     def mean_error(values: Values) -> float:
-        """The error that descends, over the short probes alone, which cost less."""
-        return author_error(questions.reading(values), probes[1:]).mean().item()
+        """The error that descends, over the short probes alone, which cost less. Many descents pass a reading."""
+        reading = tuple(values.values())
+        if reading not in errors:
+            errors[reading] = author_error(questions.reading(values), probes[1:]).mean().item()
+        return errors[reading]
 
     closest = math.inf
     for values in _descents(questions, mean_error):

@@ -22,7 +22,7 @@ from fledge.generation.answers import is_batched
 from fledge.messages import Messages
 
 
-class _WithCache(torch.nn.Module):
+class WithCache(torch.nn.Module):
     """A model as onnxruntime calls it: keys and values go in and come out as plain tensors."""
 
     def __init__(self, model: PreTrainedModel):
@@ -68,7 +68,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         )
     if "num_experts_per_tok" in config.to_dict():
         model.set_experts_implementation("batched_mm")  # the usual one has no counterpart in ONNX
-    past = _cache_of(model, torch.zeros(2, 4, dtype=torch.long))
+    past = cache_of(model, torch.zeros(2, 4, dtype=torch.long))
     caches = [f"{layer}.{part}" for layer in range(len(past) // 2) for part in ("key", "value")]
     ids = torch.zeros(2, 3, dtype=torch.long)
     batch, now, before = {0: "batch_size"}, {1: "sequence_length"}, {2: "past_sequence_length"}
@@ -77,7 +77,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            _WithCache(model).eval(),
+            WithCache(model).eval(),
             (ids, torch.ones(2, 7, dtype=torch.long), torch.ones_like(ids), past),
             dynamo=True,
             verbose=False,
@@ -107,7 +107,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 @torch.no_grad()
-def _cache_of(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+def cache_of(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     """The keys and values (B, heads, T, head width) of each layer after ids (B, T)."""
     layers = model(input_ids=ids, use_cache=True).past_key_values.layers
     return [part for layer in layers for part in (layer.keys, layer.values)]

@@ -106,6 +106,22 @@ def test_what_follows_is_above_chance_and_at_the_reference(compare):
     assert metrics["no_chance"]["no_role_leak"] == "it does not depend on the instruction"
     assert metrics["chance"]["model"].keys() | metrics["no_chance"].keys() == metrics["model"].keys()
     assert "kind = who" in table_by(metrics)
+    assert "headroom" not in metrics  # of one answer to each prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("perplexity", "it is measured on the held-out answers"),
+        ("judge_score", "the judge is asked about the prompt's own instruction only"),
+        ("rouge1", "no other prompt of its kind asks for something else"),
+        ("f1", "it does not depend on the instruction"),
+        ("eos_rate", "it does not depend on the instruction"),
+    ],
+)
+def test_why_a_metric_has_no_chance_level(name, said):
+    prompts = Prompts(TASK, "test", small_tokenizer(), rows_of(range(2)), [], [], [], 1)
+    assert Scoring(prompts, TASK.scorer([], []), NoWords()).why_no_chance(name, {"f1"}) == said
 
 
 def test_headroom_weighs_prompts_as_the_headline_does(compare):

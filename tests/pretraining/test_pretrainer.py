@@ -25,7 +25,7 @@ from fledge.reading.documents import END, pieces
 from fledge.scripts import pretrain as script
 from fledge.training.run_record import Progress
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 
 SIZES = ("--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--context_length", 16)
 

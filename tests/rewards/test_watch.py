@@ -151,6 +151,20 @@ def test_each_limit(change, said):
     assert all(said in one for one in found)
 
 
+def test_a_limit_may_allow_nothing_and_coherence_something():
+    still = START | {"coherence_error": 0.0}
+    assert outside(still, still, WatchArguments(max_distinct_2_drop=0, max_loss_rise=0)) == []
+
+    limits = WatchArguments(max_coherence_drop=0.1)
+    assert outside(START | {"coherence": 0.32}, START, limits) == []
+    assert outside(START | {"coherence": 0.31}, START, limits) == ["coherence is 31.0%, and its limit 31.5%"]
+
+
+def test_a_task_without_stories_has_no_coherence_to_lose():
+    start = {name: value for name, value in START.items() if not name.startswith("coherence")}
+    assert outside(start, start, WatchArguments()) == []
+
+
 def test_a_model_that_seldom_stopped_need_not_stop_more_often():
     start = START | {"eos_rate": 0.5}
 
@@ -164,6 +178,9 @@ def test_a_run_is_stopped_by_looks_in_a_row():
     for looks, is_broken in (([START, bad], 0), ([START, bad, START, bad], 0), ([START, START, bad, bad], 1)):
         assert len(broken(looks, WatchArguments())) == is_broken
     assert broken([START, bad, bad], WatchArguments(watch_patience=0)) == []
+    last = broken([START, bad, START | {"distinct_2": 0.1}], WatchArguments())
+    assert last == ["distinct-2 is 10.0%, and its limit 27.0%"]
+    assert best_of([bad], START, WatchArguments()) is None
 
 
 class Planned:

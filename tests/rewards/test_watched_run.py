@@ -18,6 +18,8 @@ from fledge.rewards.limits import WatchArguments
 from fledge.rewards.watch import watched_in
 from fledge.scripts import train_dpo, train_grpo
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SHORT = (
     "--bf16", "False", "--use_cpu", "--max_steps", 5, "--num_generations", 4, "--per_device_train_batch_size", 8,
     "--max_completion_length", 12, "--learning_rate", 3e-3, "--gradient_accumulation_steps", 2,
