@@ -187,8 +187,11 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 
 def operations_a_token(data: list[dict]) -> float:
-    """What training needs at least, forward and backward: 6 for each weight of the blocks, and of the head where a
-    position is supervised, and attention's own products under the causal triangle."""
+    """What training needs at least, forward and backward.
+
+    That is 6 for each weight of the blocks, 6 for each weight of the head where a position is supervised, and
+    attention's own products under the causal triangle.
+    """
     tokens = sum(len(row["input_ids"]) for row in data)
     supervised = sum(label != -100 for row in data for label in row["labels"])
     pairs = sum(len(row["input_ids"]) ** 2 / 2 for row in data)

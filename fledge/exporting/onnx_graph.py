@@ -20,6 +20,7 @@ from fledge.errors import UserError
 from fledge.exporting.templates import served_template
 from fledge.generation.answers import is_batched
 from fledge.messages import Messages
+from fledge.models import attention_of
 
 
 class WithCache(torch.nn.Module):
@@ -37,9 +38,12 @@ class WithCache(torch.nn.Module):
             cache.update(keys, values, layer)
         before, length = past[0].shape[2], input_ids.shape[1]
         causal = torch.arange(before + length) <= (torch.arange(length) + before)[:, None]
+        seen = causal[None, None] & attention_mask[:, None, None].bool()
+        if attention_of(self.model) == "eager":  # Gemma 2 alone: the mask is added to the scores
+            seen = torch.where(seen, 0.0, torch.finfo(past[0].dtype).min)
         output = self.model(
             input_ids=input_ids,
-            attention_mask=causal[None, None] & attention_mask[:, None, None].bool(),
+            attention_mask=seen,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,

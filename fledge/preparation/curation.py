@@ -75,8 +75,9 @@ def repeated(fingerprints: np.ndarray) -> np.ndarray:
 
 
 def apart(splits: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(rows,), false for a row whose group also lies in a later split: training gives way to validation, and both to
-    test, so that what is held out stays whole.
+    """Whether the group of each row (rows,) lies in no later split.
+
+    Training gives way to validation, and both to test, so that what is held out stays whole.
 
     Raises:
         UserError: a row has no split.
@@ -99,8 +100,10 @@ def assign_splits(
     seed: int,
     near_duplicates: np.ndarray | None = None,
 ) -> tuple[tuple[str, ...], np.ndarray, Counter]:
-    """Where every row goes: the names of the splits; (rows,), the number of each row's split among them, -1 for a row
-    that is left out; and how many are left out by reason.
+    """Where every row goes, and how many rows are left out for which reason.
+
+    Returned are the names of the splits, the number of each row's split among them (rows,), -1 for a row that is left
+    out, and the count of each reason.
 
     `shares` is None for the source's own splits. `balanced` is a class column with its labels, `near_duplicates`
     (rows,) a mask.

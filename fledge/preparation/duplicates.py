@@ -1,6 +1,7 @@
-"""Near duplicates: MinHash of word shingles, bands to find candidates (Leskovec, Rajaraman, Ullman, chapter 3), and the
-share of equal hashes to confirm them. The hashing is rensa's, in Rust; the rest is a few numpy operations a band, so
-that it holds for millions of rows.
+"""Near duplicates by MinHash of word shingles.
+
+Bands of hashes find candidates (Leskovec, Rajaraman, Ullman, chapter 3), and the share of equal hashes confirms them.
+The hashing is rensa's, in Rust; the rest is a few numpy operations a band, so that it holds for millions of rows.
 
 Rows of one group are no duplicates of each other: they are several tasks about one text and stay in one split.
 """

@@ -75,8 +75,11 @@ def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]], has_pairs
 def facts_table(
     task: Task, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> pa.Table:
-    """What curation and the budget report ask of each row; class columns as the number of their label, the source's
-    own split as its number in `SPLITS`, -1 for none. `is_known` says that no answer has a token for unknown text."""
+    """What curation and the budget report ask of each row.
+
+    Class columns hold the number of the label, and the source's own split is its number in `SPLITS`, -1 for none.
+    `is_known` says that no answer has a token for unknown text.
+    """
     unknown = tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None  # GPT-2's are one
     texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
     facts = {

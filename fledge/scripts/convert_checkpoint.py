@@ -142,7 +142,6 @@ def main() -> Path | None:
 
 def convert(args: ConvertArguments, output: Output | None) -> None:
     """Reads, proves and writes; without an `output` it only reads, or proves."""
-
     from fledge.memory import return_freed_memory
 
     quiet()

@@ -115,8 +115,10 @@ def main() -> Path | None:
 
 
 def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
-    """Asks, scores, judges, reports. Answers are kept as they are made, beside an earlier evaluation, which stays until
-    this one is complete."""
+    """Asks, scores, judges, reports.
+
+    Answers are kept as they are made, beside an earlier evaluation, which stays until this one is complete.
+    """
     from fledge.evaluation import report
     from fledge.evaluation.measuring import measure
     from fledge.evaluation.scoring import MEANING, Scoring, figures

@@ -16,8 +16,10 @@ SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 
 
 def from_vocabulary(content: object) -> Tokenizer:
-    """A character or a word tokenizer from a list of tokens (id = position), token → id, id → token, or a mapping
-    that holds one of these as `stoi`, `itos` or `chars`, as nanoGPT's meta.pkl does, or a tuple that begins with one.
+    """A character or a word tokenizer from a vocabulary that somebody saved.
+
+    It is a list of tokens (id = position), token → id, id → token, a mapping that holds one of these as `stoi`, `itos`
+    or `chars`, as nanoGPT's meta.pkl does, or a tuple that begins with one.
 
     Tokens that look like `<unk>`, `<|endoftext|>` or `[PAD]` are special: they are found whole in a text.
 

@@ -68,8 +68,10 @@ def read_sentencepiece(file: Path) -> Tokenizer:
 
 
 def read_llama2c(file: Path) -> Tokenizer:
-    """Reads the BPE that llama2.c's tokenizer.py exports: uint32 longest piece in bytes, then for each piece float32
-    score, uint32 length and UTF-8 text with spaces for "▁"; `<unk>`, `<s>`, `</s>` and the 256 bytes come first.
+    """Reads the BPE that llama2.c's tokenizer.py exports.
+
+    The file holds the longest piece in bytes (uint32), then for each piece its score (float32), its length (uint32) and
+    its UTF-8 text with spaces for "▁"; `<unk>`, `<s>`, `</s>` and the 256 bytes come first.
 
     Raises:
         ValueError: damaged, or the pieces of another tokenizer.

@@ -1,5 +1,7 @@
-"""A trainer with what every training of Fledge has: sharding that is checked, lines of progress, shielded trackers; and
-its end."""
+"""A trainer with what every training of Fledge has, and its end.
+
+That is sharding that is checked, lines of progress, and trackers whose failure costs nothing.
+"""
 
 from typing import Any, TypeVar
 

@@ -30,7 +30,7 @@ def test_the_logits_are_those_of_pytorch(model, rows, monkeypatch):
         expected = model(ids).logits
         with by_onednn(model):
             found = model(ids).logits
-    assert len(calls) == 9 if isinstance(model, GPT2LMHeadModel) else 15
+    assert len(calls) == (9 if isinstance(model, GPT2LMHeadModel) else 15)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -58,6 +58,11 @@ def config_type(parameter: inspect.Parameter, module: AuthorModule) -> type | No
 
 
 def config_of(kind: type, values: dict[str, object]) -> object:
+    """The config object of the class `kind` that the author's module takes, with `values` for its fields.
+
+    Raises:
+        OpenName: a field of a dataclass has no value, or only its default where the checkpoint should tell.
+    """
     if kind is Config:
         return Config(values)
     if dataclasses.is_dataclass(kind):

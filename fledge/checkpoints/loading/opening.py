@@ -35,6 +35,13 @@ def first_bytes(file: Path) -> bytes:
 
 
 def open_file(file: Path, records: tuple[str, ...] = ()) -> object:
+    """What a checkpoint's file holds, read without running any code from it.
+
+    `records` names classes that hold plain values, and whose instances are read as `Record`.
+
+    Raises:
+        UserError: the file is damaged, of another kind, or needs its code to run.
+    """
     start = first_bytes(file)
     if start[257:262] == b"ustar":
         raise UserError(
