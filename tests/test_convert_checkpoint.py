@@ -125,15 +125,6 @@ def test_script_refuses_a_pickle_that_runs_code(own, tmp_path):
     assert not base.exists()
 
 
-def test_script_answers_help_without_the_heavy_imports():
-    finished = run_script("-X", "importtime", "convert_checkpoint.py", "--help")
-    imported = {line.rsplit("|", 1)[-1].strip() for line in finished.stderr.splitlines()}
-    assert "fledge.cli" in imported
-    assert not imported & {"torch", "transformers.modeling_utils", "fledge.checkpoints.loading"}
-    for key in ("--checkpoint", "--tokenizer", "--output_dir", "--layout", "--n_head", "--activation", "--overwrite"):
-        assert key in finished.stdout
-
-
 def content_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

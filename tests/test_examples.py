@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, call_script, load_scratch_gpt, run_script, write_records
+from conftest import ROOT, call_script, load_scratch_gpt, write_records
 from processes import fork_script
 
 from fledge.judges.endings import last_sentences
@@ -75,7 +75,7 @@ def test_the_hand_written_gpt_trains_goes_on_holds_out_and_samples(tmp_path):
     fork_script("examples/scratch_gpt.py", "train", *short, *again)
     assert (tmp_path / "on" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     assert (tmp_path / "on" / "checkpoint.pt").read_bytes() != weights
-    sampled = run_script("examples/scratch_gpt.py", "sample", "--checkpoint", tmp_path, "--prompt", "Lily had")
+    sampled = fork_script("examples/scratch_gpt.py", "sample", "--checkpoint", tmp_path, "--prompt", "Lily had")
     assert sampled.stdout.startswith("Lily had")
 
 

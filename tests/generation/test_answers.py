@@ -1,9 +1,6 @@
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, call_script
+from conftest import call_script
 from small import VOCAB_SIZE, WITHOUT_DROPOUT, small_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -257,8 +254,6 @@ def test_a_base_model_continues_the_text_itself(tiny):
     ],
 )
 def test_bad_input_is_one_sentence(arguments):
-    done = subprocess.run(
-        [sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = call_script("generate.py", *arguments, check=False)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

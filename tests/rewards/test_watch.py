@@ -153,7 +153,8 @@ def test_each_limit(change, said):
 
 def test_a_limit_may_allow_nothing_and_coherence_something():
     still = START | {"coherence_error": 0.0}
-    assert outside(still, still, WatchArguments(max_distinct_2_drop=0, max_loss_rise=0)) == []
+    strict = WatchArguments(max_distinct_2_drop=0, max_loss_rise=0, max_same_ending_rise=0)
+    assert outside(still, still, strict) == []
 
     limits = WatchArguments(max_coherence_drop=0.1)
     assert outside(START | {"coherence": 0.32}, START, limits) == []
