@@ -46,6 +46,9 @@ def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[s
             block, letters, kind = fused.groups()
             parts = _split_fused(name, tensor, letters, width)
             tensors |= {f"{block}.{part}.{kind}": piece for part, piece in parts.items()}
+        elif ".mlp_gate_in." in role:
+            halves = zip(("mlp_gate", "mlp_in"), tensor.chunk(2), strict=True)
+            tensors |= {role.replace("mlp_gate_in", part): half for part, half in halves}
         elif role == "alibi.slopes":
             tensors[role] = tensor.flatten()
         elif role in tensors:

@@ -12,6 +12,9 @@ from fledge.checkpoints.proof import FLOAT64_TOLERANCE, Probes, probe_ids
 from fledge.checkpoints.questions import Questions, Values
 from fledge.errors import UserError
 
+NORMALISED = 1e-6
+"""Logits are log-probabilities if the probabilities that they give sum to one within about this."""
+
 
 def settle_by_reference(
     gpt: CanonicalGPT,
@@ -19,6 +22,7 @@ def settle_by_reference(
     author: Callable[[Tensor], Tensor],
     avoid: Collection[int] = (),
     tolerance: float = FLOAT64_TOLERANCE,
+    doubt: str = "",
 ) -> tuple[CanonicalGPT, float]:
     """Finds the facts under which the canonical GPT computes what the author's module does.
 
@@ -28,6 +32,7 @@ def settle_by_reference(
         author: the author's module, token ids (B, T) → logits (B, T or 1, V).
         avoid: ids that it treats apart, as padding.
         tolerance: the largest |Δ logit| that counts as equal.
+        doubt: a sentence about what is odd in its forward, for the case that nothing agrees with it.
 
     Returns:
         The model and its largest |Δ logit|.
@@ -54,7 +59,7 @@ def settle_by_reference(
         if error <= tolerance:
             break
     else:
-        raise UserError(_no_reading(facts, closest))
+        raise UserError(" ".join(filter(None, (_no_reading(facts, closest), doubt))))
     gpt = questions.adopt(values, Source.REFERENCE)
     for fact in facts:
         # No logit shows the context length.
@@ -106,11 +111,14 @@ def _step(
 def author_error(gpt: CanonicalGPT, probes: Probes) -> Tensor:
     """Largest |Δ logit| in float64 for each probe (N,) between the canonical GPT and the author's logits.
 
-    Some authors' forward returns the last position alone; then that one is compared.
+    Some authors' forward returns the last position alone; then that one is compared. Others return log-probabilities;
+    then those are.
     """
     errors = []
     for ids, expected in probes:
         logits = canonical_logits(gpt, ids)[:, -expected.shape[1] :]
+        if expected.logsumexp(-1).abs().max() < NORMALISED:
+            logits = logits.log_softmax(-1)
         if logits.shape != expected.shape:
             raise UserError(f"--reference gives logits {tuple(expected.shape)} where {tuple(logits.shape)} are due.")
         errors.append((logits - expected).abs().max())

@@ -117,6 +117,7 @@ class Fact:
 CONFIG_KEYS = {
     "n_head": ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead"),
     "activation": ("activation", "activation_function", "hidden_act"),
+    "norm_placement": ("norm_placement",),
     "norm_eps": ("norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "eps"),
     "experts_per_token": ("num_experts_per_tok", "experts_per_token", "n_expert_per_token", "top_k", "topk"),
     "renormalise_experts": ("norm_topk_prob",),
@@ -205,6 +206,8 @@ def from_config(config: Mapping[str, object], name: str) -> object:
     value = config.get(config_key(config, name) or "")
     if name == "activation":
         return CONFIG_ACTIVATIONS.get(str(value).lower())
+    if name == "norm_placement":
+        return value if value in PLACEMENTS else None
     if name == "renormalise_experts":
         return value if isinstance(value, bool) else None
     return value if _is_number(value, (int, float)) else None

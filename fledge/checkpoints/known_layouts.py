@@ -209,8 +209,8 @@ class Layout:
 
     Its names are exact if every one of them is in the table `names`, after a `prefix` or without it; biases are exact
     only if the layout is `biased`. Exact names settle the `facts`, because all known authors share them. Not settled
-    are those in `open`, unless the config has the key `dated`, and no fact at all where authors of different code
-    chose the same names (`shared`).
+    are those in `open`, and no fact at all where authors of different code chose the same names (`shared`), unless the
+    config has the key `dated`. A config that names other `architectures` than these is another author's.
 
     `computed` gives facts that depend on the model's sizes and its config.
 
@@ -228,6 +228,7 @@ class Layout:
     shared: bool = False
     open: tuple[str, ...] = ()
     dated: str | None = None
+    architectures: tuple[str, ...] = ()
     computed: Callable[[CanonicalGPT, Mapping], dict[str, object]] | None = None
     patterns: dict[re.Pattern, str] = field(init=False, repr=False, compare=False)
 
@@ -246,13 +247,13 @@ class Layout:
         return None
 
     def roles(self, names: Iterable[str]) -> dict[str, str] | None:
-        """The canonical name of each tensor, or None if one of them is not in the table."""
+        """The canonical name of each tensor, or None if one is not in the table, or two have one place in it."""
         found = {}
         for name in names:
             if (role := self.role(name)) is None:
                 return None
             found[name] = role
-        return found
+        return found if len({*found.values()}) == len(found) else None
 
     def fits(self, names: Iterable[str], beside: Iterable[str], transposed: bool) -> bool:
         """Whether a checkpoint with these names, entries beside the weights, and orientation has this layout."""
@@ -330,6 +331,7 @@ LAYOUTS = {
         LLAMA_FACTS | {"rope": "half", "rope_theta": 1e6, "qk_norm_type": "rmsnorm"},
         prefix="model.",
         biased=False,
+        architectures=("MiniMindForCausalLM", "MiniMindLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         # Others write models of their own under these names.
         open=(
             *("rope", "rope_theta", "rope_direction", "rope_width", "norm", "norm_eps", "norm_placement", "parallel"),
@@ -338,13 +340,14 @@ LAYOUTS = {
         ),
         dated="architectures",
     ),
-    "llama": Layout(
+    "llama": Layout(  # Gemma, Granite and MiniCPM have these names too, and scale embeddings, residuals or logits
         LLAMA,
         ("self_attn.q_proj", "mlp.gate_proj"),
         LLAMA_FACTS | {"rope": "half"},
         prefix="model.",
-        open=("rope", "rope_theta", "norm_eps", "activation"),
+        shared=True,
         dated="architectures",
+        architectures=("LlamaForCausalLM",),
     ),
     "nanochat_2026": Layout(
         NANOCHAT,
@@ -356,13 +359,13 @@ LAYOUTS = {
         dated="window_pattern",
         computed=nanochat_of_2026,
     ),
-    "nanochat": Layout(  # of October 2025 to January 2026
+    "nanochat": Layout(  # of October 2025 to January 2026; modded-nanogpt of 2024 has these names too
         NANOCHAT,
         ("transformer.wte.", "h.0.attn.c_q.", "mlp.c_fc"),
         NANOCHAT_FACTS,
         prefix="transformer.",
         biased=False,
-        open=("norm_eps", "rope_theta", "logit_cap"),
+        shared=True,
         dated="sequence_len",
     ),
     "litgpt_until_2025": Layout(
@@ -388,5 +391,9 @@ LAYOUTS = {
 }
 """In the order in which they are tried."""
 
-UNUSUAL = ("rope_scaling", "rope_adjustments", "sliding_window", "sliding_window_size", "window_pattern")
+UNUSUAL = re.compile(
+    r"rope_(scaling|adjustments)|sliding_window(_size)?|window_pattern|(embedding|residual|attention)_multiplier|"
+    r"logits?_scal(e|ing)|(attn|final)_logit_softcapping|scale_(emb|depth)|dim_model_base|query_pre_attn_scalar|"
+    r"no_rope_layers|partial_rotary_factor|use_(rope|rotary|alibi|rmsnorm|swiglu|qk_norm)|mup_.*"
+)
 """Keys of a config by which an author computes something that the layout does not."""

@@ -20,7 +20,7 @@ SCALES = {
 }
 """Attention scales that authors use, as rules: the width of a head may be open too. The last two are nanochat's, which
 multiplies queries and keys, normalised, by such a number."""
-EPSILONS = (1e-5, 1e-6, 1e-8, torch.finfo(torch.float32).eps)  # the last is the default of F.rms_norm
+EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps)  # the last two: BERT's, and that of F.rms_norm
 THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0)
 CAPS = (None, 15.0, 20.0, 30.0, 50.0)
 RARE = (

@@ -14,6 +14,7 @@ from torch import Tensor
 from fledge.checkpoints.assembly import assemble, check_shapes, reordered, with_positions
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import Fact, Source, from_config
+from fledge.checkpoints.head_tensors import split_heads
 from fledge.checkpoints.known_layouts import LAYOUTS
 from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.loading.weights import LeftOut
@@ -54,7 +55,9 @@ def recognise(
     """
     if layout and layout not in LAYOUTS:
         raise UserError(f"--layout {layout} is unknown; choose one of {', '.join(LAYOUTS)}.")
-    structure = _structure(checkpoint, roles or {})
+    parts, oriented = split_heads(checkpoint.tensors)
+    checkpoint = replace(checkpoint, tensors=parts)
+    structure = _structure(checkpoint, roles or {}, oriented)
     tensors, heads_saved = assemble(checkpoint.tensors, structure)
     n_layer = check_shapes(tensors)
     known = known_layout(checkpoint, structure, tensors, forced=layout)
@@ -72,8 +75,8 @@ def recognise(
     return gpt, facts.listed()
 
 
-def _structure(checkpoint: Checkpoint, named: Mapping[str, str]) -> Structure:
-    structure = detect(checkpoint.tensors, named)
+def _structure(checkpoint: Checkpoint, named: Mapping[str, str], oriented: frozenset[str]) -> Structure:
+    structure = detect(checkpoint.tensors, named, oriented)
     if structure.refusals:
         raise UserError(structure.refusals[0])
     if structure.problems:

@@ -16,16 +16,22 @@ from fledge.checkpoints.words import PROJECTIONS
 PROJECTION_ROLES = {*PROJECTIONS.values()}
 
 
-def detect(tensors: Mapping[str, Tensor], named: Mapping[str, str]) -> Structure:
-    """Gives each tensor a role; `named` fixes some of them beforehand (source module → canonical module)."""
+def detect(
+    tensors: Mapping[str, Tensor], named: Mapping[str, str], oriented: frozenset[str] = frozenset()
+) -> Structure:
+    """Gives each tensor a role; `named` fixes some of them beforehand (source module → canonical module).
+
+    Those that are `oriented` are stored (out, in), whatever the others of their layer are.
+    """
     mixing = {} if named else mixing_roles(tensors)
-    structure = _detect({name: tensor for name, tensor in tensors.items() if name not in mixing}, named)
+    structure = _detect({name: tensor for name, tensor in tensors.items() if name not in mixing}, named, oriented)
     structure.roles |= mixing
     return structure
 
 
-def _detect(tensors: Mapping[str, Tensor], named: Mapping[str, str]) -> Structure:
+def _detect(tensors: Mapping[str, Tensor], named: Mapping[str, str], oriented: frozenset[str]) -> Structure:
     structure = name_by_hand(tensors, named)
+    structure.oriented = oriented
     if structure.problems or (tensors and structure.roles.keys() == tensors.keys()):
         return structure
     if not named and (known := name_by_layout(tensors)):

@@ -44,9 +44,17 @@ def known_layout(
     layout = LAYOUTS[name]
     # An author who left out the final norm of a layout may have changed more of it.
     normed = "final_norm.weight" in tensors or bool(layout.facts.get("final_norm"))
-    usual = not any(checkpoint.config.get(key) for key in UNUSUAL if key != layout.dated)
-    exact = not layout.shared and layout.roles(names) is not None
-    return KnownLayout(name, layout, bool(forced), exact and normed and usual)
+    exact = (not layout.shared or layout.dated in checkpoint.config) and layout.roles(names) is not None
+    return KnownLayout(name, layout, bool(forced), exact and normed and _is_usual(checkpoint.config, layout))
+
+
+def _is_usual(config: Mapping[str, object], layout: Layout) -> bool:
+    """Whether nothing in a config says that its author computes something else than the layout's."""
+    unusual = [key for key in config if UNUSUAL.fullmatch(str(key)) and key != layout.dated]
+    claimed = config.get("architectures")
+    names = claimed if isinstance(claimed, list) else [claimed]
+    own = claimed is None or not layout.architectures or any(name in layout.architectures for name in names)
+    return own and not any(config[key] and config[key] != 1 for key in unusual)
 
 
 class Settling:

@@ -20,13 +20,15 @@ class Structure:
     `roles` maps the source's names to canonical ones: `blocks.0.query.weight`, or `blocks.0.query.3.weight` for one
     head of it, or `blocks.0.qkv.weight` for a fused projection, whose letters stand in the order of its rows.
 
-    `transposed` holds the source's names that are stored (in, out). `proposed` holds what only the order of definition
+    `transposed` holds the source's names that are stored (in, out), and `oriented` those that are known to be stored
+    (out, in) before anything is guessed. `proposed` holds what only the order of definition
     tells, by the name of the fact: `qkv_order` or a key of `SWAPS`. `problems` says in sentences which roles could not
     be told, and `refusals` which feature of the source the canonical GPT does not have.
     """
 
     roles: dict[str, str] = field(default_factory=dict)
     transposed: set[str] = field(default_factory=set)
+    oriented: frozenset[str] = frozenset()
     proposed: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)

@@ -214,10 +214,12 @@ def load(args: ConvertArguments) -> Loaded:
 
 def inspect(loaded: Loaded) -> None:
     """Prints each tensor with the role that it was taken for, and what stands in the way."""
+    from fledge.checkpoints.head_tensors import split_heads
     from fledge.checkpoints.roles import detect
 
-    structure = detect(loaded.checkpoint.tensors, loaded.roles)
-    for name, tensor in loaded.checkpoint.tensors.items():
+    tensors, oriented = split_heads(loaded.checkpoint.tensors)
+    structure = detect(tensors, loaded.roles, oriented)
+    for name, tensor in tensors.items():
         stored = "  stored (in, out)" if name in structure.transposed else ""
         print(f"  {name:<50} {tuple(tensor.shape)!s:<18} {structure.roles.get(name, '?')}{stored}")
     for name, why in loaded.checkpoint.left_out.items():
@@ -248,7 +250,9 @@ def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
     tokenizer = load_tokenizer(name, gpt.context_length, checkpoint.vocabulary)
     beside = None if author else code_beside(args.checkpoint, checkpoint)
     if author:
-        gpt, proof["reference_max_error"] = settle_by_reference(gpt, facts, author, author.avoid, author.tolerance)
+        gpt, proof["reference_max_error"] = settle_by_reference(
+            gpt, facts, author, author.avoid, author.tolerance, author.doubt
+        )
     gpt, folds = fit_vocabulary(gpt, len(tokenizer), name or "in the checkpoint")
     if probe_text:
         print(f"Reading {probe_text} under every reading that is open ...", flush=True)

@@ -19,6 +19,7 @@ from hand_written import (
 )
 from torch import nn
 
+from fledge.checkpoints.author.call import Author
 from fledge.checkpoints.author.reference import load_reference
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.evidence import settle_by_reference
@@ -94,6 +95,48 @@ def test_hidden_facts_are_settled_by_the_authors_module(variant, own):
     assert not any(fact.assumed for fact in facts.values())
     ids = torch.arange(CONTEXT_LENGTH)[None]
     assert (canonical_logits(model, ids) - own_logits(module, ids)).abs().max() <= 1e-9
+
+
+class Shares(nn.Module):
+    """A module whose author returns probabilities, or log-probabilities."""
+
+    def __init__(self, module, log):
+        super().__init__()
+        self.module, self.log = module, log
+
+    def forward(self, ids):
+        shares = self.module(ids).softmax(-1)
+        return shares.log() if self.log else shares
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_probabilities_are_compared_as_such(log):
+    module, config = build("sinusoidal")
+    author = Author(Shares(module, log).double().eval(), "m.py:GPT", module.state_dict())
+    model, facts = recognise(checkpoint_of(module, config), told=stated(**HIDDEN.get("sinusoidal", {})))
+    _, error = settle_by_reference(model, facts, author, author.avoid, author.tolerance)
+    assert error <= 1e-9
+
+
+class OneLayer(nn.Module):
+    """PyTorch's layer as beginners call it: without a mask, or with the batch for the text."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 12)
+        self.layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=batch_first)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        return self.layer(x) @ self.embedding.weight.T
+
+
+@pytest.mark.parametrize(
+    ("batch_first", "doubt"), [(True, "a later token changes an earlier logit"), (False, "no token changes")]
+)
+def test_forward_that_is_not_causal_is_said_to_be_so(batch_first, doubt):
+    module = OneLayer(batch_first).double().eval()
+    assert doubt in Author(module, "m.py:GPT", module.state_dict()).doubt
 
 
 FLIPPED = {

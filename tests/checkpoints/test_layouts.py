@@ -194,6 +194,24 @@ def test_known_authors_settle_what_they_all_share_and_nothing_else(variant, conf
     assert {fact.name for fact in facts if fact.assumed} == assumed
 
 
+LLAMA = {"num_attention_heads": 3, "max_position_embeddings": 20, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+OTHERS = {
+    "names alone": {},
+    "Gemma": {"architectures": ["GemmaForCausalLM"]},
+    "Granite": {"architectures": ["LlamaForCausalLM"], "residual_multiplier": 0.22},
+    "an author's own": {"architectures": "MyGPT"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_names_that_several_architectures_have_settle_nothing(other):
+    tensors = weights("llama_half")
+    _, facts = recognise(checkpoint(tensors, LLAMA | OTHERS[other]))
+    assert {"embedding_scale", "norm_placement", "activation"} <= {fact.name for fact in facts if fact.assumed}
+    _, facts = recognise(checkpoint(tensors, LLAMA | {"architectures": ["LlamaForCausalLM"]}))
+    assert not [str(fact) for fact in facts if fact.assumed]
+
+
 def test_names_that_only_resemble_a_layout_settle_nothing():
     tensors = {name.replace("mlp.c_fc", "mlp.c_up"): tensor for name, tensor in weights("nanogpt").items()}
     _, facts = recognise(checkpoint(tensors, {"n_head": 3, "bias": True}))
@@ -616,5 +634,8 @@ def test_nanochat_is_known_by_its_names_for_what_its_authors_compute():
     assert (gpt.activation, gpt.rope, gpt.rope_direction, gpt.qk_norm) == ("relu2", "half", -1, "head")
     assert (gpt.embedding_norm, gpt.final_norm, gpt.logit_cap, gpt.qk_norm_after_rope) == (True, True, 15.0, True)
     assert [name for name, lacks in obstacles(gpt).items() if not lacks] == ["nanochat"]
+    # modded-nanogpt of 2024 has the names and neither the norm of the embeddings nor the cap.
+    _, facts = recognise(checkpoint(tensors, {"n_head": 2}), told=stated(context_length=32))
+    assert {"embedding_norm", "logit_cap", "activation"} <= {fact.name for fact in facts if fact.assumed}
     with pytest.raises(UserError, match="skip_lambdas: learned weights of the residual stream"):
         recognise(checkpoint(tensors | {"skip_lambdas": torch.ones(1)}, {"n_head": 2, "sequence_len": 32}))

@@ -342,6 +342,27 @@ def test_gate_that_nothing_tells_is_an_open_question():
     assert not detect(with_mlp("gate_proj up_proj down_proj", 96), {}).proposed
 
 
+@pytest.mark.parametrize("gate_order", [False, True])
+def test_gate_may_be_half_of_a_matrix(gate_order):
+    module = build("story_chat")[0]
+    tensors = weights_of(module)
+    for n in range(2):
+        halves = [tensors.pop(f"blocks.{n}.mlp.{name}.weight") for name in ("w1", "w3")]
+        tensors[f"blocks.{n}.mlp.up.weight"] = torch.cat(halves[::-1] if gate_order else halves)
+    told = stated(n_head=HEADS, activation="silu", rope="interleaved", context_length=20, gate_order=gate_order)
+    gpt, _ = recognise(Checkpoint(tensors, {}, {}, {}), told=told)
+    ids = torch.arange(20)[None]
+    assert (canonical_logits(gpt, ids) - own_logits(module, ids)).abs().max() <= 1e-9
+    del told["gate_order"]
+    assert next(f for f in recognise(Checkpoint(tensors, {}, {}, {}), told=told)[1] if f.name == "gate_order").assumed
+
+
+def test_mlp_on_each_position_is_no_table_of_positions():
+    spec = words(up="pos_ffn.conv1", down="pos_ffn.conv2")
+    tensors = {n: t[..., None] if "conv" in n and t.dim() == 2 else t for n, t in gpt_of(spec).state_dict().items()}
+    assert logit_error(gpt_of(spec), tensors) <= 1e-9
+
+
 def test_square_mlp_with_a_gate_that_nothing_tells_is_asked():
     assert refusal(with_mlp("a1 a3 a2", WIDTH)).startswith(
         "blocks.0.mlp.a1.weight, blocks.0.mlp.a2.weight, blocks.0.mlp.a3.weight: which of them leads back"
@@ -426,6 +447,14 @@ BROKEN = {
     "query beside the fused projections": (
         NANO | {f"{H}.{n}.attn.{part}.weight": torch.ones(WIDTH, WIDTH) for n in range(2) for part in "qkv"},
         "Two tensors were taken for blocks.0.query.weight",
+    ),
+    "attention over a memory": (
+        NANO | {f"{H}.{n}.cross.{part}.weight": torch.ones(WIDTH, WIDTH) for n in range(2) for part in "qkv"},
+        "Layer 0 has 2 attentions (attn, cross), and a GPT's has one",
+    ),
+    "tanh in place of a norm": (
+        NANO | {f"{H}.{n}.ln_1.alpha": torch.ones(1) for n in range(2)},
+        f"{H}.0.ln_1.alpha: one learned number, as a tanh in place of a norm has (DyT)",
     ),
     "bias on the token embedding": (NANO | {"transformer.wte.bias": torch.ones(61)}, "token_embedding.bias is"),
     "bias on the positions": (NANO | {"transformer.wpe.bias": torch.ones(20)}, "position_embedding.bias is"),

@@ -33,6 +33,10 @@ EXTRA = {
 }
 
 
+NOT_CAUSAL = "In its forward a later token changes an earlier logit: is a mask or a transpose missing?"
+NOT_MIXING = "In its forward no token changes the logits of a later one: does attention run along the batch?"
+
+
 class Author:
     """A module of the author's: token ids (B, T) → logits (B, T or 1, V) in float64.
 
@@ -42,12 +46,14 @@ class Author:
         notes: sentences about how it was built and is called.
         values: name → (value, who says so) of what its code needed.
         context_length: what the code says of it, and where; None if it says nothing, or two things.
+        doubt: a sentence about its forward if a later token changes an earlier logit, or none changes a later one.
     """
 
     def __init__(self, module: nn.Module, label: str, tensors: Mapping[str, Tensor]):
         self.module, self.label = module, label
         self.avoid = padding_ids(module)
         self.tolerance = FLOAT64_TOLERANCE
+        self.doubt = ""
         self.widen: str | None = "doubles"
         self.length: int | None = None
         self.notes: list[str] = []
@@ -107,7 +113,9 @@ class Author:
         logits = _logits(output, padded.shape[0], padded.shape[1], self.transposed)
         if logits.shape[1] > length:
             logits = logits[:, :length]
-        return logits.double()
+        logits = logits.double()
+        are_shares = bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-6).all())
+        return logits.log() if are_shares else logits
 
     def _settle_call(self) -> None:
         """Finds how the forward wants to be called: precision, length, and what it takes beside the ids.
@@ -135,7 +143,8 @@ class Author:
             raise UserError(
                 f"--reference {self.label} fails in its forward: {type(first).__name__}: {one_line(first)}."
             ) from first
-        _, self.extra, self.transposed, self.widen, self.length = works
+        (causal, mixing), self.extra, self.transposed, self.widen, self.length = works
+        self.doubt = "" if causal and mixing else NOT_CAUSAL if mixing else NOT_MIXING
         if self.widen is None:
             self.tolerance = FLOAT32_TOLERANCE * self(self._probe()).abs().max().item()
             self.notes.append(f"Its forward runs in float32 only; logits are compared within {self.tolerance:.1e}.")

@@ -21,7 +21,7 @@ from fledge.checkpoints.guessing.block import guess_block
 from fledge.checkpoints.guessing.ends import guess_ends
 from fledge.checkpoints.modules import Module, layer_stack, listed, modules_of, prefixes
 from fledge.checkpoints.structure import Structure
-from fledge.checkpoints.words import FOREIGN
+from fledge.checkpoints.words import FOREIGN, SLOPES
 
 
 def guess_roles(tensors: Mapping[str, Tensor], named: Structure) -> Structure:
@@ -43,11 +43,19 @@ def _guess(tensors: Mapping[str, Tensor], named: Structure, stack: str | None, n
     for module in [*outer, *inner]:
         if foreign := next((FOREIGN[word] for word in module.words if word in FOREIGN), None):
             structure.refusals.append(f"{listed([module])}: {foreign}, which is known by nanochat's names alone.")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 1 and name not in structure.roles and not Module(name).count(SLOPES):
+            structure.refusals.append(
+                f"{name}: one learned number, as a tanh in place of a norm has (DyT) or a weight of the residual "
+                "stream, and no class of transformers has such a number."
+            )
     if structure.refusals:
         return structure
     width = _width(outer, blocks)
     if width is None:
-        structure.problems.append("No numbered layers with norms as wide as an embedding were found.")
+        first = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:4])
+        problem = "No numbered layers with norms as wide as an embedding were found."
+        structure.problems.append(f"{problem} The first tensors are {first}." if first else problem)
         return structure
     names = [*tensors]
     before = names[: names.index(inner[0].name)]

@@ -10,15 +10,24 @@ from fledge.checkpoints.orientation import stored_in_out
 from fledge.checkpoints.structure import Structure
 from fledge.checkpoints.words import AFTER, EXPERT, MLP, MLP_IN, NORM_1, NORM_2, OUTPUT, POSITION, PROJECTIONS
 
+PARTS_OF = {"query": "q", "key": "k", "value": "v"}
+
 
 def guess_block(structure: Structure, n: int, modules: list[Module], width: int) -> None:
     """Gives the modules of layer `n` their roles."""
     block = f"blocks.{n}"
     taken = structure.taken(f"{block}.")
     modules = assign_slopes(structure, structure.without_role(modules))
+    if len(attentions := _attentions(modules)) > 1:
+        structure.refusals.append(
+            f"Layer {n} has {len(attentions)} attentions ({', '.join(attentions)}), and a GPT's has one; a decoder "
+            "that also reads the output of an encoder, as nn.TransformerDecoderLayer does, is no GPT."
+        )
+        return
     _guess_vectors(structure, block, modules, width)
     matrices = [module for module in modules if len(module.shape) == 2]
-    if extra := [module for module in matrices if module.count(POSITION)]:
+    # pos_ffn is the MLP that works on each position.
+    if extra := [module for module in matrices if module.count(POSITION) and not module.count(MLP)]:
         structure.refusals.append(f"{listed(extra)}: an embedding inside a layer, which no class of transformers has.")
     matrices = [module for module in matrices if module not in extra]
 
@@ -30,12 +39,23 @@ def guess_block(structure: Structure, n: int, modules: list[Module], width: int)
     if "output" not in taken and (output := _attention_output(structure, projections, rest)):
         structure.assign(output, f"{block}.output")
         rest.remove(output)
-    transposed = stored_in_out(projections, rest, width)
+    open_projections = [module for module in projections if module.name not in structure.oriented]
+    transposed = stored_in_out(open_projections, rest, width)
     only_experts = f"{block}.router.weight" in structure.roles.values() and not rest
     if not {"mlp_in", "mlp_out"} & taken and not only_experts:
         guess_mlp(structure, block, rest, width, transposed)
     if transposed:
-        structure.transposed |= {module.names["weight"] for module in matrices}
+        structure.transposed |= {module.names["weight"] for module in matrices} - structure.oriented
+
+
+def _attentions(modules: list[Module]) -> list[str]:
+    """The places in a layer that hold a query, a key and a value each; numbers of heads do not count as places."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for module in modules:
+        if len(module.shape) == 2 and module.projection:
+            home = module.path.replace("/", ".").rpartition(".")[0]
+            found[re.sub(r"(^|\.)\d+(?=\.|$)", "", home)] |= {*PARTS_OF.get(module.projection, "qkv")}
+    return [home for home, letters in found.items() if letters == {*"qkv"}]
 
 
 def _guess_vectors(structure: Structure, block: str, modules: list[Module], width: int) -> None:

@@ -10,7 +10,10 @@ from fledge.checkpoints.words import EXPERT, GATE, MLP_OUT, ROUTER, SHARED
 
 
 def guess_mlp(structure: Structure, place: str, mlp: list[Module], width: int, transposed: bool) -> None:
-    """Gives the matrices of one MLP their roles: two, three with a gate, or a single square one."""
+    """Gives the matrices of one MLP their roles: two, three with a gate, or a single square one.
+
+    A gate may be half of the first of two matrices, which then has twice the rows that the second one reads.
+    """
     if len(mlp) == 1 and mlp[0].shape == (width, width):
         structure.assign(mlp[0], f"{place}.mlp_in")
         return
@@ -23,6 +26,11 @@ def guess_mlp(structure: Structure, place: str, mlp: list[Module], width: int, t
         return
     structure.assign(closing, f"{place}.mlp_out")
     opening = [module for module in mlp if module is not closing]
+    outputs, inputs = (1, 0) if transposed else (0, 1)
+    if len(opening) == 1 and opening[0].shape[outputs] == 2 * closing.shape[inputs]:
+        structure.assign(opening[0], f"{place}.mlp_gate_in")
+        structure.proposed.add("gate_order")
+        return
     if len(opening) == 2:
         # LLaMA's w1 and w3, fc1 and fc2: without a word, the gate has the lower number.
         opening.sort(key=lambda module: (not module.count(GATE), module.numbers))

@@ -20,6 +20,7 @@ from torch import Tensor
 ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
 NORMS = ("LayerNorm", "RMSNorm")
 MOST_DEPTH = 60
+TORCH_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 HOSTILE = {
     "os", "posix", "nt", "subprocess", "builtins", "__builtin__", "sys", "shutil", "runpy", "importlib", "socket",
     "pty", "code", "ctypes", "webbrowser",
@@ -187,6 +188,9 @@ def config_of(module: Record) -> dict[str, object]:
 
     def collect(part: Record, depth: int) -> None:
         name, inside = part.kind.rpartition(".")[2], part.__dict__
+        if part.kind == TORCH_LAYER:
+            values.setdefault("norm_placement", set()).add((str, "pre" if inside.get("norm_first") else "post"))
+            kinds.add({1: "relu", 2: "gelu"}.get(inside.get("activation_relu_or_gelu"), ""))
         if name in ACTIVATIONS:
             kinds.add("gelu_tanh" if inside.get("approximate") == "tanh" else ACTIVATIONS[name])
         for key, value in inside.items():

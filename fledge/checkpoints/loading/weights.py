@@ -15,7 +15,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 # Buffers that hand-written modules register beside their weights: causal masks, rotary tables, counted positions.
 BUFFERS = re.compile(
-    r"(^|\.)(mask|tril|triu|(causal|attn|attention)_mask|masked_bias|freqs_(cis|cos|sin)|inv_freq|cos|sin|"
+    r"(^|\.)(mask|IGNORE|tril|triu|(causal|attn|attention)_mask|masked_bias|freqs_(cis|cos|sin)|inv_freq|cos|sin|"
     r"(cos|sin)_cache(d)?|(position|pos)_ids)$"
 )
 
