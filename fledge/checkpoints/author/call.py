@@ -134,7 +134,7 @@ class Author:
             except Exception as error:  # whatever the author's code does
                 first = first or error
                 continue
-            if works is None or quality > works[0]:
+            if works is None or sum(quality) > sum(works[0]):
                 works = quality, self.extra, self.transposed, self.widen, self.length
             if quality == (True, True):
                 break
