@@ -143,6 +143,10 @@ ON_GPU = FORWARD.replace("torch.arange(ids.shape[1])", "torch.arange(ids.shape[1
 NARROW = FORWARD.replace("return self.head(x)", "return self.head(x.float().to(torch.float32).type_as(x))")
 FIXED_LENGTH = FORWARD.replace("self.pos(torch.arange(ids.shape[1]))", "self.pos.weight")
 IN_DICT = FORWARD.replace("return self.head(x)", "return {'logits': self.head(x)}")
+READS_FIELD = "        self.config = config\n" + FORWARD.replace(
+    "self.head(x)", "self.head(-x if self.config.debug else x)"
+)
+COUNTED = "        self.table = torch.tensor([math.cos(x) for x in torch.arange(4.0)])\n" + FORWARD
 KEYS = ("vocab", "width", "context", "layers", "heads")
 OBJECT = {key: f"config.{name}" for key, name in {
     "vocab": "vocab_size", "width": "n_embd", "context": "block_size", "heads": "n_head", "layers": "n_layer"
@@ -163,6 +167,10 @@ CODE = {
     "dataclass": {"m.py": PARTS + CONFIG + model(", config: Settings", **OBJECT)},
     "dict": {"m.py": PARTS + model(", config", **DICT) + "\nGPT(dict(n_head=3))"},
     "object": {"m.py": PARTS + model(", config", **OBJECT) + "\nx = dict(n_head=3)"},
+    "field of the forward": {
+        "m.py": PARTS + model(", config", READS_FIELD, **OBJECT) + "\nx = dict(n_head=3, debug=False)"
+    },
+    "number by number": {"m.py": PARTS + model(ARGUMENTS, COUNTED)},
     "package": {
         "src/net/blocks.py": PARTS,
         "src/net/__init__.py": "from net.gpt import GPT",

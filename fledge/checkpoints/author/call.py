@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fledge.checkpoints.author.kinds import Shapes
 from fledge.checkpoints.author.sandbox import author_runs
+from fledge.checkpoints.author.stand_ins import OpenName
 from fledge.checkpoints.proof import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE
 from fledge.errors import UserError
 
@@ -124,6 +125,7 @@ class Author:
 
         Raises:
             UserError: it cannot be called.
+            OpenName: it reads a value that nobody gave yet.
         """
         first: Exception | None = None
         works = None
@@ -131,6 +133,8 @@ class Author:
             self.extra, self.transposed = extra, transposed
             try:
                 quality = self._try()
+            except OpenName:
+                raise
             except Exception as error:  # whatever the author's code does
                 first = first or error
                 continue
@@ -181,6 +185,8 @@ class Author:
             try:
                 ids = self._probe()
                 logits = self._run(ids)
+            except OpenName:
+                raise
             except Exception as error:  # whatever the author's code does
                 failure = failure or error
                 continue

@@ -123,7 +123,12 @@ class Files:
         used: dict[str, object] = {}
 
         def build(values: dict) -> nn.Module:
-            return self.build(source, name, values, "meta", used)
+            try:
+                return self.build(source, name, values, "meta", used)
+            except (RuntimeError, TypeError) as error:
+                if "meta" not in str(error):
+                    raise
+                return self.build(source, name, values, "cpu", used)  # a table that is computed number by number
 
         def make_slot(wanted: OpenName) -> Slot:
             default = signature[wanted.name].default if wanted.name in signature else wanted.default

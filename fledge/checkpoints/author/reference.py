@@ -14,6 +14,7 @@ from fledge.checkpoints.author.call import Author
 from fledge.checkpoints.author.files import Files, Found
 from fledge.checkpoints.author.kinds import HEADS, kind_of
 from fledge.checkpoints.author.search import prefix_of
+from fledge.checkpoints.author.stand_ins import OpenName
 from fledge.checkpoints.loading import Checkpoint
 from fledge.errors import UserError
 
@@ -71,6 +72,7 @@ def author_of(found: Found, checkpoint: Checkpoint) -> Author:
     Raises:
         UserError: one does, and nobody states it.
     """
+    _complete(found, checkpoint)
     values, others = found.solution.values, _same_shapes(found)
     runs = [(change, author) for change in others if (author := _running(found, values | change, checkpoint))]
     author = _running(found, values, checkpoint)
@@ -91,6 +93,30 @@ def author_of(found: Found, checkpoint: Checkpoint) -> Author:
         )
     author.describe(found, {n: (v, found.solution.sources[n]) for n, v in values.items()})
     return author
+
+
+def _complete(found: Found, checkpoint: Checkpoint) -> None:
+    """Adds the values that only the forward reads, as fields of a config that no constructor looks at.
+
+    Raises:
+        UserError: nothing shows what one of them is.
+    """
+    values, solver = found.solution.values, found.solver
+    while True:
+        try:
+            _loaded(found, values, checkpoint)
+        except OpenName as error:
+            slot = solver.slots.setdefault(error.name, solver.make_slot(error))
+            if error.name in values or not slot.values():
+                raise UserError(
+                    f"--reference {found} reads {error.name} in its forward, and nothing shows what it is; pass it as "
+                    "--reference_kwargs JSON."
+                ) from error
+            values[error.name], found.solution.sources[error.name] = slot.values()[0]
+        except UserError:  # another value of what is guessed may run
+            return
+        else:
+            return
 
 
 def _same_shapes(found: Found) -> list[dict[str, object]]:
