@@ -20,7 +20,7 @@ def split_heads(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], froze
     """
     width = _width(tensors)
     found: dict[str, Tensor] = {}
-    oriented = set()
+    oriented: set[str] = set()
     for name, tensor in tensors.items():
         home, dot, last = name.rpartition(".")
         letter, place = last[:2], f"{home}{dot}"
