@@ -1,5 +1,7 @@
 """A value of a table → text or messages, in the forms that people write; anything else is refused where it stands."""
 
+import ast
+import contextlib
 import datetime
 import decimal
 import json
@@ -68,10 +70,11 @@ def checked(text: str, where: str) -> str:
 
 
 def as_messages(value: object, where: str) -> list[dict[str, str]]:
-    """Messages of `role` and `content`, of ShareGPT's `from` and `value`, or a text of JSON that holds either.
+    """Messages of `role` and `content`, of ShareGPT's `from` and `value`, or a text that holds either.
 
-    A list of texts is UltraChat's: user and assistant in turn. Nothing (None, NaN) is no message. Roles become system,
-    user, assistant and tool, which is also whoever calls a tool; an assistant's message of weight 0 is `UNLEARNED`.
+    The text is JSON, or Python as pandas writes it. A list of texts is UltraChat's: user and assistant in turn.
+    Nothing (None, NaN) is no message. Roles become system, user, assistant and tool, which is also whoever calls a
+    tool; an assistant's message of weight 0 is `UNLEARNED`.
 
     Raises:
         UserError: it is none of these.
@@ -80,16 +83,21 @@ def as_messages(value: object, where: str) -> list[dict[str, str]]:
         return []
     messages = value
     if isinstance(value, str):
-        try:
-            messages = json.loads(value)
-        except (ValueError, RecursionError):
-            messages = None
+        messages = _read(value)
     if not isinstance(messages, list):
         raise UserError(f"{where} holds {_shown(value)}, no list of messages with role and content.")
     if all(isinstance(message, str) for message in messages):
         roles = ("user", "assistant")
         messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(messages)]
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
+
+
+def _read(text: str) -> object:
+    """What a text of JSON or of Python holds, which pandas writes into a CSV file; None if it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return None
 
 
 def _message(message: object, where: str) -> dict[str, str]:

@@ -159,7 +159,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
 def open_vocabulary(args: PretrainArguments) -> "PreTrainedTokenizerBase":
     """The tokenizer that `--tokenizer` names: a folder, a model of the Hub, or a vocabulary file.
 
-    What begins a document is the tokenizer's own token for it, else end-of-text.
+    What begins a document, and what pads, is the tokenizer's own token for it, else end-of-text.
 
     Raises:
         UserError: there is none, or it has no end-of-text token.
@@ -172,8 +172,9 @@ def open_vocabulary(args: PretrainArguments) -> "PreTrainedTokenizerBase":
         tokenizer = load_tokenizer(args.tokenizer, args.context_length)
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer in {args.tokenizer} has no end-of-text token; train one by train_tokenizer.py.")
-    if tokenizer.bos_token_id is None:
-        tokenizer.bos_token = tokenizer.eos_token
+    for role in ("bos_token", "pad_token"):  # GPT-2's on the Hub has no token to pad with
+        if getattr(tokenizer, role) is None:
+            setattr(tokenizer, role, tokenizer.eos_token)
     return tokenizer
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import run_script
 from processes import fork_two
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from fledge.cli import run
 from fledge.encoding import IGNORED
@@ -109,6 +109,19 @@ def test_each_document_begins_with_the_token_for_it(tokenizer, tmp_path, monkeyp
     one, two = (tokenizer.encode(text) for text in ("Lily had a ball.", "Tim ran home."))
     start = tokenizer.convert_tokens_to_ids("!")
     assert written == {"!": [start, *one, 0, start, *two, 0], END: [0, *one, 0, *two, 0]}
+
+
+def test_end_of_text_stands_in_for_the_tokens_that_a_tokenizer_lacks(corpus, tmp_path, capsys):
+    """As GPT-2's on the Hub has no token to pad with."""
+    bare = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer / "tokenizer.json"), eos_token=END)
+    bare.save_pretrained(tmp_path / "bare")
+    pretrain(corpus, tmp_path / "m", "--tokenizer", tmp_path / "bare", "--max_steps", 1)
+
+    said = capsys.readouterr()
+    assert "failed" not in said.out + said.err
+    saved = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert (saved.bos_token, saved.pad_token, saved.eos_token) == (END, END, END)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").config.bos_token_id == saved.eos_token_id
 
 
 def test_validation_text_of_its_own(tokenizer, tmp_path):

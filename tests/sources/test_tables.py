@@ -187,11 +187,12 @@ def test_messages_are_taken_as_they_are(tmp_path):
     [
         [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Ho."}],
         '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]',
+        "[{'role': 'user', 'content': 'Hi.', 'tool_calls': None}, {'role': 'assistant', 'content': \"Ho.\"}]",
         [{"role": "user", "content": [{"type": "text", "text": "Hi."}]}, {"role": "Assistant", "content": " Ho. "}],
         ["Hi.", "Ho."],
         [{"role": "prompter", "content": "Hi.", "tool_calls": None}, {"role": "assistant", "content": "Ho."}],
     ],
-    ids=["ShareGPT", "as text", "content parts", "UltraChat", "OpenAssistant"],
+    ids=["ShareGPT", "as text", "as pandas' text", "content parts", "UltraChat", "OpenAssistant"],
 )
 def test_messages_in_every_usual_form_are_the_same(tmp_path, messages):
     write(tmp_path / "chats.jsonl", [{"m": messages}])
