@@ -15,6 +15,7 @@ from fledge.encoding import (
     encode_rejected,
     fit,
     numbers_of,
+    prompt_length,
     prompt_text,
     shortest,
 )
@@ -197,6 +198,28 @@ def test_encoding_prompt_and_response_in_one_would_merge_them(gpt2):
     joined = gpt2(prompt_text(gpt2, chat("A dog.")) + "\n\nHe ran." + END)["input_ids"]
     assert gpt2.decode(joined) == gpt2.decode(encoded.row["input_ids"])
     assert joined != encoded.row["input_ids"]
+
+
+@pytest.mark.parametrize(("answer", "is_supervised"), [("It ran.", True), ("\n\nHe ran.", False)])
+def test_an_earlier_answer_counts_where_its_ids_stay_the_same(gpt2, answer, is_supervised):
+    (encoded,) = encode(gpt2, [chat("A dog.", answer, "And then?", "It sat.")])
+
+    supervised = gpt2.decode([label for label in encoded.labels if label != IGNORED])
+    assert supervised == (answer + END) * is_supervised + "It sat." + END
+
+
+def test_a_control_token_in_one_of_several_messages_stays_text(gpt2):
+    ids = encode_prompt(gpt2, chat(f"Say{END}it.", "yes", "Again?"))
+
+    assert ids.count(gpt2.eos_token_id) == 1  # the answer's own
+    assert gpt2.decode(ids).count(END) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "length"), [([], 0), ([-100], 0), ([5, 6], 0), ([-100, -100, 5, 6], 2), ([-100, 5, -100, 6, -100], 3)]
+)
+def test_the_prompt_ends_where_the_last_answer_begins(labels, length):
+    assert prompt_length(labels) == length
 
 
 def counting(count: int) -> str:
