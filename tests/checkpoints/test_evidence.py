@@ -118,6 +118,13 @@ def test_probabilities_are_compared_as_such(log):
     assert error <= 1e-9
 
 
+def test_table_of_rotations_may_differ_in_its_last_bit():
+    model, facts = recognise(checkpoint_of(*build("llama2c")))
+    found, error = settle_by_reference(model, facts, lambda ids: canonical_logits(model, ids) * (1 + 2**-24))
+    assert (found.rope, found.norm_eps, found.activation) == (model.rope, model.norm_eps, model.activation)
+    assert 1e-9 < error < 1e-5
+
+
 class OneLayer(nn.Module):
     """PyTorch's layer as beginners call it: without a mask, or with the batch for the text."""
 
