@@ -3,6 +3,7 @@
 import pytest
 from small import small_tokenizer
 
+from fledge.evaluation.intervals import interval
 from fledge.evaluation.measuring import Answered
 from fledge.evaluation.prompts import Prompts
 from fledge.evaluation.report import beside, cautions, table_by
@@ -133,3 +134,14 @@ def test_headroom_weighs_prompts_as_the_headline_does(compare):
     assert (found["all_right"]["value"], found["all_wrong"]["value"]) == (0, 0)
     tricks = metrics["headroom"]["base"]
     assert tricks["pass@2"]["value"] == pytest.approx(tricks["all_right"]["value"])
+
+
+def test_only_the_metrics_of_the_task_weigh_the_prompts():
+    """Of ten stories one ends sadly; "No." weighs as much as the nine times "Yes."."""
+    rows = rows_of(range(10))
+    prompts = Prompts(TASK, "test", small_tokenizer(), rows, [], [], [], 1)
+    is_no = [float(reference(row) == "No.") for row in rows]
+    scores = [{"instruction_following": value, "eos_rate": value} for value in is_no]
+    found = Scoring(prompts, TASK.scorer([], []), NoWords()).ratios(scores)
+    assert interval(found["instruction_following"])["value"] == pytest.approx(5 / 30)
+    assert interval(found["eos_rate"])["value"] == pytest.approx(1 / 30)
