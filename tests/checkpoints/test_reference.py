@@ -147,6 +147,12 @@ READS_FIELD = "        self.config = config\n" + FORWARD.replace(
     "self.head(x)", "self.head(-x if self.config.debug else x)"
 )
 COUNTED = "        self.table = torch.tensor([math.cos(x) for x in torch.arange(4.0)])\n" + FORWARD
+OR_ANOTHER = """
+try:
+    from fused_kernels import LayerNorm
+except ModuleNotFoundError:
+    from torch.nn import LayerNorm
+"""
 KEYS = ("vocab", "width", "context", "layers", "heads")
 OBJECT = {key: f"config.{name}" for key, name in {
     "vocab": "vocab_size", "width": "n_embd", "context": "block_size", "heads": "n_head", "layers": "n_layer"
@@ -170,6 +176,7 @@ CODE = {
     "field of the forward": {
         "m.py": PARTS + model(", config", READS_FIELD, **OBJECT) + "\nx = dict(n_head=3, debug=False)"
     },
+    "package or another": {"m.py": OR_ANOTHER + PARTS.replace("nn.LayerNorm", "LayerNorm") + model(ARGUMENTS)},
     "number by number": {"m.py": PARTS + model(ARGUMENTS, COUNTED)},
     "package": {
         "src/net/blocks.py": PARTS,

@@ -249,7 +249,7 @@ class AuthorCode:
             except Exception as error:  # not installed, or installed and broken
                 found = self.local(importer, name, anywhere=True)
                 if found is None and self.strict:
-                    raise ImportError(name) from error
+                    raise ModuleNotFoundError(name) from error
         if found is None:
             found = StandIn(name)
         if fromlist or isinstance(found, StandIn) or "." not in name:

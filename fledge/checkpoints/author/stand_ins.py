@@ -36,7 +36,7 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], (type, types.FunctionType)):  # a decorator
             return args[0]
-        raise ImportError(f"{self._name} is not installed")
+        raise ModuleNotFoundError(f"{self._name} is not installed")
 
     def __getitem__(self, key: object) -> "StandIn":  # an annotation
         return self
