@@ -131,6 +131,9 @@ CONFIG_KEYS = {
         "max_position_embeddings",
         "max_len",
         "sequence_len",
+        "sequence_length",
+        "seq_len",
+        "n_ctx",
         "ctx",
     ),
 }

@@ -259,7 +259,7 @@ def test_what_is_told_outranks_the_config_and_that_the_layout():
         (
             "context_length",
             "context_length max_seq_len max_seqlen block_size n_positions max_position_embeddings max_len sequence_len "
-            "ctx",
+            "sequence_length seq_len n_ctx ctx",
         ),
         ("activation", "activation activation_function hidden_act"),
     ],
