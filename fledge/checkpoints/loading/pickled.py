@@ -21,6 +21,8 @@ ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
 NORMS = ("LayerNorm", "RMSNorm")
 MOST_DEPTH = 60
 TORCH_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
+OF_TORCH_LAYER: dict[object, str] = {1: "relu", 2: "gelu"}  # by its `activation_relu_or_gelu`
+UNKNOWN = ""  # another activation of such a layer
 HOSTILE = {
     "os", "posix", "nt", "subprocess", "builtins", "__builtin__", "sys", "shutil", "runpy", "importlib", "socket",
     "pty", "code", "ctypes", "webbrowser",
@@ -190,7 +192,7 @@ def config_of(module: Record) -> dict[str, object]:
         name, inside = part.kind.rpartition(".")[2], part.__dict__
         if part.kind == TORCH_LAYER:
             values.setdefault("norm_placement", set()).add((str, "pre" if inside.get("norm_first") else "post"))
-            kinds.add({1: "relu", 2: "gelu"}.get(inside.get("activation_relu_or_gelu"), ""))
+            kinds.add(OF_TORCH_LAYER.get(inside.get("activation_relu_or_gelu"), UNKNOWN))
         if name in ACTIVATIONS:
             kinds.add("gelu_tanh" if inside.get("approximate") == "tanh" else ACTIVATIONS[name])
         for key, value in inside.items():
@@ -209,4 +211,4 @@ def config_of(module: Record) -> dict[str, object]:
     agreed = {key: next(iter(found))[1] for key, found in values.items() if len(found) == 1}
     agreed |= {key: v for key, v in vars(module).items() if isinstance(v, (int, float, str)) and key[0] != "_"}
     agreed = {key: value for key, value in agreed.items() if key not in ("in_features", "out_features", "training")}
-    return agreed | ({"activation": kinds.pop()} if len(kinds) == 1 else {})
+    return agreed | ({"activation": kinds.pop()} if len(kinds) == 1 and UNKNOWN not in kinds else {})
