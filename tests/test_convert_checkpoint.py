@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, call_script, load_scratch_gpt, run_script
 from processes import fork_script
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fledge
 from fledge.checkpoints import proof
@@ -363,6 +363,25 @@ def test_mapping_names_what_no_word_tells(own, tmp_path):
     plain, odd = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "base"))
     assert plain.keys() == odd.keys()
     assert all(torch.equal(plain[name], odd[name]) for name in plain)
+
+
+def test_names_prove_nothing_while_the_code_lies_beside_them(own, tmp_path):
+    """A fork keeps the names of its code base, and what was changed in it shows in the code alone."""
+    fork = tmp_path / "run"
+    fork.mkdir()
+    script = (ROOT / "examples" / "scratch_gpt.py").read_text()
+    assert 'F.gelu(self.expand(x), approximate="tanh")' in script
+    changed = script.replace('F.gelu(self.expand(x), approximate="tanh")', "F.relu(self.expand(x)).square()")
+    (tmp_path / "model.py").write_text(changed, encoding="utf-8")
+    for name in ("checkpoint.pt", "tokenizer.json"):
+        shutil.copy(own[0] / name, fork)
+    given = arguments(fork, tmp_path / "base")
+    status, _, error = convert(*given)
+    assert_refused(status, error, ["model.py:ScratchGPT beside the checkpoint", "activation gelu_tanh", "--reference"])
+    status, out, error = convert(*given, "--reference", tmp_path / "model.py")
+    assert status == 0, error
+    assert "Proven against the author's module" in out
+    assert AutoConfig.from_pretrained(tmp_path / "base").activation_function == "relu2"
 
 
 def test_reference_is_the_authors_own_module(own, tmp_path):

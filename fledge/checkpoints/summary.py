@@ -56,13 +56,14 @@ def verdict(facts: list[Fact]) -> str:
 
 
 def leave_to_code(facts: list[Fact], code: str) -> None:
-    """Takes back what text settled, because code that may have trained the model is at hand and was not asked.
+    """Takes back what text and other authors settled, because code that may have trained the model was not asked.
 
     Text shows how the weights were trained, which need not be what the code computes: authors change it afterwards.
+    Names of tensors show which code base somebody began with, and not what they changed in it.
     """
     for fact in facts:
-        if fact.source in (Source.PROBE_TEXT, Source.UNTOLD) and fact.status is Status.SETTLED:
-            fact.status, fact.detail = Status.ASSUMED, f"{fact.detail}; {code} was not asked"
+        if fact.source in (Source.AUTHORS, Source.PROBE_TEXT, Source.UNTOLD) and fact.status is Status.SETTLED:
+            fact.status, fact.detail = Status.ASSUMED, "; ".join(filter(None, (fact.detail, f"{code} was not asked")))
 
 
 def refuse_assumptions(
@@ -82,24 +83,21 @@ def refuse_assumptions(
     assumed = [fact for fact in facts if fact.assumed]
     if not assumed:
         return
+    count = f"{len(assumed)} fact{'s' * (len(assumed) > 1)}"
+    if code:
+        folder, found = code
+        otherwise = "takes what the text favours" if by_text else "converts as it is"
+        raise UserError(
+            f"{found} beside the checkpoint may be its code and was not run, and nothing else shows {count} that would "
+            f"change the logits ({', '.join(map(str, assumed))}); --reference {folder} settles them by it, and "
+            f"--accept_assumptions {otherwise}."
+        )
     listed = "; ".join(_listed(fact, rivals.get(fact.name, [])) for fact in assumed)
-    folder, found = code or ("FOLDER", "")
-    evidence = f"What settles all of them is --reference {folder} with the code that trained the model"
-    if found:
-        evidence = (
-            f"{found} beside the checkpoint may be its code and was not run; --reference {folder} settles them by it"
-        )
-    if by_text and found:
-        evidence += ", and --accept_assumptions takes what the text favours."
-    elif by_text:
-        evidence += "; --accept_assumptions converts as it is."
-    else:
-        evidence += (
-            ", what settles most is --probe_text FILE with its training text; --accept_assumptions converts as it is."
-        )
+    text = "" if by_text else ", what settles most is --probe_text FILE with its training text"
     raise UserError(
-        f"Nothing shows {len(assumed)} fact{'s' * (len(assumed) > 1)} that would change the logits, so that they are "
-        f"assumed: {listed}. {evidence}"
+        f"Nothing shows {count} that would change the logits, so that they are assumed: {listed}. What settles all of "
+        f"them is --reference FOLDER with the code that trained the model{text}; --accept_assumptions converts as it "
+        "is."
     )
 
 

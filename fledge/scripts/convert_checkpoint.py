@@ -257,8 +257,8 @@ def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
     if probe_text:
         print(f"Reading {probe_text} under every reading that is open ...", flush=True)
         gpt, proof["probe_text_loss"], trials = settle_by_text(gpt, facts, tokenizer, probe_text)
-        if beside:
-            leave_to_code(facts, beside[1])
+    if beside:
+        leave_to_code(facts, beside[1])
     rivals = settle_what_cannot_matter(gpt, facts)
     return Reading(without_unused(gpt), facts, tokenizer, folds, probe_text, beside, trials, rivals, proof)
 

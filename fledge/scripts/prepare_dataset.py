@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 TEMPLATE_NAMES = "alpaca, inst, phi3, play, story, story_chat"  # fledge.templates takes seconds to import
+NOT_KNOWN = 10**30  # tokens; transformers writes int(1e30) for a context length that it does not know
 RANGES = {
     "show": NOT_NEGATIVE,
     "limit": AT_LEAST_ONE,
@@ -235,16 +236,14 @@ def choose_length(args: PrepareArguments, tokenizer: "PreTrainedTokenizerBase") 
     Raises:
         UserError: it is more than the model's context, or neither the model nor the arguments say.
     """
-    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-
     from fledge.hub import find_tokenizer
     from fledge.models import CONTEXTS
 
     config = find_tokenizer(args.tokenizer) / "config.json"
     settings = read_json(config, "convert_checkpoint.py") if config.exists() else {}
-    of_model = next((settings[key] for key in CONTEXTS if settings.get(key)), VERY_LARGE_INTEGER)
+    of_model = next((settings[key] for key in CONTEXTS if settings.get(key)), NOT_KNOWN)
     context = min(of_model, tokenizer.model_max_length)
-    if context >= VERY_LARGE_INTEGER:  # what transformers writes for "not known"
+    if context >= NOT_KNOWN:
         if args.max_length is None:
             raise UserError(
                 f"--tokenizer {args.tokenizer} does not say how many tokens the model sees at once; name the folder of "
