@@ -187,6 +187,8 @@ def stopped(error: str) -> str:
     """Why a conversion wrote nothing: the names of what was assumed, or the start of the reason."""
     if assumed := re.findall(r"(?:assumed: |; )(\w+) [^;]*?, stated by", error):
         return f"stops: {', '.join(assumed)}" if len(assumed) < 4 else f"stops, {len(assumed)} assumed"
+    if beside := re.search(r"nothing else shows (\d+) fact", error):  # the author's code lies there
+        return f"stops, {beside[1]} assumed"
     reason = error.splitlines()[-1] if error else "no reason"
     return "stops: needs `--allow_custom_code`" if "--allow_custom_code" in reason else f"refused: {reason[:120]}"
 
