@@ -14,11 +14,14 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "
 TOOL_ROLES = ("function_call", "tool_call", "observation", "function_response", "tool_response", "ipython")
 # ShareGPT's names for who speaks, as its many copies write them.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-ALL_ROLES = {
-    **{**ROLES, **SHAREGPT_ROLES, **dict.fromkeys(TOOL_ROLES, "tool")},
-    **{"model": "assistant", "bot": "assistant", "ai": "assistant", "prompter": "user", "developer": "system"},
+OTHER_ROLES = {"model": "assistant", "bot": "assistant", "ai": "assistant", "prompter": "user", "developer": "system"}
+ALL_ROLES = ROLES | SHAREGPT_ROLES | dict.fromkeys(TOOL_ROLES, "tool") | OTHER_ROLES
+UNLEARNED = "unlearned"
+# Roles that a conversation to learn from cannot have, with the reason.
+UNUSABLE_ROLES = {
+    "tool": "a tool speaks in it, which no template writes",
+    UNLEARNED: "an answer in it has weight 0, so it is not to be learnt",
 }
-UNLEARNED, WHY_UNLEARNED = "unlearned", "an answer in it has weight 0, so it is not to be learnt"
 TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's content parts, in its two interfaces
 
 

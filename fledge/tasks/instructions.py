@@ -9,7 +9,7 @@ import random
 import re
 
 from fledge.messages import INPUT_MARK, Answer, Messages
-from fledge.reading.values import UNLEARNED, WHY_UNLEARNED
+from fledge.reading.values import UNUSABLE_ROLES
 from fledge.tasks import RejectedRecord, Task
 from fledge.text.limits import limits_met, refused
 from fledge.text.overlap import exact_match, f1, plain, rouge, translation
@@ -76,10 +76,9 @@ class Instructions(Task):
         """
         messages = record["messages"] if "messages" in record else _one_turn(record)
         roles = [message["role"] for message in messages if message["role"] != "system"]
-        if "tool" in roles:
-            raise RejectedRecord("a tool speaks in it, which no template writes")
-        if UNLEARNED in roles:
-            raise RejectedRecord(WHY_UNLEARNED)
+        for role, why in UNUSABLE_ROLES.items():
+            if role in roles:
+                raise RejectedRecord(why)
         if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
             raise RejectedRecord("its messages are not questions and answers in turn")
         if any(message["role"] != "system" and not is_visible(message["content"]) for message in messages):
@@ -87,11 +86,11 @@ class Instructions(Task):
         category = (record.get("category") or "other").strip().lower()
         if category in FAIRYTALE_ATTRIBUTES:
             category = "closed_qa"
+        category = re.sub(r"[\s-]+", "_", category)  # "Closed QA"
+        category = category if category in CATEGORIES else "other"
         # Questions about one text lie in one split; without a text, the question itself is what must not be in two.
         first = next(message["content"] for message in messages if message["role"] == "user")
         group = record.get("group") or record.get("input") or first
-        category = re.sub(r"[\s-]+", "_", category)  # "Closed QA"
-        category = category if category in CATEGORIES else "other"
         return [{"messages": messages, "category": category, "group": " ".join(group.split())}]
 
     def score(self, row: dict, answer: Answer) -> dict[str, float]:

@@ -13,7 +13,7 @@ from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, open_prep
 from fledge.errors import UserError
 from fledge.messages import INPUT_MARK, Messages
 from fledge.reading.files import Chunk, row_chunks
-from fledge.reading.values import UNLEARNED, WHY_UNLEARNED, as_messages, as_text
+from fledge.reading.values import UNUSABLE_ROLES, as_messages, as_text
 from fledge.templates import add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
@@ -161,10 +161,9 @@ def part_of(value: object, role: str, where: str) -> Messages:
 def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
     """Why a conversation teaches no answer, or no preference to a `rejected` one, if it does not."""
     roles = [message["role"] for message in messages]
-    if "tool" in roles:
-        return "a tool speaks in it, which no template writes"
-    if UNLEARNED in roles:
-        return WHY_UNLEARNED
+    for role, why in UNUSABLE_ROLES.items():
+        if role in roles:
+            return why
     if "user" not in roles or roles[-1] != "assistant":
         return "it does not end with an answer to a question"
     if not all(message["content"] for message in messages if message["role"] != "system"):
