@@ -1,6 +1,6 @@
 "use strict";
 // Answers only ever become text nodes: whatever a model wrote, it cannot become part of the page.
-const { answers, samples, columns, least } = JSON.parse(document.getElementById("data").textContent);
+const { answers, samples, columns, least, lower_is_better } = JSON.parse(document.getElementById("data").textContent);
 const WHO = { base: "base", model: "instruct" };
 const PAGE = 10;
 const $ = (id) => document.getElementById(id);
@@ -18,14 +18,13 @@ const values = {};
 for (const sample of samples)
   for (const who in WHO)
     for (const [name, value] of Object.entries(sample[who].scores)) (values[name] ??= new Set()).add(value);
-const FAULTS = ["same_ending"]; // 1 is worse than 0
 const constraints = Object.keys(values)
   .filter((name) => name in least || [...values[name]].every((value) => value === 0 || value === 1))
-  .filter((name) => !FAULTS.includes(name));
+  .filter((name) => !lower_is_better.includes(name));
 const isMet = (name, value) => (value === undefined ? undefined : value >= (least[name] ?? 1));
 
 // What the heading of an answer says already, and what is no concern of a single answer.
-const UNMARKED = ["eos_rate", "answer_tokens", "distinct_answers", ...FAULTS];
+const UNMARKED = ["eos_rate", "answer_tokens", "distinct_answers", "same_ending"];
 
 function chips(scores) {
   const row = make("div", "chips");

@@ -268,7 +268,8 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
     """
     script = (MODEL_CARD / "report.js").read_text(encoding="utf-8")
     least = {HEADLINE: 1.0, **metrics["constraints"]}
-    data = {"answers": answers_id(samples), "columns": columns, "least": least, "samples": samples}
+    data = {"answers": answers_id(samples), "columns": columns, "least": least, "lower_is_better": LOWER_IS_BETTER}
+    data["samples"] = samples
     template = open_templates(autoescape=True).get_template("report.html.jinja")
     return template.render(
         metrics=metrics,

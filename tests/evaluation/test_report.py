@@ -195,6 +195,7 @@ def test_nothing_an_answer_holds_becomes_part_of_the_page(metrics, samples):
     assert "{{ 7*7 }}" in text
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
     least = {"instruction_following": 1.0, **metrics["constraints"]}
+    assert "same_ending" in data.pop("lower_is_better")
     assert data == {"answers": answers_id(samples), "columns": ["ending"], "least": least, "samples": samples}
 
 
