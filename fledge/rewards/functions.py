@@ -125,8 +125,8 @@ class Rewarder:
         endings = self.varied.endings(rows, answers)
         varied = self.varied.rewards(endings, gather(endings))
         for row, answer, of_varied, of_answer in zip(rows, answers, varied, found, strict=True):
-            of_answer |= {"stopped": float(answer.stopped), "usual": self.usual.reward(row, answer)}
-            of_answer["varied"] = of_varied
+            usual = self.usual.reward(row, answer)
+            of_answer |= {"stopped": float(answer.stopped), "usual": usual, "varied": of_varied}
             for name, value in of_answer.items():
                 if name not in self.names or not 0 <= value <= 1:
                     raise UserError(
