@@ -120,7 +120,7 @@ def train_tokenizer(documents, vocab_size):
 
 
 def next_token_loss(model, batch):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(batch.device.type, torch.bfloat16):
         logits = model(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
@@ -131,13 +131,16 @@ def train(args):
     args.out.mkdir(parents=True, exist_ok=True)
     held_out = "\n".join(read_documents(args.hold_out))
     documents = [document for document in read_documents(args.text) if document not in held_out]
+    config = CONFIG | {key: getattr(args, key) for key in ("emb_dim", "n_heads", "n_layers")}
     if args.start_from:
-        model, tokenizer = load(args.start_from)
+        model, tokenizer, config = load(args.start_from)
         model.train()
     else:
-        model, tokenizer = ScratchGPT(**CONFIG), train_tokenizer(documents, CONFIG["vocab_size"])
+        model, tokenizer = ScratchGPT(**config), train_tokenizer(documents, config["vocab_size"])
     tokenizer.save(str(args.out / "tokenizer.json"))
     stream = torch.tensor([i for doc in tokenizer.encode_batch(documents) for i in [0, *doc.ids]] + [0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, stream = model.to(device), stream.to(device)
     print(
         f"{len(documents):,} documents, {len(stream):,} tokens, {sum(p.numel() for p in model.parameters()):,} weights"
     )
@@ -149,7 +152,7 @@ def train(args):
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
-    context, offsets = args.length, torch.arange(args.length + 1)
+    context, offsets = args.length, torch.arange(args.length + 1, device=device)
     # A window begins where a document does, as every use of the model will; what follows fills it.
     starts = (stream[:-context] == 0).nonzero()
     loss_of = torch.compile(next_token_loss) if args.compile else next_token_loss
@@ -170,10 +173,10 @@ def train(args):
             speed = step * args.batch_size * context / (time.time() - start)
             print(f"{progress:5.1%}  step {step}  loss {average:.3f}  {speed:,.0f} tokens/s", flush=True)
     # Half precision halves the file; the same rounded weights are what every later stage starts from.
-    weights = {name: tensor.half() for name, tensor in model.state_dict().items() if name != "to_vocab.weight"}
+    weights = {name: tensor.half().cpu() for name, tensor in model.state_dict().items() if name != "to_vocab.weight"}
     weights["to_vocab.weight"] = weights["token_table.weight"]
     torch.save(
-        {"model_state_dict": weights, "config": CONFIG, "step": step, "loss": average}, args.out / "checkpoint.pt"
+        {"model_state_dict": weights, "config": config, "step": step, "loss": average}, args.out / "checkpoint.pt"
     )
     print(f"saved {args.out / 'checkpoint.pt'}")
 
@@ -182,13 +185,13 @@ def load(folder):
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     model = ScratchGPT(**checkpoint["config"])
     model.load_state_dict(checkpoint["model_state_dict"])
-    return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json")), checkpoint["config"]
 
 
 @torch.no_grad()
 def sample(args):
     torch.manual_seed(args.seed)
-    model, tokenizer = load(args.checkpoint)
+    model, tokenizer, _ = load(args.checkpoint)
     ids = [0, *tokenizer.encode(args.prompt).ids]
     for _ in range(300):
         logits = model(torch.tensor([ids[-model.position_table.num_embeddings :]]))[0, -1]
@@ -210,6 +213,8 @@ def main():
     training.add_argument("--minutes", type=float, default=60)
     training.add_argument("--batch_size", type=int, default=8)
     training.add_argument("--length", type=int, default=CONFIG["context_length"], help="tokens of a window")
+    for key in ("emb_dim", "n_heads", "n_layers"):
+        training.add_argument(f"--{key}", type=int, default=CONFIG[key])
     training.add_argument("--lr", type=float, default=5e-3)
     training.add_argument("--compile", action="store_true", help="faster on some CPUs, where there is a C++ compiler")
     sampling = commands.add_parser("sample")
