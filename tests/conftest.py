@@ -15,14 +15,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 from filelock import FileLock
 from hypothesis import settings
 from processes import fork_script
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)
+gc.disable()  # while tests are collected: next to nothing of what is imported is garbage
 settings.register_profile("fledge", deadline=None)  # a busy machine is no failure
 settings.load_profile("fledge")
 
@@ -65,6 +64,8 @@ def load_scratch_gpt() -> ModuleType:
 
 def call_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script of the repository to its end in this process, without the seconds that importing torch takes."""
+    import torch
+
     from fledge.cli import run
 
     main = importlib.import_module(f"fledge.scripts.{script.removesuffix('.py')}").main
@@ -99,6 +100,8 @@ def build_for_gpus(patched: pytest.MonkeyPatch) -> None:
 
     `current_accelerator` then names a GPU that cannot be used, unless it is told to check.
     """
+    import torch
+
     found = {True: None, False: torch.device("cuda")}
     patched.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found[check_available])
 
@@ -119,7 +122,19 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported stays, and each of the many trainings would otherwise look through all of it for garbage."""
+    """Imports torch here, and not above: the process that only hands out tests to others needs none of it."""
+    import torch
+
+    torch.set_num_threads(1)
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze():
+    """What was imported so far stays, and each of the many trainings would otherwise look through it for garbage.
+
+    Once a file, because tests import more, and torch's exporter keeps much in memory.
+    """
     gc.collect()
     gc.freeze()
 
@@ -150,6 +165,8 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 def make_tiny(work: Path) -> dict:
     """Runs the stages; the paths of what they wrote, and what training and evaluation printed."""
+    import torch
+
     work.mkdir()
     paths = {name: work / name for name in ("base", "data", "model", "evaluation", "repository")}
     records, checkpoint, tokenizer_file = work / "records.txt", work / "model.pt", work / "tokenizer.json"

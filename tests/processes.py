@@ -47,6 +47,8 @@ def as_python(command: list[str], folder: str, environment: dict[str, str], said
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    os.dup2(os.open(f"{said}/stdin", os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
         setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", closefd=False))
@@ -69,13 +71,17 @@ def as_python(command: list[str], folder: str, environment: dict[str, str], said
 
 
 @contextlib.contextmanager
-def forked(*arguments: object, folder: Path = ROOT, **variables: str):
-    """Starts `python *arguments` in `folder` and ends it with the block; `said` is where its output goes."""
+def forked(*arguments: object, folder: Path = ROOT, typed: str = "", **variables: str):
+    """Starts `python *arguments` in `folder` and ends it with the block; `said` is where its output goes.
+
+    `typed` is what it reads from standard input.
+    """
     environment = os.environ | COMMON | {"PYTHONPATH": str(ROOT)} | variables
     if FORKS:
         with mock.patch.dict(os.environ, COMMON):  # libraries look there when the server imports them
             forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as said:
+        Path(said, "stdin").write_text(typed, encoding="utf-8")
         for name in ("stdout", "stderr"):
             Path(said, name).touch()
         given = (list(map(str, arguments)), str(folder), environment, said)
@@ -94,9 +100,9 @@ def completed(run: SimpleNamespace, arguments: tuple) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(arguments, run.process.exitcode, out, err)
 
 
-def fork_script(*arguments: object, check: bool = True, folder: Path = ROOT, **variables: str):
+def fork_script(*arguments: object, check: bool = True, folder: Path = ROOT, typed: str = "", **variables: str):
     """As `conftest.run_script`, whose process has imported the libraries before it begins."""
-    with forked(*arguments, folder=folder, **variables) as run:
+    with forked(*arguments, folder=folder, typed=typed, **variables) as run:
         run.process.join(LIMIT)
         assert run.process.exitcode is not None, f"{arguments[0]} does not end"
         done = completed(run, arguments)

@@ -68,7 +68,8 @@ def test_the_hand_written_gpt_trains_goes_on_holds_out_and_samples(tmp_path):
     first = text.read_text(encoding="utf-8").split("<|endoftext|>")[0]
     held_out.write_bytes(gzip.compress(first.encode()))
     short = ("--text", text, "--minutes", 0.001, "--batch_size", 1)
-    done = fork_script("examples/scratch_gpt.py", "train", *short, "--hold_out", held_out, "--out", tmp_path)
+    shape = ("--emb_dim", 32, "--n_heads", 2, "--n_layers", 1)  # the default takes seconds to sample from
+    done = fork_script("examples/scratch_gpt.py", "train", *short, *shape, "--hold_out", held_out, "--out", tmp_path)
     assert "39 documents, " in done.stdout
     weights = (tmp_path / "checkpoint.pt").read_bytes()
     again = ("--start_from", tmp_path, "--out", tmp_path / "on", "--length", 64)

@@ -1,16 +1,13 @@
 """A trained model behind transformers' own server, on loopback, and transformers' chat with it."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 
 import pytest
-from processes import forked
+from processes import fork_script, forked
 
 from fledge.encoding import encode_prompt
 from fledge.generation.answers import answer_batch
@@ -60,11 +57,8 @@ def test_the_server_tells_the_same_story(address, tiny):
 
 def test_transformers_chat_talks_to_it(address, tiny, tmp_path):
     content = "Write a story about: Lily took a ball."
-    chat = [sys.executable, "-c", TRANSFORMERS, "chat", str(tiny.model), address]
-    chat += ["max_new_tokens=30", "do_sample=False"]
+    chat = ("-c", TRANSFORMERS, "chat", tiny.model, address, "max_new_tokens=30", "do_sample=False")
     # Offline, huggingface_hub's client refuses loopback too.
-    done = subprocess.run(
-        chat, input=f"{content}\nn\n!exit\n", cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "0", "COLUMNS": "200"},
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
+    online = {"HF_HUB_OFFLINE": "0", "COLUMNS": "200"}
+    done = fork_script(*chat, folder=tmp_path, typed=f"{content}\nn\n!exit\n", check=False, **online)
     assert " ".join(greedy(tiny.model, content).split()) in " ".join(done.stdout.split()), done.stderr

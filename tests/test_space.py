@@ -65,10 +65,17 @@ def space(folder, tiny, tmp_path_factory):
     hub.server_close()
 
 
+@pytest.fixture(scope="module")
+def window(browser):
+    """What all pages share, so that Gradio's scripts are fetched and compiled once."""
+    with browser.new_context(viewport={"width": 1000, "height": 900}) as window:
+        yield window
+
+
 @pytest.fixture
-def page(browser, space):
+def page(window, space):
     """A page of the app that fails the test if a script of a visitor runs or anything is fetched from elsewhere."""
-    page = browser.new_page(viewport={"width": 1000, "height": 900})
+    page = window.new_page()
     page.alerts, page.elsewhere = [], []
     page.on("dialog", lambda dialog: (page.alerts.append(dialog.message), dialog.dismiss()))
     page.on("request", lambda request: page.elsewhere.append(request.url) if space.url not in request.url else None)
@@ -136,8 +143,9 @@ def test_what_a_visitor_types_stays_text(page):
     page.get_by_text("Say hello.").wait_for()
 
 
-def test_the_page_fits_a_narrow_screen(browser, space):
-    narrow = browser.new_page(viewport={"width": 360, "height": 740})
+def test_the_page_fits_a_narrow_screen(window, space):
+    narrow = window.new_page()
+    narrow.set_viewport_size({"width": 360, "height": 740})
     narrow.goto(space.url)
     narrow.get_by_label("Topic").wait_for()
     assert narrow.evaluate("document.documentElement.scrollWidth") <= 360

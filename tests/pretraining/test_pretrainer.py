@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
-from processes import fork_two
+from processes import fork_script, fork_two
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
@@ -361,7 +360,7 @@ def test_two_processes_that_share_the_weights_evaluate_and_save_a_base(corpus, t
     launch = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml")
     launch += ("--num_processes", 2, "--main_process_port", 40000 + os.getpid() % 20000, "pretrain.py")
     steps = ("--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 1, "--use_cpu")
-    said = run_script(*launch, *command(corpus, tmp_path / "base", *steps)).stdout
+    said = fork_script(*launch, *command(corpus, tmp_path / "base", *steps)).stdout
     assert said.count("bits per byte\n") == 2
     assert "Trained 2 steps" in said
     AutoModelForCausalLM.from_pretrained(tmp_path / "base")
