@@ -242,6 +242,12 @@ def check_hub_id(key: str, value: str) -> None:
     """
     if not HUB_ID.fullmatch(value):
         raise UserError(f"{key} {value} is not of the form user/name.")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        raise UserError(f"{key} {value} is no name that the Hub takes: {str(error).rpartition(': ')[0]}.") from error
 
 
 def attempt(what: str, do: Callable[[], Any]) -> Any:

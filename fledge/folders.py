@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import NoReturn
@@ -269,6 +269,7 @@ class Output:
                 yield self.building
                 files = {path.as_posix(): (self.building / path).lstat().st_size for path in files_in(self.building)}
                 del files[MARK]
+                _let_all_read(self.building, files)
                 write_mark(self.building, self.stage, files)
                 self._place()
             finally:
@@ -368,6 +369,14 @@ class Output:
             for place in (self.folder, *self.folder.parents):
                 with contextlib.suppress(OSError):
                     place.rmdir()
+
+
+def _let_all_read(folder: Path, files: Iterable[str]) -> None:
+    """Gives files the permissions of the mark, those of any new file: safetensors lets their owner alone read."""
+    usual = (folder / MARK).stat().st_mode
+    for name in files:
+        if not (folder / name).is_symlink():
+            (folder / name).chmod((folder / name).stat().st_mode | usual)
 
 
 def _unused(path: Path) -> Path:

@@ -1,6 +1,8 @@
 """Where a model lies: in a folder of this machine, or on the Hub. Torch is not imported to say that it is missing."""
 
+import difflib
 import re
+import sys
 from pathlib import Path
 
 from fledge.errors import UserError
@@ -12,6 +14,17 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*_fledge_gpt.py")
 # Each is asked for only if the model does not come as those before it. Torch opens the second without running code.
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# The usual ones of https://huggingface.co/docs/hub/repositories-licenses; the Hub refuses what it does not know.
+LICENSES = (
+    "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc",
+    "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "epl-2.0", "eupl-1.2", "gemma", "gfdl", "gpl",
+    "gpl-2.0", "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
+    "llama4", "mit", "mpl-2.0", "odbl", "odc-by", "openrail", "openrail++", "other", "pddl", "unknown", "unlicense",
+    "wtfpl", "zlib",
+)  # fmt: skip
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:
@@ -85,3 +98,16 @@ def download(
     except (errors.HTTPError, OSError, ValueError) as error:
         reason = f"there is no such folder, and the Hub answered: {' '.join(str(error).split())[:200]}"
     raise UserError(f"There is no {what} at {repo_id}: {reason}.")
+
+
+def check_license(value: str) -> None:
+    """Checks that `value`, given as `--license`, may be an identifier of the Hub's, and says so where one is like it.
+
+    Raises:
+        UserError: it has not the form of one.
+    """
+    if not LICENSE.fullmatch(value):
+        raise UserError(f"--license {value} is no identifier; give one such as apache-2.0, or other.")
+    like = difflib.get_close_matches(value, LICENSES, 1, 0.7)
+    if value not in LICENSES and like:
+        print(f"--license {value} is not among the Hub's identifiers; perhaps {like[0]} is meant.", file=sys.stderr)

@@ -25,6 +25,7 @@ def quiet() -> None:
 
     # TRL and peft ask for it under its earlier name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft finds the right value itself
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if datasets := sys.modules.get("datasets"):  # seconds to import, so it is not imported for this

@@ -13,19 +13,26 @@ from fledge.terminal import in_columns
 
 
 def main():
-    name = sys.argv[1]
-    runs = Path("runs", name)
-    metrics = read_json(runs / "evaluation/metrics.json", "evaluate_model.py")
+    recipe = Path(sys.argv[1])
+    compared = keys_of(recipe, "evaluate")
+    evaluation = Path(compared["output_dir"])
+    metrics = read_json(evaluation / "metrics.json", "evaluate_model.py")
     print("\n" + "=" * 100)
-    compared = yaml.safe_load(Path("recipes", name, "evaluate.yaml").read_text(encoding="utf-8"))
     print(f"{compared['base']} (base) against {compared['model']} (instruct)")
     print(f"{metrics['num_prompts']} held-out prompts, 95% intervals")
     print(f"Instruction following: base {beside(metrics, 'base')}, instruct {beside(metrics)}\n")
     print("\n".join([table(metrics), *cautions(metrics), *judged_by(metrics)]))
-    print("\n" + answers(runs))
-    print(f"\nThe model: {runs}/model   every answer: {runs}/evaluation/report.html   for the Hub: {runs}/repository")
+    print("\n" + answers(evaluation.parent))
+    made = [f"The model: {compared['model']}", f"every answer: {evaluation}/report.html"]
+    if (recipe / "publish.yaml").exists():
+        made.append(f"for the Hub: {keys_of(recipe, 'publish')['output_dir']}")
+    print("\n" + "   ".join(made))
     print("Next: source .venv/bin/activate")
-    print(f"      {shlex.join(next_command(name))}")
+    print(f"      {shlex.join(next_command(recipe))}")
+
+
+def keys_of(recipe: Path, stage: str) -> dict:
+    return yaml.safe_load((recipe / f"{stage}.yaml").read_text(encoding="utf-8"))
 
 
 def answers(runs: Path) -> str:
@@ -37,12 +44,12 @@ def answers(runs: Path) -> str:
     return "\n".join(["An answer", *(textwrap.fill(paragraph, 98) for paragraph in paragraphs)])
 
 
-def next_command(name: str) -> list[str]:
+def next_command(recipe: Path) -> list[str]:
     """What asks the recipe's model as its `generate.yaml` does."""
-    asked = yaml.safe_load(Path("recipes", name, "generate.yaml").read_text(encoding="utf-8"))
+    asked = keys_of(recipe, "generate")
     key = next(key for key in ("topic", "words", "constraints", "prompt") if key in asked)
     values = asked[key] if isinstance(asked[key], list) else [asked[key]]
-    return ["python", "generate.py", "--model", f"runs/{name}/model", f"--{key}", *map(str, values)]
+    return ["python", "generate.py", "--model", asked["model"], f"--{key}", *map(str, values)]
 
 
 if __name__ == "__main__":

@@ -358,3 +358,11 @@ def test_a_disk_without_room_is_told_before_any_work(tmp_path, monkeypatch):
         output.check_room(3_000_000)
         with pytest.raises(UserError, match=r"out needs 4 MB and its disk has 3 MB free; make room first"):
             output.check_room(4_000_000)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_whoever_may_read_a_record_may_read_the_weights(tmp_path):
+    with claimed(tmp_path / "out", TRAIN, False) as output, output.staged() as building:
+        write(building, weights="as safetensors writes them")
+        (building / "weights.json").chmod(0o600)
+    assert (tmp_path / "out" / "weights.json").stat().st_mode == (tmp_path / "out" / MARK).stat().st_mode

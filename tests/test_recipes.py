@@ -1,4 +1,8 @@
 import importlib
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,7 +87,7 @@ def test_stages_of_a_recipe_hand_on_the_same_folders():
 def test_the_last_screen_asks_as_the_recipe_does(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    command = importlib.import_module("show").next_command(name)
+    command = importlib.import_module("show").next_command(ROOT / "recipes" / name)
     asked, _ = parse(command[2:], *keys_of("generate.py"))
     recipe, _ = parse(["--config", f"recipes/{name}/generate.yaml"], *keys_of("generate.py"))
     assert all(vars(asked)[key] == vars(recipe)[key] for key in ("model", "topic", "words", "constraints", "prompt"))
@@ -119,3 +123,60 @@ def test_accelerate_reads_its_configs():
 
     for path in (ROOT / "recipes" / "accelerate").glob("*.yaml"):
         assert load_config_from_file(str(path)).num_processes >= 1
+
+
+@pytest.fixture
+def run_recipe(tmp_path):
+    """Runs run.sh from an empty folder with programs that only note what they were asked, and returns that."""
+    if sys.platform == "win32":
+        pytest.skip("needs bash")
+    programs, log = tmp_path / "programs", tmp_path / "log"
+    programs.mkdir()
+    for name in ("python", "accelerate"):
+        (programs / name).write_text(f'#!/bin/sh\necho "$@" >> {log}\n', encoding="utf-8")
+        (programs / name).chmod(0o755)
+
+    def run(*arguments: object) -> tuple[int, str, list[str]]:
+        log.write_text("", encoding="utf-8")
+        done = subprocess.run(
+            ["bash", ROOT / "recipes" / "run.sh", *map(str, arguments)], cwd=tmp_path, check=False, text=True,
+            capture_output=True, env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
+        )  # fmt: skip
+        return done.returncode, done.stderr, log.read_text(encoding="utf-8").splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [((), "name one recipe"), (("nope",), "choose one of alpaca constraints"), (("./nope",), "there is no folder"),
+     (("accelerate",), "recipes/accelerate has no evaluate.yaml")],
+)  # fmt: skip
+def test_a_wrong_recipe_is_one_sentence(run_recipe, given, said):
+    code, told, asked = run_recipe(*given)
+    assert (code, asked, len(told.splitlines())) == (2, [], 1)
+    assert said in told
+
+
+def test_a_recipe_of_ones_own_goes_on_where_it_was_interrupted(run_recipe, tmp_path):
+    recipe, runs = shutil.copytree(ROOT / "recipes" / "topic_ending_30m", tmp_path / "my recipe"), tmp_path / "runs"
+    for file in recipe.iterdir():
+        text = file.read_text(encoding="utf-8").replace("runs/topic_ending_30m", str(runs))
+        file.write_text(text, encoding="utf-8")
+    runs.mkdir()
+    stages = ("convert", "prepare", "train", "evaluate", "generate", "generate", "publish")
+
+    code, _, asked = run_recipe("./my recipe")
+    assert code == 0
+    assert [Path(line.split(f"{recipe}/")[1]).stem for line in asked[:-1]] == list(stages)
+    assert asked[-1] == f"recipes/show.py {recipe}"
+    assert not any("--resume" in line for line in asked)
+    for name in ("base", "data"):
+        (runs / name).mkdir()
+        (runs / name / ".fledge.json").write_text("{}", encoding="utf-8")
+    (runs / "model" / "checkpoints").mkdir(parents=True)
+    _, told, asked = run_recipe(recipe)
+    assert f"{runs}/base is finished and stays" in told
+    assert asked[0].startswith("launch")
+    assert asked[0].endswith("train.yaml --resume auto")
+    assert [line.split()[0] for line in asked[1:3]] == ["evaluate_model.py", "generate.py"]

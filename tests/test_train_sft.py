@@ -160,7 +160,7 @@ def test_going_on_with_something_else_is_refused_or_recorded(small, tmp_path, ca
         refused = refusal(capsys, small, first, *steps, "--resume", "auto", *given)
         assert said in refused
         assert "--resume_with_changes true" in refused
-    assert "data '" in refusal(capsys, small, first, *steps, "--resume", "auto", dataset=other)
+    assert "made with other data; give" in refusal(capsys, small, first, *steps, "--resume", "auto", dataset=other)
 
     changes = ("--learning_rate", 0.002, "--weight_decay", 0.1, "--resume_with_changes", "true")
     without_effect = ("--logging_steps", 2, "--save_total_limit", 1, "--dataloader_num_workers", 0, "--run_name", "x")
@@ -323,7 +323,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
     steps = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1)
     said = refusal(capsys, small, tmp_path / "m", *steps)
     assert ("loss is nan" if spoilt == "weights" else "gradient's norm is") in said
-    assert "at step 4, on the batch that begins with 't" in said
+    assert "at step 4, on the batch with 't" in said
     assert "checkpoint-3 with --resume auto" in said
     assert not (tmp_path / "m" / "run.json").exists()
 
@@ -421,6 +421,7 @@ def test_a_table_of_conversations_trains_by_the_base_s_template(small, tmp_path,
     said = capsys.readouterr().out
     assert "left out 1 (longer than 40 tokens)" in said
     assert ", 1 in validation, " in said
+    assert f"Next: python generate.py --model {tmp_path / 'm'} --prompt PROMPT" in said  # it has no held-out task
     assert not (tmp_path / "m" / "budget.json").exists()
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": "t1", "answer": "t2"}\n', encoding="utf-8")

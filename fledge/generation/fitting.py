@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from fledge.encoding import encode_prompt, fitting_words
 from fledge.errors import UserError
 from fledge.messages import INPUT_MARK, Messages
+from fledge.reading.values import is_visible
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of
 from fledge.tokenizers.spelling import Spelling, named
@@ -22,8 +23,10 @@ def fit_prompt(
     loses its end, as in preparation. The question never loses a word, nor does the system message.
 
     Raises:
-        UserError: the question alone does not fit, or has a character that the tokenizer lacks.
+        UserError: the question is empty, alone does not fit, or has a character that the tokenizer lacks.
     """
+    if not is_visible(messages[-1]["content"]):
+        raise UserError("The prompt is empty.")
     room = context - min(max_new_tokens, context // 4)
     kept, left_out = list(messages), []
     _check_spelling(tokenizer, contents(messages))

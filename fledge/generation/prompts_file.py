@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +15,8 @@ from fledge.errors import UserError
 from fledge.generation.answers import answer_each
 from fledge.journal import Journal
 from fledge.messages import Answer, Messages
-from fledge.reading.files import decoded, suffix
-from fledge.reading.values import as_messages, as_text
+from fledge.reading.files import TABLES, decoded, row_chunks, suffix
+from fledge.reading.values import as_messages, as_text, is_visible
 from fledge.sampling import Sampling
 from fledge.terminal import progress
 
@@ -84,31 +84,49 @@ def answer_file(
 
 
 def read_prompts(file: Path) -> list[Messages]:
-    """Reads a file of prompts: a conversation for each line.
+    """Reads a file of prompts: a conversation for each line of a text, or for each row of a table.
 
     Raises:
-        UserError: the file cannot be read, is empty, or a line is not what it should be.
+        UserError: the file cannot be read, is empty, or a line or row is not what it should be.
     """
-    lines = "".join(decoded(file, "\n")).split("\n")
-    read = _messages if suffix(file) in (".jsonl", ".ndjson") else _user
-    asked = [read(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if suffix(file) in (".jsonl", ".ndjson"):
+        asked = [_asked(_parsed(line), where) for line, where in _lines(file)]
+    elif suffix(file) in TABLES:
+        asked = [
+            _asked(row, f"{file}, row {number},")
+            for chunk in row_chunks(str(file))
+            for number, row in enumerate(chunk.rows, chunk.first_row)
+        ]
+    else:
+        asked = [_user(line, where) for line, where in _lines(file)]
     if not asked:
         raise UserError(f"--prompts_file {file} holds no prompt; write one a line.")
     return asked
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Those that are not blank, each with its place."""
+    for number, line in enumerate("".join(decoded(file, "\n")).split("\n"), 1):
+        if line.strip():
+            yield line.strip(), f"{file}:{number}"
 
 
 def _user(text: object, where: str) -> Messages:
     return [{"role": "user", "content": as_text(text, where)}]
 
 
-def _messages(line: str, where: str) -> Messages:
+def _parsed(line: str) -> object:
     try:
-        found = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict) and isinstance(found.get("prompt"), str):
-        return _user(found["prompt"], where)
-    messages = as_messages(found["messages"], where) if isinstance(found, dict) and "messages" in found else []
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
+        return None
+
+
+def _asked(found: object, where: str) -> Messages:
+    messages: Messages = []
+    if isinstance(found, dict):
+        text = found.get("prompt")
+        messages = _user(text, where) if isinstance(text, str) else as_messages(found.get("messages"), where)
+    if not messages or messages[-1]["role"] != "user" or not is_visible(messages[-1]["content"]):
         raise UserError(f'{where} is not {{"prompt": "…"}} nor {{"messages": […]}} whose last message is the user\'s.')
     return messages

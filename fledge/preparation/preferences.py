@@ -10,6 +10,7 @@ from typing import Any
 
 from fledge.errors import UserError
 from fledge.preparation.reasons import NONE_IS_DONE, NONE_STOPPED, ONE_ANSWER, TIED
+from fledge.reading.values import is_visible
 from fledge.tasks import RejectedRecord, Task
 
 KEEP = ("pairs", "best")
@@ -54,7 +55,7 @@ class Choice:
             return [_example(record, task, done[0])]
         if len(ranked) < 2:
             raise RejectedRecord(ONE_ANSWER.text)
-        stopped = [answer for answer in ranked if answer["stopped"] and answer["text"].strip()]
+        stopped = [answer for answer in ranked if answer["stopped"] and is_visible(answer["text"])]
         if not stopped:
             raise RejectedRecord(NONE_STOPPED.text)
         made = [
@@ -78,7 +79,7 @@ def is_done(answer: dict[str, Any], task: Task) -> bool:
     """
     least = task.done or task.constraints
     met = all(value >= least.get(name, 0.0) for name, value in answer["rewards"].items())
-    return bool(answer["stopped"] and met and answer["text"].strip())
+    return bool(answer["stopped"] and met and is_visible(answer["text"]))
 
 
 def _example(record: dict[str, Any], task: Task, answer: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,12 @@ def read_records(model_dir: Path, evaluation_dir: Path | None) -> Records:
     Raises:
         UserError: a record that has to be there is missing, or one is damaged.
     """
+    if not (model_dir / "budget.json").exists():
+        raise UserError(
+            f"{model_dir} has no budget.json, as train_sft.py leaves it after training on a folder of "
+            "prepare_dataset.py, so no card can say what it learned; prepare the data (a table with --source columns) "
+            "and train on that."
+        )
     files: dict[str, Path | None] = {name: model_dir / f"{name}.json" for name in STAGES}
     files["metrics"] = evaluation_dir / "metrics.json" if evaluation_dir else None
     for file in ORIGINS:

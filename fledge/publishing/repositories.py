@@ -1,5 +1,6 @@
 """Folders as the Hub gets them: the model and the dataset, each with its card."""
 
+import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from fledge.cli import read_json, write_json
 from fledge.errors import UserError
 from fledge.hub import download
+from fledge.models import fingerprint
 from fledge.publishing.card import Named, model_card, read_records, read_samples, render
 from fledge.sampling import Sampling
 
@@ -46,7 +48,7 @@ def build_model(
     """Fills `folder` with the model's files, the records of its making, and its card.
 
     Raises:
-        UserError: a file that the card needs is missing.
+        UserError: a file that the card needs is missing or of an older Fledge, or the evaluation is of other weights.
     """
     records = read_records(model_dir, evaluation_dir)
     for file in sorted(model_dir.iterdir()):
@@ -56,14 +58,38 @@ def build_model(
         if (model_dir / part).is_dir():
             shutil.copytree(model_dir / part, folder / part, ignore=shutil.ignore_patterns("README.md", ".*"))
     if evaluation_dir:
+        check_evaluated(model_dir, evaluation_dir)
         shutil.copy(evaluation_dir / "metrics.json", folder)
     config = read_json(model_dir / "generation_config.json", "train_sft.py")
     sampling = published_sampling(model_dir, evaluation_dir)
     kept = {key: value for key, value in config.items() if key not in Sampling().decoding()}
     write_json(folder / "generation_config.json", kept | sampling.decoding())
     samples = read_samples(evaluation_dir)
-    card = model_card(folder, records, samples, sampling, named)
+    try:
+        card = model_card(folder, records, samples, sampling, named)
+    except KeyError as error:
+        raise UserError(f"A record lacks {error}, which the card says; run the stage that wrote it again.") from error
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_evaluated(model_dir: Path, evaluation_dir: Path) -> None:
+    """Checks that an evaluation measured the weights that are published, by the journal of its answers.
+
+    Raises:
+        UserError: it measured others, as when the model was trained again since; or its journal is damaged.
+    """
+    journal = evaluation_dir / "answers.jsonl"
+    if not journal.exists():
+        return
+    try:
+        with journal.open(encoding="utf-8") as lines:
+            measured = json.loads(next(lines))["--model"]
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(f"{journal} is damaged; run evaluate_model.py again.") from error
+    if measured != fingerprint(model_dir):
+        raise UserError(
+            f"{evaluation_dir} measured other weights than those of {model_dir}; run evaluate_model.py with this model."
+        )
 
 
 def published_sampling(model_dir: Path, evaluation_dir: Path | None) -> Sampling:

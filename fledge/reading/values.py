@@ -52,6 +52,11 @@ def is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_visible(text: str) -> bool:
+    """Whether there is anything in it to see: zero-width spaces, marks of byte order and NULs are nothing."""
+    return any(character.isprintable() and not character.isspace() for character in text)
+
+
 def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
 

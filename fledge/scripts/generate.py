@@ -20,6 +20,7 @@ from fledge.folders import check_inputs
 from fledge.hub import find_model
 from fledge.locks import locked
 from fledge.ranges import AT_LEAST_ONE, check_ranges
+from fledge.reading.values import is_visible
 from fledge.sampling import Sampling
 from fledge.terminal import in_columns, quiet
 from fledge.trained import Trained, read_trained
@@ -54,7 +55,7 @@ class GenerateArguments:
     prompts_file: str | None = field(
         default=None,
         metadata={
-            "help": "a prompt a line, or .jsonl with `prompt` or `messages` in each line",
+            "help": "a prompt a line; or .jsonl, .json, .csv or .parquet with `prompt` or `messages` in each row",
         },
     )
     output_file: str | None = field(default=None, metadata={"help": "where the answers to --prompts_file go (.jsonl)"})
@@ -222,6 +223,10 @@ def check(args: GenerateArguments) -> None:
     check_ranges(args, RANGES)
     if args.constraints:
         question(args)  # a constraint that cannot be read stops the run before a model is loaded
+    for way in ("topic", "words", "ask"):
+        text = getattr(args, way)
+        if text and not is_visible(text.replace(",", "")):
+            raise UserError(f"--{way} holds no word; say what is asked.")
     if args.story and not args.ask:
         raise UserError("--story needs a question; add --ask 'Who is the main character?'.")
     if bool(args.prompts_file) != bool(args.output_file):

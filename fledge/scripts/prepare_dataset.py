@@ -18,6 +18,7 @@ from fledge.cli import check_hub_id, parse, read_json
 from fledge.commands import next_command
 from fledge.errors import UserError
 from fledge.folders import Output, claimed
+from fledge.hub import check_license
 from fledge.ranges import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 from fledge.sources import load_source, source_names
 from fledge.tasks import Task, open_task, task_names
@@ -163,6 +164,8 @@ def make_plan(args: PrepareArguments) -> Plan:
     """
     if args.push_to_hub is not None:
         check_hub_id("--push_to_hub", args.push_to_hub)
+    if args.license:
+        check_license(args.license)
     check_ranges(args, RANGES)
     if args.near_duplicates and not importlib.util.find_spec("rensa"):
         raise UserError("--near_duplicates needs the package rensa; pip install 'fledge-gpt[dedup]'.")

@@ -9,6 +9,7 @@ Each repository gets one commit, and only what changed there. The token is that 
 """
 
 import contextlib
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -18,10 +19,11 @@ from pathlib import Path
 from fledge.cli import check_hub_id, parse, write_json
 from fledge.errors import UserError
 from fledge.folders import Output, claimed
-from fledge.hub import download, find_model
+from fledge.hub import check_license, download, find_model
 from fledge.terminal import quiet
 
 SPACES = ("gradio", "static")
+LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -75,6 +77,10 @@ def check(args: PublishArguments) -> None:
         value = vars(args)[key]
         if value:
             check_hub_id(f"--{key}", value)
+    if args.license:
+        check_license(args.license)
+    if not LANGUAGE.fullmatch(args.language):
+        raise UserError(f"--language {args.language} is no ISO 639 code of two or three letters, such as en.")
     if not (args.repo_id or args.dataset_repo_id or args.space_repo_id):
         raise UserError("Nothing to publish; give --repo_id, --dataset_repo_id, --space_repo_id, or several of them.")
     if (args.repo_id or args.space_repo_id) and not args.model:
@@ -181,6 +187,8 @@ def build(args: PublishArguments, folder: Path) -> None:
         target, model_dir = folder / "model", whole(model)
         named = Named(**{entry.name: vars(args)[entry.name] for entry in fields(Named)})
         build_model(target, model_dir, evaluation_dir, named)
+        if args.dataset and not is_trained_on(target, folder / "dataset"):
+            print(f"{args.dataset} is not the dataset that {model} was trained on, and the card names it as that.")
         check_folder("model", target)
         example = read_json(target / "budget.json", "train_sft.py", about_task=dict)["about_task"]["example"]
         print(f"The model reloads and answers: {check_model(target, example)!r}")
@@ -191,6 +199,11 @@ def build(args: PublishArguments, folder: Path) -> None:
     if args.space_repo_id:
         build_page(args, folder / "space", evaluation_dir)
         check_folder("space", folder / "space")
+
+
+def is_trained_on(model: Path, dataset: Path) -> bool:
+    """Whether the budget that a model keeps is that of the dataset."""
+    return (model / "budget.json").read_bytes() == (dataset / "budget.json").read_bytes()
 
 
 def build_page(args: PublishArguments, folder: Path, evaluation_dir: Path | None) -> None:

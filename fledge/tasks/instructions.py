@@ -9,7 +9,7 @@ import random
 import re
 
 from fledge.messages import INPUT_MARK, Answer, Messages
-from fledge.reading.values import UNUSABLE_ROLES
+from fledge.reading.values import UNUSABLE_ROLES, is_visible
 from fledge.tasks import RejectedRecord, Task
 from fledge.text.limits import limits_met, refused
 from fledge.text.overlap import exact_match, f1, plain, rouge, translation
@@ -99,7 +99,7 @@ class Instructions(Task):
         is_refused, is_due = refused(text), category == "refusal"
         scores = rouge(reference, text) | translation(reference, text)
         scores["refusal_when_due" if is_due else "refusal_when_not"] = float(is_refused)
-        scores["responds"] = float(bool(text.strip()) and is_refused == is_due)
+        scores["responds"] = float(is_visible(text) and is_refused == is_due)
         if is_due:
             return scores
         if category == "arithmetic":
@@ -134,11 +134,6 @@ def _one_turn(record: dict) -> list[dict[str, str]]:
         {"role": "user", "content": asked},
         {"role": "assistant", "content": record.get("output", "").strip()},
     ]
-
-
-def is_visible(text: str) -> bool:
-    """Whether there is anything in it to see: zero-width spaces, marks of byte order and NULs are nothing."""
-    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def last_number(text: str) -> float | None:

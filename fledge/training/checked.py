@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from typing_extensions import override
 
+from fledge.encoding import IGNORED
 from fledge.errors import UserError
 from fledge.guards import check_overrides, missing
 from fledge.training.lineage import load_optimizer
@@ -48,8 +49,11 @@ class CheckedTrainer(Trainer):
         self._total_train_tokens = tokens_seen(checkpoint)
 
     def begin_of(self, inputs: Any) -> str:
-        """The text at the beginning of a batch, by which a message can name it."""
-        return cast(str, self.processing_class.decode(inputs["input_ids"][0, :24]))
+        """The first answer of a batch, or else its first text, by which a message can name it."""
+        ids = inputs["input_ids"][0]
+        if "labels" in inputs and (inputs["labels"][0] == IGNORED).any():  # a template begins every prompt alike
+            ids = ids[inputs["labels"][0] != IGNORED]
+        return cast(str, self.processing_class.decode(ids[:24]))
 
     def save_beside(self, folder: Path) -> None:
         """Saves, in a checkpoint's `folder`, what this process needs to go on and Trainer does not know."""
@@ -62,6 +66,8 @@ class CheckedTrainer(Trainer):
         """Lines about the way of the run, from its record (`run.json`)."""
         if record["first_loss"] is None:  # --logging_strategy no
             return []
+        if sum("loss" in entry for entry in self.state.log_history) == 1:
+            return [f"Loss {record['first_loss']:.3f} at the only step that was logged; --logging_steps 1 logs all."]
         return [f"Loss {record['first_loss']:.3f} to {record['last_loss']:.3f}."]
 
     @override
@@ -90,7 +96,7 @@ class CheckedTrainer(Trainer):
         saved = newest_checkpoint(Path(str(self.args.output_dir)))
         begin = " ".join(self.begin_of(self.inputs).split())[:200]
         raise UserError(
-            f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch that begins with "
+            f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch with "
             f"{begin!r}; lower --learning_rate and "
             + (f"go on from {saved.name} with --resume auto." if saved else "start again.")
         )

@@ -46,8 +46,15 @@ class SmallDefaults:
 
 
 def save_the_best(config: TrainingArguments, patience: int | None) -> None:
-    """Has a checkpoint saved at each evaluation where the best model is to be kept, as early stopping keeps it."""
+    """Has a checkpoint saved at each evaluation where the best model is to be kept, as early stopping keeps it.
+
+    Raises:
+        UserError: nothing is evaluated.
+    """
     config.load_best_model_at_end = config.load_best_model_at_end or patience is not None
+    if config.load_best_model_at_end and config.eval_strategy == "no":
+        key = "load_best_model_at_end" if patience is None else "early_stopping_patience"
+        raise UserError(f"--{key} compares evaluations, and there are none; add --eval_strategy epoch, or steps.")
     if config.load_best_model_at_end and config.save_strategy == "no":
         config.save_strategy, config.save_steps = config.eval_strategy, config.eval_steps or config.save_steps
 

@@ -1,10 +1,12 @@
 """What train_sft.py trains on: a folder of prepare_dataset.py, or a table of instructions and answers as it stands."""
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from fledge.encoding import IGNORED, Encoded, encode, encode_rejected, open_prepared
 from fledge.errors import UserError
 from fledge.messages import INPUT_MARK, Messages
-from fledge.reading.files import Chunk, row_chunks
-from fledge.reading.values import UNUSABLE_ROLES, as_messages, as_text
+from fledge.preparation.curation import apart, repeated, split_by_group
+from fledge.preparation.reasons import DUPLICATE
+from fledge.preparation.tables import hash_of
+from fledge.reading.files import SPLITS, Chunk, row_chunks
+from fledge.reading.values import UNUSABLE_ROLES, as_messages, as_text, is_visible
 from fledge.templates import add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
@@ -30,8 +35,8 @@ def open_dataset(
     A table is a file or folder of JSON lines, CSV or parquet, or a dataset of the Hub, with the columns `messages` (or
     ShareGPT's `conversations`), or `instruction` and `response` or `output` (and `input`), or `prompt` and
     `completion`. It is encoded by the base's `own` tokenizer with its chat template, or with `template`. Rows that
-    cannot be used are left out, and the lines say how many and why. Without a validation split a twentieth of the rows
-    becomes one.
+    cannot be used and exact duplicates are left out, and the lines say how many and why. `divide` says what is held
+    out.
 
     Raises:
         UserError: it cannot be opened, has none of these columns, a value is no text, or too few rows can be used.
@@ -67,7 +72,7 @@ def open_table(
     Raises:
         UserError: it cannot be opened, or too few rows can be used; and what `read` raises.
     """
-    conversations: dict[str | None, list[tuple[Messages, str | None]]] = {}
+    examples: list[tuple[str, Messages, str | None]] = []
     left_out: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
     spelling = Spelling(tokenizer)
@@ -79,44 +84,62 @@ def open_table(
                 left_out[UNWRITABLE] += 1
                 lacking.update(missing)
             else:
-                conversations.setdefault(chunk.split, []).append((messages, rejected))
+                examples.append((chunk.split or "train", messages, rejected))
     if lacking:
         left_out[f"{UNWRITABLE}: {named(lacking)}"] = left_out.pop(UNWRITABLE)
-    rows = DatasetDict()
-    for split, of_split in conversations.items():
-        encoded = [
-            example
-            for begin in range(0, len(of_split), 1000)
-            for example in _encoded(tokenizer, of_split[begin : begin + 1000])
-        ]
-        kept = [example.row for example in encoded if len(example) <= context]
-        left_out[f"longer than {context} tokens"] += len(encoded) - len(kept)
-        if kept:
-            rows[split or "train"] = Dataset.from_list(kept)
+    encoded = [
+        example
+        for begin in range(0, len(examples), 1000)
+        for example in _encoded(tokenizer, examples[begin : begin + 1000])
+    ]
+    fitting = [number for number, example in enumerate(encoded) if len(example) <= context]
+    left_out[f"longer than {context} tokens"] = len(encoded) - len(fitting)
+    part_of_row = divide([examples[number] for number in fitting], seed)
+    left_out[DUPLICATE.text] = int((part_of_row == -1).sum())
+    parts = [[encoded[number].row for number in np.array(fitting, int)[part_of_row == part]] for part in (0, 1)]
     reasons = [f"left out {count:,} ({reason})" for reason, count in left_out.most_common() if count]
-    if (usable := sum(map(len, rows.values()))) < 2:
+    if not all(parts):
         why = "".join(f", {reason}" for reason in reasons)
-        raise UserError(f"{source} has {usable} rows to train on{why}; give at least two, of which one is held out.")
-    rows = _with_validation(rows, seed)
+        raise UserError(
+            f"{source} has {len(parts[0])} rows to train on{why}; give at least two, of which one is held out."
+        )
+    rows = DatasetDict({name: Dataset.from_list(part) for name, part in zip(SPLITS, parts, strict=False)})
     counts = [f"{len(split):,} in {name}" for name, split in rows.items()]
     return rows, [f"Rows: {', '.join([*counts, *reasons])}"]
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, conversations: list[tuple[Messages, str | None]]) -> list[Encoded]:
-    encoded = encode(tokenizer, [messages for messages, _ in conversations])
-    rejected = [answer for _, answer in conversations if answer is not None]
+def divide(examples: list[tuple[str, Messages, str | None]], seed: int) -> np.ndarray:
+    """What becomes of each example (rows,): 0 trains, 1 is held out, -1 is an exact duplicate, 2 is in a third split.
+
+    An example has its own split, a conversation, and a rejected answer if it is a pair. Of equal examples the one in
+    the latest split stays. Of several splits the first trains and the second is held out. Otherwise a twentieth is held
+    out: with its first question, which no other row then has, or by rows where all ask the same.
+    """
+    splits = np.array([SPLITS.index(split) for split, *_ in examples], int)
+    fingerprints = np.array([hash_of(json.dumps(pair)) for _, *pair in examples], np.uint64)
+    kept = apart(splits, fingerprints)
+    kept[kept] = ~repeated(fingerprints[kept])
+    own, parts = np.unique(splits, return_inverse=True)
+    if len(own) == 1:
+        groups = np.array([hash_of(first_question(messages)) for _, messages, _ in examples], np.uint64)
+        if len(np.unique(groups[kept])) == 1:
+            groups = fingerprints
+        parts[kept] = split_by_group(groups[kept], {"train": 1 - HELD_OUT, "validation": HELD_OUT}, seed)
+    return np.where(kept, parts, -1)
+
+
+def first_question(messages: Messages) -> str:
+    """Its words, without the spaces around them."""
+    first = next(message["content"] for message in messages if message["role"] == "user")
+    return " ".join(first.split())
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, examples: list[tuple[str, Messages, str | None]]) -> list[Encoded]:
+    encoded = encode(tokenizer, [messages for _, messages, _ in examples])
+    rejected = [answer for *_, answer in examples if answer is not None]
     if rejected:
         encode_rejected(tokenizer, encoded, rejected, [True] * len(rejected))
     return encoded
-
-
-def _with_validation(rows: DatasetDict, seed: int) -> DatasetDict:
-    train = rows.get("train") or next(iter(rows.values()))
-    held_out = next((rows[name] for name in ("validation", "test") if name in rows and rows[name] is not train), None)
-    if held_out is None:
-        parts = train.train_test_split(max(1, round(HELD_OUT * len(train))), seed=seed)
-        train, held_out = parts["train"], parts["test"]
-    return DatasetDict({"train": train, "validation": held_out})
 
 
 def longest_row(rows: DatasetDict) -> int:
@@ -166,7 +189,7 @@ def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
             return why
     if "user" not in roles or roles[-1] != "assistant":
         return "it does not end with an answer to a question"
-    if not all(message["content"] for message in messages if message["role"] != "system"):
+    if not all(is_visible(message["content"]) for message in messages if message["role"] != "system"):
         return "a question or an answer is empty"
     if messages[-1]["content"] == rejected:
         return "chosen and rejected are the same"

@@ -21,6 +21,8 @@ from fledge.errors import UserError
 from fledge.guards import check_overrides
 from fledge.training.settings import said_in_words
 
+# What a run is compared by, of which people learn no more than that it differs.
+FINGERPRINTS = {"base": "another base", "data": "other data"}
 # Keys of transformers and TRL that leave the weights as they are: where a run writes and reports, how fast it reads.
 WITHOUT_EFFECT = re.compile(
     r"output_dir|run_name|project|report_to|trackio_.*|log(ging)?_.*|log_level.*|disable_tqdm|hub_.*|push_to_hub.*"
@@ -116,7 +118,9 @@ def go_on(checkpoint: str | None, settings: dict, may_change: bool) -> Lineage:
             raise UserError(f"{name} does not say what it was made with; begin with --overwrite, {allow}.") from error
         made, changed = Lineage({}), {"everything": ["unknown", "as in hyperparameters"]}
     if changed and not may_change:
-        said = ", ".join(f"{key} {old!r:.60} (now {new!r:.60})" for key, (old, new) in changed.items())
+        said = ", ".join(
+            FINGERPRINTS.get(key, f"{key} {old!r:.60} (now {new!r:.60})") for key, (old, new) in changed.items()
+        )
         raise UserError(f"{Path(checkpoint).name} was made with {said}; give the old values, {allow}.")
     part = {"first_step": state["global_step"]} | ({"changed": changed} if changed else {})
     return Lineage(settings, [*made.parts, part])

@@ -134,9 +134,12 @@ class Run:
             output.add(name, partial(draw, history))
         shown = " and ".join(pictures)
         print(f"{output.path} holds the model; see its {shown}.")
+        if self.inputs.budget is None:  # a table has no test split, and no task that scores answers
+            print(f"Next: {next_command('generate.py', {'model': output.path}, {'prompt': 'PROMPT'})}")
+            return
         used = {"model": output.path, "base": self.inputs.base, "dataset": self.args.dataset}
         suggested = {"output_dir": str(output.path.parent / "evaluation")}
-        if (self.inputs.budget or {}).get("keep"):  # a model's own answers, on which none is evaluated
+        if self.inputs.budget.get("keep"):  # a model's own answers, on which none is evaluated
             used["dataset"], suggested["dataset"] = None, "DATASET"
         print(f"Next: {next_command('evaluate_model.py', used, suggested)}")
 

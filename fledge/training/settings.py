@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import ModelConfig
 
 from fledge.errors import UserError
@@ -146,13 +146,17 @@ def check_training(config: TrainingArguments) -> None:
     """What is known before anything is opened.
 
     Raises:
-        UserError: a number is out of range, a tracker is not installed, or Trainer is to send checkpoints to the Hub.
+        UserError: a number is out of range, a tracker is unknown or not installed, or Trainer is to send checkpoints
+            to the Hub.
     """
     check_ranges(config, RANGES)
     if config.push_to_hub:
         raise UserError("--push_to_hub sends unchecked checkpoints; train without it, and publish.py sends the model.")
     wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
     for tracker in set(wanted) - {"none", "all", *get_available_reporting_integrations()}:
+        if tracker not in INTEGRATION_TO_CALLBACK:  # a package of that name would be a stranger's
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"--report_to {tracker} is unknown; transformers knows {known}, and none.")
         package = "'fledge-gpt[track]'" if tracker in TRACK else tracker
         raise UserError(
             f"--report_to {tracker} needs a package that is missing; pip install {package}, or leave it out."

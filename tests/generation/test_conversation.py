@@ -64,6 +64,8 @@ def test_a_text_loses_its_end_and_the_question_nothing(tokenizer, room):
 def test_a_question_that_does_not_fit_is_refused(tokenizer):
     with pytest.raises(UserError, match="leaves no room in the model's context of 20"):
         fit_prompt(tokenizer, [user("Lily had a ball. " * 20)], 20, 5)
+    with pytest.raises(UserError, match="The prompt is empty"):
+        fit_prompt(tokenizer, [user(" \n")], 20, 5)
 
 
 def test_a_beginning_loses_its_beginning(tokenizer):
@@ -245,6 +247,9 @@ def test_words_and_stories_are_asked_as_the_task_does(tmp_path):
         ({"prompts_file": "p.txt"}, "go together"),
         ({"prompt": "x", "output_file": "o"}, "go together"),
         ({"interactive": True, "compare": "m"}, "--compare"),
+        ({"topic": " \u200b"}, "--topic holds no word"),
+        ({"words": " , "}, "--words holds no word"),
+        ({"ask": "  "}, "--ask holds no word"),
     ],
 )
 def test_keys_that_contradict_each_other(keys, message):

@@ -123,9 +123,31 @@ def test_lines_of_json(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.csv", 'n,prompt\n1,x\n2,"y, and z"\n'),
+        ("p.tsv", "prompt\tn\nx\t1\ny, and z\t2\n"),
+        ("p.json", '[{"prompt": "x"}, {"messages": [{"role": "user", "content": "y, and z"}]}]'),
+        ("p.csv", """messages\n"[{'role': 'user', 'content': 'x'}]"\n"[{'from': 'human', 'value': 'y, and z'}]"\n"""),
+    ],
+)
+def test_rows_of_a_table(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert [asked[-1]["content"] for asked in read_prompts(tmp_path / name)] == ["x", "y, and z"]
+
+
+@pytest.mark.parametrize("content", ["prompt,n\nx,1\n,2\n", "question\nx\ny\n", 'prompt,n\nx,1\n"\u200b",2\n'])
+def test_a_bad_row_is_named(tmp_path, content):
+    (tmp_path / "p.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"p\.csv, row [12], is not"):
+        read_prompts(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize(
     "line",
-    ["x", "[]", "3", "null", "{}", '{"prompt": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}',
-     '{"messages": [{"role": "assistant", "content": "x"}]}', '{"messages": "hello"}'],
+    ["x", "[]", "3", "null", "{}", '{"prompt": 3}', '{"prompt": " "}', '{"messages": []}',
+     '{"messages": [{"role": "user"}]}', '{"messages": "hello"}',
+     '{"messages": [{"role": "assistant", "content": "x"}]}'],
 )  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line):
     file = tmp_path / "p.jsonl"

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from conftest import ROOT, call_script, run_script
 from hub import TOKEN, Hub
 from processes import fork_script
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from fledge.encoding import encode_prompt
@@ -171,6 +173,34 @@ def test_what_is_missing_is_said(tiny, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".fledge.json", "model", "publication.json"}
 
 
+def test_figures_of_other_weights_are_not_published(tiny, tmp_path):
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * values for name, values in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    keys = ("--model", model, "--repo_id", "a/b", "--dry_run", "--output_dir", tmp_path / "out")
+    done = call_script("publish.py", *keys, "--evaluation", tiny.evaluation, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"{tiny.evaluation} measured other weights than those of {model}" in done.stderr
+
+    (model / "budget.json").unlink()
+    done = call_script("publish.py", *keys, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "has no budget.json" in done.stderr
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_dataset_that_nobody_trained_on_and_an_odd_licence_are_told(tiny, tmp_path):
+    data = shutil.copytree(tiny.data, tmp_path / "data")
+    budget = json.loads((data / "budget.json").read_text(encoding="utf-8"))
+    (data / "budget.json").write_text(json.dumps(budget | {"seed": 9}), encoding="utf-8")
+    done = call_script(
+        "publish.py", "--model", tiny.model, "--repo_id", "a/b", "--license", "apache2", "--dry_run",
+        "--output_dir", tmp_path / "out", "--dataset", data, "--dataset_repo_id", "a/c",
+    )  # fmt: skip
+    assert f"{data} is not the dataset that {tiny.model} was trained on" in done.stdout
+    assert "--license apache2 is not among the Hub's identifiers; perhaps apache-2.0 is meant" in done.stderr
+
+
 def test_the_space_runs_the_tested_gradio_without_fledge(tiny):
     space = tiny.repository / "space"
     metadata = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
@@ -220,6 +250,10 @@ def test_no_code_asks_to_run_a_models_own_code():
     ("arguments", "said"),
     [
         (["--repo_id", "no-slash"], "not of the form user/name"),
+        (["--repo_id", "a/b..c"], "--repo_id a/b..c is no name that the Hub takes: Cannot have -- or .. in repo_id"),
+        (["--repo_id", f"a/{'b' * 97}"], "the maximum length is 96"),
+        (["--repo_id", "a/b", "--license", "Apache 2.0"], "--license Apache 2.0 is no identifier; give one such as"),
+        (["--repo_id", "a/b", "--language", "english"], "--language english is no ISO 639 code"),
         ([], "Nothing to publish"),
         (["--repo_id", "a/b", "--model", "nowhere"], "There is no model at nowhere"),
         (["--space_repo_id", "a/b"], "loads its model from the Hub"),

@@ -74,6 +74,8 @@ def test_files_named_after_splits_are_those_splits(tmp_path):
         ({"instruction": "t5", "response": None}, "a question or an answer is empty"),
         ({"instruction": "t5"}, "a question or an answer is empty"),
         ({"instruction": " ", "response": "t5"}, "a question or an answer is empty"),
+        ({"instruction": "t5", "response": "\u200b\ufeff"}, "a question or an answer is empty"),
+        (PAIR[3], "an exact duplicate"),
         ({"instruction": "t5 " * 30, "response": "t5"}, "longer than 20 tokens"),
     ],
 )
@@ -81,6 +83,37 @@ def test_a_row_that_cannot_be_used_is_counted(tmp_path, row, reason):
     *_, lines = opened(write(tmp_path / "a.jsonl", [row, *PAIR]))
 
     assert lines == [f"Rows: 19 in train, 1 in validation, left out 1 ({reason})"]
+
+
+def test_files_of_one_split_are_put_together(tmp_path):
+    write(tmp_path / "train.jsonl", PAIR[:12])
+    write(tmp_path / "more.jsonl", PAIR[12:])
+
+    assert opened(tmp_path)[3] == ["Rows: 19 in train, 1 in validation"]
+
+
+def test_a_row_that_is_also_held_out_does_not_train(tmp_path):
+    write(tmp_path / "train.jsonl", PAIR[:12])
+    write(tmp_path / "valid.jsonl", PAIR[10:])
+    *_, rows, lines = opened(tmp_path)
+
+    assert lines == ["Rows: 10 in train, 10 in validation, left out 2 (an exact duplicate)"]
+    assert not set(map(tuple, rows["train"]["input_ids"])) & set(map(tuple, rows["validation"]["input_ids"]))
+
+
+def test_a_question_with_several_answers_is_held_out_whole(tmp_path):
+    asked = [{"instruction": f"t{n % 10 + 40}", "response": f"t{n}"} for n in range(4, 40)]
+    rows = opened(write(tmp_path / "a.jsonl", asked))[2]
+    questions = {name: {ids[1] for ids in split["input_ids"]} for name, split in rows.items()}
+
+    assert not questions["train"] & questions["validation"]
+    assert len(questions["train"] | questions["validation"]) == 10
+
+
+def test_one_question_for_all_rows_is_held_out_by_rows(tmp_path):
+    rows = [{"instruction": "t3", "response": row["response"]} for row in PAIR]
+
+    assert opened(write(tmp_path / "a.jsonl", rows))[3] == ["Rows: 19 in train, 1 in validation"]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +162,7 @@ def test_a_vocabulary_of_characters_leaves_out_what_it_cannot_write(tmp_path):
     ("content", "message"),
     [
         ('{"instruction": "t5", "response": "t6"}\n', "has 1 rows to train on; give at least two"),
+        ('{"instruction": "t5", "response": "t6"}\n' * 3, r"has 1 rows to train on, left out 2 \(an exact duplicate\)"),
         ('{"instruction": "t5", "response": null}\n', r"has 0 rows to train on, left out 1 \(a question or"),
         ('{"instruction": "t5", "response": true}\n', "row 1, column response holds true, which is no text"),
         ('{"messages": "t5"}\n', 'row 1, column messages holds "t5", no list of messages'),
