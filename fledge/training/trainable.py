@@ -1,14 +1,18 @@
 """Which parameters train: all, all but some that are frozen, or an adapter's."""
 
+import re
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from fledge.errors import UserError
 from fledge.models import embedding_of
+
+LINEAR = (torch.nn.Linear, Conv1D)
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -55,11 +59,16 @@ def adapter_config(arguments: ModelConfig, model: PreTrainedModel, new_tokens: i
 
     Adapting all of them matches full fine-tuning where attention alone does not (https://arxiv.org/abs/2305.14314,
     section 4). Rows of the embedding and of the head that belong to `new_tokens` are trained beside the adapter.
+
+    Raises:
+        UserError: --lora_target_modules names nothing in the model.
     """
     config = get_peft_config(arguments)
     if not isinstance(config, LoraConfig):
         return None
-    if config.target_modules is None and config.target_parameters is None:
+    if targets := arguments.lora_target_modules:
+        config.target_modules = _targets([targets] if isinstance(targets, str) else targets, model)
+    elif config.target_parameters is None:
         config.target_modules = "all-linear"
     if new_tokens:
         rows = embedding_of(model).num_embeddings
@@ -67,6 +76,28 @@ def adapter_config(arguments: ModelConfig, model: PreTrainedModel, new_tokens: i
         names = [name for name, module in model.named_modules() if module in ends]
         config.trainable_token_indices = {name: list(range(rows - new_tokens, rows)) for name in names}
     return config
+
+
+def _targets(named: list[str], model: PreTrainedModel) -> str | list[str]:
+    """What peft takes for `all-linear`, one regular expression of whole paths, or ends of paths.
+
+    peft passes over a name that is not there, as long as another one is.
+
+    Raises:
+        UserError: a name is not there.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in named:
+        if any(f".{path}".endswith(f".{name}") for path in paths):
+            continue
+        if len(named) == 1 and (name == "all-linear" or any(re.fullmatch(name, path) for path in paths)):
+            return name
+        linear = {path.rpartition(".")[2] for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
+        raise UserError(
+            f"--lora_target_modules {name} names nothing in this model; its linear layers are "
+            f"{', '.join(sorted(linear))}."
+        )
+    return named
 
 
 def trained_share(model: torch.nn.Module) -> str:

@@ -107,6 +107,8 @@ def test_shares_are_percentages_and_the_rest_is_not():
     assert show("ending_match", found) == "87.3% (83.1 to 91.2)"
     assert show("perplexity", found) == "0.873 (0.831 to 0.912)"
     assert show("judge_score", {"value": 61.25, "low": 50, "high": 70, "n": 9}) == "61.2 (50.0 to 70.0)"
+    large = {"value": 12705.41, "low": 3208.8, "high": 45035.7, "n": 6}
+    assert show("perplexity", large) == "12,705 (3,209 to 45,036)"
     assert show("ending_match", None) == ""
     assert show("perplexity", {"value": 3.5, "low": 3.5, "high": 3.5, "n": 1}) == "3.500 (no interval)"
 

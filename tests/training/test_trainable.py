@@ -1,8 +1,11 @@
 import pytest
 import torch
-from small import MODELS, VOCAB_SIZE, random_rows, small_tokenizer, trainer_for
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from small import MODELS, VOCAB_SIZE, random_rows, small_gpt2, small_tokenizer, trainer_for
 from trl import ModelConfig, SFTTrainer
 
+from fledge.errors import UserError
 from fledge.resizing import add_rows
 from fledge.training.trainable import adapter_config, blocks_of
 from fledge.training.trainer import prepare_model
@@ -39,3 +42,26 @@ def test_beside_an_adapter_only_the_rows_of_new_tokens_are_trained(kind, tmp_pat
     linear = [name for name in before if before[name].dim() == 2 and ("attn" in name or "mlp" in name)]
     assert linear
     assert all(not torch.equal(before[name], after[name]) for name in linear)
+
+
+@pytest.mark.parametrize(
+    ("named", "targets"),
+    [
+        (["all-linear"], {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+        (["c_attn"], {"attn.c_attn"}),
+        (["mlp.c_proj", "c_attn"], {"mlp.c_proj", "attn.c_attn"}),
+        ([r".*\.mlp\.c_.*"], {"mlp.c_fc", "mlp.c_proj"}),
+    ],
+)
+def test_an_adapter_is_put_where_it_is_asked_for(named, targets):
+    model, config = small_gpt2(), ModelConfig(use_peft=True)
+    config.lora_target_modules = named  # a list, as it is after parsing
+    adapted = get_peft_model(model, adapter_config(config, model, 0))
+    layers = [path for path, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+    assert {".".join(path.split(".")[-2:]) for path in layers} == targets
+
+
+def test_an_adapter_for_a_layer_that_is_not_there_is_refused():
+    config = ModelConfig(use_peft=True, lora_target_modules=["c_attn", "q_proj"])
+    with pytest.raises(UserError, match="q_proj names nothing in this model; its linear layers are c_attn, c_fc, "):
+        adapter_config(config, small_gpt2(), 0)
