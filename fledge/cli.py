@@ -5,6 +5,7 @@ Only the standard library and TRL's light parser are imported here, so that `--h
 
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -49,6 +50,7 @@ def parse(
     class Parser(TrlParser):
         @override
         def error(self, message: str) -> NoReturn:
+            message = re.sub(r"^argument (--\w+)(/--[\w-]+)?: ", r"\1: ", message).rstrip(".")
             raise UserError(f"{message}; --help lists every key.")
 
         @override
@@ -74,7 +76,9 @@ def parse(
     if arguments.count("--config") > 1:
         raise UserError("--config is given twice; name one recipe.")
     try:
-        texts = _texts(arguments, dataclass_types)
+        recipe, texts = _open_recipe(arguments, dataclass_types)
+        if not partly:
+            _refuse_unknown(arguments, recipe, parser)
         *parsed, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
         if left_over and not partly:
             raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
@@ -83,6 +87,8 @@ def parse(
         return tuple(parsed[: len(dataclass_types)])
     except yaml.YAMLError as error:
         raise UserError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The recipe {_recipe_of(arguments)} is no text in UTF-8: {error.reason}.") from error
     except OSError as error:
         raise UserError(f"The recipe {error.filename} cannot be read: {error.strerror}.") from error
     except IndexError as error:
@@ -136,8 +142,14 @@ def grouped_help(parser: argparse.ArgumentParser, dataclass_types: tuple[type, .
     return formatter.format_help()
 
 
-def _texts(arguments: list[str], dataclass_types: tuple[type, ...]) -> dict[str, str | list[str]]:
-    """What a recipe gives for keys that hold text, as it is written there.
+def _recipe_of(arguments: list[str]) -> Path | None:
+    return Path(arguments[arguments.index("--config") + 1]) if "--config" in arguments[:-1] else None
+
+
+def _open_recipe(
+    arguments: list[str], dataclass_types: tuple[type, ...]
+) -> tuple[list[str], dict[str, str | list[str]]]:
+    """The keys of a recipe, and what it gives for those that hold text, as it is written there.
 
     YAML would read `prompt: no` as false, `007` as 7 and `12:30` as 750.
 
@@ -146,12 +158,13 @@ def _texts(arguments: list[str], dataclass_types: tuple[type, ...]) -> dict[str,
     """
     import yaml
 
-    if "--config" not in arguments[:-1]:
-        return {}
-    file = Path(arguments[arguments.index("--config") + 1])
-    recipe = yaml.compose(file.read_text(encoding="utf-8"))
+    file = _recipe_of(arguments)
+    if file is None:
+        return [], {}
+    with file.open(encoding="utf-8") as text:
+        recipe = yaml.compose(text)
     if not isinstance(recipe, yaml.MappingNode):
-        return {}
+        return [], {}
     _refuse_duplicates(recipe, file)
     hints = {name: hint for kind in dataclass_types for name, hint in typing.get_type_hints(kind).items()}
     texts = {}
@@ -165,7 +178,24 @@ def _texts(arguments: list[str], dataclass_types: tuple[type, ...]) -> dict[str,
             texts[key.value] = [node.value]
         elif list[str] in kinds and isinstance(node, yaml.SequenceNode) and all(map(_is_text, node.value)):
             texts[key.value] = [item.value for item in node.value]
-    return texts
+    return [str(key.value) for key, _ in recipe.value], texts
+
+
+def _refuse_unknown(arguments: list[str], recipe: list[str], parser: argparse.ArgumentParser) -> None:
+    """argparse would first miss a required key, of which an unknown one is a misspelling.
+
+    Raises:
+        UserError: the command line or the recipe has a key that `parser` does not know.
+    """
+    options = {option for action in parser._actions for option in action.option_strings}
+    names = {action.dest for action in parser._actions}
+    given = [argument.partition("=")[0] for argument in arguments if re.match(r"--[\w-]+(=|$)", argument)]
+    unknown = [key for key in given if key not in options]
+    unknown += [f"--{key}" for key in recipe if key not in names | {"env"}]  # TRL's parser takes env for itself
+    for key in unknown:
+        like = difflib.get_close_matches(key[2:].replace("-", "_").lower(), names, 1, 0.8)
+        meant = f" perhaps --{like[0]} is meant;" if like else ""
+        raise UserError(f"{key} is unknown;{meant} --help lists every key.")
 
 
 def _is_text(node: "yaml.Node") -> bool:
@@ -195,7 +225,8 @@ def _settle_types(arguments: object) -> None:
             continue
         fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
         if not fits and not (float in kinds and type(value) is int):
-            raise UserError(f"{name} is {value!r}, not of the type {hint}; --help lists every key.")
+            kind = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise UserError(f"--{name} is {value!r}, not of the type {kind}; --help lists every key.")
 
 
 def _alternatives(hint: object) -> tuple[Any, ...]:

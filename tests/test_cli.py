@@ -120,7 +120,14 @@ def test_a_switch_in_a_recipe(recipe, value, is_on):
         pytest.param("dishes: [pie\n", [], "not valid YAML: .* line 1", id="bad YAML"),
         pytest.param("- pie\n", [], "must contain a YAML mapping", id="a list"),
         pytest.param("", [], "must contain a YAML mapping", id="empty"),
-        pytest.param(b"cook: \xff\n", [], "can't decode byte 0xff", id="not UTF-8"),
+        pytest.param(b"cook: \xff\n", [], "recipe.yaml is no text in UTF-8: invalid start byte", id="not UTF-8"),
+        pytest.param(RECIPE + "\tfan: yes\n", [], 'recipe.yaml", line 4, column 1', id="tab"),
+        pytest.param(RECIPE + "minuets: 3\n", [], "^--minuets is unknown; perhaps --minutes is", id="misspelled"),
+        pytest.param(
+            "dishes: [pie]\nCook: A\n", [], "^--Cook is unknown; perhaps --cook is", id="misspelled, required"
+        ),
+        pytest.param("cook: Ann\n", ["--dishs", "pie"], "^--dishs is unknown; perhaps --dishes is", id="typing error"),
+        pytest.param("dishes: [pie]\ncook: {a: b}\n", [], "^--cook is {'a': 'b'}, not of the type str;", id="mapping"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_line(recipe, text, arguments, message):
