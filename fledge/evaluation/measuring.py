@@ -51,9 +51,14 @@ def loss_ratios(nats: list[Tensor], texts: list[str]) -> dict[str, Ratio]:
     size = np.array([float(len(text.encode())) for text in texts])
     return {
         "completion_loss": Ratio(total, tokens, is_share=False),
-        "perplexity": Ratio(total, tokens, np.exp, is_share=False),
+        "perplexity": Ratio(total, tokens, perplexity, is_share=False),
         "bits_per_byte": Ratio(total / np.log(2), size, is_share=False),
     }
+
+
+def perplexity(loss: np.ndarray) -> np.ndarray:
+    """Of a loss beyond 100 nats that of 100: infinity is no number in JSON."""
+    return np.exp(np.minimum(loss, 100.0))
 
 
 def distinct_ratio(texts: list[str], num_samples: int) -> Ratio:

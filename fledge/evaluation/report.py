@@ -23,8 +23,9 @@ def show(name: str, metric: dict[str, float] | None) -> str:
     if metric is None:
         return ""
     scale, digits, unit = (100, 1, "%") if name not in NO_SHARES else (1, 1 if name in ONE_DIGIT else 3, "")
-    digits = 0 if abs(metric["value"]) >= 1000 else digits  # a perplexity of a base that has never seen such text
-    value, low, high = (f"{scale * metric[end]:,.{digits}f}" for end in ("value", "low", "high"))
+    size = abs(metric["value"])  # a perplexity, of a model that has never seen such text, may be any number
+    form = ".1e" if size >= 1e6 else ",.0f" if size >= 1000 else f".{digits}f"
+    value, low, high = (f"{scale * metric[end]:{form}}" for end in ("value", "low", "high"))
     # All prompts gave the same value, which may lie anywhere: nothing tells how sure it is.
     return f"{value}{unit} (no interval)" if metric["low"] == metric["high"] else f"{value}{unit} ({low} to {high})"
 

@@ -49,6 +49,14 @@ def test_perplexity_and_bits_per_byte_by_hand(losses, tiny):
     assert texts == [sample["reference"] for sample in samples]
 
 
+def test_the_perplexity_of_a_model_that_is_sure_and_wrong_is_a_number():
+    ratios = loss_ratios([torch.full((4,), nats) for nats in (2000.0, 3000.0)], ["a b", "c d"])
+    found = {name: interval(ratio) for name, ratio in ratios.items()}
+    assert found["completion_loss"]["value"] == 2500.0
+    assert found["perplexity"]["low"] == found["perplexity"]["high"] == pytest.approx(math.exp(100))
+    json.dumps(found, allow_nan=False)
+
+
 def test_loss_by_position_counts_each_answer_from_its_own_beginning():
     rows = [{"labels": [IGNORED, 5, 6, IGNORED, 7]}, {"labels": [IGNORED, IGNORED, 5, 6, 7]}]
     nats = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 6.0, 7.0])]

@@ -109,6 +109,8 @@ def test_shares_are_percentages_and_the_rest_is_not():
     assert show("judge_score", {"value": 61.25, "low": 50, "high": 70, "n": 9}) == "61.2 (50.0 to 70.0)"
     large = {"value": 12705.41, "low": 3208.8, "high": 45035.7, "n": 6}
     assert show("perplexity", large) == "12,705 (3,209 to 45,036)"
+    huge = {"value": 2.69e43, "low": 1e6, "high": 2.69e43, "n": 6}
+    assert show("perplexity", huge) == "2.7e+43 (1.0e+06 to 2.7e+43)"
     assert show("ending_match", None) == ""
     assert show("perplexity", {"value": 3.5, "low": 3.5, "high": 3.5, "n": 1}) == "3.500 (no interval)"
 
