@@ -41,30 +41,37 @@ FORMS = [
 ]
 
 
+def asked_otherwise(row: dict) -> list[dict]:
+    """The pair and two more in its form, to other questions."""
+    return [row, *(json.loads(json.dumps(row).replace("ran", other)) for other in ("sat", "ate"))]
+
+
 @pytest.mark.parametrize("row", FORMS)
 def test_every_form_of_a_pair_gives_the_ids_of_inference(tmp_path, tokenizer, row):
-    budget, _, rows, lines = open_pairs(write(tmp_path, [row] * 4), tokenizer, 128, seed=0)
-    assert (budget, lines) == (None, ["Rows: 3 in train, 1 in validation"])
+    budget, _, rows, lines = open_pairs(write(tmp_path, asked_otherwise(row)), tokenizer, 128, seed=0)
+    assert (budget, lines) == (None, ["Rows: 2 in train, 1 in validation"])
     chosen, rejected = (encode(tokenizer, [[user("Who ran?"), assistant(text)]])[0] for text in ("A fox.", "No."))
-    found = rows["train"][0]
-    assert found["input_ids"] == chosen.input_ids
+    whole = [row for split in rows.values() for row in split]
+    (found,) = [row for row in whole if row["input_ids"] == chosen.input_ids]
     assert found["input_ids"][: prompt_length(found["labels"])] == rejected.prompt_ids
     assert found["rejected_ids"] == rejected.completion_ids
-    assert longest_pair(rows) == len(chosen.input_ids)
+    assert longest_pair(rows) == max(len(row["input_ids"]) for row in whole)
     assert cut_pairs(rows, 200) == cut_pairs(rows, None) == []
-    cut = cut_pairs(rows, len(chosen.input_ids) - 1)
-    assert cut == [f"Pairs cut 3 of 3 by max_length {len(chosen.input_ids) - 1}, with their end-of-text"]
+    shorter = min(len(row["input_ids"]) for row in whole) - 1
+    assert cut_pairs(rows, shorter) == [f"Pairs cut 2 of 2 by max_length {shorter}, with their end-of-text"]
     with pytest.raises(UserError, match="--max_length 3 cuts the answers off every pair"):
         cut_pairs(rows, 3)
 
 
 def test_what_teaches_no_preference_is_left_out_and_counted(tmp_path, tokenizer):
-    rows = [FORMS[0]] * 3 + [FORMS[0] | {"rejected": "A fox."}, FORMS[0] | {"rejected": "no " * 200}]
+    rows = [*asked_otherwise(FORMS[0]), FORMS[0]]
+    rows += [FORMS[0] | {"rejected": text} for text in ("A fox.", "no " * 200)]
     rows += [FORMS[0] | {"prompt": ""}, FORMS[0] | {"chosen": ""}]
     _, _, _, lines = open_pairs(write(tmp_path, rows), tokenizer, 128, seed=0)
     assert lines == [
         "Rows: 2 in train, 1 in validation, left out 2 (a question or an answer is empty), "
-        "left out 1 (chosen and rejected are the same), left out 1 (longer than 128 tokens)"
+        "left out 1 (chosen and rejected are the same), left out 1 (longer than 128 tokens), "
+        "left out 1 (an exact duplicate)"
     ]
 
 
