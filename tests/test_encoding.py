@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,10 +15,13 @@ from fledge.encoding import (
     encode_prompt,
     encode_rejected,
     fit,
+    marked,
     numbers_of,
+    open_rows,
     prompt_length,
     prompt_text,
     shortest,
+    with_messages,
 )
 from fledge.errors import UserError
 from fledge.messages import INPUT_MARK
@@ -419,7 +423,48 @@ def test_a_condition_that_no_row_meets_is_refused(only, said):
         numbers_of(ROWS, only)
 
 
-def test_a_refusal_names_few_of_many_values():
-    rows = [{"messages": [], "number": number} for number in range(10, 21)]
-    with pytest.raises(UserError, match="values of number: 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, …"):
+@pytest.mark.parametrize(("values", "more"), [(10, "."), (11, ", …")])
+def test_a_refusal_names_few_of_many_values(values, more):
+    rows = [{"messages": [], "number": number} for number in range(10, 10 + values)]
+    said = f"values of number: 10, 11, 12, 13, 14, 15, 16, 17, 18, 19{more}"
+    with pytest.raises(UserError, match=re.escape(said)):
         numbers_of(rows, ["number=9"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": chat("Hi.", "Ho.")},
+        {"instruction": "Hi.", "response": "Ho."},
+        {"prompt": chat("Hi."), "chosen": chat("Hi.", "Ho.")[1:]},
+    ],
+)
+def test_a_row_of_any_form_becomes_messages(row):
+    assert with_messages({**row, "kind": "greeting"}) == {"messages": chat("Hi.", "Ho."), "kind": "greeting"}
+
+
+def test_rows_are_opened_by_split_with_the_names_of_their_classes(tmp_path):
+    """A split may lie in several files."""
+    text, ending = Value("string"), ClassLabel(names=["sad", "happy"])
+    classes = Features({"instruction": text, "response": text, "ending": ending})
+    for split, number, label in (("train", 0, 1), ("train", 1, 0), ("test", 0, 0)):
+        row = {"instruction": f"{split} {number}", "response": "Ho.", "ending": label}
+        file = tmp_path / "data" / f"{split}-0000{number}-of-00002.parquet"
+        Dataset.from_list([row], classes).to_parquet(file)
+    (tmp_path / "budget.json").write_text('{"splits": {"train": {}, "test": {}}}', encoding="utf-8")
+
+    assert open_rows(tmp_path) == {
+        "train": [
+            {"messages": chat("train 0", "Ho."), "ending": "happy"},
+            {"messages": chat("train 1", "Ho."), "ending": "sad"},
+        ],
+        "test": [{"messages": chat("test 0", "Ho."), "ending": "sad"}],
+    }
+
+
+def test_supervised_tokens_are_shown_between_marks(gpt2):
+    row = encode_one(gpt2, "A dog.", "It ran.", "And then?", "It sat.").row
+    shown = marked(gpt2, row["input_ids"], row["labels"], "[", "]")
+
+    assert re.findall(r"\[(.*?)\]", shown) == ["It ran." + END, "It sat." + END]
+    assert shown.replace("[", "").replace("]", "") == gpt2.decode(row["input_ids"])

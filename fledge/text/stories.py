@@ -86,8 +86,6 @@ def main_character(story: str) -> str | None:
     several = LISTED.match(narration, _first_at(first, narration))
     if several:
         together = [*several[1].split(", "), several[2]]
-    if any(name not in counts for name in together):
-        return None
     rivals = [count for name, count in counts.items() if name not in together]
     if len(together) == 1:
         companion = re.search(rf"\b{first} and (?:his|her|their|an?) [a-z -]+,? ({NAME})", opening)

@@ -117,3 +117,12 @@ def test_a_part_is_exchanged_alone():
         assert exchanged["messages"][1] == one["messages"][1]
         assert exchanged["ending"] == ending
     assert load_task("story_chat").exchanged("instruction", one, other) == other
+
+
+@pytest.mark.parametrize("words", [["a"], ["a", "a"]])
+def test_without_another_instruction_there_is_no_chance_level(words):
+    rows, answers = [row(word) for word in words], {"model": [Answer(word, 1, True) for word in words]}
+    own = {"model": [{"right": 1.0} for _ in words]}
+    task = load_task("constraints")
+    rows = [of_word | {"number": "one"} for of_word in rows]
+    assert chance_levels(Echo(), task, rows, answers, own, np.ones(len(rows))) == ({"model": {}}, set())

@@ -28,9 +28,9 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
 
 
 def test_headroom_by_hand():
-    right = [int(mark) for mark in "111111000000100000111000"]
-    found = headroom(right, 6, np.ones(4))
+    right = [int(mark) for mark in "111111000000000000100000111000"]
+    found = headroom(right, 6, np.ones(5))
     assert list(found) == ["pass@1", "pass@2", "pass@4", "pass@6", "all_right", "all_wrong"]
-    expected = [10 / 24, (1 + 1 / 3 + 4 / 5) / 4, (1 + 2 / 3 + 1) / 4, 3 / 4, 1 / 4, 1 / 4]
+    expected = [10 / 30, (1 + 1 / 3 + 4 / 5) / 5, (1 + 2 / 3 + 1) / 5, 3 / 5, 1 / 5, 2 / 5]
     assert [metric["value"] for metric in found.values()] == pytest.approx(expected)
-    assert all(metric["n"] == 4 for metric in found.values())
+    assert all(metric["n"] == 5 for metric in found.values())

@@ -7,7 +7,7 @@ from fledge.evaluation.intervals import interval
 from fledge.evaluation.measuring import Answered
 from fledge.evaluation.prompts import Prompts
 from fledge.evaluation.report import beside, cautions, table_by
-from fledge.evaluation.scoring import MEANING, Scoring, figures
+from fledge.evaluation.scoring import MEANING, Scoring, figures, judges_apart
 from fledge.messages import INPUT_MARK, Answer
 from fledge.tasks import load_task
 
@@ -145,3 +145,16 @@ def test_only_the_metrics_of_the_task_weigh_the_prompts():
     found = Scoring(prompts, TASK.scorer([], []), NoWords()).ratios(scores)
     assert interval(found["instruction_following"])["value"] == pytest.approx(5 / 30)
     assert interval(found["eos_rate"])["value"] == pytest.approx(1 / 30)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "apart"),
+    [(0.5, 0.5, False), (0.5, 0.46, False), (0.46, 0.5, False), (0.5, 0.44, True), (0.44, 0.5, True)],
+)
+def test_two_judges_part_by_more_than_a_twentieth(first, second, apart):
+    metrics = {"ending_match": {"value": first}, "ending_match_second": {"value": second}}
+    found = judges_apart(metrics, load_task("topic_ending"))
+    assert (found is not None) == apart
+    if found:
+        assert found == {"metrics": list(metrics), "difference": pytest.approx(first - second)}
+    assert judges_apart(metrics, TASK) is None  # it has one judge

@@ -61,6 +61,19 @@ def test_bands_find_a_pair_at_the_limit(similarity):
     assert width == HASHES or 1 - (1 - similarity ** (width + 1)) ** (HASHES // (width + 1)) < 0.99
 
 
+@pytest.mark.parametrize("similarity", [0.8, 0.9])
+def test_each_band_finds_a_pair_by_itself(tmp_path, similarity):
+    """The pair has one other hash in every other band."""
+    width = hashes_a_band(similarity)
+    begins = range(0, HASHES - width + 1, width)
+    assert 1 - len(begins) / HASHES > similarity
+    for own in begins:
+        minhash = np.random.default_rng(own).integers(0, 2**32, (HASHES, 1), dtype=np.uint32).repeat(2, axis=1)
+        minhash[[begin for begin in begins if begin != own], 1] += 1
+        np.save(tmp_path / "pair.npy", minhash)
+        assert near_duplicates([tmp_path / "pair.npy"], np.arange(2), similarity).tolist() == [False, True]
+
+
 def test_the_later_of_two_near_duplicates_goes_across_chunks_and_splits(tmp_path):
     texts = [" ".join(text_of(seed)) for seed in range(6)]
     copies = [changed(text_of(seed), 0.05) for seed in (1, 4)]

@@ -92,6 +92,12 @@ def test_the_request_is_read_back_from_any_instruction(topic, ending):
     assert requested(instruction(topic, ending)) == (topic, ending)
 
 
+@pytest.mark.parametrize("text", ["", "Write a story about: A cat.", "With: sad ending", "Tell me.\nWith: sad ending"])
+def test_a_prompt_that_asks_for_no_ending_is_refused(text):
+    with pytest.raises(UserError, match="asks for no ending"):
+        requested(text)
+
+
 TALE = (
     "Once upon a time, there was a boy named Tim. Tim had a red kite. One day, he took it to the park. The wind blew "
     "the kite up into a tall oak. Tim could not reach it. He asked his dad for help. His dad climbed up the oak and "

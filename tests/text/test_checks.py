@@ -173,3 +173,20 @@ def test_white_space_of_any_kind_counts_only_for_titles_and_rhymes(text, space):
 def test_a_list_a_copy_and_a_repetition_are_no_story(text, is_story):
     prompt = "Write a short story.\nUse these words: boat, brave\nBegin with: Tom had a kite.\nAsk a question in it."
     assert checks.tells(text, prompt) is is_story
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("The boat was brave.", 2 / 3),  # two words a sentence at most
+        ("The boat had a brave red kite.", 2 / 3),
+        ("The boat was old. Tom was brave. He had a kite.", 1),
+        ("The boat was old. A boat was brave. The boat had a kite.", 1),  # whichever sentence has to count for which
+        ("Think of a red boat today.", 0),  # four words in a row from the prompt
+        ("Think of a blue boat today.", 1 / 3),
+        ("", 0),
+    ],
+)
+def test_words_count_apart_from_one_another_and_from_the_prompt(text, share):
+    prompt = "Tell me of a red boat that sails."
+    assert checks.uses_apart(["boat", "brave", "kite"], text, prompt) == pytest.approx(share)

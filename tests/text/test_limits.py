@@ -30,7 +30,8 @@ from fledge.text.limits import limits_met, refused
         ("I'm sorry to hear that. Drink some tea.", False),
         ("You can't park there.", False),
         ("Lisbon.", False),
-        ("One. Two. Three. I can't go on.", False),
+        ("One. I can't help you.", True),
+        ("One. Two. I can't help you.", False),
         ("", False),
     ],
 )
@@ -78,3 +79,22 @@ def test_refusals(text, refuses):
 )
 def test_stated_limits(asked, text, met):
     assert limits_met(asked, text) is met
+
+
+@pytest.mark.parametrize(
+    ("limit", "met"),
+    [
+        ("fewer than 3 words", [1, 2]),
+        ("at most 3 sentences", [1, 2, 3]),
+        ("3 words or less", [1, 2, 3]),
+        ("exactly 3 words", [3]),
+        ("at least 3 sentences", [3, 4, 5]),
+        ("3 words or more", [3, 4, 5]),
+        ("more than 3 words", [4, 5]),
+        ("3 words", [1, 2, 3]),
+        ("3 sentences", [3]),
+        ("1 word", [1]),
+    ],
+)
+def test_a_limit_is_met_by_these_numbers_only(limit, met):
+    assert [count for count in range(6) if limits_met(f"Say it in {limit}.", "So. " * count)] == met

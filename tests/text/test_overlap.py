@@ -10,6 +10,7 @@ PAIRS = [
     ("She was happy.", "It rained all day and nobody came."),
     ("The moral of the story is to share.", ""),
     ("Yes.", "Yes"),
+    ("Two cats jumped.", "A cat jumps."),
 ]
 
 

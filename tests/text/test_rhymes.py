@@ -25,6 +25,8 @@ from fledge.text.rhymes import rhymes
         ("two", "too", False),  # one sound is no rhyme
         ("sea", "see", False),
         ("write", "right", False),
+        ("stand", "understand", False),  # the stressed syllable is the same
+        ("moon", "afternoon", True),
         ("day", "day", False),
         ("day", "zorble", False),
         ("zorble", "zorble", False),

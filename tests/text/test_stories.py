@@ -40,6 +40,8 @@ def test_the_main_character_is_right_in_95_of_100_stories():
         ('"Hello!" Once Mom called, Tom came. Mom said no. Mom left. Mom cried. Then Tom and Mom ate.', "Tom"),
         ("One Monday, Lily sat. On Monday, Lily ate. Every Monday is nice. On Monday it was over.", "Lily"),
         ("Lily went to London with her mom. Lily’s mom sang.", "Lily"),
+        ("There was a girl. Her name was Lily. The girl sat. The girl ate. The girl ran. Lily and Lily slept.", "Lily"),
+        ("Tom and Anna were in the park. Tom ran. Tom sang.", "Tom and Anna"),
     ],
 )
 def test_the_main_character_is_found(story, name):
@@ -56,6 +58,8 @@ def test_the_main_character_is_found(story, name):
         "Once upon a time, there was a big boat. The boat sailed. The boat saw Tim. Tim liked the boat. Tim left.",
         "A cat and a dog were in the park. The cat ran. The cat slept. The dog barked.",
         "There was a rat. The rat met another rat. The rat sang.",
+        "Tom and Anna were in the park. Tom ran. Tom sang. Tom slept.",
+        "Tom and Mom were in the park. Tom ran. Tom slept.",
         "It was a town named Riverton. In Riverton it rained. Riverton was wet.",
         "Once there was a girl named Lily and a boy named Tom. Lily sang. Tom danced.",
         "The sun was up. It was warm.",

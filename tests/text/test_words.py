@@ -1,6 +1,6 @@
 import pytest
 
-from fledge.text.words import as_written, content_words, in_order, used
+from fledge.text.words import as_written, content_words, in_order, is_run, used
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,18 @@ def test_content_words(text, words):
 )
 def test_plural_past_and_apostrophe_make_no_other_word(one, other):
     assert content_words(one) == content_words(other)
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "stands"),
+    [
+        ("The cat sat.", "Then the CAT sat down.", True),
+        ("Tom's cat", "It was Tom’s cat.", True),
+        ("cat down", "The cat sat down.", False),
+        ("sat cat", "The cat sat.", False),
+        ("cat", "The cats sat.", False),
+        ("The cat sat.", "The cat", False),
+    ],
+)
+def test_a_run_of_words_stands_in_a_text_in_one_piece(words, text, stands):
+    assert is_run(words, text) is stands
