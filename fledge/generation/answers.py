@@ -270,7 +270,7 @@ def answer_batch(
             streamer.put(torch.tensor([token]))
 
     sampling = replace(sampling, seed=seed)
-    answers = dict(answer_each(model, tokenizer, prompts, sampling, min(len(prompts), 64), told=told))
+    answers = dict(answer_each(model, tokenizer, prompts, sampling, 64, told=told))
     if streamer:
         streamer.end()
     return [answers[i] for i in range(len(prompts))]

@@ -18,6 +18,7 @@ from fledge.checkpoints.proof import (
     prove_greedy,
     prove_saved,
     prove_written,
+    rounding,
 )
 from fledge.checkpoints.recognition import recognise
 from fledge.checkpoints.targets import to_target
@@ -79,7 +80,8 @@ def assert_disproven(probes, config, weights):
 
 @pytest.mark.parametrize("variant", TENSORS)
 def test_right_conversion_is_proven(variant):
-    _, probes, config, weights = converted(variant)
+    gpt, probes, config, weights = converted(variant)
+    assert 0 < rounding(gpt, probes) <= FLOAT32_TOLERANCE
     assert prove_exact(probes, empty(config), weights) <= FLOAT64_TOLERANCE
     found = prove_saved(probes, filled(config, weights))
     assert 0 < found["max_relative_error"] <= FLOAT32_TOLERANCE
@@ -106,6 +108,21 @@ def test_any_tensor_a_thousandth_off_is_disproven(variant):
     for name, tensor in weights.items():
         noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         assert_disproven(probes, config, weights | {name: tensor + 1e-3 * tensor.square().mean().sqrt() * noise})
+
+
+def test_what_is_in_float64_stays_so_whatever_a_model_asks_for():
+    exact, rounded, whole = torch.full((2,), 1 / 3, dtype=torch.float64), torch.full((2,), 1 / 3), torch.arange(2)
+    casts = (
+        lambda x: x.float(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.to(dtype=torch.float32),
+        lambda x: torch.softmax(x, -1, dtype=torch.float32),
+    )
+    with proof._InFloat64():
+        assert all(cast(exact).dtype == torch.float64 for cast in casts)
+        assert all(cast(x).dtype == torch.float32 for cast in casts for x in (rounded, whole))
+        assert all(torch.equal(cast(exact), exact) for cast in casts[:3])
+    assert exact.float().dtype == torch.float32
 
 
 def test_square_projection_left_as_it_was_is_disproven():

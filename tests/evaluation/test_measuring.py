@@ -1,11 +1,13 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
+from small import random_rows, small_gpt2
 from transformers import AutoTokenizer
 
 from fledge.encoding import IGNORED
@@ -36,6 +38,24 @@ def test_completion_losses_equal_rows_scored_one_by_one(losses, monkeypatch):
         assert torch.allclose(again, by_hand, atol=1e-4)
 
 
+def test_no_forward_holds_more_tokens_than_it_may(monkeypatch):
+    monkeypatch.setattr("fledge.evaluation.measuring.TOKENS_AT_ONCE", 90)
+    model, rows, shapes, done = small_gpt2(), random_rows(12), [], []
+    model.register_forward_pre_hook(lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True)
+    together = completion_nats(model, SimpleNamespace(pad_token_id=None), rows, done.append)
+    assert all(count * longest <= 90 for count, longest in shapes)
+    assert max(count for count, _ in shapes) > 2
+    assert done == np.cumsum([count for count, _ in shapes]).tolist()
+    alone = [completion_nats(model, SimpleNamespace(pad_token_id=0), [row])[0] for row in rows]
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(together, alone, strict=True))
+
+
+def test_of_a_single_answer_nothing_says_how_sure_its_loss_is():
+    for ratio in loss_ratios([torch.tensor([0.5, 1.0])], ["He ran."]).values():
+        found = interval(ratio)
+        assert found["low"] == found["value"] == found["high"]
+
+
 def test_perplexity_and_bits_per_byte_by_hand(losses, tiny):
     _, tokenizer, rows, nats = losses
     texts = [supervised_text(tokenizer, row) for row in rows]
@@ -58,11 +78,12 @@ def test_the_perplexity_of_a_model_that_is_sure_and_wrong_is_a_number():
 
 
 def test_loss_by_position_counts_each_answer_from_its_own_beginning():
-    rows = [{"labels": [IGNORED, 5, 6, IGNORED, 7]}, {"labels": [IGNORED, IGNORED, 5, 6, 7]}]
-    nats = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 6.0, 7.0])]
+    """The first token of a row is never predicted."""
+    rows = [{"labels": [IGNORED, 5, 6, IGNORED, 7]}, {"labels": [IGNORED, IGNORED, 5, 6, 7]}, {"labels": [5, 6, 7]}]
+    nats = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 6.0, 7.0]), torch.tensor([11.0, 10.0])]
     assert loss_by_position(rows, nats) == [
-        {"first": 1, "last": 1, "nats": 3.0, "n": 3},
-        {"first": 2, "last": 2, "nats": 4.0, "n": 2},
+        {"first": 1, "last": 1, "nats": 5.0, "n": 4},
+        {"first": 2, "last": 2, "nats": 6.0, "n": 3},
         {"first": 3, "last": 4, "nats": 7.0, "n": 1},
     ]
 

@@ -79,6 +79,7 @@ def test_the_ending_that_most_texts_share():
     ]
     assert same_ending(texts) == [True, True, False, False, False]
     assert same_ending(texts[2:]) == [False, False, False]
+    assert same_ending(["The cat ran back home.", "A dog ran back home."]) == [False, False]  # three words
     assert same_ending([]) == []
 
 
@@ -133,3 +134,12 @@ def test_an_empty_answer_is_no_answer(tokenizer):
     assert [score["answered"] for score in scores] == [0.0, 1.0, 0.0]
     assert [score["eos_rate"] for score in scores] == [1.0, 1.0, 0.0]
     assert all("copied" not in score for score in scores)
+
+
+def test_only_what_training_answers_say_counts_as_copied(tokenizer):
+    asked, told = "Write me a story about a cat that can fly.", "There was a cat that flew over the old town."
+    scores = Wording(tokenizer, [], [{"messages": turn(asked, told)}]).score(
+        [Answer(text, 9, True) for text in (asked, told, told)]
+    )
+    assert [score["copied"] for score in scores] == [0, 1, 1]
+    assert [score["distinct_answers"] for score in scores] == [1, 0, 0]

@@ -1,10 +1,11 @@
 import random
+import re
 
 import numpy as np
 import pytest
 
 from fledge.errors import UserError
-from fledge.judges.coherence import CoherenceJudge, content, first_mentions, tokens
+from fledge.judges.coherence import FEATURES, CoherenceJudge, content, first_mentions, tokens
 from fledge.judges.corruption import ALL, TESTED, Corrupter, verb_form
 from fledge.judges.ngrams import WordModel
 
@@ -74,8 +75,47 @@ def test_a_swapped_name_is_one_of_the_other_stories():
     assert any(name in broken for name in ("Tom", "Sue", "Ben"))
 
 
+def test_a_name_changes_from_the_middle_of_its_mentions_on():
+    corrupter = Corrupter(["One day Sue met Sue."], random.Random(0))
+    story = "Once a boy named Tim ran. " + "Then Tim sat. " * 5
+    assert re.findall("Tim|Sue", corrupter.name(story)) == ["Tim"] * 3 + ["Sue"] * 3
+
+
+@pytest.mark.parametrize("story", ["One dog ran.", "One dog ran. Two sat.", "A cat ran. It sat. It ate. It slept."])
+@pytest.mark.parametrize("other", ["Sue sang.", "Sue sang. Tom sang.", "Sue sang. Tom sang. Max sang."])
+def test_only_a_sentence_from_inside_a_story_becomes_a_foreign_one(story, other):
+    broken = Corrupter([other], random.Random(0)).foreign(story)
+    if story.count(".") < 3 or other.count(".") < 3:
+        assert broken is None
+    else:
+        assert broken in ("A cat ran. Tom sang. It ate. It slept.", "A cat ran. It sat. Tom sang. It slept.")
+
+
+def test_a_pronoun_that_fits_nobody_is_counted():
+    told = ["Once Tom ran. He sat. He ate. He slept.", "Once Sue ran. She sat. She ate. She slept."] * 4
+    judge, at = CoherenceJudge(told), FEATURES.index("gender")
+    stories = {
+        "Then Tom ran. He slept.": 0,
+        "Then Tom ran. She sat. She slept.": 2,
+        "Then Sue ran. He slept.": 1,
+        "Then Sue met Tom. He ran. She slept.": 0,
+        "Then Tom met a girl. She ran.": 0,
+        'Then Tom ran. "She is here," he said.': 0,
+    }
+    assert judge.features(list(stories))[:, at].tolist() == list(stories.values())
+
+
 @pytest.mark.parametrize(
-    ("word", "form"), [("went", "past"), ("barked", "past"), ("going", "ing"), ("dog", None), ("want", None)]
+    ("word", "form"),
+    [
+        ("went", "past"),
+        ("barked", "past"),
+        ("going", "ing"),
+        ("dog", None),
+        ("want", None),
+        ("had", None),
+        ("did", None),
+    ],
 )
 def test_forms_of_verbs(word, form):
     assert verb_form(word) == form

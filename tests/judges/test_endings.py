@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from fledge.judges.endings import EndingJudge, balanced_accuracy, grams, last_sentences
@@ -59,6 +60,16 @@ def test_the_judge_reports_how_far_it_agrees_with_labels():
     assert [(part["n"], part["was_sad"]) for part in measured["calibration"]] == [(2, 0), (2, 0.5)]
     assert measured["calibration"][0]["said_sad"] == pytest.approx(low)
     assert measured["errors"] == [{"ends": "Tom cried.", "label": "happy", "said_sad": pytest.approx(high)}]
+
+
+def test_the_probability_is_that_of_weighed_words_of_one_length():
+    """Two words of weight 3 are sqrt(2) times as sure as one: the vector of a story's words has length one."""
+    judge = EndingJudge({"": [1.0, 0.5], "cried": [2.0, 3.0], "alone": [2.0, 3.0], "sat": [1.0, -0.4]})
+    stories = ["Tom cried.", "Tom cried alone.", "Tom cried, cried.", "Tom sat.", "Tom ran."]
+    logits = np.array([3.5, 3 * 2**0.5 + 0.5, 3.5, 0.1, 0.5])
+    assert judge.sadness(stories) == pytest.approx(1 / (1 + np.exp(-logits)))
+    wrong = judge.measure(["Tom sat.", "Tom ran."], ["happy", "sad"])["errors"]  # 52% is sad already
+    assert [error["ends"] for error in wrong] == ["Tom sat."]
 
 
 @pytest.mark.parametrize("judge", [EndingJudge(), SentimentJudge()])

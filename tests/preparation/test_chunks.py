@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import select
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.errors import UserError
+from fledge.messages import INPUT_MARK
 from fledge.preparation import chunks, shards
-from fledge.preparation.chunks import Facts, NamedChunk, Preparation, named_chunks, prepare_chunks, spread
+from fledge.preparation.chunks import Facts, Found, NamedChunk, Preparation, named_chunks, prepare_chunks, spread
 from fledge.preparation.shards import Shards, bytes_of, parquet_writer, write_splits
 from fledge.preparation.tables import columns_of, hash_of, read_table
 from fledge.sources import Chunk, load_source
@@ -287,3 +289,30 @@ def test_sizes(size, count):
 def test_what_is_no_size_is_refused(size):
     with pytest.raises(UserError, match="is no size; write it as 500MB or 2GB"):
         bytes_of(size)
+
+
+CUT_PROMPT, CUT_COMPLETION, LONGER = "--overflow cut_prompt", "--overflow cut_completion", "--max_length 128"
+# The policy; how many words of one token the question, the text it is about, and the answer have; what would help.
+REMEDIES = [
+    ("drop", 3, 60, 3, {LONGER, CUT_PROMPT}),
+    ("drop", 3, 400, 3, {CUT_PROMPT}),
+    ("drop", 3, 0, 60, {LONGER, CUT_COMPLETION}),
+    ("drop", 3, 0, 400, {CUT_COMPLETION}),
+    ("drop", 60, 0, 3, {LONGER}),
+    ("drop", 400, 400, 400, set()),
+    ("cut_prompt", 3, 0, 60, {LONGER, CUT_COMPLETION}),
+    ("cut_prompt", 50, 30, 3, {LONGER}),
+    ("cut_completion", 60, 0, 3, {LONGER}),
+    ("cut_completion", 400, 0, 3, set()),
+]
+
+
+def test_each_key_is_named_that_would_keep_a_long_example(preparation):
+    """40 tokens may be kept, and 128 fit into the model."""
+    for overflow, question, text, answer, remedies in REMEDIES:
+        made, found = replace(preparation, task="instructions", max_length=40, overflow=overflow), Found()
+        asked = "dog " * question + (INPUT_MARK + "dog " * text if text else "")
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "dog " * answer}]
+        assert made._encoded([{"messages": messages}], found) == []
+        assert found.remedies == dict.fromkeys(remedies, 1), (overflow, question, text, answer)
+        assert sum(found.rejected.values()) == 1

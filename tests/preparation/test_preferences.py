@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fledge.encoding import IGNORED, open_prepared, open_rows
 from fledge.errors import UserError
 from fledge.evaluation.prompts import open_prompts
-from fledge.preparation.preferences import Choice
+from fledge.preparation.preferences import Choice, is_done
 from fledge.rewards.functions import weights_of
 from fledge.scripts import prepare_dataset
 from fledge.tasks import RejectedRecord, load_task
@@ -99,6 +99,21 @@ def test_the_best_answer_did_what_is_asked_or_there_is_none():
     assert (made["ending"], "rejected" in made) == ("sad", False)
     with pytest.raises(RejectedRecord, match="no answer did what the prompt asks"):
         choice("best").examples(record(wrong), TASK)
+
+
+@pytest.mark.parametrize(
+    ("one", "done"),
+    [
+        (answer("right"), True),
+        (answer("right", topic=0.5), True),
+        (answer("off topic", topic=0.49), False),
+        (answer("happy", ending=0.99), False),
+        (answer("endless", stopped=False), False),
+        (answer(" \n"), False),
+    ],
+)
+def test_an_answer_is_done_that_stopped_says_something_and_is_right(one, done):
+    assert is_done(one, TASK) is done
 
 
 def test_answers_of_another_task_are_refused():

@@ -145,6 +145,7 @@ def test_what_says_that_an_answer_is_done_is_rewarded(name):
     task = load_task(name)
     assert task.done.keys() <= weights_of(task).keys()
     assert (task.done or task.constraints).keys() & weights_of(task).keys()
+    assert all(0 < least <= 1 for least in (*task.done.values(), *task.constraints.values()))
 
 
 def test_a_task_without_rewards_gives_its_constraints():

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,3 +261,31 @@ def test_answers_end_where_the_context_does(tmp_path):
     trainer = trainer_for(tmp_path, max_completion_length=10 * CONTEXT_LENGTH)
     made = trainer.rollout_func([messages_of(PROMPTS[2])] * GROUP, trainer)
     assert all(len(ids) == CONTEXT_LENGTH - len(PROMPTS[2]) or ids[-1] == 0 for ids in made["completion_ids"])
+
+
+def test_rollouts_are_drawn_by_the_seed_and_without_dropout():
+    model, prompts = small_gpt2(), [messages_of(ids) for ids in PROMPTS]
+    model.lm_head.weight.data.mul_(40)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    labels = [[IGNORED] * len(ids) + [4, 0] for ids in PROMPTS]
+    rollouts = Rollouts(Dataset.from_dict({"input_ids": [[*ids, 4, 0] for ids in PROMPTS], "labels": labels}), prompts)
+
+    def drawn(seed: int) -> list[list[int]]:
+        args = SimpleNamespace(
+            generation_batch_size=4, process_index=0, rollout_batch_size=4, max_completion_length=LIMIT, seed=seed,
+            temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        )  # fmt: skip
+        accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+        trainer = SimpleNamespace(
+            args=args, model=model, accelerator=accelerator, generation=0, processing_class=small_tokenizer()
+        )
+        made = rollouts(prompts, trainer)
+        assert made["prompt_ids"] == PROMPTS
+        return made["completion_ids"]
+
+    served = drawn(1)
+    model.train()
+    assert drawn(1) == served != drawn(2)
+    assert model.training

@@ -3,7 +3,7 @@
 import pytest
 
 from fledge.messages import Answer
-from fledge.rewards.usual import Varied
+from fledge.rewards.usual import Usual, Varied
 from fledge.tasks import load_task
 
 LATE, BACK = "But it was too late.", "He never came back home."
@@ -47,6 +47,19 @@ def test_an_ending_may_be_as_common_as_in_training(late, trained, reward):
 def test_answers_to_one_prompt_may_end_alike():
     alike = [("Tell of a dog.", LATE)] * 8 + [(f"prompt {i}", other(i)) for i in range(8)]
     assert rewards(alike, [BACK]) == [1.0] * 16
+
+
+def test_an_answer_too_short_to_have_an_ending_is_varied():
+    assert (
+        rewards([(f"prompt {i}", text) for i, text in enumerate(["", "Yes.", "He ran home."] * 3)], [BACK]) == [1.0] * 9
+    )
+
+
+def test_a_kind_of_prompt_that_training_lacks_has_no_usual_answer():
+    usual = Usual(load_task("story_chat"), [row("", BACK)])
+    for text in ("", BACK, f"{BACK} " * 9):
+        assert usual.reward(row("", kind="who"), Answer(text, 9, True)) == 1
+        assert usual.reward(row("", kind="words"), Answer(text, 9, True)) == (text == BACK)
 
 
 def test_few_prompts_do_not_tell_what_is_common():

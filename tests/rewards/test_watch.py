@@ -2,13 +2,14 @@
 
 import json
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from small import small_gpt2, trainer_for
+from small import small_gpt2, small_tokenizer, trainer_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +18,7 @@ from fledge.evaluation.prompts import Prompts
 from fledge.rewards.curves import save_looks, save_picture
 from fledge.rewards.limits import WatchArguments, best_of, broken, outside
 from fledge.rewards.trainer import SmallGrpoTrainer
-from fledge.rewards.watch import Seen, Watch, Watched, looks_in, record_of
+from fledge.rewards.watch import Seen, Watch, Watched, looks_in, record_of, without_reference
 from fledge.tasks import load_task
 from fledge.tasks.topic_ending import instruction
 from fledge.templates import load_template
@@ -179,6 +180,9 @@ def test_a_run_is_stopped_by_looks_in_a_row():
     for looks, is_broken in (([START, bad], 0), ([START, bad, START, bad], 0), ([START, START, bad, bad], 1)):
         assert len(broken(looks, WatchArguments())) == is_broken
     assert broken([START, bad, bad], WatchArguments(watch_patience=0)) == []
+    lost = START | {"completion_loss": float("nan")}  # from the start
+    assert broken([lost] * 3, WatchArguments(watch_patience=0)) == broken([lost] * 2, WatchArguments()) == []
+    assert len(broken([lost] * 3, WatchArguments())) == 1
     last = broken([START, bad, START | {"distinct_2": 0.1}], WatchArguments())
     assert last == ["distinct-2 is 10.0%, and its limit 27.0%"]
     assert best_of([bad], START, WatchArguments()) is None
@@ -318,3 +322,45 @@ def test_a_reward_that_few_prompts_call_for_has_a_way_too():
     assert SmallGrpoTrainer.said_at_the_end(run, record) == [
         "Rewards of the samples: reward 1.00 to 2.00, rhyme 0.50 to 0.50."
     ]
+
+
+def test_the_looks_of_a_log_are_the_last_of_each_step():
+    log = [
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "watch/instruction_following": 0.5, "watch/kl": 0.1, "epoch": 0.3},
+        {"step": 0, "watch/instruction_following": 0.4},
+        {"step": 2, "watch/instruction_following": 0.6, "epoch": 0.3},
+    ]
+    assert looks_in(log) == [{"step": 0, "instruction_following": 0.4}, {"step": 2, "instruction_following": 0.6}]
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_copied"),
+    [
+        ({"beta": 0.0, "sync_ref_model": False}, True),
+        ({"beta": 0.1, "sync_ref_model": False}, False),
+        ({"beta": 0.1, "sync_ref_model": True}, True),  # it is no longer the start
+        ({"beta": 0.1, "sync_ref_model": False, "precompute_ref_log_probs": True}, True),
+        ({"beta": 0.1, "sync_ref_model": False, "precompute_ref_log_probs": False}, False),
+    ],
+)
+def test_the_start_is_copied_where_no_reference_stays(keys, is_copied):
+    config = SimpleNamespace(to_dict=lambda: keys)
+    assert without_reference(config, is_adapted=False) is is_copied
+    assert without_reference(config, is_adapted=True) is False
+
+
+def test_a_model_is_no_further_from_its_start_than_it_went():
+    tokenizer, rows = (
+        small_tokenizer(),
+        [{"messages": [{"role": "user", "content": "t5"}, _said("t6")], "kind": "who"}] * 3,
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    encoded = [{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}] * 3
+    watched = Watched(Prompts(load_task("story_chat"), "validation", tokenizer, rows, encoded, rows, [], 1), [], [])
+    model, start = small_gpt2(), small_gpt2()
+    start.lm_head.weight.data.mul_(20)
+    near, far = (watched.see(model, lambda one=one: nullcontext(one), [0, 1, 2]) for one in (model, start))
+    assert all(abs(seen.kl) < 1e-6 for seen in near.values())
+    assert all(seen.kl > 0.1 for seen in far.values())
+    assert [seen.ids for seen in near.values()] == [seen.ids for seen in far.values()]

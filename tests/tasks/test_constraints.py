@@ -13,6 +13,7 @@ from fledge.sources import load_source
 from fledge.tasks import RejectedRecord, load_task
 from fledge.tasks.constraints import KINDS, OPENINGS, PHRASINGS, RHYMES, instruction, parse
 from fledge.text import checks
+from fledge.text.words import in_order
 
 TASK = load_task("constraints")
 SCORER = TASK.scorer([], [])
@@ -57,6 +58,15 @@ def test_no_kind_is_rare_and_none_has_one_value(rows):
     for kind in set(KINDS) - {"rhyme"}:
         values = Counter(value for of_kind, value in asked if of_kind == kind)
         assert max(values.values()) < 0.65 * values.total(), kind
+
+
+def test_what_is_to_be_quoted_is_short(rows):
+    asked = [parse(constraint) for row in rows for constraint in row["constraints"]]
+    words = [value.count(",") + 1 for kind, value in asked if kind == "words"]
+    quoted = [len(in_order(value)) for kind, value in asked if kind in ("begin", "end")]
+    assert max(words) == 3
+    assert min(quoted) >= 3
+    assert max(quoted) == 14
 
 
 HACKS = {
@@ -178,6 +188,20 @@ def test_a_constraint_that_cannot_be_checked_is_refused(constraint, named):
 def test_a_kind_is_asked_for_once():
     with pytest.raises(UserError, match="twice"):
         instruction(["words: kite", "words: boat"])
+
+
+@pytest.mark.parametrize(("features", "ending"), [("Twist, BadEnding", "sad"), ("Twist", "happy")])
+def test_what_is_added_to_a_story_is_of_that_story(features, ending):
+    """A couplet ends it as it ends; a title names its first thing, with its main character or alone."""
+    record = RECORD | {"Features": features, "Words": "brave, kite, tree"}
+    made = [row for seed in range(24) for row in TASK.examples(record, random.Random(seed))]
+    told = {
+        name: [row["messages"][-1]["content"] for row in made if f"{name}:" in str(row["constraints"])]
+        for name in ("rhyme", "title")
+    }
+    assert {text.splitlines()[-1] for text in told["rhyme"]} <= set(RHYMES[ending])
+    assert {text.splitlines()[0] for text in told["title"]} == {"The Kite", "Sam and the Kite"}
+    assert told["rhyme"]
 
 
 def test_examples_of_a_story_are_of_one_group_and_depend_only_on_rng():

@@ -169,3 +169,13 @@ def test_what_a_task_makes_and_scores_is_checked(tmp_path):
         scorer = open_task(write(tmp_path, text, f"c{number}.py")).scorer([], [])
         with pytest.raises(UserError, match="scored an answer"):
             scorer.score([{}], [Answer("A", 1, True)])
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_shipped_task_makes_what_it_declares(name):
+    story = "Once there was a boy named Tim. Tim had a red kite. One day, Tim lost the kite. Tim was sad and cried."
+    record = {"Summary": "Tim loses a kite.", "Words": "kite, lose", "Features": "BadEnding", "Story": story}
+    record |= {"instruction": "Add 2 and 3.", "output": "5", "category": "arithmetic"}
+    task = load_task(name)
+    made = task.checked_examples(record, random.Random(0))
+    assert made == task.examples(record, random.Random(0)) != []

@@ -67,6 +67,19 @@ def test_an_answer_that_the_story_denies_is_not_given():
     assert not any(row["features"] for row in asked)
 
 
+@pytest.mark.parametrize(
+    ("features", "last", "is_asked"),
+    [
+        ("MoralValue", "Tom learned that it is good to share.", True),
+        ("", "Tom learned that it is good to share.", False),
+        ("", "The moral of the story is to share your things.", True),
+        ("MoralValue", "Tom went home.", False),
+    ],
+)
+def test_a_moral_needs_the_record_or_the_word_and_a_sentence(features, last, is_asked):
+    assert answers_to({"Features": features, "Story": f"{SAD} {last}"}, "moral") == ({last} if is_asked else set())
+
+
 def test_the_prompt_of_a_single_turn_carries_the_story():
     for row in made_of(RECORD):
         if row["form"] == "single" and row["kind"] != "words":

@@ -2,12 +2,14 @@ import gzip
 import json
 
 import pytest
+from datasets import Dataset, DatasetDict
 from small import small_tokenizer
 
+from fledge.encoding import IGNORED
 from fledge.errors import UserError
 from fledge.templates import add_template
 from fledge.tokenizers import load_tokenizer
-from fledge.training.dataset import open_dataset
+from fledge.training.dataset import check_supervised, open_dataset
 
 PAIR = [{"instruction": f"t{n} t3", "response": f"t{n}"} for n in range(4, 24)]
 
@@ -177,3 +179,24 @@ def test_a_bad_table_is_one_sentence(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as raised:
         opened(tmp_path / "a.jsonl")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([[IGNORED, 5]], None),
+        ([[IGNORED], [IGNORED, 5]], None),
+        ([[5, 6]], None),
+        ([[IGNORED], [IGNORED] * 2], "No token of the test split is supervised"),
+        (None, "The test split lacks labels"),
+    ],
+)
+def test_a_split_in_which_nothing_is_supervised_is_refused(labels, said):
+    columns = {"input_ids": [[1]]} if labels is None else {"input_ids": labels, "labels": labels}
+    rows = DatasetDict(train=Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[IGNORED, 2]]}))
+    rows["test"] = Dataset.from_dict(columns)
+    if said is None:
+        check_supervised(rows)
+    else:
+        with pytest.raises(UserError, match=said):
+            check_supervised(rows)
