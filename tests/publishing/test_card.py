@@ -163,7 +163,7 @@ def test_a_pretrained_base_and_a_published_one_are_named(tiny, tmp_path):
 
 
 def test_a_model_without_its_records_is_one_sentence(tiny):
-    with pytest.raises(UserError, match=r"budget.json is missing; prepare_dataset.py writes it"):
+    with pytest.raises(UserError, match=r"has no budget\.json, as train_sft\.py leaves it"):
         read_records(tiny.base, None)
 
 
