@@ -180,6 +180,7 @@ def convert(data: Path, case: Case, base: Path, tokenizer: Path | None, *more: o
             return stopped(error.getvalue().strip().removeprefix("convert_checkpoint.py: "))
     said = json.loads((base / "conversion.json").read_text(encoding="utf-8"))["verdict"]
     word = "Proven" if said.startswith("Proven") else "by text" if "settled by text" in said else "assumed"
+    word = "not compared" if "no code was compared" in said else word
     return f"{word}, {verdict_of(data, case, base, '--probe_text' in more)}"
 
 

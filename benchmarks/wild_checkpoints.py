@@ -82,7 +82,15 @@ def convert(arguments: list[str], output: Path) -> tuple[str, str]:
     if child.exitcode:
         return ("stops" if child.exitcode == 2 else "fails"), lines[-1] if lines else ""
     said = next(line for line in reversed(lines) if line.startswith(("Proven", "Converted")))
-    return ("Proven" if said.startswith("Proven") else "text" if "by text" in said else "assumed"), said
+    return (
+        "Proven"
+        if said.startswith("Proven")
+        else "text"
+        if "by text" in said
+        else "assumed"
+        if "not proven" in said
+        else "uncompared"
+    ), said
 
 
 def _convert(arguments: list[str], output: Path, said_by: Path) -> None:

@@ -20,6 +20,8 @@ STORIES = ["Once upon a time there was a fox. The fox was quick.", "The dog was 
 SCRATCH = {"activation": "gelu_tanh", "attention_scale": 8**-0.5, "norm_eps": 1e-5, "embedding_scale": 1.0}
 SCRATCH |= {"causal": True, "norm_placement": "pre", "parallel": False, "window": None, "attention_cap": None}
 SCRATCH |= {"logit_cap": None, "final_norm_eps": None, "norm_unbiased": False, "norm_eps_outside": False}
+SCRATCH |= {"residual_scale": 1.0, "residual_scaled": "both", "logit_scale": 1.0, "position_offset": 0}
+SCRATCH |= {"qkv_in_out": False, "output_in_out": False}
 CONFIG = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
 
 
@@ -66,7 +68,7 @@ def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_p
     finished = run_script("convert_checkpoint.py", *arguments(folder, base), check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
-    assert "Proven: " in finished.stdout
+    assert "no code was compared. Settled by" in finished.stdout
     assert [path.name for path in base.parent.iterdir()] == ["base"]
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -92,7 +94,9 @@ def test_script_writes_a_model_that_computes_what_the_checkpoint_does(own, tmp_p
         "norm": ("layernorm", "tensors"),
         "tied head": (True, "tensors"),
     }
-    assert report["verdict"].startswith("Proven: nothing that changes the logits is assumed.")
+    assert report["verdict"].startswith(
+        "Converted; nothing that Fledge asks about is assumed, and no code was compared"
+    )
     assert report["folds"] == report["alternatives"] == []
     assert report["left_out"] == {"step": "beside model_state_dict"}
     assert report["target"] == "GPT2LMHeadModel"
@@ -298,7 +302,7 @@ def test_nothing_stays_behind_of_a_model_that_is_not_proven(tolerance, words, ow
 def test_dry_run_proves_and_writes_nothing(own, tmp_path):
     status, out, error = convert(*arguments(own[0], tmp_path / "base"), "--dry_run")
     assert (status, error) == (0, "")
-    assert "Proven: " in out
+    assert "Converted; nothing" in out
     assert "Nothing was written" in out
     assert not any(tmp_path.iterdir())
 
@@ -335,7 +339,7 @@ def test_mapping_names_what_no_word_tells(own, tmp_path):
     torch.save(content | {"model_state_dict": renamed}, tmp_path / "odd.pt")
     given = arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt")
     # The order of definition proposes which is which, and that is an open question.
-    assert_refused(*convert(*given)[::2], ["Nothing shows 12 facts", "--probe_text"])
+    assert_refused(*convert(*given)[::2], ["Nothing shows 15 facts", "--probe_text"])
     (tmp_path / "names.yaml").write_text(
         "blocks.{n}.query: layers.{n}.attention.alpha\n"
         "blocks.{n}.key: layers.{n}.attention.beta\n"
@@ -344,7 +348,7 @@ def test_mapping_names_what_no_word_tells(own, tmp_path):
     )
     given += ["--mapping", tmp_path / "names.yaml"]
     status, _, error = convert(*given)
-    assert_refused(status, error, ["Nothing shows 10 facts", "norm_placement pre (or post, sublayer)", "--reference"])
+    assert_refused(status, error, ["Nothing shows 13 facts", "norm_placement pre (or post, sublayer)", "--reference"])
     (tmp_path / "scratch_gpt.py").write_text(
         (ROOT / "examples" / "scratch_gpt.py").read_text() + "\nraise SystemExit(7)"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.mixing import by_block
-from fledge.checkpoints.structure import SWAPS, Structure
+from fledge.checkpoints.structure import SQUARES, SWAPS, Structure
 from fledge.errors import UserError
 
 REQUIRED_IN_BLOCK = ("query", "key", "value")
@@ -22,8 +22,8 @@ POSITIONS = ("rotary", "sinusoidal", "alibi", "none")
 QKV_ORDERS = tuple("".join(order) for order in permutations("qkv"))
 """What the first, second and third of three matrices may be."""
 PARTS = {"q": "query", "k": "key", "v": "value"}
-ORDERS = ("qkv_order", *SWAPS)
-"""Facts about which tensor is which, where only the order of definition proposes it."""
+ORDERS = ("qkv_order", *SWAPS, *SQUARES)
+"""Facts about which tensor is which, where only the order of definition proposes it, and how square ones are stored."""
 
 
 def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[str, Tensor], int | None]:
@@ -166,14 +166,26 @@ def reordered(gpt: CanonicalGPT, fact: str, value: Any, undo: bool = False) -> C
     """The model with tensors of one shape read as a fact says, or as before it was heard (`undo`).
 
     `qkv_order` (`kqv`, for example) says what the first, second and third of three matrices are that were taken for
-    query, key and value; a fact of `SWAPS` whether its two tensors are the other way round.
+    query, key and value; a fact of `SWAPS` whether its two tensors are the other way round; one of `SQUARES` whether
+    its matrices are stored (in, out).
     """
+    if fact in SQUARES:
+        return _turned(gpt, SQUARES[fact]) if value else gpt
     if fact == "qkv_order":
         places = {role: PARTS[letter] for role, letter in zip(PARTS.values(), value, strict=True)}
     else:
         places = dict(zip(SWAPS[fact], reversed(SWAPS[fact]), strict=True)) if value else {}
     places = {new: old for old, new in places.items()} if undo else places
     return replace(gpt, tensors={_renamed(name, places): tensor for name, tensor in gpt.tensors.items()})
+
+
+def _turned(gpt: CanonicalGPT, roles: tuple[str, ...]) -> CanonicalGPT:
+    """The model with the square matrices of these roles transposed."""
+
+    def turned(name: str, tensor: Tensor) -> bool:
+        return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and name.split(".")[-2] in roles
+
+    return replace(gpt, tensors={name: x.T if turned(name, x) else x for name, x in gpt.tensors.items()})
 
 
 def with_positions(gpt: CanonicalGPT, kind: str) -> CanonicalGPT:
@@ -183,6 +195,13 @@ def with_positions(gpt: CanonicalGPT, kind: str) -> CanonicalGPT:
         tensors["position_embedding.weight"] = sinusoids(gpt.context_length, gpt.width)
     rope = (gpt.rope or "interleaved") if kind == "rotary" else None
     return replace(gpt, tensors=tensors, rope=rope, alibi=kind == "alibi")
+
+
+def within_table(gpt: CanonicalGPT) -> CanonicalGPT:
+    """The model with a context no longer than its table of positions has rows behind the offset."""
+    table = gpt.tensors.get("position_embedding.weight")
+    rows = gpt.context_length if table is None else len(table) - gpt.position_offset
+    return replace(gpt, context_length=min(gpt.context_length, rows))
 
 
 def sinusoids(length: int, width: int) -> Tensor:

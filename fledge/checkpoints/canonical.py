@@ -9,7 +9,8 @@ Every field of `CanonicalGPT` except `tensors` may be a fact of the same name; `
     positions   a table among the tensors; alibi
                 rope (None interleaved half) rope_theta rope_direction rope_width rope_span (head width)
     MLP         activation (gelu gelu_tanh relu relu2 silu) experts_per_token renormalise_experts
-    ends        tied embedding_scale logit_cap context_length backout_layer
+    stream      residual_scale residual_scaled (both attention mlp stream) backout_layer
+    ends        tied embedding_scale logit_scale logit_cap context_length position_offset
 
 What has tensors is told by the tensors: a gate (`mlp_gate`), a single matrix (no `mlp_out`), experts (`router`), one
 norm used twice in a block (no `norm_2`), a table of positions, biases.
@@ -38,6 +39,9 @@ ROTATIONS = ("interleaved", "half")
 """Which coordinates of a head RoPE turns together: neighbours (Su et al. 2021), or i and i + half a head (GPT-NeoX)."""
 SPANS = ("head", "width")
 """What RoPE turns: each head by itself, or all queries and all keys before they are split into heads."""
+SCALED = ("both", "attention", "mlp", "stream")
+"""What `residual_scale` multiplies in every block: what attention and MLP add (MiniCPM), one of them, or the stream to
+which they add (DeepNorm)."""
 QK_NORMS = (None, "head", "width")
 """Over which coordinates queries and keys are normalised: not at all, each head's, or all heads' together."""
 
@@ -71,6 +75,9 @@ class CanonicalGPT:
     `norm_1` twice.
 
     Fields:
+        residual_scale: s in x + s · f(x), or where the stream is scaled in s · x + f(x) (`residual_scaled`).
+        logit_scale: multiplies logits, before they are capped.
+        position_offset: the row of the table of positions that the first token reads: 2 in fairseq.
         attention_cap, logit_cap: c · tanh(x / c) of scores before the mask, and of logits; None for no cap.
         window: how many positions each one sees, itself included; None for all before it.
         window_pattern: a letter for each block, S where `window` holds and L where it does not; None for S everywhere.
@@ -123,6 +130,10 @@ class CanonicalGPT:
     experts_per_token: int = 0
     renormalise_experts: bool = True
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    residual_scaled: str = "both"
+    position_offset: int = 0
+    logit_scale: float = 1.0
     logit_cap: float | None = None
     value_gate_factor: float = 1.0
     backout_layer: int | None = None
@@ -190,7 +201,7 @@ class Forward:
         gpt = self.gpt
         x = gpt.tensors["token_embedding.weight"][ids].to(self.dtype) * gpt.embedding_scale
         if "position_embedding.weight" in gpt.tensors:
-            x = x + self.tensor("position_embedding.weight")[: ids.shape[1]]
+            x = x + self.tensor("position_embedding.weight")[gpt.position_offset :][: ids.shape[1]]
         if gpt.embedding_norm:
             x = self.norm("embedding_norm", x)
         if "smear_gate.weight" in gpt.tensors:
@@ -209,7 +220,8 @@ class Forward:
         pieces = gpt.tensors["head.weight"].split(HEAD_ROWS)
         logits = torch.cat([F.linear(x, rows.to(self.dtype)) for rows in pieces], dim=-1)
         bias = self.get("head.bias")
-        return _capped(logits if bias is None else logits + bias, gpt.logit_cap)
+        logits = logits if bias is None else logits + bias
+        return _capped(logits * gpt.logit_scale, gpt.logit_cap)
 
     def smeared(self, x: Tensor) -> Tensor:
         gate = self.tensor("smear_gate.weight")
@@ -224,20 +236,23 @@ class Forward:
 
         norm_1, placement = f"{block}.norm_1", self.gpt.norm_placement
         norm_2 = f"{block}.norm_2" if f"{block}.norm_2.weight" in self.gpt.tensors else norm_1
+        scales = {place: self.gpt.residual_scale if place in self.scaled() else 1.0 for place in SCALED[1:]}
         if self.gpt.parallel:
-            return x + attention(block, self.norm(norm_1, x)) + self.mlp(block, self.norm(norm_2, x))
-        for number, part, name in ((1, attention, norm_1), (2, self.mlp, norm_2)):
-            if placement == "pre":
-                x = x + part(block, self.norm(name, x))
-            elif placement == "post":
-                x = self.norm(name, x + part(block, x))
-            elif placement == "sublayer":
-                x = x + self.norm(name, part(block, x))
+            mixed = scales["attention"] * attention(block, self.norm(norm_1, x))
+            return scales["stream"] * x + mixed + scales["mlp"] * self.mlp(block, self.norm(norm_2, x))
+        for number, part, name, place in ((1, attention, norm_1, "attention"), (2, self.mlp, norm_2, "mlp")):
+            h = part(block, self.norm(name, x) if placement in ("pre", "both") else x)
+            if placement == "sublayer":
+                h = self.norm(name, h)
             elif placement == "both":
-                x = x + self.norm(f"{block}.norm_{number}_after", part(block, self.norm(name, x)))
-            else:
-                x = x + part(block, x)
+                h = self.norm(f"{block}.norm_{number}_after", h)
+            x = scales["stream"] * x + scales[place] * h
+            x = self.norm(name, x) if placement == "post" else x
         return x
+
+    def scaled(self) -> tuple[str, ...]:
+        """What `residual_scale` multiplies: attention, mlp, stream."""
+        return ("attention", "mlp") if self.gpt.residual_scaled == "both" else (self.gpt.residual_scaled,)
 
     def attention(self, block: str, h: Tensor, window: int | None, ids: Tensor) -> Tensor:
         gpt = self.gpt

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from fledge.checkpoints.canonical import CanonicalGPT, alibi_slopes
 from fledge.checkpoints.targets import to_target
+from fledge.checkpoints.targets.folds import fold_positions
 from fledge.custom.configuration_fledge_gpt import FledgeGPTConfig
 from fledge.errors import UserError
 
@@ -41,7 +42,7 @@ SAME = (
         "qk_norm_type",
     ),
     *("qk_norm_after_rope", "experts_per_token", "renormalise_experts", "embedding_scale", "window_pattern"),
-    *("value_gate_factor", "backout_layer"),
+    *("value_gate_factor", "backout_layer", "residual_scale", "residual_scaled", "logit_scale"),
 )
 """Fields that are called alike on both sides."""
 
@@ -105,8 +106,8 @@ def to_custom(gpt: CanonicalGPT, token_ids: dict[str, Any]) -> tuple[FledgeGPTCo
         **token_ids,
     )
     weights = {_place(name): tensor for name, tensor in gpt.tensors.items() if name != "alibi.slopes"}
-    if "position_embedding.weight" in gpt.tensors:
-        weights["model.position_embedding.weight"] = gpt.tensors["position_embedding.weight"][: gpt.context_length]
+    if (table := fold_positions(gpt)[0].tensors.get("position_embedding.weight")) is not None:
+        weights["model.position_embedding.weight"] = table
     if gpt.tied:
         weights.pop("lm_head.weight")
     return config, weights

@@ -1,22 +1,32 @@
 """Facts settled by the author's own module: the best evidence, because its logits decide every fact at once."""
 
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
+from fledge.checkpoints.canonical import CanonicalGPT
+from fledge.checkpoints.descent import Descent, author_error
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.proof import FLOAT64_TOLERANCE, Probes, probe_ids
-from fledge.checkpoints.questions import Questions, Values
+from fledge.checkpoints.questions import OFFSETS, Questions, Values
 from fledge.errors import UserError
 
 ROTATION_ROUNDING = 1e-6
 """What the rounding of RoPE's table changes, as a share of the largest logit: authors make it in float32, by cosines
 and sines or as complex numbers, which differ in the last bit."""
-NORMALISED = 1e-6
-"""Logits are log-probabilities if the probabilities that they give sum to one within about this."""
+LONG_WORK = 4e11
+"""Parameters times positions that one text as long as the context may cost."""
+LONGER = 100
+"""How many times as far as in short texts rounding may lead in a long one."""
+WINDOWS = frozenset({"window", "window_pattern"})
+ATTENTION = WINDOWS | frozenset(
+    {"attention_scale", "attention_cap", "causal", "alibi", "rope", "rope_theta"}
+    | {"rope_direction", "rope_width", "rope_span", "qk_norm", "qk_norm_type", "qk_norm_after_rope", "qk_norm_eps"}
+)
+"""Facts that change nothing where a token sees itself alone: its share of one score is one, whatever the score is."""
+BOTH = frozenset({"n_head", "qkv_by_head", "qkv_order", "qkv_in_out", "positions", "norm_unbiased", "norm_eps_outside"})
+"""Facts that may change both what one token gives and what several do. The others are told by one token alone."""
 
 
 def settle_by_reference(
@@ -45,33 +55,62 @@ def settle_by_reference(
             wrong.
     """
     questions = Questions(gpt, facts)
-    probes = [(ids, author(ids)) for ids in probe_ids(gpt, avoid)]
-    errors: dict[tuple, float] = {}
-
-    def mean_error(values: Values) -> float:
-        """The error that descends, over the short probes alone, which cost less. Many descents pass a reading."""
-        reading = tuple(values.values())
-        if reading not in errors:
-            errors[reading] = author_error(questions.reading(values), probes[1:]).mean().item()
-        return errors[reading]
-
-    closest = math.inf
-    largest = max(expected.abs().max().item() for _, expected in probes)
-    for number, values in enumerate(_descents(questions, mean_error)):
-        reading = questions.reading(values)
-        error = author_error(reading, probes).max().item()
-        closest = min(closest, error)
-        # The first reading was not compared with others yet, and another epsilon may be as near as rounding.
-        if error <= tolerance or (number and reading.rope and error <= ROTATION_ROUNDING * largest):
-            break
-    else:
-        raise UserError(" ".join(filter(None, (_no_reading(facts, closest), doubt))))
+    probes = _probes(questions, author, avoid)
+    values, error = questions.now, author_error(questions.reading(questions.now), probes).max().item()
+    if error > tolerance:
+        # One token sees itself alone, so that most facts of attention can wait; what fits no token fits no text.
+        alone = [_first_tokens(probes, author)]
+        values = Descent(questions, alone, questions.choices.keys() - ATTENTION, tolerance, tolerance).run(values)
+        error = author_error(questions.reading(values), alone).max().item()
+        if error > tolerance:
+            raise UserError(" ".join(filter(None, (_no_reading(facts, error), doubt))))
+        # RoPE's table turns no token alone, so that its rounding is only now in the way.
+        largest = max(expected.abs().max().item() for _, expected in probes)
+        near = max(tolerance, ROTATION_ROUNDING * largest) if gpt.rope else tolerance
+        names = questions.choices.keys() & (ATTENTION | BOTH)
+        values = Descent(questions, probes[1:], names, tolerance, near).run(values)
+        # The short probes are shorter than most windows.
+        values = Descent(questions, probes[:1], questions.choices.keys() & WINDOWS, tolerance, near).run(values)
+        error = author_error(questions.reading(values), probes).max().item()
+        if error > (near if questions.reading(values).rope else tolerance):
+            raise UserError(" ".join(filter(None, (_no_reading(facts, error), doubt))))
+        tolerance = max(tolerance, error)
+    unseen, values = _with_context(questions, values, author, probes, tolerance)
     gpt = questions.adopt(values, Source.REFERENCE)
     for fact in facts:
         # No logit shows the context length.
-        if fact.status is not Status.SHOWN and not fact.stated and fact.name != "context_length":
+        if fact.status is not Status.SHOWN and not fact.stated and fact.name not in ("context_length", *unseen):
             fact.settle(Source.REFERENCE, f"logits within {error:.0e}")
     return gpt, error
+
+
+def _with_context(
+    questions: Questions, values: Values, author: Callable[[Tensor], Tensor], probes: Probes, tolerance: float
+) -> tuple[frozenset[str], Values]:
+    """The values with a window that a text as long as the context shows, where the probes of a large model are shorter.
+
+    Returns:
+        The facts that such a text would show and that cost too much to ask, and the values.
+
+    Raises:
+        UserError: no window gives the author's logits.
+    """
+    gpt, (first, _) = questions.reading(values), probes[0]
+    parameters = sum(tensor.numel() for tensor in gpt.tensors.values())
+    if first.shape[1] >= gpt.context_length:
+        return frozenset(), values
+    if parameters * gpt.context_length > LONG_WORK:
+        return WINDOWS, values
+    ids = first.repeat(1, -(-gpt.context_length // first.shape[1]))[:, : gpt.context_length]
+    text = [(ids, author(ids))]
+    most = LONGER * tolerance
+    values = Descent(questions, text, questions.choices.keys() & WINDOWS, most, most).run(values)
+    if (error := author_error(questions.reading(values), text).max().item()) > most:
+        raise UserError(
+            f"Your own module computes what Fledge reads for {first.shape[1]} tokens, and something else for a text of "
+            f"{gpt.context_length} (logits differ by {error:.1e}): what does it do to long texts?"
+        )
+    return frozenset(), values
 
 
 def _no_reading(facts: list[Fact], closest: float) -> str:
@@ -83,49 +122,24 @@ def _no_reading(facts: list[Fact], closest: float) -> str:
     )
 
 
-def _descents(questions: Questions, error: Callable[[Values], float]) -> Iterator[Values]:
-    """The readings to which steps that lower the error most lead.
-
-    They start from the present reading, and then from each reading that is one change away. A step changes one fact,
-    or two if no single change helps, because two wrong facts may hide each other.
-    """
-    yield questions.now
-    starts = [questions.now, *(questions.now | changes for changes in questions.singles(questions.now))]
-    for start in starts:
-        values, now = start, error(start)
-        while now > FLOAT64_TOLERANCE:
-            lower = _step(questions, values, now, error)
-            if lower is None:
-                break
-            values, now = lower
-        yield values
+def _probes(questions: Questions, author: Callable[[Tensor], Tensor], avoid: Collection[int]) -> Probes:
+    """Token ids with the author's logits; the longest are shorter than a table of positions that has unread rows."""
+    gpt, refused = questions.gpt, None
+    for unread in OFFSETS if "position_offset" in questions.choices else OFFSETS[:1]:
+        try:
+            shorter = replace(gpt, context_length=max(1, gpt.context_length - unread))
+            return [(ids, author(ids)) for ids in probe_ids(shorter, avoid)]
+        except UserError as error:
+            refused = refused or error
+    assert refused
+    raise refused
 
 
-def _step(
-    questions: Questions, values: Values, now: float, error: Callable[[Values], float]
-) -> tuple[Values, float] | None:
-    """The best change of one fact, or else of two, if it lowers the error."""
-    for moves in (questions.singles, questions.pairs):
-        tried = [values | changes for changes in moves(values)]
-        errors = [error(other) for other in tried]
-        best = min(range(len(tried)), key=errors.__getitem__, default=None)
-        if best is not None and errors[best] < now:
-            return tried[best], errors[best]
-    return None
-
-
-def author_error(gpt: CanonicalGPT, probes: Probes) -> Tensor:
-    """Largest |Δ logit| in float64 for each probe (N,) between the canonical GPT and the author's logits.
-
-    Some authors' forward returns the last position alone; then that one is compared. Others return log-probabilities;
-    then those are.
-    """
-    errors = []
-    for ids, expected in probes:
-        logits = canonical_logits(gpt, ids)[:, -expected.shape[1] :]
-        if expected.logsumexp(-1).abs().max() < NORMALISED:
-            logits = logits.log_softmax(-1)
-        if logits.shape != expected.shape:
-            raise UserError(f"--reference gives logits {tuple(expected.shape)} where {tuple(logits.shape)} are due.")
-        errors.append((logits - expected).abs().max())
-    return torch.stack(errors).nan_to_num(math.inf)
+def _first_tokens(probes: Probes, author: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The first tokens of the probes by themselves (N, 1), with the author's logits (N, 1, V)."""
+    ids, _ = probes[1]
+    alone = ids.flatten()[:, None]
+    try:
+        return alone, author(alone)
+    except UserError:  # it wants texts of one length
+        return ids[:, :1], author(ids)[:, :1]

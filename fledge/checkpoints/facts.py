@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeGuard
 
-from fledge.checkpoints.assembly import POSITIONS, QKV_ORDERS, SWAPS
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, SPANS
+from fledge.checkpoints.assembly import POSITIONS, QKV_ORDERS
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, SCALED, SPANS
+from fledge.checkpoints.structure import SQUARES, SWAPS
 from fledge.errors import UserError
 
 
@@ -36,6 +37,7 @@ class Source(StrEnum):
     AUTHORS = "every known author"
     TORCH_ATTENTION = "nn.MultiheadAttention"
     TORCH_NORM = "names of nn.LayerNorm"
+    TORCH_LINEAR = "names of nn.Linear"
     # Settled by evidence.
     REFERENCE = "--reference"
     PROBE_TEXT = "--probe_text"
@@ -133,8 +135,14 @@ CONFIG_KEYS = {
         "sequence_len",
         "sequence_length",
         "seq_len",
+        "max_seq_length",
+        "max_sequence_length",
         "n_ctx",
         "ctx",
+        "ctx_len",
+        "context",
+        "context_size",
+        "context_window",
     ),
 }
 CONFIG_ACTIVATIONS = {
@@ -154,7 +162,7 @@ SWITCHES: tuple[str, ...] = (
     "alibi",
     "qk_norm_after_rope",
 )
-SWITCHES += ("renormalise_experts", "norm_unbiased", "norm_eps_outside", *SWAPS)
+SWITCHES += ("renormalise_experts", "norm_unbiased", "norm_eps_outside", *SWAPS, *SQUARES)
 ALLOWED = {
     "activation": tuple(ACTIVATIONS),
     "norm": NORMS,
@@ -163,6 +171,7 @@ ALLOWED = {
     "norm_offset": (0.0, 1.0),
     "rope_direction": (1, -1),
     "rope_span": SPANS,
+    "residual_scaled": SCALED,
     "qk_norm": QK_NORMS,
     "qk_norm_type": NORMS,
     "qkv_order": QKV_ORDERS,
@@ -183,6 +192,10 @@ TOLD: tuple[str, ...] = (
 )
 TOLD += ("embedding_scale", "norm_placement", "norm_offset", "rope_direction", "qk_norm", "qk_norm_type")
 TOLD += (
+    "residual_scale",
+    "residual_scaled",
+    "logit_scale",
+    "position_offset",
     "rope_span",
     "value_gate_factor",
     "backout_layer",
@@ -193,7 +206,7 @@ TOLD += (
     *SWITCHES,
 )
 """The facts that flags and `--mapping` may state."""
-WHOLE = ("n_head", "context_length", "window", "rope_width", "experts_per_token", "backout_layer")
+WHOLE = ("n_head", "context_length", "window", "rope_width", "experts_per_token", "backout_layer", "position_offset")
 """Facts with a whole number."""
 LARGEST = 1e12
 """Every number that a fact can have is smaller."""
@@ -234,7 +247,7 @@ def check_fact(fact: Fact) -> Any:
             raise UserError(f"window_pattern {fact.value} ({fact.said_by}) must be a letter S or L for each block.")
         return fact.value
     whole = fact.name in WHOLE
-    least = -1 if fact.name == "backout_layer" else 0  # blocks are counted from 0
+    least = -1 if fact.name in ("backout_layer", "position_offset") else 0  # blocks and rows are counted from 0
     in_range = _is_number(fact.value, int if whole else (int, float)) and least < fact.value < LARGEST
     # A guessed context length of 0 means that nothing says how long it is.
     if not in_range and not (fact.source is Source.GUESS and fact.value == 0):

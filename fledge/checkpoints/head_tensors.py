@@ -39,7 +39,7 @@ def split_heads(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], froze
 def _parts(name: str, tensor: Tensor, width: int) -> dict[str, Tensor]:
     """The matrices (out, in) of a weight of three dimensions under their names; other weights stay as they are."""
     if tensor.dim() < 3:
-        return {f"{name}.weight": tensor}
+        return {f"{name}.w": tensor}
     module = Module(name)
     inputs = [side for side in (1, 2) if tensor.shape[side] == width]
     if len(inputs) != 1 or 1 in tensor.shape:

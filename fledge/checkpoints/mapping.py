@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.checkpoints.facts import CAPS, TOLD, Fact, Source
+from fledge.checkpoints.questions import RARE
 from fledge.errors import UserError
 
 SAVED_BY_HEAD = re.compile(r"\.(query|key|value)\.(?:\{h\}|\d+)$")
@@ -18,7 +19,8 @@ INSIDE |= {"norm_1_after", "norm_2_after", "query_norm", "key_norm", "mlp_gate_i
 def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
     """Reads `--mapping FILE.yaml`, whose lines are `canonical module: source module` or `fact: value`.
 
-    In both modules `{n}` stands for a layer and `{h}` for a head.
+    In both modules `{n}` stands for a layer and `{h}` for a head. `usual: true` says that the model has nothing that
+    few authors have (`RARE`).
 
     Returns:
         source module → canonical module, and the facts by name.
@@ -28,7 +30,9 @@ def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
     """
     roles, facts = {}, {}
     for key, value in _load(file).items():
-        if key in TOLD and not (key in OUTSIDE and isinstance(value, str)):
+        if key == "usual" and value is True:
+            facts = {name: Fact.of(name, usual, Source.MAPPING) for name, usual in RARE.items()} | facts
+        elif key in TOLD and not (key in OUTSIDE and isinstance(value, str)):
             lacks = value == "none" and (key in CAPS or key == "qk_norm")
             facts[key] = Fact.of(key, None if lacks else _number(value), Source.MAPPING)
         elif isinstance(value, str) and _is_role(key):
@@ -40,7 +44,7 @@ def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
         else:
             raise UserError(
                 f"--mapping {file} says {key}: {value}; a key is one of {', '.join(sorted(OUTSIDE))}, blocks.{{n}}. "
-                f"and one of {', '.join(sorted(INSIDE))}, or one of the facts {', '.join(TOLD)}."
+                f"and one of {', '.join(sorted(INSIDE))}, or one of the facts {', '.join(TOLD)}, or `usual: true`."
             )
     return roles, facts
 

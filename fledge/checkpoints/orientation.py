@@ -1,27 +1,63 @@
 """How a layer stores its matrices: (out, in) as nn.Linear does, or (in, out) as GPT-2's Conv1D does."""
 
+from collections.abc import Mapping
+
 from fledge.checkpoints.modules import Module
-from fledge.checkpoints.words import MLP_IN, MLP_OUT
+from fledge.checkpoints.words import MLP_IN, MLP_OUT, PROJECTIONS
+
+WRITING = frozenset({"output", "mlp_out"})
+"""Roles whose matrices write the model's width."""
+ORIENTED = WRITING | {*PROJECTIONS.values(), "mlp_in", "mlp_gate", "mlp_gate_in"}
+"""Roles that one matrix of a layer has, and which may be stored either way."""
 
 
-def stored_in_out(projections: list[Module], mlp: list[Module], width: int) -> bool:
-    """Whether a layer stores its matrices as (in, out).
+def stored_in_out(modules: list[Module], roles: Mapping[str, str], width: int) -> set[str]:
+    """The names of a layer's matrices that are stored (in, out).
 
-    Three things tell, in this order: a bias is as long as the output; the output of fused projections is three widths
-    long; and the MLP's first matrix, where the words of its names say which one that is, leads out of the width.
+    Args:
+        modules: the matrices of its attention and its MLP.
+        roles: source name → role, such as `query`; matrices of the MLP may have none yet.
+        width: the model's.
+
+    A matrix with a role shows by its shape on which side the width is, and an MLP by its biases or names. A square
+    matrix shows nothing: it is taken to be stored as the others of its kind (weights of modules, which are all stored
+    alike, or bare parameters), and a bare one without others as `x @ w` reads it.
     """
-    for module in [*projections, *mlp]:
-        rows, columns = module.shape
-        if rows != columns and "bias" in module.shapes:
-            return module.shapes["bias"] == (columns,)
-    for module in projections:
-        if sorted(module.shape) == [width, 3 * width]:
-            return module.shape[0] == width
+    found = set()
+    for bare in (False, True):
+        alike = [module for module in modules if is_bare(module) == bare]
+        mlp = [module for module in alike if module.name not in roles]
+        sides = {
+            module.name: (module.shape[1] == width) == (roles[module.name] in WRITING)
+            for module in alike
+            if module not in mlp and module.shape[0] != module.shape[1]
+        }
+        usual = _mlp_shows_in_out(mlp, width)
+        if usual is None:
+            usual = next(iter(sides.values()), bare)
+        found |= {module.names["weight"] for module in alike if (sides.get(module.name, usual) if bare else usual)}
+    return found
+
+
+def is_bare(module: Module) -> bool:
+    """Whether a matrix is a parameter with a name of its own, and not the weight of a module such as nn.Linear."""
+    return not module.names["weight"].endswith("weight")
+
+
+def _mlp_shows_in_out(mlp: list[Module], width: int) -> bool | None:
+    """Whether an MLP is stored (in, out); None if nothing tells.
+
+    A bias is as long as the output, or the first matrix, where the words of the names say which one that is, leads out
+    of the width.
+    """
     wide = [module for module in mlp if module.shape[0] != module.shape[1]]
+    for module in wide:
+        if "bias" in module.shapes:
+            return module.shapes["bias"] == (module.shape[1],)
     if len(wide) < 2:
-        return False
+        return None
     first, *_, last = sorted(wide, key=order_in_mlp)
-    return order_in_mlp(first) < order_in_mlp(last) and first.shape[0] == width != last.shape[0]
+    return first.shape[0] == width != last.shape[0] if order_in_mlp(first) < order_in_mlp(last) else None
 
 
 def head_is_stored_in_out(head: Module, width: int) -> bool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import Fact, Source
-from fledge.checkpoints.questions import RARE, Questions, Values
+from fledge.checkpoints.questions import Questions, Values, is_usual
 from fledge.checkpoints.race import FIRST_TOKENS, WORK, Compared, Comparison, Outcome, Race
 from fledge.checkpoints.text_loss import pair_loss, text_losses, text_windows, unigram_loss
 from fledge.errors import UserError
@@ -57,7 +57,7 @@ def settle_by_text(
     questions = Questions(gpt, facts)
     parameters = sum(tensor.numel() for tensor in gpt.tensors.values())
     tokens = int(min(MOST_TOKENS, max(2 * FIRST_TOKENS, WORK / 32 / parameters)))
-    windows, places = text_windows(ids, min(WINDOW, gpt.context_length), tokens)
+    windows, places = text_windows(ids, min(WINDOW, questions.length), tokens)
     race = Race(questions, windows, places)
     values, compared = race.run(questions.now)
     losses = race.measure(values, len(windows) if race.work < WORK else race.first)
@@ -116,7 +116,7 @@ def _judge(fact: Fact, about: Compared, used: str) -> None:
     elif not unsure:
         surely = min(comparison.errors for _, comparison in about)
         fact.settle(Source.PROBE_TEXT, f"by {surely:.0f} standard errors, {used}")
-    elif fact.name in RARE and fact.value in (None, "head") and not any(_does_better(one) for _, one in about):
+    elif is_usual(fact) and not any(_does_better(one) for _, one in about):
         fact.settle(Source.UNTOLD, f"{used} are predicted better under no other value")
     else:
         fewest = min(map(len, unsure))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fledge.checkpoints.assembly import ORDERS, POSITIONS, QKV_ORDERS, reordered, with_positions
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, SPANS, CanonicalGPT, canonical_logits
+from fledge.checkpoints.assembly import ORDERS, POSITIONS, QKV_ORDERS, reordered, with_positions, within_table
+from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, ROTATIONS, SCALED, SPANS, CanonicalGPT, canonical_logits
 from fledge.checkpoints.facts import SWITCHES, Fact, Source, Status
 
 SCALES = {
@@ -23,23 +23,35 @@ multiplies queries and keys, normalised, by such a number."""
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps)  # the last two: BERT's, and that of F.rms_norm
 THETAS = (10_000.0, 100_000.0, 500_000.0, 1_000_000.0)
 CAPS = (None, 15.0, 20.0, 30.0, 50.0)
-RARE = (
-    "window",
-    "window_pattern",
-    "attention_cap",
-    "logit_cap",
-    "final_norm_eps",
-    "qk_norm_eps",
-    "rope_span",
-    "value_gate_factor",
-)
-"""Facts that nearly all authors have alike. No other fact is changed together with them, and where no text could tell
-their values apart, usual practice settles them."""
+RARE: dict[str, object] = {
+    "window": None,
+    "window_pattern": None,
+    "attention_cap": None,
+    "logit_cap": None,
+    "final_norm_eps": None,
+    "qk_norm_eps": None,
+    "rope_span": "head",
+    "residual_scale": 1.0,
+    "residual_scaled": "both",
+    "logit_scale": 1.0,
+    "position_offset": 0,
+}
+"""Facts that nearly all authors have alike, and how. No other fact is changed together with them, and where no text
+could tell their values apart, usual practice settles them."""
+LAST = {*RARE, "value_gate_factor"}
+"""Facts that text looks at last."""
+OFFSETS = (0, 1, 2)
+"""Rows of a table of positions that are left unread before the first one; fairseq's padding has one of two."""
 MATTERS = 1e-4
 """A fact is open only if another value changes a logit by more than this share of the largest one."""
 
 Values = dict[str, Any]
 """The values of facts, by name."""
+
+
+def is_usual(fact: Fact) -> bool:
+    """Whether a fact is one of `RARE` and is what nearly all authors have."""
+    return fact.name in RARE and fact.value == RARE[fact.name]
 
 
 def asked(gpt: CanonicalGPT) -> Values:
@@ -53,7 +65,12 @@ def asked(gpt: CanonicalGPT) -> Values:
         "window": None,
         "attention_cap": None,
         "logit_cap": None,
+        "residual_scale": 1.0,
+        "residual_scaled": "both",
+        "logit_scale": 1.0,
     }
+    if "position_embedding.weight" in tensors:
+        names["position_offset"] = 0
     if "final_norm.weight" in tensors or gpt.final_norm:
         names["final_norm_eps"] = None
     if not {"blocks.0.norm_1_after.weight", "blocks.0.norm_1_after.bias"} & tensors.keys():
@@ -108,6 +125,10 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         "norm_eps": EPSILONS,
         "norm_placement": ("pre", "post", "sublayer"),
         "embedding_scale": (1.0, gpt.width**0.5),
+        "residual_scale": residual_scales(gpt.n_layer),
+        "residual_scaled": SCALED,
+        "logit_scale": (1.0, gpt.width**-0.5),
+        "position_offset": [n for n in OFFSETS if n < len(gpt.tensors.get("position_embedding.weight", ()))],
         "rope": ROTATIONS,
         "rope_theta": THETAS,
         "rope_direction": (1, -1),
@@ -132,6 +153,12 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         fitting = range(1, gpt.width // 4 + 1)
         return [n for n in fitting if heads_fit(n, gpt.width, rows, bool(gpt.rope))]
     return list(values.get(name, ()))
+
+
+def residual_scales(n_layer: int) -> list[float]:
+    """Scales of the residual stream that authors choose, with L layers: 1/√L, 1/√(2L), MiniCPM's, DeepNorm's."""
+    depths = (n_layer**-0.5, (2 * n_layer) ** -0.5, 1.4 * n_layer**-0.5, (2 * n_layer) ** 0.25)
+    return [*dict.fromkeys((1.0, *depths))]
 
 
 def windows(context_length: int) -> list[int]:
@@ -215,9 +242,14 @@ class Questions:
         for fact, now in self.orders.items():
             gpt = reordered(reordered(gpt, fact, now, undo=True), fact, values.pop(fact, now))
         positions = values.pop("positions", None)
-        gpt = replace(gpt, **values)
+        gpt = within_table(replace(gpt, **values))
         gpt = with_positions(gpt, positions) if positions else gpt
         return replace(gpt, attention_scale=SCALES[scale](gpt) if scale in SCALES else scale)
+
+    @property
+    def length(self) -> int:
+        """How long a text may be under every reading."""
+        return max(1, self.gpt.context_length - max(self.choices.get("position_offset", [0])))
 
     def singles(self, values: Values) -> list[Values]:
         """Every change of one fact; heads also change together with how projections are fused."""
@@ -225,7 +257,7 @@ class Questions:
 
     def pairs(self, values: Values) -> list[Values]:
         """Every change of two facts that are both assumed."""
-        singles = [changes for changes in self._changes(values) if changes.keys() <= self.open - {*RARE}]
+        singles = [changes for changes in self._changes(values) if changes.keys() <= self.open - LAST]
         both = [a | b for a, b in combinations(singles, 2) if not a.keys() & b.keys()]
         return [changes for changes in both if self.differs(values, changes)]
 
@@ -235,6 +267,10 @@ class Questions:
         if {"n_head", "qkv_by_head"} <= self.choices.keys():
             other = not values["qkv_by_head"]
             found += [{"n_head": n, "qkv_by_head": other} for n in self.choices["n_head"] if n != values["n_head"]]
+        if {"residual_scale", "residual_scaled"} <= self.choices.keys():
+            places = [place for place in SCALED if place != values["residual_scaled"]]
+            scales = [scale for scale in self.choices["residual_scale"] if scale != values["residual_scale"]]
+            found += [{"residual_scale": s, "residual_scaled": place} for s in scales for place in places]
         return found
 
     def differs(self, values: Values, changes: Values) -> bool:
@@ -253,6 +289,11 @@ class Questions:
         if any(
             name in changes and changes[name] == after.get("norm_eps") for name in ("final_norm_eps", "qk_norm_eps")
         ):
+            return False
+        scale, place = (after.get(name, getattr(self.gpt, name)) for name in ("residual_scale", "residual_scaled"))
+        if scale != 1 and {"residual_scale", "residual_scaled"} & changes.keys() and (scale > 1) != (place == "stream"):
+            return False  # what is added is made smaller, and the stream larger
+        if changes.keys() == {"residual_scaled"} and scale == 1:
             return False
         if "attention_scale" in changes and len(changes) == 1:
             now, then = self.reading(values), self.reading(after)
@@ -286,7 +327,7 @@ def settle_what_cannot_matter(gpt: CanonicalGPT, facts: list[Fact]) -> dict[str,
         For each fact that is still assumed, the values that change a logit by more than `MATTERS` of the largest one.
     """
     questions = Questions(gpt, facts)
-    ids = torch.randint(gpt.vocab_size, (2, min(32, gpt.context_length)), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(gpt.vocab_size, (2, min(32, questions.length)), generator=torch.Generator().manual_seed(0))
     logits = canonical_logits(gpt, ids)
     rivals = {}
     for fact in facts:

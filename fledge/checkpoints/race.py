@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.canonical import canonical_logits
-from fledge.checkpoints.questions import MATTERS, RARE, Questions, Values, change_of
+from fledge.checkpoints.questions import LAST, MATTERS, Questions, Values, change_of
 from fledge.checkpoints.text_loss import BATCH_NUMBERS, text_losses
 
 CLEARLY = 4.0
@@ -166,10 +166,10 @@ class Race:
             values = better
 
     def _common(self, values: Values) -> list[Values]:
-        return [changes for changes in self.questions.singles(values) if not changes.keys() & {*RARE}]
+        return [changes for changes in self.questions.singles(values) if not changes.keys() & LAST]
 
     def _rare(self, values: Values) -> list[Values]:
-        return [changes for changes in self.questions.singles(values) if changes.keys() & {*RARE}]
+        return [changes for changes in self.questions.singles(values) if changes.keys() & LAST]
 
     def _affordable(self, values: Values) -> list[Values]:
         """Pairs of changes, those first whose single changes cost the least, as many as the work allows."""

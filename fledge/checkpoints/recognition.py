@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fledge.checkpoints.assembly import assemble, check_shapes, reordered, with_positions
+from fledge.checkpoints.assembly import assemble, check_shapes, reordered, with_positions, within_table
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import Fact, Source, from_config
 from fledge.checkpoints.head_tensors import split_heads
@@ -21,7 +21,7 @@ from fledge.checkpoints.loading.weights import LeftOut
 from fledge.checkpoints.questions import asked, heads_fit, regroup
 from fledge.checkpoints.roles import detect
 from fledge.checkpoints.settling import Settling, known_layout
-from fledge.checkpoints.structure import Structure
+from fledge.checkpoints.structure import SQUARES, Structure
 from fledge.errors import UserError
 
 PER_TOKEN = {"token_embedding.weight", "head.weight", "head.bias"}
@@ -164,7 +164,7 @@ def _rotation(left_out: Mapping[str, str], facts: Settling) -> str | None:
 
 
 def _context_length(tensors: dict[str, Tensor], checkpoint: Checkpoint, facts: Settling) -> int:
-    """How long the context is. A table of positions is cut to what the config says: its later rows were never trained.
+    """How long the context is: what the config says, if a table of positions has more rows, or else its rows.
 
     Raises:
         UserError: nothing says it.
@@ -183,9 +183,7 @@ def _context_length(tensors: dict[str, Tensor], checkpoint: Checkpoint, facts: S
         return length
     said = from_config(checkpoint.config, "context_length")
     if isinstance(said, int) and 0 < said < len(table):
-        length = facts.settle("context_length", said)
-        tensors["position_embedding.weight"] = table[:length]
-        return length
+        return facts.settle("context_length", said)
     return len(table)
 
 
@@ -201,13 +199,20 @@ def _open_facts(gpt: CanonicalGPT, checkpoint: Checkpoint, facts: Settling) -> C
     """The model with every fact that its tensors leave open, as it is stated, settled or assumed."""
     facts.compute(gpt)
     questions = dict.fromkeys(sorted(RARE & facts.stated_names())) | asked(gpt)
-    values = {name: facts.settle(name, default) for name, default in questions.items() if name != "rope"}
+    # Where the config says as many positions as there are rows, the first position has the first row.
+    rows = from_config(checkpoint.config, "context_length")
+    sources = {"position_offset": Source.CONFIG} if rows == gpt.context_length else {}
+    values = {
+        name: facts.settle(name, default, sources.get(name, Source.PRACTICE))
+        for name, default in questions.items()
+        if name != "rope"
+    }
     if "norm" not in values:
         facts.show("norm", "layernorm")
     masks = [name for name, reason in checkpoint.left_out.items() if reason == LeftOut.MASK or MASK.search(name)]
     if masks and gpt.causal and facts["causal"].assumed:
         facts.show("causal", True)
-    return replace(gpt, **values)
+    return within_table(replace(gpt, **values))
 
 
 def _kinds_of_norm(gpt: CanonicalGPT, structure: Structure, facts: Settling) -> CanonicalGPT:
@@ -237,10 +242,24 @@ def _orders(gpt: CanonicalGPT, structure: Structure, facts: Settling) -> Canonic
         default = "qkv" if name == "qkv_order" else False
         source = Source.PRACTICE if name == "gate_order" else Source.GUESS
         gpt = reordered(gpt, name, facts.settle(name, default, source))
+    for name, roles in SQUARES.items():
+        square = [source for source, role in structure.roles.items() if _is_square(gpt, role, roles)]
+        square = [source for source in square if source not in structure.oriented]
+        if square:
+            in_out = any(source in structure.transposed for source in square)
+            by_torch = all(source.endswith("weight") for source in square)
+            settled = facts.settle(name, in_out, Source.TORCH_LINEAR if by_torch else Source.PRACTICE)
+            gpt = reordered(gpt, name, settled != in_out)
     fused = any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values())
     if fused and facts.settle("qkv_by_head", False):
         return regroup(gpt)
     return gpt
+
+
+def _is_square(gpt: CanonicalGPT, role: str, roles: tuple[str, ...]) -> bool:
+    """Whether this is the weight of a square matrix that is one of `roles` and not a part of another tensor."""
+    shape = gpt.tensors[role].shape if role in gpt.tensors else ()
+    return role.split(".")[-2] in roles and len(shape) == 2 and shape[0] == shape[1]
 
 
 def fit_vocabulary(gpt: CanonicalGPT, tokens: int, name: str) -> tuple[CanonicalGPT, list[str]]:

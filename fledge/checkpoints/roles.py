@@ -9,11 +9,8 @@ from fledge.checkpoints.guessing import guess_roles
 from fledge.checkpoints.known_layouts import LAYOUTS, pattern_of
 from fledge.checkpoints.mixing import mixing_roles
 from fledge.checkpoints.modules import layer_stack, modules_of, split_ending
-from fledge.checkpoints.orientation import head_is_stored_in_out, stored_in_out
+from fledge.checkpoints.orientation import ORIENTED, head_is_stored_in_out, stored_in_out
 from fledge.checkpoints.structure import SWAPS, Structure
-from fledge.checkpoints.words import PROJECTIONS
-
-PROJECTION_ROLES = {*PROJECTIONS.values()}
 
 
 def detect(
@@ -32,7 +29,10 @@ def detect(
 def _detect(tensors: Mapping[str, Tensor], named: Mapping[str, str], oriented: frozenset[str]) -> Structure:
     structure = name_by_hand(tensors, named)
     structure.oriented = oriented
-    if structure.problems or (tensors and structure.roles.keys() == tensors.keys()):
+    if structure.problems:
+        return structure
+    if tensors and structure.roles.keys() == tensors.keys():
+        _orient(structure, tensors)
         return structure
     if not named and (known := name_by_layout(tensors)):
         return known
@@ -88,9 +88,6 @@ def _orient(structure: Structure, tensors: Mapping[str, Tensor]) -> None:
         if structure.roles[module.name] == "head.weight" and head_is_stored_in_out(module, width):
             structure.transposed.add(module.name)
     for modules in blocks.values():
-        matrices = [module for module in modules if len(module.shape) == 2]
-        parts = {module.name: structure.roles[module.name].split(".")[2] for module in matrices}
-        projections = [module for module in matrices if parts[module.name] in PROJECTION_ROLES]
-        mlp = [module for module in matrices if parts[module.name].startswith("mlp_")]
-        if stored_in_out(projections, mlp, width):
-            structure.transposed |= {module.names["weight"] for module in matrices}
+        parts = {module.name: structure.roles[module.name].split(".")[2] for module in modules}
+        matrices = [module for module in modules if len(module.shape) == 2 and parts[module.name] in ORIENTED]
+        structure.transposed |= stored_in_out(matrices, parts, width) - structure.oriented

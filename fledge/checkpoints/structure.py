@@ -11,6 +11,12 @@ SWAPS = {
     "gate_order": ("mlp_gate", "mlp_in"),
 }
 """Facts that say which of two tensors of one shape is which."""
+SQUARES: dict[str, tuple[str, ...]] = {
+    "qkv_in_out": ("query", "key", "value"),
+    "output_in_out": ("output",),
+    "mlp_in_out": ("mlp_gate", "mlp_in", "mlp_out"),
+}
+"""Facts that say whether square matrices, whose shape does not show it, are stored (in, out), and of which roles."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.probe_text import Trial
+from fledge.checkpoints.questions import is_usual
 from fledge.checkpoints.race import Outcome
 from fledge.errors import UserError
 
@@ -36,7 +37,10 @@ def trials_table(trials: list[Trial]) -> str:
 
 
 def verdict(facts: list[Fact]) -> str:
-    """The last word on a conversion, which `conversion.json` and the model card repeat."""
+    """The last word on a conversion, which `conversion.json` and the model card repeat.
+
+    Only the author's module proves one: code may compute what no tensor shows and nobody asked about.
+    """
     if assumed := [str(fact) for fact in facts if fact.assumed]:
         return f"Converted; assumed, not proven: {', '.join(assumed)}."
     settled = [fact for fact in facts if fact.status is Status.SETTLED and fact.source is not Source.NO_EFFECT]
@@ -46,7 +50,7 @@ def verdict(facts: list[Fact]) -> str:
             by.setdefault(fact.said_by, []).append(fact.name)
     if stated := [str(fact) for fact in settled if fact.stated]:
         by["your word"] = stated
-    start = "Proven: nothing that changes the logits is assumed."
+    start = "Converted; nothing that Fledge asks about is assumed, and no code was compared."
     if names := by.pop(Source.REFERENCE, None):
         start = f"Proven against the author's module, which settles {', '.join(names)}."
     elif names := by.pop(Source.PROBE_TEXT, None):
@@ -92,12 +96,14 @@ def refuse_assumptions(
             f"change the logits ({', '.join(map(str, assumed))}); --reference {folder} settles them by it, and "
             f"--accept_assumptions {otherwise}."
         )
-    listed = "; ".join(_listed(fact, rivals.get(fact.name, [])) for fact in assumed)
+    listed = [_listed(fact, rivals.get(fact.name, [])) for fact in assumed if not is_usual(fact)]
+    if lacking := [str(fact) for fact in assumed if is_usual(fact)]:
+        listed.append(f"and nothing that few authors have ({', '.join(lacking)}), stated by usual: true in a --mapping")
     text = "" if by_text else ", what settles most is --probe_text FILE with its training text"
     raise UserError(
-        f"Nothing shows {count} that would change the logits, so that they are assumed: {listed}. What settles all of "
-        f"them is --reference FOLDER with the code that trained the model{text}; --accept_assumptions converts as it "
-        "is."
+        f"Nothing shows {count} that would change the logits, so that they are assumed: {'; '.join(listed)}. What "
+        f"settles all of them is --reference FOLDER with the code that trained the model{text}; --accept_assumptions "
+        "converts as it is."
     )
 
 

@@ -27,6 +27,8 @@ class FledgeGPTConfig(PreTrainedConfig):
     value_layers: the blocks that add an embedding of the token to its value, times `value_gate_factor` times a gate
         that reads the first `value_gate_width` coordinates, if there is one.
     smear_width: coordinates of an embedding that say how much of the embedding before it is added to it.
+    residual_scale: what attention and MLP add to the residual stream is multiplied by it; with a `residual_scaled` of
+        "attention", "mlp" or "stream", that one alone. `logit_scale` multiplies logits before they are capped.
     backout_layer: the block after which the stream is, times a learned number, taken off again at the end.
     intermediate_sizes: the widths of the blocks' MLPs, where they differ.
     experts_per_token, renormalise_experts: how many experts share a token, and whether their shares sum to one.
@@ -80,6 +82,9 @@ class FledgeGPTConfig(PreTrainedConfig):
     experts_per_token: int = 0
     renormalise_experts: bool = True
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    residual_scaled: str = "both"
+    logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
     dropout: float = 0.0
     initializer_range: float = 0.02

@@ -75,6 +75,10 @@ class FledgeGPTNorm(nn.Module):
         return x if self.bias is None else x + self.bias
 
 
+def scaled(scale: float, x: Tensor) -> Tensor:
+    return x if scale == 1 else scale * x
+
+
 def capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
@@ -228,6 +232,8 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
     def __init__(self, config: FledgeGPTConfig, layer: int):
         super().__init__()
         self.placement, self.parallel = config.norm_placement, config.parallel
+        scaled = ("attention", "mlp") if config.residual_scaled == "both" else (config.residual_scaled,)
+        self.scales = [config.residual_scale if part in scaled else 1.0 for part in ("attention", "mlp", "stream")]
         self.attention = FledgeGPTAttention(config, layer)
         width = config.intermediate_sizes[layer] if config.intermediate_sizes else config.intermediate_size
         moe = config.has("block.router.weight")
@@ -251,6 +257,8 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         """`first` is what the first block was given, of which this one may read a share."""
 
+        of_attention, of_mlp, of_stream = self.scales
+
         def attention(x: Tensor) -> Tensor:
             return self.dropout(self.attention(x, ids, mask, angles, past_key_values))
 
@@ -262,18 +270,15 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
         norms = dict(self.named_children())
         second = "norm_2" if "norm_2" in norms else "norm_1"
         if self.parallel:
-            return x + attention(norms["norm_1"](x)) + mlp(norms[second](x))
-        for part, name, after in ((attention, "norm_1", "norm_1_after"), (mlp, second, "norm_2_after")):
-            if self.placement == "pre":
-                x = x + part(norms[name](x))
-            elif self.placement == "post":
-                x = norms[name](x + part(x))
-            elif self.placement == "sublayer":
-                x = x + norms[name](part(x))
-            elif self.placement == "both":
-                x = x + norms[after](part(norms[name](x)))
-            else:
-                x = x + part(x)
+            mixed = scaled(of_attention, attention(norms["norm_1"](x))) + scaled(of_mlp, mlp(norms[second](x)))
+            return scaled(of_stream, x) + mixed
+        parts = (attention, of_attention, "norm_1", "norm_1_after"), (mlp, of_mlp, second, "norm_2_after")
+        for part, scale, name, after in parts:
+            h = part(norms[name](x) if self.placement in ("pre", "both") else x)
+            if self.placement in ("sublayer", "both"):
+                h = norms[after if self.placement == "both" else name](h)
+            x = scaled(of_stream, x) + scaled(scale, h)
+            x = norms[name](x) if self.placement == "post" else x
         return x
 
 
@@ -343,8 +348,7 @@ class FledgeGPTModel(FledgeGPTPreTrainedModel):
             self.look(x, attention_mask, positions, keys, position_ids is not None, past, window)
             for window in ([None, config.visible_window] if config.window_pattern else [config.visible_window])
         ]
-        if config.embedding_scale != 1:
-            x = x * config.embedding_scale
+        x = scaled(config.embedding_scale, x)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
@@ -491,7 +495,8 @@ class FledgeGPTForCausalLM(FledgeGPTPreTrainedModel, GenerationMixin):
             output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = capped(self.lm_head(output.last_hidden_state[:, kept]), self.config.final_logit_softcapping)
+        logits = scaled(self.config.logit_scale, self.lm_head(output.last_hidden_state[:, kept]))
+        logits = capped(logits, self.config.final_logit_softcapping)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -160,8 +160,10 @@ class ScoreTokens(torch.autograd.Function):
 
 def has_plain_logits(config: PretrainedConfig) -> bool:
     """Whether a model's logits are its head's output, neither scaled nor capped, and its loss their cross-entropy."""
-    marks = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return not any(config.get_text_config().to_dict().get(mark) for mark in (*marks, "output_router_logits"))
+    said = config.get_text_config().to_dict()
+    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    is_scaled = any(said.get(scale) not in (None, 1) for scale in scales)
+    return not (is_scaled or said.get("final_logit_softcapping") or said.get("output_router_logits"))
 
 
 def has_fused_head(model: PreTrainedModel | PeftModel) -> bool:

@@ -47,6 +47,7 @@ KINDS = {
         fields=SCALES | {"rope_width": (None, 2), "parallel": (False, True)},
     ),
     "llama": Kind(biased=(*ATTENTION, "mlp_gate", "mlp_in", "mlp_out"), own_heads=True, fields=SCALES),
+    "granite": Kind(biased=(*ATTENTION, "mlp_gate", "mlp_in", "mlp_out"), fields=SCALES),
     "opt": Kind(
         **LAYERNORM,
         positions="learned",
@@ -129,7 +130,8 @@ def gpts(draw, kind: Kind, layers: tuple[int, ...] = (1, 2)) -> CanonicalGPT:
     if "head" in kind.biased and carried and draw(st.booleans()):
         tensors["head.bias"] = random(draw, vocab_size)
     if kind.positions == "learned" and some(True, True, False):
-        tensors["position_embedding.weight"] = random(draw, context_length, width)
+        own["position_offset"] = some(0, 2)
+        tensors["position_embedding.weight"] = random(draw, context_length + own["position_offset"], width)
     usual = {"activation": some(*ACTIVATIONS), "norm_eps": some(1e-5, 1e-3), "norm_offset": some(0.0, 1.0)}
     if kind.qk_norm == "head" and "blocks.0.query_norm.weight" not in tensors:
         own["qk_norm_after_rope"] = some(False, True)
@@ -151,6 +153,9 @@ def gpts(draw, kind: Kind, layers: tuple[int, ...] = (1, 2)) -> CanonicalGPT:
         qk_norm=kind.qk_norm,
         qk_norm_type=kind.qk_norm_type,
         embedding_scale=some(1.0, 3.0, width**0.5),
+        residual_scale=some(1.0, 0.3),
+        residual_scaled=some("both", "both", "attention", "mlp") if kind is not KINDS["granite"] else "both",
+        logit_scale=some(1.0, 1.0, 0.125),
         experts_per_token=some(1, n_expert) if kind.experts else 0,
         **usual | own,
     )

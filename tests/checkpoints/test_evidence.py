@@ -19,6 +19,7 @@ from hand_written import (
 )
 from torch import nn
 
+from fledge.checkpoints import evidence
 from fledge.checkpoints.author.call import Author
 from fledge.checkpoints.author.reference import load_reference
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
@@ -120,9 +121,69 @@ def test_probabilities_are_compared_as_such(log):
 
 def test_table_of_rotations_may_differ_in_its_last_bit():
     model, facts = recognise(checkpoint_of(*build("llama2c")))
-    found, error = settle_by_reference(model, facts, lambda ids: canonical_logits(model, ids) * (1 + 2**-24))
-    assert (found.rope, found.norm_eps, found.activation) == (model.rope, model.norm_eps, model.activation)
+    author = replace(model, rope_theta=model.rope_theta * (1 + 2**-22))
+    found, error = settle_by_reference(model, facts, functools.partial(canonical_logits, author))
+    for name in ("rope", "rope_theta", "norm_eps", "activation", "residual_scale", "attention_scale"):
+        assert getattr(found, name) == getattr(model, name)
     assert 1e-9 < error < 1e-5
+
+
+# What code may multiply by, and no tensor shows: MiniCPM, Granite, modded-nanogpt of June 2024, DeepNorm, μP.
+NUMBERS = {
+    "minicpm": ("llama2c", {"residual_scale": 1.4 / 2**0.5, "embedding_scale": 12.0, "logit_scale": 1 / 9}),
+    "granite": ("llama_half", {"residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 0.125}),
+    "one sublayer": ("student", {"residual_scale": 0.37, "residual_scaled": "attention"}),
+    "deepnorm": ("student", {"residual_scale": 4**0.25, "residual_scaled": "stream", "norm_placement": "post"}),
+    "mup": ("student", {"attention_scale": 1 / 8, "logit_scale": 3 / 7, "embedding_scale": 5.0}),
+    "rotation": ("llama2c", {"rope_theta": 77_000.0, "activation": "gelu_tanh", "attention_cap": 22.0}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_no_tensor_shows_are_fitted_to_the_authors_module(name):
+    variant, changes = NUMBERS[name]
+    module, config = build(variant)
+    model, facts = recognise(checkpoint_of(module, config))
+    author = replace(model, **changes)
+    found, error = settle_by_reference(model, facts, functools.partial(canonical_logits, author))
+    assert error <= 1e-9
+    ids = torch.arange(CONTEXT_LENGTH)[None]
+    assert (canonical_logits(found, ids) - canonical_logits(author, ids)).abs().max() <= 1e-9
+    kept = changes.keys() & {"logit_scale", "rope_theta", "attention_cap", "attention_scale", "residual_scaled"}
+    assert {key: getattr(found, key) for key in kept} == pytest.approx({key: changes[key] for key in kept})
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_positions_that_do_not_begin_with_the_first_row_are_found(offset):
+    module, _ = build("student")
+    model, facts = recognise(checkpoint_of(module, {"n_head": HEADS}))
+    author = replace(model, position_offset=offset, context_length=CONTEXT_LENGTH - offset)
+
+    def logits(ids):
+        if ids.shape[1] > author.context_length:
+            raise UserError("index out of range")
+        return canonical_logits(author, ids)
+
+    found, error = settle_by_reference(model, facts, logits)
+    assert (found.position_offset, found.context_length) == (offset, CONTEXT_LENGTH - offset)
+    assert error <= 1e-9
+
+
+def test_window_longer_than_the_probes_is_found_in_a_longer_text(monkeypatch):
+    module, config = build("student")
+    read = recognise(checkpoint_of(module, config))[0]
+    monkeypatch.setattr(evidence, "probe_ids", lambda gpt, avoid: [torch.arange(8)[None], torch.arange(6)[None]])
+
+    def settled_by(author):
+        model, facts = recognise(checkpoint_of(module, config))
+        found, _ = settle_by_reference(model, facts, functools.partial(canonical_logits, author))
+        return found.window, {fact.name for fact in facts if fact.assumed}
+
+    assert settled_by(replace(read, window=16)) == (16, set())
+    with pytest.raises(UserError, match="reads for 8 tokens, and something else for a text of 20"):
+        settled_by(replace(read, window=13))
+    monkeypatch.setattr(evidence, "LONG_WORK", 0)
+    assert settled_by(replace(read, window=16)) == (None, {"window"})
 
 
 class OneLayer(nn.Module):
@@ -180,8 +241,12 @@ def test_facts_that_hide_each_other_are_settled_by_the_authors_module(seed):
 @pytest.mark.parametrize(
     ("sources", "said"),
     [
-        ({}, "Proven: nothing that changes the logits is assumed."),
-        ({"activation": Source.FLAG}, "Proven: nothing that changes the logits is assumed. Settled by checkpoint"),
+        ({}, "Converted; nothing that Fledge asks about is assumed, and no code was compared."),
+        (
+            {"activation": Source.FLAG},
+            "Converted; nothing that Fledge asks about is assumed, and no code was compared. S",
+        ),
+        ({"activation": Source.AUTHORS}, "Converted; nothing that Fledge asks about is assumed, and no code was compa"),
         (
             {"activation": Source.PROBE_TEXT},
             "Converted; settled by text, as the weights were most likely trained: activation. ",

@@ -29,7 +29,7 @@ from fledge.checkpoints.loading import Checkpoint, load_checkpoint
 from fledge.checkpoints.mapping import read_mapping
 from fledge.checkpoints.questions import regroup
 from fledge.checkpoints.recognition import fit_vocabulary, recognise
-from fledge.checkpoints.targets import obstacles
+from fledge.checkpoints.targets import obstacles, to_target
 from fledge.errors import UserError
 
 IDS = torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
@@ -135,13 +135,17 @@ def statuses(*args, **keys) -> dict[str, tuple[Status, str]]:
 
 SHOWN = (Status.SHOWN, "tensors")
 USUAL = (Status.ASSUMED, "usual practice")
-ALWAYS = "window attention_cap logit_cap final_norm_eps norm_unbiased norm_eps_outside"
+ALWAYS = "window attention_cap logit_cap final_norm_eps norm_unbiased norm_eps_outside "
+ALWAYS += "residual_scale residual_scaled logit_scale"
 CONFIG = (Status.SETTLED, "checkpoint config")
 
 
 def test_each_fact_names_where_it_comes_from():
     known = (Status.SETTLED, "every known author of scratch")
-    asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel " + ALWAYS
+    asked = (
+        "activation attention_scale norm_eps embedding_scale causal norm_placement parallel position_offset " + ALWAYS
+    )
+    asked += " qkv_in_out output_in_out"
     assert statuses(checkpoint_of(*build("scratch"))) == dict.fromkeys(asked.split(), known) | {
         "layout": (Status.SHOWN, "names of tensors"),
         "n_head": CONFIG,
@@ -152,7 +156,9 @@ def test_each_fact_names_where_it_comes_from():
     asked = "rope attention_scale activation norm embedding_scale causal parallel rope_theta rope_direction rope_width"
     told = stated(n_head=3, norm_placement="pre")
     assert statuses(checkpoint_of(*build("llama_half")), "llama", told=told) == {
-        **dict.fromkeys([*asked.split(), *ALWAYS.split(), "rope_span", "qk_norm"], forced),
+        **dict.fromkeys(
+            [*asked.split(), *ALWAYS.split(), "rope_span", "qk_norm", "qkv_in_out", "output_in_out"], forced
+        ),
         "layout": (Status.SHOWN, "--layout"),
         "n_head": (Status.SETTLED, "--n_head"),
         "norm_eps": CONFIG,
@@ -165,6 +171,8 @@ def test_each_fact_names_where_it_comes_from():
     asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel qkv_by_head " + ALWAYS
     assert statuses(unheard) == dict.fromkeys(asked.split(), USUAL) | {
         **dict.fromkeys(("norm_unbiased", "norm_eps_outside"), (Status.SETTLED, "names of nn.LayerNorm")),
+        "output_in_out": (Status.SETTLED, "names of nn.Linear"),
+        "position_offset": USUAL,
         "layout": (Status.SHOWN, "no layout has these names"),
         "n_head": (Status.ASSUMED, "a guess"),
         "norm": SHOWN,
@@ -185,7 +193,8 @@ def test_each_fact_names_where_it_comes_from():
             "mha",
             {"n_head": 3},
             {"activation", "norm_eps", "embedding_scale", "causal", "norm_placement", "parallel"}
-            | {"window", "attention_cap", "logit_cap", "final_norm_eps"},
+            | {"window", "attention_cap", "logit_cap", "final_norm_eps"}
+            | {"residual_scale", "residual_scaled", "logit_scale", "position_offset"},
         ),
     ],
 )
@@ -235,8 +244,19 @@ def test_final_norm_that_was_never_trained_is_a_question():
 
 @pytest.mark.parametrize(("said", "length"), [(12, 12), (CONTEXT_LENGTH, 20), (400, 20), (None, 20)])
 def test_table_of_positions_is_cut_to_the_context_that_the_config_says(said, length):
-    gpt, _ = recognise(checkpoint(weights("nanogpt"), {"block_size": said} if said else {}))
-    assert (gpt.context_length, len(gpt.tensors["position_embedding.weight"])) == (length, length)
+    tensors = weights("nanogpt")
+    gpt, _ = recognise(checkpoint(tensors, {"block_size": said} if said else {}))
+    config, written, _ = to_target(gpt, {})
+    assert gpt.context_length == config.n_positions == length
+    assert torch.equal(written["transformer.wpe.weight"], tensors["transformer.wpe.weight"][:length])
+
+
+def test_positions_after_rows_that_nobody_reads_are_cut_to_their_own():
+    tensors = weights("nanogpt")
+    gpt, _ = recognise(checkpoint(tensors, {"block_size": 12}), told=stated(position_offset=2))
+    assert torch.equal(to_target(gpt, {})[1]["transformer.wpe.weight"], tensors["transformer.wpe.weight"][2:14])
+    gpt, _ = recognise(checkpoint(tensors), told=stated(position_offset=2))
+    assert gpt.context_length == CONTEXT_LENGTH - 2
 
 
 def test_what_is_told_outranks_the_config_and_that_the_layout():

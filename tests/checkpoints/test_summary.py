@@ -17,7 +17,7 @@ OPEN = Fact.of("attention_scale", 0.25, Source.PRACTICE)
 def test_verdict_names_each_source_once_and_only_what_changes_logits():
     idle = Fact.of("logit_cap", None, Source.NO_EFFECT)
     assert verdict([*KNOWN, idle]) == (
-        "Proven: nothing that changes the logits is assumed. "
+        "Converted; nothing that Fledge asks about is assumed, and no code was compared. "
         "Settled by checkpoint config: norm_eps; by your word: n_head 4."
     )
     assert verdict([*KNOWN, OPEN]) == "Converted; assumed, not proven: attention_scale 0.25."
@@ -31,6 +31,14 @@ def test_assumptions_are_refused_with_what_else_they_could_be():
         "Nothing shows 1 fact that would change the logits, so that they are assumed: attention_scale 0.25 "
         "(or 1/sqrt(width), 1), stated by --attention_scale 0.25."
     )
+    with pytest.raises(UserError) as refused:
+        refuse_assumptions(
+            [OPEN, Fact.of("window", None, Source.PRACTICE), Fact.of("logit_cap", 15.0, Source.GUESS)], {}
+        )
+    assert (
+        "; logit_cap 15, stated by logit_cap: 15 in a --mapping; and nothing that few authors have (window none), "
+        "stated by usual: true in a --mapping. What"
+    ) in str(refused.value)
 
 
 def test_table_of_facts_tells_the_users_word_from_the_files():

@@ -83,7 +83,9 @@ def test_loss_and_gradients_of_fledges_head_are_those_of_transformers(target, da
         loss.backward()
         return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    assert has_plain_logits(model.config) == (getattr(model.config, "final_logit_softcapping", None) is None)
+    said = model.config.to_dict()
+    is_plain = said.get("final_logit_softcapping") is None and said.get("logits_scaling", 1) == 1
+    assert has_plain_logits(model.config) == is_plain
     expected = loss_and_gradients()
     if has_plain_logits(model.config):
         score_supervised_only(model)

@@ -3,7 +3,16 @@
 import torch
 from hypothesis import strategies as st
 
-from fledge.checkpoints.canonical import ACTIVATIONS, NORMS, PLACEMENTS, QK_NORMS, ROTATIONS, SPANS, CanonicalGPT
+from fledge.checkpoints.canonical import (
+    ACTIVATIONS,
+    NORMS,
+    PLACEMENTS,
+    QK_NORMS,
+    ROTATIONS,
+    SCALED,
+    SPANS,
+    CanonicalGPT,
+)
 
 VOCAB, CONTEXT, LAYERS, HEADS, HEAD = 23, 16, 2, 4, 4
 HIDDEN = 20
@@ -129,6 +138,9 @@ def any_gpts(draw) -> CanonicalGPT:
         experts_per_token=2 if experts else 0,
         renormalise_experts=draw(st.booleans()),
         embedding_scale=draw(st.sampled_from((1.0, width**0.5))),
+        residual_scale=draw(st.sampled_from((1.0, 0.3, 1.7))),
+        residual_scaled=draw(st.sampled_from(SCALED)),
+        logit_scale=draw(st.sampled_from((1.0, 0.125))),
         logit_cap=maybe(3.0),
         value_gate_factor=draw(st.sampled_from((1.0, 3.0))),
         backout_layer=backout,

@@ -236,7 +236,8 @@ def test_a_value_that_nobody_gives_is_an_error_not_a_blank():
     ("verdict", "said"),
     [
         ("Converted; assumed, not proven: activation gelu.", "converted on assumptions that nobody has proven"),
-        ("Proven: nothing that changes the logits is assumed.", "converted with proof"),
+        ("Proven against the author's module, which settles activation.", "converted with proof"),
+        ("Converted; nothing that Fledge asks about is assumed, …", "converted without a comparison with the code"),
         ("Converted; settled by text, as the weights …: activation.", "converted as its training text shows"),
     ],
 )

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from fledge.checkpoints.guessing.ends import assign_slopes
 from fledge.checkpoints.guessing.mlp import guess_experts, guess_mlp
 from fledge.checkpoints.modules import Module, listed
-from fledge.checkpoints.orientation import stored_in_out
+from fledge.checkpoints.orientation import ORIENTED, stored_in_out
 from fledge.checkpoints.structure import Structure
 from fledge.checkpoints.words import AFTER, EXPERT, MLP, MLP_IN, NORM_1, NORM_2, OUTPUT, POSITION, PROJECTIONS
 
@@ -39,13 +39,13 @@ def guess_block(structure: Structure, n: int, modules: list[Module], width: int)
     if "output" not in taken and (output := _attention_output(structure, projections, rest)):
         structure.assign(output, f"{block}.output")
         rest.remove(output)
-    open_projections = [module for module in projections if module.name not in structure.oriented]
-    transposed = stored_in_out(open_projections, rest, width)
+    roles = {module.name: structure.roles[module.name].split(".")[2] for module in matrices if module not in rest}
+    unknown = [module for module in matrices if module in rest or roles[module.name] in ORIENTED]
+    transposed = stored_in_out([module for module in unknown if module.name not in structure.oriented], roles, width)
     only_experts = f"{block}.router.weight" in structure.roles.values() and not rest
     if not {"mlp_in", "mlp_out"} & taken and not only_experts:
-        guess_mlp(structure, block, rest, width, transposed)
-    if transposed:
-        structure.transposed |= {module.names["weight"] for module in matrices} - structure.oriented
+        guess_mlp(structure, block, rest, width, bool(transposed & {module.names["weight"] for module in rest}))
+    structure.transposed |= transposed
 
 
 def _attentions(modules: list[Module]) -> list[str]:

@@ -11,9 +11,13 @@ from fledge.checkpoints.targets.classes import TARGETS, Target
 from fledge.checkpoints.targets.folds import (
     carry_head_bias,
     fold_head_bias,
+    fold_logit_scale,
     fold_missing,
     fold_norms,
+    fold_positions,
+    fold_residual_scale,
     fold_scales,
+    fold_stream_scale,
     move_norm,
     open_shared_expert,
     order_rotation,
@@ -49,7 +53,7 @@ def to_target(
     found = obstacles(gpt)
     missing = {*needs(plain)}
     nearest = min(found, key=lambda name: (len(missing & {*found[name]}), len(found[name])))
-    name = nearest if target == "auto" else target
+    name = _preferred(gpt, found) or nearest if target == "auto" else target
     if found[name]:
         lacks = " and no ".join(found[name])
         if target == "auto":
@@ -57,8 +61,8 @@ def to_target(
         raise UserError(f"--target {target} cannot hold this model exactly: it has no {lacks}.")
     chosen = TARGETS[name]
     for step in (
-        lambda gpt: fold_scales(gpt, chosen.scale(gpt.width)),
         fold_missing,
+        lambda gpt: (gpt, []) if chosen.multipliers else _without_multipliers(gpt, chosen.scale(gpt.width)),
         lambda gpt: (gpt, []) if chosen.shares_heads else repeat_shared_heads(gpt),
         lambda gpt: open_shared_expert(gpt) if "shared_gate" in chosen.names else (gpt, []),
         lambda gpt: move_norm(gpt, chosen.norm_after_rope),
@@ -70,6 +74,20 @@ def to_target(
     return config, _weights(plain, chosen), folds
 
 
+def _preferred(gpt: CanonicalGPT, found: dict[str, list[str]]) -> str | None:
+    """The first class with multipliers, for scaled embeddings that the head shares: others need a head of its own."""
+    held = (name for name, lacks in found.items() if TARGETS[name].multipliers and not lacks)
+    return next(held, None) if gpt.tied and gpt.embedding_scale != 1 else None
+
+
+def _without_multipliers(gpt: CanonicalGPT, own_scale: float) -> tuple[CanonicalGPT, list[str]]:
+    folds: list[str] = []
+    for step in (lambda gpt: fold_scales(gpt, own_scale), fold_residual_scale, fold_logit_scale):
+        gpt, said = step(gpt)
+        folds += said
+    return gpt, folds
+
+
 def obstacles(gpt: CanonicalGPT) -> dict[str, list[str]]:
     """What each target lacks, in words that end the sentence "it has no …"; nothing for one that holds `gpt`."""
     plain, _ = _plain(gpt)
@@ -78,7 +96,13 @@ def obstacles(gpt: CanonicalGPT) -> dict[str, list[str]]:
 
 def _plain(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
     """The folds that every target needs alike."""
-    plain, folds = fold_norms(gpt)
+    plain, folds = gpt, []
+    for step in (fold_positions, fold_stream_scale, fold_norms):
+        plain, said = step(plain)
+        folds += said
+    if "head.bias" in plain.tensors:
+        plain, said = fold_logit_scale(plain)
+        folds += said
     carried = carry_head_bias(plain)
     return (carried[0], folds + carried[1]) if carried else (plain, folds)
 

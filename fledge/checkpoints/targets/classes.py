@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -52,7 +53,8 @@ class Target:
     `holds` lists what it has in the words of `needs`. Biases of `always` are there in any case, those of a group in
     `grouped` all or none. `limits` gives the sizes and numbers that it cannot have, `unused` the roles that it leaves
     out, and `place` turns a tensor into the one of that name. `shares_heads` says that query heads may share keys and
-    values; `rope_direction` and `norm_after_rope` are as in `CanonicalGPT`; `scale` multiplies embeddings.
+    values; `rope_direction` and `norm_after_rope` are as in `CanonicalGPT`; `scale` multiplies embeddings;
+    with `multipliers` embeddings, attention, residuals and logits each have one in the config.
     """
 
     config: Callable[[CanonicalGPT, Config], PreTrainedConfig]
@@ -67,6 +69,7 @@ class Target:
     rope_direction: int = 1
     norm_after_rope: bool = False
     scale: Callable[[int], float] = field(default=lambda width: 1.0)
+    multipliers: bool = False
 
     def has_bias(self, gpt: CanonicalGPT) -> set[str]:
         """The roles that have a bias in this class when it holds `gpt`."""
@@ -562,6 +565,20 @@ TARGETS: dict[str, Target] = {
         always=NORMS | {"output", "mlp_in", "mlp_out"},
         shares_heads=False,
         place=_gpt_neo_place,
+    ),
+    "granite": Target(
+        config=lambda gpt, given: GraniteConfig(
+            **_rms(gpt, given, attention_bias=_attention_bias(gpt), mlp_bias=_mlp_bias(gpt)),
+            embedding_multiplier=gpt.embedding_scale,
+            residual_multiplier=gpt.residual_scale,
+            attention_multiplier=gpt.attention_scale,
+            logits_scaling=1 / gpt.logit_scale,
+        ),
+        names=LLAMA_NAMES,
+        holds=USUAL | PLAIN | ROPE_RMS | {"gated MLP"},
+        grouped=(ATTENTION, MLP),
+        limits=lambda gpt: [] if gpt.residual_scaled == "both" else [f"scale of its {gpt.residual_scaled} alone"],
+        multipliers=True,
     ),
 }
 """In the order of preference: the plainest class first."""

@@ -84,8 +84,13 @@ def fold_missing(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
     return replace(gpt, tensors=tensors), folds
 
 
-def fold_scales(gpt: CanonicalGPT, own_scale: float) -> tuple[CanonicalGPT, list[str]]:
-    """Moves the scales of attention and embeddings into the weights; the class scales embeddings by `own_scale`."""
+def fold_scales(gpt: CanonicalGPT, own_scale: float | None) -> tuple[CanonicalGPT, list[str]]:
+    """Moves the scales of attention and embeddings into the weights.
+
+    The class scales embeddings by `own_scale`, or has a multiplier for each scale if that is None.
+    """
+    if own_scale is None:
+        return gpt, []
     tensors, folds, tied = dict(gpt.tensors), [], gpt.tied
     if gpt.embedding_scale != own_scale:
         name = "token_embedding.weight"
@@ -99,6 +104,55 @@ def fold_scales(gpt: CanonicalGPT, own_scale: float) -> tuple[CanonicalGPT, list
         folds.append(f"The attention scale {gpt.attention_scale:g} instead of {gpt.usual_scale:g} is in the queries.")
     folded = replace(gpt, tensors=tensors, tied=tied, embedding_scale=own_scale, attention_scale=gpt.usual_scale)
     return folded, folds
+
+
+def fold_positions(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
+    """Cuts the table of positions to the rows that the context reads."""
+    table, first = gpt.tensors.get("position_embedding.weight"), gpt.position_offset
+    if table is None or len(table) == gpt.context_length:
+        return gpt, []
+    kept = table[first : first + gpt.context_length]
+    folds = [f"The table of positions begins with its row {first}, which the first position reads."] if first else []
+    return replace(gpt, tensors={**gpt.tensors, "position_embedding.weight": kept}, position_offset=0), folds
+
+
+def fold_residual_scale(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
+    """Moves the scale of what attention and MLP add into the last thing that they compute: a matrix, or a norm."""
+    if gpt.residual_scale == 1 or gpt.residual_scaled == "stream":
+        return gpt, []
+    last = {"both": ("norm_1_after", "norm_2_after"), "sublayer": ("norm_1", "norm_2")}
+    roles = dict(zip(("attention", "mlp"), last.get(gpt.norm_placement, ("output", "mlp_out")), strict=True))
+    scaled = {role for place, role in roles.items() if gpt.residual_scaled in ("both", place)}
+    tensors = {
+        name: x.double() * gpt.residual_scale if name.split(".")[-2] in scaled else x for name, x in gpt.tensors.items()
+    }
+    return replace(gpt, tensors=tensors, residual_scale=1.0), [
+        f"What is added to the residual stream holds its scale {gpt.residual_scale:.6g} ({gpt.residual_scaled})."
+    ]
+
+
+def fold_stream_scale(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
+    """norm(s · x + f(x)) is norm(x + f(x) / s), if the epsilon under its root is divided by s²."""
+    is_post = gpt.norm_placement == "post" and not (gpt.parallel or gpt.norm_eps_outside or gpt.qk_norm)
+    if gpt.residual_scaled != "stream" or gpt.residual_scale == 1 or not is_post or gpt.embedding_norm:
+        return gpt, []
+    scale, last = gpt.residual_scale, gpt.norm_eps if gpt.final_norm_eps is None else gpt.final_norm_eps
+    folded = replace(gpt, residual_scale=1 / scale, residual_scaled="both", norm_eps=gpt.norm_eps / scale**2)
+    folded = replace(folded, final_norm_eps=last if gpt.final_norm else None)
+    return folded, [f"The norms' epsilon and what is added make up for the residual stream's scale {scale:.6g}."]
+
+
+def fold_logit_scale(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
+    """Moves the scale of the logits into the head, or into the final norm of a tied one."""
+    if gpt.logit_scale == 1:
+        return gpt, []
+    weighted = "final_norm.weight" in gpt.tensors and not bool((gpt.tensors["final_norm.weight"] == 1).all())
+    in_norm = gpt.tied and gpt.final_norm and weighted
+    names = {"head.bias", *(("final_norm.weight", "final_norm.bias") if in_norm else ("head.weight",))}
+    tensors = {name: x.double() * gpt.logit_scale if name in names else x for name, x in gpt.tensors.items()}
+    place = "final norm holds" if in_norm else "head holds"
+    folded = replace(gpt, tensors=tensors, tied=gpt.tied and in_norm, logit_scale=1.0)
+    return folded, [f"The {place} the scale {gpt.logit_scale:.6g} of the logits."]
 
 
 def repeat_shared_heads(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]]:
@@ -196,6 +250,8 @@ def _into_mlp(gpt: CanonicalGPT) -> tuple[CanonicalGPT, list[str]] | None:
     constant = torch.linalg.lstsq(head, head_bias[:, None], driver="gelsd").solution[:, 0]
     if not (head @ constant - head_bias).abs().max() <= WELL_SOLVED * head_bias.abs().max():
         return None
+    # What the MLP gives is scaled before it is added.
+    constant /= gpt.residual_scale if gpt.residual_scaled in ("both", "mlp") else 1.0
     tensors[name] = constant + tensors[name].double() if name in tensors else constant
     return replace(gpt, tensors=tensors), ["The head's bias is carried by the bias of the last MLP."]
 

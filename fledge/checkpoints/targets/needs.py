@@ -51,6 +51,8 @@ def needs(gpt: CanonicalGPT) -> list[str]:
     if gpt.final_norm and gpt.norm_placement == "post":
         found.append("final norm behind post-norm blocks")
     found.append("norm of the embeddings" if gpt.embedding_norm else "embeddings without a norm")
+    if gpt.residual_scaled == "stream" and gpt.residual_scale != 1:
+        found.append("scale of its residual stream")
     if gpt.parallel:
         found.append("parallel blocks")
     if len(gpt.tensors["blocks.0.query.weight"]) != gpt.width:
