@@ -186,8 +186,11 @@ def convert(data: Path, case: Case, base: Path, tokenizer: Path | None, *more: o
 
 def stopped(error: str) -> str:
     """Why a conversion wrote nothing: the names of what was assumed, or the start of the reason."""
-    if assumed := re.findall(r"(?:assumed: |; )(\w+) [^;]*?, stated by", error):
-        return f"stops: {', '.join(assumed)}" if len(assumed) < 4 else f"stops, {len(assumed)} assumed"
+    if found := re.search(r"Nothing shows (\d+) fact", error):
+        rare = re.search(r"nothing that few authors have \((.*?)\), stated", error)
+        assumed = re.findall(r"(?:assumed: |; )(?!and )(\w+) [^;]*?, stated by", error)
+        assumed += [part.split()[0] for part in rare[1].split(", ")] if rare else []
+        return f"stops: {', '.join(assumed)}" if len(assumed) < 4 else f"stops, {found[1]} assumed"
     if beside := re.search(r"nothing else shows (\d+) fact", error):  # the author's code lies there
         return f"stops, {beside[1]} assumed"
     reason = error.splitlines()[-1] if error else "no reason"

@@ -348,7 +348,9 @@ def test_mapping_names_what_no_word_tells(own, tmp_path):
     )
     given += ["--mapping", tmp_path / "names.yaml"]
     status, _, error = convert(*given)
-    assert_refused(status, error, ["Nothing shows 13 facts", "norm_placement pre (or post, sublayer)", "--reference"])
+    assert_refused(
+        status, error, ["Nothing shows 13 facts", "norm_placement pre (or post, sublayer, replace)", "--reference"]
+    )
     (tmp_path / "scratch_gpt.py").write_text(
         (ROOT / "examples" / "scratch_gpt.py").read_text() + "\nraise SystemExit(7)"
     )

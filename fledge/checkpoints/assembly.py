@@ -32,8 +32,8 @@ def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[s
     Heads are concatenated, fused projections split, (in, out) turned to (out, in). Where possible these are views.
     """
     read = {name: _read(name, source[name], name in structure.transposed) for name in structure.roles}
-    embedding = next((name for name, role in structure.roles.items() if role == "token_embedding.weight"), None)
-    width = read[embedding].shape[-1] if embedding else 0
+    by_role = {role: read[name] for name, role in structure.roles.items()}
+    width = by_role["token_embedding.weight"].shape[-1] if "token_embedding.weight" in by_role else 0
     tensors: dict[str, Tensor] = {}
     heads: dict[str, dict[int, Tensor]] = {}
     for name, role in structure.roles.items():
@@ -44,7 +44,8 @@ def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[s
             heads.setdefault(f"{head[1]}.{head[3]}", {})[int(head[2])] = tensor
         elif fused:
             block, letters, kind = fused.groups()
-            parts = _split_fused(name, tensor, letters, width)
+            output = by_role.get(f"{block}.output.weight")
+            parts = _split_fused(name, tensor, letters, width if output is None else output.shape[-1])
             tensors |= {f"{block}.{part}.{kind}": piece for part, piece in parts.items()}
         elif ".mlp_gate_in." in role:
             halves = zip(("mlp_gate", "mlp_in"), tensor.chunk(2), strict=True)
@@ -56,7 +57,24 @@ def assemble(source: Mapping[str, Tensor], structure: Structure) -> tuple[dict[s
         else:
             tensors[role] = tensor
     joined, count = _join_heads(heads)
-    return by_block(tensors | joined), count
+    return by_block(_with_gains(tensors | joined)), count
+
+
+def _with_gains(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with LayerScale's gains (D,) in the matrices whose output they multiply (Touvron et al. 2021).
+
+    Raises:
+        UserError: there is no such matrix.
+    """
+    for name in [name for name in tensors if name.endswith("_gain.weight")]:
+        block, part = name.removesuffix("_gain.weight").rsplit(".", 1)
+        gain, matrix = tensors.pop(name).double(), f"{block}.{'output' if part == 'attention' else 'mlp_out'}"
+        if f"{matrix}.weight" not in tensors:
+            raise UserError(f"{name} multiplies what {matrix} gives, and the checkpoint has no {matrix}.")
+        tensors[f"{matrix}.weight"] = gain[:, None] * tensors[f"{matrix}.weight"].double()
+        if f"{matrix}.bias" in tensors:
+            tensors[f"{matrix}.bias"] = gain * tensors[f"{matrix}.bias"].double()
+    return tensors
 
 
 def _read(name: str, tensor: Tensor, transposed: bool) -> Tensor:
@@ -67,12 +85,12 @@ def _read(name: str, tensor: Tensor, transposed: bool) -> Tensor:
     return tensor.T if transposed and tensor.dim() == 2 else tensor
 
 
-def _split_fused(name: str, tensor: Tensor, letters: str, width: int) -> dict[str, Tensor]:
-    """The parts of a fused projection, whose `letters` (`qkv`) stand in the order of its rows."""
-    key_rows, odd = divmod(len(tensor) - width, 2)
+def _split_fused(name: str, tensor: Tensor, letters: str, queries: int) -> dict[str, Tensor]:
+    """The parts of a fused projection, whose `letters` (`qkv`) stand in the order of its rows; `queries` are of q."""
+    key_rows, odd = divmod(len(tensor) - queries, 2)
     if key_rows <= 0 or odd:
         raise UserError(f"{name} has {len(tensor)} rows, which query, key and value cannot share.")
-    pieces = tensor.split([width if letter == "q" else key_rows for letter in letters])
+    pieces = tensor.split([queries if letter == "q" else key_rows for letter in letters])
     return {PARTS[letter]: piece for letter, piece in zip(letters, pieces, strict=True)}
 
 
@@ -110,6 +128,11 @@ def check_shapes(tensors: dict[str, Tensor]) -> int:
         own = _parts(tensors, n)
         if own != first:
             raise UserError(f"Layer {n} and layer 0 differ in {', '.join(sorted(own ^ first))}; all must be alike.")
+    width, queries = tensors["token_embedding.weight"].shape[-1], len(tensors["blocks.0.query.weight"])
+    if queries != width and "blocks.0.output.weight" not in tensors:
+        raise UserError(
+            f"The heads are {queries} wide together, and nothing leads back to the model's width of {width}."
+        )
     shapes = _shapes(tensors)
     for name, tensor in tensors.items():
         role, kind = name.split(".")[-2:]

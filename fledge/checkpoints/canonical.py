@@ -4,7 +4,7 @@ Every field of `CanonicalGPT` except `tensors` may be a fact of the same name; `
 
     heads       n_head n_kv_head attention_scale attention_cap window window_pattern causal
                 qk_norm (None head width) qk_norm_type (layernorm rmsnorm) qk_norm_after_rope value_gate_factor
-    norms       norm (layernorm rmsnorm) norm_eps norm_offset norm_placement (pre post sublayer both none)
+    norms       norm (layernorm rmsnorm) norm_eps norm_offset norm_placement (pre post sublayer both replace none)
                 norm_unbiased norm_eps_outside final_norm_eps qk_norm_eps parallel final_norm embedding_norm
     positions   a table among the tensors; alibi
                 rope (None interleaved half) rope_theta rope_direction rope_width rope_span (head width)
@@ -32,9 +32,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 NORMS = ("layernorm", "rmsnorm")
-PLACEMENTS = ("pre", "post", "sublayer", "both", "none")
+PLACEMENTS = ("pre", "post", "sublayer", "both", "replace", "none")
 """Where a block normalises around a part f: x + f(norm(x)) (GPT-2), norm(x + f(x)) (Vaswani et al. 2017),
-x + norm(f(x)) (OLMo 2), x + norm'(f(norm(x))) (Gemma 2), or nowhere."""
+x + norm(f(x)) (OLMo 2), x + norm'(f(norm(x))) (Gemma 2), y + f(y) where y is norm(x) (a slip of beginners), or nowhere.
+"""
 ROTATIONS = ("interleaved", "half")
 """Which coordinates of a head RoPE turns together: neighbours (Su et al. 2021), or i and i + half a head (GPT-NeoX)."""
 SPANS = ("head", "width")
@@ -241,6 +242,7 @@ class Forward:
             mixed = scales["attention"] * attention(block, self.norm(norm_1, x))
             return scales["stream"] * x + mixed + scales["mlp"] * self.mlp(block, self.norm(norm_2, x))
         for number, part, name, place in ((1, attention, norm_1, "attention"), (2, self.mlp, norm_2, "mlp")):
+            x = self.norm(name, x) if placement == "replace" else x
             h = part(block, self.norm(name, x) if placement in ("pre", "both") else x)
             if placement == "sublayer":
                 h = self.norm(name, h)

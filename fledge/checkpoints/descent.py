@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fledge.checkpoints.canonical import SCALED, CanonicalGPT, canonical_logits
 from fledge.checkpoints.proof import Probes
-from fledge.checkpoints.questions import Questions, Values
+from fledge.checkpoints.questions import LAST, Questions, Values
 from fledge.errors import UserError
 
 NORMALISED = 1e-6
@@ -20,8 +20,10 @@ CAPS = ("attention_cap", "logit_cap")
 """The same for those that have a number only if there is such a part."""
 FITS = 4
 """How many readings are fitted."""
-STEPS = 20
-"""Steps of a fit at most."""
+STEPS, FEW_STEPS = 20, 5
+"""Steps of a fit at most, and of one that only compares readings."""
+CLEARLY = 0.8
+"""The share of the error that a step with fitted numbers must leave at most."""
 COLUMNS = 512
 """Tokens of the vocabulary whose logits are fitted."""
 
@@ -48,12 +50,14 @@ class Descent:
     def run(self, start: Values) -> Values:
         """The first reading whose error is small enough, or else the one with the smallest."""
         best = start
-        for first in [start, *(start | changes for changes in self._kept(self.questions.singles(start)))]:
-            best = min(best, self._lowest(first), key=self.error)
-            if self.error(best) > self.near and first is start:
-                best = min(best, self._fitted(start), key=self.error)
+        for find in (lambda: self._lowest(start), lambda: self._fitted(start), lambda: self._lowest_fitted(start)):
+            best = min(best, find(), key=self.error)
             if self.error(best) <= self.near:
-                break
+                return best
+        for changes in self._kept(self.questions.singles(start)):
+            best = min(best, self._lowest(start | changes), key=self.error)
+            if self.error(best) <= self.near:
+                return best
         return best
 
     def error(self, values: Values) -> float:
@@ -77,6 +81,18 @@ class Descent:
             values = lower
         return values
 
+    def _lowest_fitted(self, values: Values) -> Values:
+        """Where steps of one common fact lead, if the numbers are fitted anew at each."""
+        values = self._fitted(values, everywhere=False)
+        while self.error(values) > self.near:
+            changes = [one for one in self._kept(self.questions.singles(values)) if not one.keys() & {*LAST, *NUMBERS}]
+            tried = [self._fitted(values | one, everywhere=False) for one in changes]
+            best = min(tried, key=self.error, default=values)
+            if not self.error(best) < CLEARLY * self.error(values):
+                break
+            values = self._fitted(best)
+        return values
+
     def _step(self, values: Values) -> Values | None:
         """The best change of one fact, or else of two, if it lowers the error."""
         for moves in (self.questions.singles, self.questions.pairs):
@@ -86,16 +102,20 @@ class Descent:
                 return best
         return None
 
-    def _fitted(self, values: Values) -> Values:
-        """The reading with the numbers that give the smallest error, as short as they may be written."""
-        self.fits += 1
+    def _fitted(self, values: Values, everywhere: bool = True) -> Values:
+        """The reading with the numbers that give the smallest error, as short as they may be written.
+
+        The scale of residuals is fitted `everywhere` that it may be, or else roughly in the present place.
+        """
+        self.fits += everywhere
         places = [values.get("residual_scaled")]
-        if {"residual_scale", "residual_scaled"} <= {*self.names}:
+        if everywhere and {"residual_scale", "residual_scaled"} <= {*self.names}:
             places += [place for place in SCALED if place not in places]
         best = values
         for place in places:
             start = values | ({"residual_scaled": place} if place else {})
-            found = fit(self.questions, start, self._numbers(start), self.probes)
+            steps = STEPS if everywhere else FEW_STEPS
+            found = fit(self.questions, start, self._numbers(start), self.probes, steps)
             best = min(best, self._rounded(found), key=self.error)
             if self.error(best) <= self.near:
                 break
@@ -116,7 +136,7 @@ class Descent:
         return values
 
 
-def fit(questions: Questions, values: Values, names: list[str], probes: Probes) -> Values:
+def fit(questions: Questions, values: Values, names: list[str], probes: Probes, steps: int) -> Values:
     """The values with numbers under which the logits are nearest to the author's: Levenberg's and Marquardt's steps.
 
     Numbers are positive, so their logarithms are fitted.
@@ -133,15 +153,16 @@ def fit(questions: Questions, values: Values, names: list[str], probes: Probes) 
         )
 
     now, damping = differences(numbers), 1e-3
-    for _ in range(STEPS):
+    for _ in range(steps):
         if not names or not now.isfinite().all() or not now.any():
             break
         moved = [numbers + 1e-6 * torch.eye(len(names), dtype=torch.float64)[i] for i in range(len(names))]
         slopes = torch.stack([(differences(logs) - now) / 1e-6 for logs in moved], dim=1)
-        square, gradient = slopes.T @ slopes, slopes.T @ now
+        sizes = slopes.norm(dim=0).clamp_min(1e-30)
         while damping < 1e6:
-            damped = square + damping * torch.diag(square.diagonal() + 1e-30)
-            step = torch.linalg.lstsq(damped, -gradient[:, None]).solution[:, 0].clamp(-2, 2)
+            damped = torch.cat([slopes / sizes, damping * torch.eye(len(names), dtype=torch.float64)])
+            wanted = torch.cat([-now, torch.zeros(len(names), dtype=torch.float64)])
+            step = (torch.linalg.lstsq(damped, wanted[:, None]).solution[:, 0] / sizes).clamp(-2, 2)
             other = differences(numbers + step)
             if other.isfinite().all() and other.square().sum() < now.square().sum():
                 break

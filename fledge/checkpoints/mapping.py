@@ -13,7 +13,7 @@ OUTSIDE = {"token_embedding", "position_embedding", "embedding_norm", "final_nor
 INSIDE = {"norm_1", "qkv", "query", "key", "value", "output", "norm_2", "mlp_in", "mlp_gate", "mlp_out"}
 OUTSIDE |= {"smear_gate", "smear_lambda", "backout_lambda"}
 INSIDE |= {"value_embedding", "value_gate", "value_lambdas", "residual_lambdas"}
-INSIDE |= {"norm_1_after", "norm_2_after", "query_norm", "key_norm", "mlp_gate_in"}
+INSIDE |= {"norm_1_after", "norm_2_after", "query_norm", "key_norm", "mlp_gate_in", "attention_gain", "mlp_gain"}
 
 
 def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:

@@ -54,6 +54,16 @@ def is_usual(fact: Fact) -> bool:
     return fact.name in RARE and fact.value == RARE[fact.name]
 
 
+def is_rare(changes: Values) -> bool:
+    """Whether what changes is then what few authors have."""
+    return any(name in RARE and value != RARE[name] for name, value in changes.items())
+
+
+def is_louder(changes: Values) -> bool:
+    """Whether the changes make a part of the model louder or softer, which is what unfinished training does too."""
+    return bool(changes.keys() & {"residual_scale", "logit_scale"}) or changes.get("norm_placement") == "replace"
+
+
 def asked(gpt: CanonicalGPT) -> Values:
     """The facts that could be otherwise in a model with these tensors, each with what most authors do."""
     tensors = gpt.tensors
@@ -123,7 +133,7 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         "norm": NORMS,
         "qk_norm_type": NORMS,
         "norm_eps": EPSILONS,
-        "norm_placement": ("pre", "post", "sublayer"),
+        "norm_placement": ("pre", "post", "sublayer", "replace"),
         "embedding_scale": (1.0, gpt.width**0.5),
         "residual_scale": residual_scales(gpt.n_layer),
         "residual_scaled": SCALED,
@@ -149,16 +159,18 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         **dict.fromkeys(SWITCHES, (False, True)),
     }
     if name == "n_head":
-        rows = len(gpt.tensors["blocks.0.key.weight"])
-        fitting = range(1, gpt.width // 4 + 1)
-        return [n for n in fitting if heads_fit(n, gpt.width, rows, bool(gpt.rope))]
+        queries, keys = (len(gpt.tensors[f"blocks.0.{part}.weight"]) for part in ("query", "key"))
+        return [n for n in range(1, queries // 4 + 1) if heads_fit(n, queries, keys, bool(gpt.rope))]
     return list(values.get(name, ()))
 
 
 def residual_scales(n_layer: int) -> list[float]:
-    """Scales of the residual stream that authors choose, with L layers: 1/√L, 1/√(2L), MiniCPM's, DeepNorm's."""
+    """Scales of the residual stream that authors choose, with L layers: 1/√L, 1/√(2L), MiniCPM's, DeepNorm's.
+
+    One that is within a tenth of none is left out: text would choose between them by chance.
+    """
     depths = (n_layer**-0.5, (2 * n_layer) ** -0.5, 1.4 * n_layer**-0.5, (2 * n_layer) ** 0.25)
-    return [*dict.fromkeys((1.0, *depths))]
+    return [1.0, *dict.fromkeys(scale for scale in depths if abs(scale - 1) > 0.1)]
 
 
 def windows(context_length: int) -> list[int]:
@@ -176,7 +188,7 @@ def window_patterns(n_layer: int) -> list[str]:
 
 
 def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:
-    """Whether `n_head` heads fill the width and the keys, in pairs of coordinates if they are rotated."""
+    """Whether `n_head` heads fill all queries' width and the keys, in pairs of coordinates if they are rotated."""
     head_width, left = divmod(width, n_head)
     return not (left or key_rows % head_width or width % key_rows or (rotary and head_width % 2))
 
@@ -240,7 +252,8 @@ class Questions:
             gpt = replace(gpt, n_head=n_head, n_kv_head=key_rows * n_head // rows)
             gpt = regroup(gpt) if by_head else gpt
         for fact, now in self.orders.items():
-            gpt = reordered(reordered(gpt, fact, now, undo=True), fact, values.pop(fact, now))
+            if (value := values.pop(fact, now)) != now:
+                gpt = reordered(reordered(gpt, fact, now, undo=True), fact, value)
         positions = values.pop("positions", None)
         gpt = within_table(replace(gpt, **values))
         gpt = with_positions(gpt, positions) if positions else gpt

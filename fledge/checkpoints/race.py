@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.canonical import canonical_logits
-from fledge.checkpoints.questions import LAST, MATTERS, Questions, Values, change_of
+from fledge.checkpoints.questions import LAST, MATTERS, Questions, Values, change_of, is_louder, is_rare
 from fledge.checkpoints.text_loss import BATCH_NUMBERS, text_losses
 
 CLEARLY = 4.0
@@ -196,14 +196,16 @@ class Race:
                 self.measure(one, count)
 
     def _wins(self, comparison: Comparison, values: Values, changes: Values) -> bool:
-        """What is assumed gives way to whatever does better, what a layout or config says only to what clearly does.
+        """What is assumed gives way to whatever does better, but to what few authors have, and against the word of a
+        layout or a config, only if that clearly does better, and never to another loudness of a part.
 
         A reading that was left is taken again only because of text that was not read by then.
         """
         key = key_of(values | changes)
-        if len(self.losses[key]) <= self.left.get(key, 0):
+        if len(self.losses[key]) <= self.left.get(key, 0) or is_louder(changes):
             return False
-        return comparison.better and (changes.keys() <= self.questions.open or comparison.errors <= -CLEARLY)
+        is_open = changes.keys() <= self.questions.open and not is_rare(changes)
+        return comparison.better and (is_open or comparison.errors <= -CLEARLY)
 
 
 def standard_error(difference: Tensor, places: Tensor) -> float:

@@ -48,7 +48,7 @@ def recognise(
         layout: a key of `LAYOUTS` whose facts to use, instead of those of the layout that the names show.
         roles: source module → canonical module, named by hand.
         told: facts stated by flags or a mapping, by name.
-        by_author: the context length of the author's code, for a checkpoint that shows none.
+        by_author: the context length of the author's code, for a checkpoint that shows none; 0 if it says nothing.
 
     Raises:
         UserError: a tensor whose role cannot be told, shapes that contradict each other, or a wrong fact.
@@ -89,7 +89,7 @@ def _structure(checkpoint: Checkpoint, named: Mapping[str, str], oriented: froze
 
 def _heads(tensors: Mapping[str, Tensor], heads_saved: int | None, facts: Settling) -> int:
     """The number of heads: `heads_saved` if they were saved one by one, else stated or guessed."""
-    width, key_rows = tensors["token_embedding.weight"].shape[1], len(tensors["blocks.0.key.weight"])
+    width, key_rows = (len(tensors[f"blocks.0.{part}.weight"]) for part in ("query", "key"))
     rotary = _may_rotate(tensors)
     if gates := [tensor for name, tensor in tensors.items() if name.endswith(".value_gate.weight")]:
         heads_saved = len(gates[0]) * len(tensors["blocks.0.query.weight"]) // key_rows  # one for each key head
@@ -100,7 +100,7 @@ def _heads(tensors: Mapping[str, Tensor], heads_saved: int | None, facts: Settli
     else:
         n_head = facts.settle("n_head", _likely_heads(width, key_rows, rotary), Source.GUESS)
     if width % n_head:
-        raise UserError(f"n_head {n_head} does not divide the width {width}.")
+        raise UserError(f"n_head {n_head} does not divide the width {width} of queries.")
     head_width = width // n_head
     if not heads_fit(n_head, width, key_rows, rotary=False):
         raise UserError(f"Heads of width {head_width} do not fit keys of width {key_rows}.")
@@ -175,10 +175,11 @@ def _context_length(tensors: dict[str, Tensor], checkpoint: Checkpoint, facts: S
         if facts.by_author and not length:
             length = facts.add(facts.by_author)
         if not length:
+            silent = "neither a config nor the code" if facts.by_author else "no config"
+            code = "" if facts.by_author else ", or pass --reference FOLDER with code that says it"
             raise UserError(
-                "There is no table of positions, and no config says how long the context is; write the line "
-                "`context_length: N` into a YAML file and pass it as --mapping, or pass --reference FOLDER with code "
-                "that says it."
+                f"There is no table of positions, and {silent} says how long the context is; write the line "
+                f"`context_length: N` into a YAML file and pass it as --mapping{code}."
             )
         return length
     said = from_config(checkpoint.config, "context_length")

@@ -42,6 +42,7 @@ SHARED = {"shared"}
 ROUTER = {"router", "gate", "gating", "switch"}
 
 # Norms.
+NORM = {"norm", "ln", "layernorm", "rmsnorm", "rms", "normalization", "normalisation"}
 NORM_1 = {"a", "attn", "attention", "att", "sa", "mha", "input", "in", "pre", "first"}
 NORM_2 = {"b", "post", "second"} | MLP
 AFTER = {"post", "after"}

@@ -14,7 +14,7 @@ class FledgeGPTConfig(PreTrainedConfig):
         by D − 1 in LayerNorm's variance, `norm_eps_outside` adds the epsilon to the root; `final_norm_eps` and
         `qk_norm_eps` are other epsilons than `norm_eps`.
     norm_placement: pre, x + f(norm(x)); post, norm(x + f(x)); sublayer, x + norm(f(x)); both, x + norm'(f(norm(x)));
-        none. `norm_2` that is not named is `norm_1` once more.
+        replace, y + f(y) where y is norm(x); none. `norm_2` that is not named is `norm_1` once more.
     parallel: x + attention(norm_1(x)) + mlp(norm_2(x)), instead of one after the other.
     rope: interleaved (neighbours turn together), half (i and i + half a head), or None; the first `rope_width`
         coordinates of a head are turned, and the other way round if `rope_direction` is −1. With a `rope_span` of

@@ -274,6 +274,7 @@ class FledgeGPTBlock(GradientCheckpointingLayer):
             return scaled(of_stream, x) + mixed
         parts = (attention, of_attention, "norm_1", "norm_1_after"), (mlp, of_mlp, second, "norm_2_after")
         for part, scale, name, after in parts:
+            x = norms[name](x) if self.placement == "replace" else x
             h = part(norms[name](x) if self.placement in ("pre", "both") else x)
             if self.placement in ("sublayer", "both"):
                 h = norms[after if self.placement == "both" else name](h)

@@ -243,8 +243,8 @@ def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
     trials: list[Trial] = []
     proof: dict[str, object] = {}
     author = open_author(args, loaded)
-    length = author.context_length if author else None
-    by_author = Fact("context_length", length[0], Status.SETTLED, Source.REFERENCE, length[1]) if length else None
+    length, said = (author.context_length or (0, "")) if author else (0, "")  # 0: its code says nothing
+    by_author = Fact("context_length", length, Status.SETTLED, Source.REFERENCE, said) if author else None
     gpt, facts = recognise(checkpoint, args.layout, loaded.roles, loaded.told, by_author)
     name, probe_text = find_tokenizer(args, loaded, gpt.vocab_size)
     tokenizer = load_tokenizer(name, gpt.context_length, checkpoint.vocabulary)

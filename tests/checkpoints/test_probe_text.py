@@ -49,13 +49,15 @@ def sharpened(variant: str, **told: object) -> tuple[CanonicalGPT, list[Fact]]:
 def written_by(gpt: CanonicalGPT, windows: int) -> str:
     """Text that a model writes by itself, each window of its context going on from the last token of the one before.
 
+    Windows are as long as every reading can take, two tokens less where the first rows of a table may be left out.
     Its parts are written side by side, and the token before a join predicts nothing.
     """
     generator = torch.Generator().manual_seed(2)
+    length = CONTEXT - 2 if "position_embedding.weight" in gpt.tensors else CONTEXT
     ids = torch.arange(min(64, windows))[:, None] % gpt.vocab_size
     for _ in range(-(-windows // len(ids))):
         window = ids[:, -1:]
-        for _ in range(CONTEXT):
+        for _ in range(length):
             shares = canonical_logits(gpt, window, torch.float32)[:, -1].softmax(-1)
             window = torch.cat([window, torch.multinomial(shares, 1, generator=generator)], dim=1)
         ids = torch.cat([ids, window[:, 1:]], dim=1)

@@ -50,5 +50,5 @@ def test_assumed_facts_name_their_rivals_one_by_one():
     gpt, facts = recognise(checkpoint_of(*build("student")))
     rivals = settle_what_cannot_matter(gpt, facts)
     assert rivals.keys() == {fact.name for fact in facts if fact.assumed}
-    assert set(rivals["norm_placement"]) == {"post", "sublayer"}
+    assert set(rivals["norm_placement"]) == {"post", "sublayer", "replace"}
     assert set(rivals["parallel"]) == {True}

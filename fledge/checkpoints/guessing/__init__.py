@@ -14,6 +14,7 @@ What stays ambiguous is reported as a problem.
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -39,6 +40,7 @@ def guess_roles(tensors: Mapping[str, Tensor], named: Structure) -> Structure:
 def _guess(tensors: Mapping[str, Tensor], named: Structure, stack: str | None, numbered: bool) -> Structure:
     structure = copy.deepcopy(named)
     outer, blocks = modules_of(tensors, stack, numbered)
+    blocks = _in_pairs(blocks)
     inner = [module for modules in blocks.values() for module in modules]
     for module in [*outer, *inner]:
         if foreign := next((FOREIGN[word] for word in module.words if word in FOREIGN), None):
@@ -66,6 +68,17 @@ def _guess(tensors: Mapping[str, Tensor], named: Structure, stack: str | None, n
     if unknown and not structure.problems and not structure.refusals:
         structure.problems.append(f"{unknown[0]} has no role in a GPT ({len(unknown)} such tensors in all).")
     return structure
+
+
+def _in_pairs(blocks: dict[int, list[Module]]) -> dict[int, list[Module]]:
+    """The layers, where attention and MLP are numbered by themselves, two of these in each."""
+    attends = [any(len(module.shape) == 2 and module.projection for module in blocks[n]) for n in sorted(blocks)]
+    pairs = len(blocks) // 2
+    if not pairs or attends != [True, False] * pairs:
+        return blocks
+    parts = zip(sorted(blocks), ("attention", "mlp") * pairs, strict=True)
+    halves = [[replace(module, path=f"{part}.{module.path}") for module in blocks[n]] for n, part in parts]
+    return {n: halves[2 * n] + halves[2 * n + 1] for n in range(pairs)}
 
 
 def _width(outer: list[Module], blocks: Mapping[int, list[Module]]) -> int | None:

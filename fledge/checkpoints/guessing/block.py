@@ -8,7 +8,7 @@ from fledge.checkpoints.guessing.mlp import guess_experts, guess_mlp
 from fledge.checkpoints.modules import Module, listed
 from fledge.checkpoints.orientation import ORIENTED, stored_in_out
 from fledge.checkpoints.structure import Structure
-from fledge.checkpoints.words import AFTER, EXPERT, MLP, MLP_IN, NORM_1, NORM_2, OUTPUT, POSITION, PROJECTIONS
+from fledge.checkpoints.words import AFTER, EXPERT, MLP, MLP_IN, NORM, NORM_1, NORM_2, OUTPUT, POSITION, PROJECTIONS
 
 PARTS_OF = {"query": "q", "key": "k", "value": "v"}
 
@@ -36,7 +36,7 @@ def guess_block(structure: Structure, n: int, modules: list[Module], width: int)
         structure.problems.append(f"Layer {n} has no tensor that is known as query, key and value.")
         return
     rest = guess_experts(structure, block, [module for module in matrices if module not in projections], width)
-    if "output" not in taken and (output := _attention_output(structure, projections, rest)):
+    if "output" not in taken and (output := _attention_output(structure, projections, rest, width)):
         structure.assign(output, f"{block}.output")
         rest.remove(output)
     roles = {module.name: structure.roles[module.name].split(".")[2] for module in matrices if module not in rest}
@@ -65,8 +65,18 @@ def _guess_vectors(structure: Structure, block: str, modules: list[Module], widt
     inner = [module for module in vectors if module.projection in ("query", "key")]
     for module in inner:
         structure.assign(module, f"{block}.{module.projection}_norm")
+    norms = [module for module in vectors if module not in inner]
+    named = [module for module in norms if module.count(NORM)]
+    gains = [module for module in norms if module not in named and module.shape == (width,)]
+    if len(named) == len(gains) == 2:  # LayerScale
+        first, second = sorted(gains, key=_norm_order)
+        if _norm_order(first) == _norm_order(second):
+            structure.problems.append(f"{listed(gains)}: which of them scales what attention gives?")
+        structure.assign(first, f"{block}.attention_gain")
+        structure.assign(second, f"{block}.mlp_gain")
+        norms = named
     if not {"norm_1", "norm_2"} & taken:
-        _guess_norms(structure, block, [module for module in vectors if module not in inner], width)
+        _guess_norms(structure, block, norms, width)
 
 
 def _guess_norms(structure: Structure, block: str, norms: list[Module], width: int) -> None:
@@ -149,15 +159,20 @@ def _first_three(matrices: list[Module], width: int) -> list[list[Module]] | Non
     return None
 
 
-def _attention_output(structure: Structure, projections: list[Module], rest: list[Module]) -> Module | None:
+def _attention_output(structure: Structure, projections: list[Module], rest: list[Module], width: int) -> Module | None:
     """The output projection among the matrices that are not query, key or value, or None.
 
-    It is square. If the MLP is as wide as the model, its matrices are square too: then the one beside the projections
-    is taken, or the one whose words say so.
+    It is square, unless the heads together are not as wide as the model. If the MLP is as wide as the model, its
+    matrices are square too: then the one beside the projections is taken, or the one whose words say so.
     """
     square = [module for module in rest if module.shape[0] == module.shape[1]]
+    homes = {module.path.split(".")[0] for module in projections if "." in module.path}
+    if not square and len(rest) > 2 and (heads := _width_of_heads(projections, width)):
+        fitting = [module for module in rest if sorted(module.shape) == sorted((heads, width))]
+        beside = [module for module in fitting if module.path.split(".")[0] in homes]
+        said = [module for module in fitting if module.count(OUTPUT) and not module.count(MLP_IN)]
+        return next((found[0] for found in (beside, said, fitting) if len(found) == 1), None)
     if len(rest) - len(square) < 2:
-        homes = {module.path.split(".")[0] for module in projections if "." in module.path}
         beside = [module for module in square if module.path.split(".")[0] in homes]
         if 0 < len(beside) < len(rest):
             square = beside
@@ -168,3 +183,11 @@ def _attention_output(structure: Structure, projections: list[Module], rest: lis
     if len(square) > 1:
         structure.problems.append(f"{listed(square)}: which is the attention's output projection?")
     return square[0] if square else None
+
+
+def _width_of_heads(projections: list[Module], width: int) -> int | None:
+    """How wide the queries of all heads are together; None if nothing shows it."""
+    queries = [module for module in projections if module.projection == "query" or len(module.projection or "") == 3]
+    sides = [max(module.shape, key=lambda side: side != width) for module in queries if len(module.shape) == 2]
+    fused = any(module.projection != "query" for module in queries)
+    return (sum(sides) // 3 if fused else sum(sides)) or None

@@ -577,7 +577,11 @@ TARGETS: dict[str, Target] = {
         names=LLAMA_NAMES,
         holds=USUAL | PLAIN | ROPE_RMS | {"gated MLP"},
         grouped=(ATTENTION, MLP),
-        limits=lambda gpt: [] if gpt.residual_scaled == "both" else [f"scale of its {gpt.residual_scaled} alone"],
+        limits=lambda gpt: (
+            []
+            if gpt.residual_scaled == "both" or gpt.residual_scale == 1
+            else [f"scale of its {gpt.residual_scaled} alone"]
+        ),
         multipliers=True,
     ),
 }

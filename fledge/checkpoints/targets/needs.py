@@ -12,6 +12,7 @@ PLACEMENTS = {
     "post": "post-norm blocks",
     "sublayer": "norm behind each sublayer alone",
     "both": "norms before and behind each sublayer",
+    "replace": "norms that replace the residual stream",
     "none": "blocks without norms",
 }
 MIXING = {
