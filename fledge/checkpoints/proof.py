@@ -38,13 +38,14 @@ Probes = list[tuple[Tensor, Tensor]]
 def probe_ids(gpt: CanonicalGPT, avoid: Collection[int] = ()) -> list[Tensor]:
     """Token ids (B, T) that touch a spread of the vocabulary; the same on every run.
 
-    One row is as long as the context where the model is small enough; the first and the last token of the vocabulary
-    are in it. Four rows are at most eight tokens long. Ids to `avoid`, such as padding, are replaced by another.
+    One row is as long as the context where the model is small enough; the first and the last token of the vocabulary,
+    which code may treat apart, stand within it and at its ends. Four rows are at most eight tokens long. Ids to `avoid`, such as padding, are replaced by another.
     """
     parameters = sum(tensor.numel() for tensor in gpt.tensors.values())
     length = min(gpt.context_length, max(32, int(PROBE_WORK / parameters)))
     generator = torch.Generator().manual_seed(0)
     long = torch.randint(gpt.vocab_size, (1, length), generator=generator)
+    long[0, length // 2], long[0, length // 3] = gpt.vocab_size - 1, 0
     long[0, 0], long[0, -1] = 0, gpt.vocab_size - 1
     short = torch.randint(gpt.vocab_size, (4, min(8, length)), generator=generator)
     other = next((i for i in range(gpt.vocab_size) if i not in avoid), 0)

@@ -100,7 +100,7 @@ def _heads(tensors: Mapping[str, Tensor], heads_saved: int | None, facts: Settli
     else:
         n_head = facts.settle("n_head", _likely_heads(width, key_rows, rotary), Source.GUESS)
     if width % n_head:
-        raise UserError(f"n_head {n_head} does not divide the width {width} of queries.")
+        raise UserError(f"n_head {n_head} does not divide the width {width}.")
     head_width = width // n_head
     if not heads_fit(n_head, width, key_rows, rotary=False):
         raise UserError(f"Heads of width {head_width} do not fit keys of width {key_rows}.")

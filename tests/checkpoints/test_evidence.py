@@ -281,7 +281,7 @@ def test_context_that_only_the_authors_code_tells_is_taken():
     module, config = build("llama2c")
     without = checkpoint_of(module, {key: value for key, value in config.items() if value != CONTEXT_LENGTH})
     said = Fact("context_length", 8, Status.SETTLED, Source.REFERENCE, "block_size, m.py")
-    with pytest.raises(UserError, match=r"no config says .* context_length: N.*, or pass --reference"):
+    with pytest.raises(UserError, match=r"no config says .*context_length: N.*, or pass --reference"):
         recognise(without)
     with pytest.raises(UserError, match=r"neither a config nor the code says .* as --mapping\.$"):
         recognise(without, by_author=replace(said, value=0))

@@ -279,7 +279,8 @@ def test_what_is_told_outranks_the_config_and_that_the_layout():
         (
             "context_length",
             "context_length max_seq_len max_seqlen block_size n_positions max_position_embeddings max_len sequence_len "
-            "sequence_length seq_len n_ctx ctx",
+            "sequence_length seq_len max_seq_length max_sequence_length n_ctx ctx ctx_len context context_size "
+            "context_window",
         ),
         ("activation", "activation activation_function hidden_act"),
     ],
@@ -396,7 +397,7 @@ def test_whole_number_may_stand_for_a_fraction():
         ("activation", None, "choose one of gelu, gelu_tanh, relu, relu2, silu"),
         ("norm", "batchnorm", "choose one of layernorm, rmsnorm"),
         ("rope", "sideways", "choose one of interleaved, half"),
-        ("norm_placement", "maybe", "choose one of pre, post, sublayer, both, none"),
+        ("norm_placement", "maybe", "choose one of pre, post, sublayer, both, replace, none"),
         ("n_head", 0, "must be a positive whole number"),
         ("n_head", -3, "must be a positive whole number"),
         ("n_head", 3.0, "must be a positive whole number"),

@@ -72,9 +72,11 @@ def _guess(tensors: Mapping[str, Tensor], named: Structure, stack: str | None, n
 
 def _in_pairs(blocks: dict[int, list[Module]]) -> dict[int, list[Module]]:
     """The layers, where attention and MLP are numbered by themselves, two of these in each."""
-    attends = [any(len(module.shape) == 2 and module.projection for module in blocks[n]) for n in sorted(blocks)]
+    matrices = [[module for module in blocks[n] if len(module.shape) == 2] for n in sorted(blocks)]
+    attends = [any(module.projection for module in layer) for layer in matrices]
+    others = [sum(not module.projection for module in layer) for layer in matrices]
     pairs = len(blocks) // 2
-    if not pairs or attends != [True, False] * pairs:
+    if not pairs or attends != [True, False] * pairs or max(others[::2]) > 1:  # one is the output
         return blocks
     parts = zip(sorted(blocks), ("attention", "mlp") * pairs, strict=True)
     halves = [[replace(module, path=f"{part}.{module.path}") for module in blocks[n]] for n, part in parts]
