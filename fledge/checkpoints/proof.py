@@ -39,7 +39,8 @@ def probe_ids(gpt: CanonicalGPT, avoid: Collection[int] = ()) -> list[Tensor]:
     """Token ids (B, T) that touch a spread of the vocabulary; the same on every run.
 
     One row is as long as the context where the model is small enough; the first and the last token of the vocabulary,
-    which code may treat apart, stand within it and at its ends. Four rows are at most eight tokens long. Ids to `avoid`, such as padding, are replaced by another.
+    which code may treat apart, stand within it and at its ends. Four rows are at most eight tokens long. Ids to
+    `avoid`, such as padding, are replaced by another.
     """
     parameters = sum(tensor.numel() for tensor in gpt.tensors.values())
     length = min(gpt.context_length, max(32, int(PROBE_WORK / parameters)))
