@@ -12,7 +12,10 @@ NUMERICAL := tests/checkpoints tests/custom tests/generation tests/pretraining t
 	tests/evaluation/test_measuring.py tests/test_encoding.py tests/test_resizing.py tests/judges
 CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2
 
-.PHONY: quickstart rewards demo check test test-cpus test-lowest lint bench clean
+# One that failed is run again by `make test-shuffled SEED=...`.
+SEED ?= $(shell date +%s)
+
+.PHONY: quickstart rewards demo check test test-shuffled test-cpus test-lowest lint bench clean
 
 quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
@@ -35,6 +38,9 @@ check: $(VENV)/ready
 
 test: $(VENV)/ready
 	HF_HUB_OFFLINE=1 python $(TESTS) -rs
+
+test-shuffled: $(VENV)/ready
+	HF_HUB_OFFLINE=1 python $(TESTS) -rs --shuffle $(SEED)
 
 test-cpus: $(VENV)/ready
 	for cpu in $(CPUS); do echo "== $$cpu"; env $$cpu HF_HUB_OFFLINE=1 python $(TESTS) $(NUMERICAL) || exit 1; done

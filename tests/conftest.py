@@ -106,7 +106,11 @@ def build_for_gpus(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found[check_available])
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests of each, in random order")
+
+
+def pytest_collection_modifyitems(config, items):
     """A test that needs the folders of five scripts is slow, and one that needs a browser is marked so.
 
     Files with slow tests come first: what two processes still do at the end is short. The very first needs `tiny`, and
@@ -119,6 +123,11 @@ def pytest_collection_modifyitems(items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     of_tiny = list(dict.fromkeys(item.path for item in items if "tiny" in item.fixturenames))
     items.sort(key=lambda item: (item.path not in of_tiny[:1], item.path not in slow, item.path in of_tiny))
+    if (seed := config.getoption("shuffle")) is not None:
+        rng = random.Random(seed)
+        places = {path: rng.random() for path in dict.fromkeys(item.path for item in items)}
+        rng.shuffle(items)
+        items.sort(key=lambda item: places[item.path])
 
 
 def pytest_collection_finish():
