@@ -1,5 +1,7 @@
 """Every template with every task and every edge of text: one way of writing a prompt, and it is pipeline()'s."""
 
+import functools
+
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
@@ -46,11 +48,17 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     return ([{"role": "system", "content": system}] if system is not None else []) + turns
 
 
+@functools.cache  # opening it takes a quarter of a second
+def gpt2_with(template: str):
+    tokenizer = load_tokenizer("gpt2", 512)
+    add_template(tokenizer, template)
+    return tokenizer
+
+
 @pytest.fixture(scope="module", params=TEMPLATES)
 def writer(request):
     """A pipeline over a model that says nothing of interest, and the list of the ids that it is sent."""
-    tokenizer = load_tokenizer("gpt2", 512)
-    add_template(tokenizer, request.param)
+    tokenizer = gpt2_with(request.param)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=8, n_layer=1, n_head=1)
     model, sent = GPT2LMHeadModel(config), []
     generate = model.generate
@@ -65,9 +73,7 @@ def writer(request):
 
 @pytest.fixture(scope="module", params=TEMPLATES)
 def tokenizer(request):
-    tokenizer = load_tokenizer("gpt2", 512)
-    add_template(tokenizer, request.param)
-    return tokenizer
+    return gpt2_with(request.param)
 
 
 @pytest.mark.parametrize("shape", ["one turn", "an input", "a system message", "turns"])
@@ -138,8 +144,7 @@ def test_special_tokens_alone_keep_any_answer_whole():
     """Where an answer follows a line break, one that begins with another merges with it in the next prompt."""
     supervised = {}
     for name in TEMPLATES:
-        tokenizer = load_tokenizer("gpt2", 512)
-        add_template(tokenizer, name)
+        tokenizer = gpt2_with(name)
         (encoded,) = encode(tokenizer, [chat("Who?", "\n\nTom", "Where?", "Home.")])
         supervised[name] = answers_of(tokenizer, encoded.labels)[:-1]
         assert encoded.unlearned == 2 - len(supervised[name])
@@ -151,7 +156,7 @@ def test_special_tokens_alone_keep_any_answer_whole():
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=4))
 def test_any_text_at_all(contents):
-    tokenizer = TOKENIZERS["story_chat"]
+    tokenizer = gpt2_with("story_chat")
     messages = chat(*contents, *["Tom."] * (len(contents) % 2))
     (encoded,) = encode(tokenizer, [messages])
 
@@ -160,9 +165,6 @@ def test_any_text_at_all(contents):
     assert answers_of(tokenizer, encoded.labels)[-1] == ""
     assert len(encoded.input_ids) == len(encoded.labels)
 
-
-TOKENIZERS = {"story_chat": load_tokenizer("gpt2", 512)}
-add_template(TOKENIZERS["story_chat"], "story_chat")
 
 TEXTS = {
     ("story", "plain"): "Who?\n\n### Story:\n",
@@ -185,8 +187,7 @@ TEXTS = {
 
 @pytest.mark.parametrize(("name", "kind"), TEXTS, ids="-".join)
 def test_a_prompt_reads_literally(name, kind):
-    tokenizer = load_tokenizer("gpt2", 512)
-    add_template(tokenizer, name)
+    tokenizer = gpt2_with(name)
     asked = chat("Who?" if kind == "plain" else f"Sum up.{INPUT_MARK}Tom ran.")
 
     assert prompt_text(tokenizer, asked) == TEXTS[name, kind]
@@ -200,8 +201,7 @@ EXCHANGES = (
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_document_shows_the_template_as_it_is(name):
-    tokenizer = load_tokenizer("gpt2", 512)
-    add_template(tokenizer, name)
+    tokenizer = gpt2_with(name)
     shown = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in EXCHANGES]
 
     section = f"### `{name}`\n\n" + "\n\n".join(f"```text\n{text}\n```" for text in shown)
