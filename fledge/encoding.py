@@ -263,6 +263,10 @@ def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetD
         UserError: a part is missing or damaged.
     """
     budget = read_json(folder / "budget.json", "prepare_dataset.py")
+    if not (folder / "tokenized").exists():  # a model keeps a budget.json too
+        raise UserError(
+            f"{folder} has no tokenized/; name what prepare_dataset.py wrote, or run prepare_dataset.py again."
+        )
     try:
         rows = load_from_disk(str(folder / "tokenized"))
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file

@@ -302,6 +302,12 @@ def test_a_model_of_another_vocabulary_is_refused(evaluate, tiny, tmp_path):
         evaluate(tmp_path / "out", "--base", model)
 
 
+def test_a_model_beside_itself_is_refused(evaluate, tiny, tmp_path):
+    (tmp_path / "base").symlink_to(tiny.model)
+    with pytest.raises(UserError, match="base is --model itself; name the model that it was trained from"):
+        evaluate(tmp_path / "out", "--base", tmp_path / "base")
+
+
 def test_the_document_has_every_metric_and_key(tiny):
     document = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     names = {*wording.MEANING, *measuring.MEANING, *tiny.metrics, "human", "llm_judge"}

@@ -442,13 +442,14 @@ def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
     assert "The train split lacks labels" in refusal(capsys, small, out, dataset=without)
     missing = spoil_data(small, tmp_path / "missing", rows)
     shutil.rmtree(missing / "tokenized")
-    assert "run prepare_dataset.py again" in refusal(capsys, small, out, dataset=missing)
+    assert "has no tokenized/; name what prepare_dataset.py wrote" in refusal(capsys, small, out, dataset=missing)
     foreign = tmp_path / "foreign"
     write_prepared(foreign, rows, small_tokenizer(90))
     assert "encoded with 90 tokens and the model's tokenizer has 97" in refusal(capsys, small, out, dataset=foreign)
     assert "There is no data file at" in refusal(capsys, small, out, dataset=tmp_path / "none")
     assert "it has no config.json" in refusal(capsys, small, out, "--model_name_or_path", tmp_path / "masked")
-    assert "is no checkpoint" in refusal(capsys, small, out, "--resume", tmp_path)
+    for place in (out, masked):
+        assert "is no checkpoint" in refusal(capsys, small, place, "--resume", tmp_path)
     assert "--dropout 1.5 is out of range" in refusal(capsys, small, out, "--dropout", 1.5)
     assert "learning_rat" in refusal(capsys, small, out, "--learning_rat", 1)
     assert "Target modules" in refusal(capsys, small, out, "--use_peft", "--lora_target_modules", "q_proj")

@@ -100,8 +100,9 @@ def main() -> Path | None:
     args, sampling = parse(sys.argv[1:], EvaluateArguments, Sampling, description=__doc__)
     sampling.check()
     args.check()
-    for name in filter(None, (args.model, args.base)):
-        find_model(name)
+    folders = [find_model(name).resolve() for name in (args.model, args.base) if name]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--base {args.base} is --model itself; name the model that it was trained from.")
     if args.capabilities:
         show_capabilities(args, sampling)
         return None

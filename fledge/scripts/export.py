@@ -86,6 +86,10 @@ def check(args: ExportArguments) -> None:
         raise UserError(
             f"--quantize {args.quantize} is no kind of {args.to}; choose one of {', '.join(KINDS[args.to])}."
         )
+    if args.to == "onnx" and (args.name or args.license):
+        raise UserError(
+            "--name and --license are written into a GGUF file, and ONNX has no place for them; leave them out."
+        )
     if args.dataset and not args.quantize:
         raise UserError("--dataset measures what --quantize loses; add --quantize, or leave --dataset out.")
     check_ranges(args, {"num_prompts": AT_LEAST_ONE})

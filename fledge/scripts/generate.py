@@ -231,6 +231,8 @@ def check(args: GenerateArguments) -> None:
         raise UserError("--story needs a question; add --ask 'Who is the main character?'.")
     if bool(args.prompts_file) != bool(args.output_file):
         raise UserError("--prompts_file and --output_file go together; one of them is missing.")
+    if args.interactive and args.num_samples > 1:
+        raise UserError("--num_samples goes with a prompt; --interactive has /retry for another answer.")
     if args.compare and (args.interactive or args.prompts_file):
         raise UserError("--compare answers a single prompt; it goes with neither --interactive nor --prompts_file.")
 

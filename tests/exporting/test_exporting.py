@@ -356,6 +356,7 @@ def test_transformers_js_tells_the_same_story(onnx_folders, tiny, run_node, kind
         (["--to", "gguf"], "already has content"),
         (["--to", "gguf", "--quantize", "int8"], "--quantize int8 is no kind of gguf; choose one of f16, q8_0, q4_0"),
         (["--to", "onnx", "--dataset", "x"], "add --quantize"),
+        (["--to", "onnx", "--name", "tales"], "--name and --license are written into a GGUF file"),
         (["--to", "onnx", "--num_prompts", "0"], "--num_prompts 0 is out of range"),
     ],
 )

@@ -247,6 +247,7 @@ def test_words_and_stories_are_asked_as_the_task_does(tmp_path):
         ({"prompts_file": "p.txt"}, "go together"),
         ({"prompt": "x", "output_file": "o"}, "go together"),
         ({"interactive": True, "compare": "m"}, "--compare"),
+        ({"interactive": True, "num_samples": 2}, "--interactive has /retry"),
         ({"topic": " \u200b"}, "--topic holds no word"),
         ({"words": " , "}, "--words holds no word"),
         ({"ask": "  "}, "--ask holds no word"),
