@@ -229,7 +229,9 @@ def record(trainer: "PretrainTrainer", output: Output, tokens: dict, estimate: d
         output.add("pretraining.json", lambda folder: write_json(folder / "pretraining.json", made))
         print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")
         if made["first_loss"] is not None:  # --logging_strategy no
-            way = f"{made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}) to {made['last_loss']:.3f}"
+            is_way = sum("loss" in entry for entry in history) > 1
+            end = f" to {made['last_loss']:.3f}" if is_way else ""
+            way = f"{made['first_loss']:.3f} (ln V is {made['uniform_loss']:.3f}){end}"
             print(f"Loss {way}; {made['bits_per_byte']:.4f} bits per byte on held-out text.")
     output.add("loss_curve.png", lambda folder: save_curve(history, folder, "loss"))
     suggested = {"data": "RECORDS", "output_dir": str(output.path.parent / "data")}
