@@ -40,7 +40,7 @@ def find_checkpoint(output: Output, resume: str | None, overwrite: bool) -> str 
         UserError: there is one and the user said neither to resume nor to overwrite; `resume` names none; or the
             output folder holds what is not to be replaced.
     """
-    if resume not in (None, "auto") and not (Path(resume) / "trainer_state.json").is_file():
+    if resume and resume != "auto" and not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"--resume {resume} is no checkpoint; name a folder checkpoint-N, or say --resume auto.")
     newest = newest_checkpoint(output.work)
     if newest and not resume and not overwrite and output.owns_work:
