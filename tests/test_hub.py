@@ -68,10 +68,13 @@ def hub(tmp_path):
 
 
 def test_every_script_takes_a_model_of_the_hub(hub, tmp_path):
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    rows.write_text('{"instruction": "t3 t4", "response": "t5 t6"}\n' * 9, encoding="utf-8")
+    rows, out, prompts = tmp_path / "rows.jsonl", tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("t5\nt6\n", encoding="utf-8")
+    table = "".join(f'{{"instruction": "t3 t{number}", "response": "t5 t6"}}\n' for number in range(10, 19))
+    rows.write_text(table, encoding="utf-8")
     lines = [
         "generate --model someone/new --compare someone/old --prompt t5 --max_new_tokens 3",
+        f"generate --model someone/new --prompts_file {prompts} --output_file {out}.jsonl --max_new_tokens 3",
         "evaluate_model --model someone/old --base someone/new --capabilities --max_new_tokens 3",
         f"train_sft --model_name_or_path someone/new --dataset {rows} --output_dir {out} --max_steps 1 --use_cpu",
         f"export --model someone/new --to gguf --name tales --output_dir {tmp_path / 'gguf'}",
@@ -80,6 +83,7 @@ def test_every_script_takes_a_model_of_the_hub(hub, tmp_path):
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": f"{tmp_path}/home"}
     (tmp_path / "driver.py").write_text(EVERY_SCRIPT, encoding="utf-8")
     fork_script(tmp_path / "driver.py", tmp_path / "lines", **online)
+    assert len((tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     assert (out / "model.safetensors").exists()
     assert (tmp_path / "gguf" / "tales-f32.gguf").exists()
     assert not any("model.gguf" in request for request in hub.requests)

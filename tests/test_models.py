@@ -107,7 +107,8 @@ def test_a_damaged_model_is_one_sentence_in_every_script(damage, script, sound, 
     spoil, said = DAMAGES[damage]
     spoil(model)
     module, arguments = SCRIPTS[script]
-    (tmp_path / "data.jsonl").write_text('{"instruction": "t3 t4", "response": "t5 t6"}\n' * 9, encoding="utf-8")
+    rows = (f'{{"instruction": "t3 t{number}", "response": "t5 t6"}}\n' for number in range(10, 19))
+    (tmp_path / "data.jsonl").write_text("".join(rows), encoding="utf-8")
     places = {"model": model, "sound": sound, "out": tmp_path / "out", "data": tmp_path / "data.jsonl"}
     monkeypatch.setattr(sys, "argv", ["script", *(argument.format(**places) for argument in arguments)])
     with pytest.raises(UserError, match=said) as refused:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fledge.cli import writing
 from fledge.errors import UserError
 from fledge.generation.answers import answer_each
+from fledge.hub import find_model
 from fledge.journal import Journal
 from fledge.messages import Answer, Messages
 from fledge.reading.files import TABLES, decoded, row_chunks, suffix
@@ -49,12 +50,12 @@ def answer_file(
     """
     assert args.prompts_file
     assert args.output_file
-    output = Path(args.output_file)
+    output, folder = Path(args.output_file), find_model(args.model)
     asked = read_prompts(Path(args.prompts_file))
     work = [(number, sample) for number in range(len(asked)) for sample in range(args.num_samples)]
     made_with = {
-        "--model": str(Path(args.model).resolve()),
-        "date of the model": (Path(args.model) / "config.json").stat().st_mtime_ns,
+        "--model": str(folder.resolve()),
+        "date of the model": (folder / "config.json").stat().st_mtime_ns,
         "--prompts_file": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "--num_samples": args.num_samples,
         "--dtype": args.dtype,
