@@ -22,10 +22,12 @@ FITS = 4
 """How many readings are fitted."""
 STEPS, FEW_STEPS = 20, 5
 """Steps of a fit at most, and of one that only compares readings."""
+CLOSE = 1e-5
+"""Where a fit does not end before it is exact, in logits."""
 CLEARLY = 0.8
 """The share of the error that a step with fitted numbers must leave at most."""
 COLUMNS = 512
-"""Tokens of the vocabulary whose logits are fitted."""
+"""About how many tokens of the vocabulary have their logits compared in the search."""
 
 
 @dataclass
@@ -105,17 +107,17 @@ class Descent:
     def _fitted(self, values: Values, everywhere: bool = True) -> Values:
         """The reading with the numbers that give the smallest error, as short as they may be written.
 
-        The scale of residuals is fitted `everywhere` that it may be, or else roughly in the present place.
+        The scale of residuals is fitted `everywhere` that it may be, or else not, and the other numbers roughly.
         """
         self.fits += everywhere
-        places = [values.get("residual_scaled")]
+        # Scaled embeddings and scaled residuals are alike but for a table of positions: one of them is tried alone.
+        trials = [(values, [name for name in self._numbers(values) if name != "residual_scale"])]
         if everywhere and {"residual_scale", "residual_scaled"} <= {*self.names}:
-            places += [place for place in SCALED if place not in places]
+            places = dict.fromkeys([values["residual_scaled"], *SCALED])
+            trials += [(values | {"residual_scaled": place}, self._numbers(values)) for place in places]
         best = values
-        for place in places:
-            start = values | ({"residual_scaled": place} if place else {})
-            steps = STEPS if everywhere else FEW_STEPS
-            found = fit(self.questions, start, self._numbers(start), self.probes, steps)
+        for start, names in trials:
+            found = fit(self.questions, start, names, self.probes, STEPS if everywhere else FEW_STEPS)
             best = min(best, self._rounded(found), key=self.error)
             if self.error(best) <= self.near:
                 break
@@ -148,9 +150,7 @@ def fit(questions: Questions, values: Values, names: list[str], probes: Probes, 
 
     def differences(logs: Tensor) -> Tensor:
         parts = compared(questions.reading(given(logs)), probes)
-        return torch.cat(
-            [(ours - theirs)[..., :: max(1, ours.shape[-1] // COLUMNS)].flatten() for ours, theirs in parts]
-        )
+        return torch.cat([(ours - theirs).flatten() for ours, theirs in parts])
 
     now, damping = differences(numbers), 1e-3
     for _ in range(steps):
@@ -171,7 +171,8 @@ def fit(questions: Questions, values: Values, names: list[str], probes: Probes, 
             break
         gain = 1 - (other.square().sum() / now.square().sum()).item()
         numbers, now, damping = numbers + step, other, damping / 10
-        if gain < 1e-3:
+        # Far from the author's logits it ends sooner than near them, where only an epsilon may still be off.
+        if gain < 1e-3 and (damping < 1e-12 or now.abs().max() > CLOSE):
             break
     return given(numbers)
 
@@ -197,9 +198,14 @@ def compared(gpt: CanonicalGPT, probes: Probes) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for ids, expected in probes:
         logits = canonical_logits(gpt, ids)[:, -expected.shape[1] :]
-        if expected.logsumexp(-1).abs().max() < NORMALISED:
+        if is_log_probabilities(expected):
             logits = logits.log_softmax(-1)
         if logits.shape != expected.shape:
             raise UserError(f"--reference gives logits {tuple(expected.shape)} where {tuple(logits.shape)} are due.")
         pairs.append((logits, expected))
     return pairs
+
+
+def is_log_probabilities(logits: Tensor) -> bool:
+    """Whether these are log-probabilities, which sum to one as probabilities."""
+    return bool(logits.logsumexp(-1).abs().max() < NORMALISED)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fledge.checkpoints.canonical import CanonicalGPT
-from fledge.checkpoints.descent import Descent, author_error
+from fledge.checkpoints.descent import COLUMNS, Descent, author_error, is_log_probabilities
 from fledge.checkpoints.facts import Fact, Source, Status
 from fledge.checkpoints.proof import FLOAT64_TOLERANCE, Probes, probe_ids
 from fledge.checkpoints.questions import OFFSETS, Questions, Values
@@ -60,7 +60,8 @@ def settle_by_reference(
     if error > tolerance:
         # One token sees itself alone, so that most facts of attention can wait; what fits no token fits no text.
         alone = [_first_tokens(probes, author)]
-        values = Descent(questions, alone, questions.choices.keys() - ATTENTION, tolerance, tolerance).run(values)
+        search, (first, *light) = _light(questions, [*alone, *probes])
+        values = Descent(search, [first], questions.choices.keys() - ATTENTION, tolerance, tolerance).run(values)
         error = author_error(questions.reading(values), alone).max().item()
         if error > tolerance:
             raise UserError(" ".join(filter(None, (_no_reading(facts, error), doubt))))
@@ -68,9 +69,9 @@ def settle_by_reference(
         largest = max(expected.abs().max().item() for _, expected in probes)
         near = max(tolerance, ROTATION_ROUNDING * largest) if gpt.rope else tolerance
         names = questions.choices.keys() & (ATTENTION | BOTH)
-        values = Descent(questions, probes[1:], names, tolerance, near).run(values)
+        values = Descent(search, light[1:], names, tolerance, near).run(values)
         # The short probes are shorter than most windows.
-        values = Descent(questions, probes[:1], questions.choices.keys() & WINDOWS, tolerance, near).run(values)
+        values = Descent(search, light[:1], questions.choices.keys() & WINDOWS, tolerance, near).run(values)
         error = author_error(questions.reading(values), probes).max().item()
         if error > (near if questions.reading(values).rope else tolerance):
             raise UserError(" ".join(filter(None, (_no_reading(facts, error), doubt))))
@@ -135,10 +136,25 @@ def _probes(questions: Questions, author: Callable[[Tensor], Tensor], avoid: Col
     raise refused
 
 
+def _light(questions: Questions, probes: Probes) -> tuple[Questions, Probes]:
+    """The questions and probes with some of the vocabulary's logits and with weights in float64 already.
+
+    A search passes hundreds of readings; of a large model, widening and the head take most of the time.
+    """
+    gpt, step = questions.gpt, max(1, questions.gpt.vocab_size // COLUMNS)
+    if "ends_order" in questions.choices or any(is_log_probabilities(expected) for _, expected in probes):
+        return questions, probes
+    kept = ("token_embedding.weight", "head.weight", "head.bias")
+    tensors = {name: x if name in kept else x.double() for name, x in gpt.tensors.items()}
+    tensors |= {name: gpt.tensors[name][::step].double() for name in kept[1:] if name in tensors}
+    light = Questions(replace(gpt, tensors=tensors), questions.facts)
+    return light, [(ids, expected[..., ::step]) for ids, expected in probes]
+
+
 def _first_tokens(probes: Probes, author: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The first tokens of the probes by themselves (N, 1), with the author's logits (N, 1, V)."""
+    """Some tokens of the probes by themselves (N, 1), with the author's logits (N, 1, V)."""
     ids, _ = probes[1]
-    alone = ids.flatten()[:, None]
+    alone = ids[:2].flatten()[:, None]
     try:
         return alone, author(alone)
     except UserError:  # it wants texts of one length
