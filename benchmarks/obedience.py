@@ -25,7 +25,7 @@ WAYS = {
     "dpo": ("train_dpo.py", "quickstart_dpo/dpo.yaml", "pairs"),
     "grpo": ("train_grpo.py", "quickstart_grpo/grpo.yaml", None),
 }
-METRICS = ("ending_match", "ending_match_second", "topic", "coherence", "eos_rate", "distinct_2", "copied")
+METRICS = ("ending_match", "ending_match_second", "topic", "coherence", "same_ending", "distinct_2")
 LOSS = "completion_loss"
 SAMPLES, SAMPLING = 8, 0.5  # answers to a prompt; the share of the minutes that best-of-n and DPO sample
 TRIAL = 4  # steps
