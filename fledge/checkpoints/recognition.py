@@ -18,7 +18,7 @@ from fledge.checkpoints.head_tensors import split_heads
 from fledge.checkpoints.known_layouts import LAYOUTS
 from fledge.checkpoints.loading import Checkpoint
 from fledge.checkpoints.loading.weights import LeftOut
-from fledge.checkpoints.questions import asked, heads_fit, regroup
+from fledge.checkpoints.questions import asked, heads_fit, is_usual, regroup
 from fledge.checkpoints.roles import detect
 from fledge.checkpoints.settling import Settling, known_layout
 from fledge.checkpoints.structure import SQUARES, Structure
@@ -199,7 +199,8 @@ def _qk_norm(tensors: Mapping[str, Tensor], n_head: int) -> str | None:
 def _open_facts(gpt: CanonicalGPT, checkpoint: Checkpoint, facts: Settling) -> CanonicalGPT:
     """The model with every fact that its tensors leave open, as it is stated, settled or assumed."""
     facts.compute(gpt)
-    questions = dict.fromkeys(sorted(RARE & facts.stated_names())) | asked(gpt)
+    idle = {name for name, fact in facts.told.items() if is_usual(fact)}  # said to be absent, and asked or not
+    questions = dict.fromkeys(sorted(RARE & facts.stated_names() - idle)) | asked(gpt)
     # Where the config says as many positions as there are rows, the first position has the first row.
     rows = from_config(checkpoint.config, "context_length")
     sources = {"position_offset": Source.CONFIG} if rows == gpt.context_length else {}

@@ -27,7 +27,7 @@ from fledge.checkpoints.facts import CONFIG_KEYS, TOLD, Fact, Source, Status
 from fledge.checkpoints.known_layouts import LAYOUTS
 from fledge.checkpoints.loading import Checkpoint, load_checkpoint
 from fledge.checkpoints.mapping import read_mapping
-from fledge.checkpoints.questions import regroup
+from fledge.checkpoints.questions import RARE, regroup
 from fledge.checkpoints.recognition import fit_vocabulary, recognise
 from fledge.checkpoints.targets import obstacles, to_target
 from fledge.errors import UserError
@@ -219,6 +219,17 @@ def test_names_that_several_architectures_have_settle_nothing(other):
     assert {"embedding_scale", "norm_placement", "activation"} <= {fact.name for fact in facts if fact.assumed}
     _, facts = recognise(checkpoint(tensors, LLAMA | {"architectures": ["LlamaForCausalLM"]}))
     assert not [str(fact) for fact in facts if fact.assumed]
+
+
+def test_one_line_of_a_mapping_denies_all_that_few_authors_have(tmp_path):
+    (tmp_path / "usual.yaml").write_text("usual: true\nwindow: 7\n", encoding="utf-8")
+    _, told = read_mapping(str(tmp_path / "usual.yaml"))
+    gpt, facts = recognise(checkpoint(weights("mha"), {"n_head": 3}), told=told)
+    stated = {fact.name: fact.value for fact in facts if fact.stated}
+    assert gpt.window == stated.pop("window") == 7
+    assert stated == {name: value for name, value in RARE.items() if name in stated}
+    assert {"residual_scale", "logit_scale", "position_offset", "logit_cap"} <= stated.keys()
+    assert not {"rope_span", "qk_norm_eps"} & stated.keys()
 
 
 def test_names_that_only_resemble_a_layout_settle_nothing():

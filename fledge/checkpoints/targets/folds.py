@@ -97,7 +97,7 @@ def fold_scales(gpt: CanonicalGPT, own_scale: float | None) -> tuple[CanonicalGP
         tensors[name] = gpt.tensors[name].double() * (gpt.embedding_scale / own_scale)
         tied = False
         folds.append(f"The embeddings hold their scale {gpt.embedding_scale:g}, and the head is untied from them.")
-    if gpt.attention_scale != gpt.usual_scale:
+    if not math.isclose(gpt.attention_scale, gpt.usual_scale, rel_tol=1e-12):
         role = "query_norm" if gpt.qk_norm else "query"
         for name in [name for name in tensors if f".{role}." in name]:
             tensors[name] = tensors[name].double() * (gpt.attention_scale / gpt.usual_scale)
