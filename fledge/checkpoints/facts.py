@@ -37,7 +37,7 @@ class Source(StrEnum):
     AUTHORS = "every known author"
     TORCH_ATTENTION = "nn.MultiheadAttention"
     TORCH_NORM = "names of nn.LayerNorm"
-    TORCH_LINEAR = "names of nn.Linear"
+    ALIKE = "the other weights of its layer"
     # Settled by evidence.
     REFERENCE = "--reference"
     PROBE_TEXT = "--probe_text"

@@ -250,7 +250,7 @@ def _orders(gpt: CanonicalGPT, structure: Structure, facts: Settling) -> Canonic
         if square:
             in_out = any(source in structure.transposed for source in square)
             by_torch = all(source.endswith("weight") for source in square)
-            settled = facts.settle(name, in_out, Source.TORCH_LINEAR if by_torch else Source.PRACTICE)
+            settled = facts.settle(name, in_out, Source.ALIKE if by_torch else Source.PRACTICE)
             gpt = reordered(gpt, name, settled != in_out)
     fused = any(re.fullmatch(r".*\.[qkv]{3}\.weight", role) for role in structure.roles.values())
     if fused and facts.settle("qkv_by_head", False):

@@ -171,7 +171,7 @@ def test_each_fact_names_where_it_comes_from():
     asked = "activation attention_scale norm_eps embedding_scale causal norm_placement parallel qkv_by_head " + ALWAYS
     assert statuses(unheard) == dict.fromkeys(asked.split(), USUAL) | {
         **dict.fromkeys(("norm_unbiased", "norm_eps_outside"), (Status.SETTLED, "names of nn.LayerNorm")),
-        "output_in_out": (Status.SETTLED, "names of nn.Linear"),
+        "output_in_out": (Status.SETTLED, "the other weights of its layer"),
         "position_offset": USUAL,
         "layout": (Status.SHOWN, "no layout has these names"),
         "n_head": (Status.ASSUMED, "a guess"),
