@@ -452,7 +452,8 @@ def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
         assert "is no checkpoint" in refusal(capsys, small, place, "--resume", tmp_path)
     assert "--dropout 1.5 is out of range" in refusal(capsys, small, out, "--dropout", 1.5)
     assert "learning_rat" in refusal(capsys, small, out, "--learning_rat", 1)
-    assert "Target modules" in refusal(capsys, small, out, "--use_peft", "--lora_target_modules", "q_proj")
+    unknown = refusal(capsys, small, out, "--use_peft", "--lora_target_modules", "q_proj")
+    assert "--lora_target_modules q_proj names nothing in this model" in unknown
     assert "An adapter freezes all" in refusal(capsys, small, out, "--use_peft", "--freeze_layers", 1)
     assert not out.exists()
 
