@@ -32,7 +32,7 @@ def parts(text: str) -> tuple[str, ...]:
     flat = re.sub(r'"[^"]*"', lambda quote: re.sub(r'[.!?](?!"$)', ",", quote[0]), text)
     found, start = [], 0
     for end in ENDS.finditer(flat):
-        is_pause = end[0].startswith("...") and end.end() < len(flat)
+        is_pause = end[0].startswith("...")  # at the end of the text, what is left is the last sentence
         if is_pause or (end["quote"] and _goes_on(flat, start, end)):
             continue
         found.append(text[start : end.end()].strip())

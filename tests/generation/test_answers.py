@@ -137,9 +137,21 @@ def test_many_rows_in_groups_answer_as_one_alone(kind, monkeypatch):
     prompts = [[8 + i // 3] * (1 + i // 3 % 5) for i in range(30)]
     alone = dict(continue_each(model, 7, prompts, sampling, 1))
     assert len({len(made) for made in alone.values()}) > 5
-    for batch_size in (12, 30):
+    for batch_size in (7, 30):
         assert dict(continue_each(model, 7, prompts, sampling, batch_size)) == alone
     assert model.config._attn_implementation == attention
+
+
+def test_no_more_rows_are_held_than_a_batch_has(monkeypatch):
+    """Answers end one after another, and a row that is free is soon filled again."""
+    lengths = [i // 3 % 12 + 1 for i in range(60)]
+    ends = lambda logits, texts, *_: [7 if len(text) >= lengths[3 * (text[0] - 8)] else 9 for text in texts]  # noqa: E731
+    monkeypatch.setattr(answers, "choose", ends)
+    model, held = random_model(MODELS["llama"]), []
+    model.model.embed_tokens.register_forward_hook(lambda _, given, __: held.append(len(given[0])))
+    made = dict(continue_each(model, 7, [[8 + i // 3] for i in range(60)], Sampling(max_new_tokens=20), 12))
+    assert max(held) == 12
+    assert [len(made[i]) for i in range(60)] == lengths
 
 
 def test_equal_prompts_are_read_once():

@@ -61,7 +61,7 @@ def test_bands_find_a_pair_at_the_limit(similarity):
     assert width == HASHES or 1 - (1 - similarity ** (width + 1)) ** (HASHES // (width + 1)) < 0.99
 
 
-@pytest.mark.parametrize("similarity", [0.8, 0.9])
+@pytest.mark.parametrize("similarity", [0.8, 0.85])  # 128 hashes leave a rest, or none
 def test_each_band_finds_a_pair_by_itself(tmp_path, similarity):
     """The pair has one other hash in every other band."""
     width = hashes_a_band(similarity)
