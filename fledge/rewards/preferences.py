@@ -113,7 +113,7 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
         return time_of_rows(self, lengths, loss_of, tokens_seen)
 
     @override
-    def more_of_the_way(self) -> dict:
+    def extra_record(self) -> dict:
         return record_of(self.state.log_history)
 
     @override

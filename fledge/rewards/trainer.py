@@ -201,18 +201,18 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
         return f"rollouts_{self.args.process_index}.pt"
 
     @override
-    def save_beside(self, folder: Path) -> None:
+    def save_process_state(self, folder: Path) -> None:
         in_use = self._step % self.steps_of_a_generation != 0
         torch.save(
             {"step": self._step, "answers": self._buffered_inputs if in_use else None}, folder / self.rollouts_file
         )
 
     @override
-    def begin_of(self, inputs: Any) -> str:
+    def start_of_batch(self, inputs: Any) -> str:
         return inputs[0]["prompt"][-1]["content"]
 
     @override
-    def more_of_the_way(self) -> dict:
+    def extra_record(self) -> dict:
         """The rewards by name, at the first and the last logged step that has them, and what the watch kept."""
         keys = {"reward": "reward"} | {name: f"rewards/{name}/mean" for name in self.reward_func_names}
         # What no prompt of a step called for is None there.
@@ -221,7 +221,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
         return {"rewards": rewards} | record_of(self.state.log_history)
 
     @override
-    def said_at_the_end(self, record: dict) -> list[str]:
+    def summary_lines(self, record: dict) -> list[str]:
         ways = [f"{name} {first:.2f} to {last:.2f}" for name, (first, last) in record["rewards"].items()]
         return [f"Rewards of the samples: {', '.join(ways)}."]
 

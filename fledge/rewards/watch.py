@@ -177,7 +177,7 @@ class Watch(TrainerCallback):
                     own[name].copy_(value)
         self._log({KEPT: best["step"] if best else state.global_step}, control)
         share = self.seconds / (time.monotonic() - self.begun)
-        said = [*said_at_the_end(looks, best, self.reasons), f"Looking took {share:.0%} of the time."]
+        said = [*summary_lines(looks, best, self.reasons), f"Looking took {share:.0%} of the time."]
         print("\n".join(said), flush=True)
 
     def _best(self, state: TrainerState) -> Look | None:
@@ -279,7 +279,7 @@ def said_of(look: Look, start: Look, limits: WatchArguments) -> str:
     return f"{line}. Outside the limits: {'; '.join(left)}" if left else line
 
 
-def said_at_the_end(looks: list[Look], best: Look | None, reasons: list[str]) -> list[str]:
+def summary_lines(looks: list[Look], best: Look | None, reasons: list[str]) -> list[str]:
     """Why a run stopped before its end, and which model is kept."""
     said = [f"Stopped at step {looks[-1]['step']}: {'; '.join(reasons)}."] if reasons else []
     if best is None:

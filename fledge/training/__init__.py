@@ -1,1 +1,1 @@
-"""What Fledge adds to TRL's `SFTTrainer`, and what it shares with pre-training."""
+"""Supervised fine-tuning on top of TRL's `SFTTrainer`, and the parts that all of Fledge's trainings share."""

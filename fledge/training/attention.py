@@ -1,7 +1,8 @@
-"""Causal attention in bfloat16 on a CPU, a row of the batch at a time, or a few short ones.
+"""Causal attention in bfloat16 on a CPU, one long row of the batch at a time, or a few short ones.
 
-torch's fused kernel keeps its tiles in float32 there, away from the matrix unit. Plain products of one row's heads stay
-in a core's cache and take half the time up to a length of 512, backward included; no probabilities are kept for it.
+torch's fused kernel keeps its tiles in float32 on a CPU, so it does not use the bfloat16 matrix unit. Plain products of
+one row's heads stay in a core's cache and take half the time up to a length of 512, forward and backward together. The
+backward pass recomputes the probabilities instead of storing them.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ class CausalRows(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, heads, length, _ = query.shape
         mask = torch.full((length, length), float("-inf"), dtype=query.dtype).triu_(1)
-        # One row of long texts at a time, several of short ones.
+        # As many rows at a time as keep the scores in a core's cache: one of long texts, several of short ones.
         ctx.scale, ctx.rows = scale, slices(batch, max(1, CACHED // (heads * length**2)))
         mixed = torch.empty(query.shape, dtype=query.dtype)
         for rows in ctx.rows:
@@ -33,20 +34,20 @@ class CausalRows(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, of_mixed: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mixed, mask = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+        grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
         # Σ_j p_ij · ∂p_ij, as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).
-        means = (of_mixed.float() * mixed.float()).sum(-1, keepdim=True).to(query.dtype)
+        means = (grad_mixed.float() * mixed.float()).sum(-1, keepdim=True).to(query.dtype)
         for rows in ctx.rows:
-            q, k, v, of_out, mean = (x[rows].flatten(0, 1) for x in (query, key, value, of_mixed, means))
-            of_q, of_k, of_v = (x[rows].flatten(0, 1) for x in (of_query, of_key, of_value))
+            q, k, v, grad_out, mean = (x[rows].flatten(0, 1) for x in (query, key, value, grad_mixed, means))
+            grad_q, grad_k, grad_v = (x[rows].flatten(0, 1) for x in (grad_query, grad_key, grad_value))
             probs = CausalRows.probabilities(q, k, mask, ctx.scale)
-            torch.bmm(probs.transpose(1, 2), of_out, out=of_v)
-            of_scores = torch.bmm(of_out, v.transpose(1, 2)).sub_(mean).mul_(probs)
-            torch.bmm(of_scores, k, out=of_q)
-            torch.bmm(of_scores.transpose(1, 2), q, out=of_k)
-        return of_query.mul_(ctx.scale), of_key.mul_(ctx.scale), of_value, None
+            torch.bmm(probs.transpose(1, 2), grad_out, out=grad_v)
+            grad_scores = torch.bmm(grad_out, v.transpose(1, 2)).sub_(mean).mul_(probs)
+            torch.bmm(grad_scores, k, out=grad_q)
+            torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
+        return grad_query.mul_(ctx.scale), grad_key.mul_(ctx.scale), grad_value, None
 
     @staticmethod
     def probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -63,9 +64,9 @@ def causal_rows(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`CausalRows` where it applies and is faster, else transformers' `sdpa`. Shapes are those of its functions."""
+    """An attention function for transformers: `CausalRows` where it applies and is faster, else `sdpa`."""
     fits = attention_mask is None and module.is_causal and not dropout and query.shape == key.shape
-    # Autocast gives the fused kernel its type too, whatever rotary positions made of the queries.
+    # Rotary embeddings may have made float32 of the queries; under autocast the fused kernel casts them back, too.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     if not fits or dtype != torch.bfloat16 or not 1 < query.size(2) <= LONGEST:
         return AttentionInterface()["sdpa"](

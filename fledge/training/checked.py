@@ -1,4 +1,4 @@
-"""What each of Fledge's trainers that fine-tune adds to TRL's: safe stops, and what people read in the log."""
+"""The base class of Fledge's fine-tuning trainers: it stops at NaN, saves safely, and logs the speed."""
 
 import math
 import time
@@ -22,24 +22,24 @@ from fledge.training.resuming import newest_checkpoint, tokens_seen
 
 @check_overrides
 class CheckedTrainer(Trainer):
-    """Stops at the first loss or gradient that is no number. To be inherited before one of TRL's trainers.
+    """Stops at the first NaN or infinite loss or gradient. Inherit from it before one of TRL's trainers.
 
-    A checkpoint that was saved is therefore one to go on from: the weights in it are finite.
+    The optimizer never takes such a step, so every saved checkpoint has finite weights.
     """
 
-    args: Any  # one of Fledge's configurations, each with SmallDefaults
+    args: Any  # one of Fledge's configurations, which all have SmallDefaults
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
-    _total_train_tokens: int  # TRL's SFT and DPO trainers count them so
+    _total_train_tokens: int  # the name under which TRL's SFT and DPO trainers count
     last_logged: tuple[float, int]
-    inputs: Any  # of the step under way
+    inputs: Any  # the batch of the current step
 
     def tokens_so_far(self) -> int:
-        """The tokens that the run has read, over all processes and from its beginning."""
+        """The number of tokens that the run has read, over all processes and since its first step."""
         return self._total_train_tokens
 
     def start_from(self, checkpoint: str | None) -> None:
-        """Goes on counting tokens where the interrupted run stopped.
+        """Continues the token count of the interrupted run.
 
         Raises:
             UserError: TRL no longer counts them under this name.
@@ -48,22 +48,22 @@ class CheckedTrainer(Trainer):
             raise missing("trl", f"{type(self).__bases__[-1].__name__}._total_train_tokens")
         self._total_train_tokens = tokens_seen(checkpoint)
 
-    def begin_of(self, inputs: Any) -> str:
+    def start_of_batch(self, inputs: Any) -> str:
         """The first answer of a batch, or else its first text, by which a message can name it."""
         ids = inputs["input_ids"][0]
         if "labels" in inputs and (inputs["labels"][0] == IGNORED).any():  # a template begins every prompt alike
             ids = ids[inputs["labels"][0] != IGNORED]
         return cast(str, self.processing_class.decode(ids[:24]))
 
-    def save_beside(self, folder: Path) -> None:
-        """Saves, in a checkpoint's `folder`, what this process needs to go on and Trainer does not know."""
+    def save_process_state(self, folder: Path) -> None:
+        """Saves in a checkpoint's `folder` what this process needs to resume, beyond what Trainer saves."""
 
-    def more_of_the_way(self) -> dict:
-        """What `run.json` says of the way of this kind of training, beside its losses."""
+    def extra_record(self) -> dict:
+        """Further entries of `run.json` for this kind of training."""
         return {}
 
-    def said_at_the_end(self, record: dict) -> list[str]:
-        """Lines about the way of the run, from its record (`run.json`)."""
+    def summary_lines(self, record: dict) -> list[str]:
+        """Lines that sum up a run, from its record (`run.json`)."""
         if record["first_loss"] is None:  # --logging_strategy no
             return []
         if sum("loss" in entry for entry in self.state.log_history) == 1:
@@ -86,7 +86,7 @@ class CheckedTrainer(Trainer):
     @override
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16:  # its scaler skips such a step by itself
+        if not self.args.fp16:  # the gradient scaler skips such a step itself
             self._refuse("gradient's norm", norm)
         return norm
 
@@ -94,7 +94,7 @@ class CheckedTrainer(Trainer):
         if math.isfinite(value):
             return
         saved = newest_checkpoint(Path(str(self.args.output_dir)))
-        begin = " ".join(self.begin_of(self.inputs).split())[:200]
+        begin = " ".join(self.start_of_batch(self.inputs).split())[:200]
         raise UserError(
             f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch with "
             f"{begin!r}; lower --learning_rate and "
@@ -106,7 +106,7 @@ class CheckedTrainer(Trainer):
         if "loss" in logs:
             now, tokens = time.monotonic(), self.tokens_so_far()
             since, before = self.last_logged
-            logs.setdefault("num_tokens", tokens)  # GRPO's has it only where answers were sampled
+            logs.setdefault("num_tokens", tokens)  # GRPO's trainer logs it only in steps that sampled answers
             logs["tokens_per_second"] = round((tokens - before) / (now - since), 1)
             self.last_logged = now, tokens
         super().log(logs, start_time)
@@ -122,9 +122,9 @@ class CheckedTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.save_beside(folder)
+            self.save_process_state(folder)
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
+        except (OSError, RuntimeError, SafetensorError) as error:  # raised on a full disk by torch and safetensors
             saved = newest_checkpoint(Path(str(self.args.output_dir)))
             raise UserError(
                 f"A checkpoint cannot be written to {self.args.output_dir} ({' '.join(str(error).split())}); make room "

@@ -1,4 +1,4 @@
-"""What every training of Fledge is configured with: defaults for small models, precision, threads, processes."""
+"""The configuration that all of Fledge's trainings share: defaults for small models, precision, threads, processes."""
 
 import copy
 import os
@@ -18,12 +18,12 @@ Config = TypeVar("Config", bound=TrainingArguments)
 
 @dataclass
 class SmallDefaults:
-    """Defaults that a model of 1M to 200M parameters wants, for a class that also inherits one of TRL's configs.
+    """Defaults for models of 1M to 200M parameters. To be inherited beside one of TRL's configurations.
 
-    TRL's own are made for billions of parameters: gradient checkpointing, pinned memory, a checkpoint every 500 steps.
+    TRL's own are for billions of parameters: gradient checkpointing, pinned memory, a checkpoint every 500 steps.
     """
 
-    # TRL switches it on, and transformers is renaming it: None leaves it off under either name, without a warning.
+    # TRL's default is on, and transformers is renaming the key: None turns it off under both names without a warning.
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "trade time for memory"})
     save_strategy: str = field(default="no", metadata={"help": "when to save a checkpoint for --resume"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
@@ -33,7 +33,7 @@ class SmallDefaults:
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "only if a forward skips weights"})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "Fledge prints a line of progress instead"})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after so many evaluations without a lower loss, and keep the best model"}
+        default=None, metadata={"help": "stop after this many evaluations without a lower loss; keep the best model"}
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ def save_the_best(config: TrainingArguments, patience: int | None) -> None:
 
 
 def choose_device_and_precision(config: TrainingArguments) -> str:
-    """Sets `use_cpu` and `bf16` of a configuration that is not yet checked, and returns why this precision."""
+    """Sets `use_cpu` and `bf16` of a configuration that is not checked yet; returns the reason for the precision."""
     check_deepspeed(config)
     config.use_cpu = config.use_cpu or not torch.accelerator.is_available()
     if config.bf16 is not None or config.fp16:
@@ -85,16 +85,16 @@ def choose_bf16(use_cpu: bool) -> tuple[bool, str]:
 
 
 def use_all_threads(config: TrainingArguments) -> str | None:
-    """Undoes the one thread a process that `accelerate launch` leaves on a CPU, and returns a line that says so.
+    """Gives each process its share of the cores under `accelerate launch`, and returns a line that says so.
 
-    It sets OMP_NUM_THREADS to 1 unless told otherwise, which leaves every core but one idle.
+    On CPUs, `accelerate launch` sets OMP_NUM_THREADS to 1 by default, which leaves all cores but one idle.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     threads = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not (config.use_cpu and launched and os.environ.get("OMP_NUM_THREADS") == "1" and threads > 1):
         return None
     torch.set_num_threads(threads)
-    return f"Threads {threads}: accelerate launch leaves a process one, and this machine has more"
+    return f"Threads {threads}: accelerate launch gives a process one, and this machine has more"
 
 
 def with_values(config: Config, **values: Any) -> Config:
@@ -106,7 +106,7 @@ def with_values(config: Config, **values: Any) -> Config:
 
 
 def smoke(config: Config) -> Config:
-    """The configuration of three steps of a recipe, with an evaluation and a checkpoint, in a folder of its own."""
+    """The configuration for three steps of a recipe, with an evaluation and a checkpoint, in a separate folder."""
     return with_values(
         config,
         output_dir=f"{config.output_dir}-smoke",
@@ -127,7 +127,7 @@ def check_processes(config: TrainingArguments, script: str) -> None:
             without MPI; or several GPUs are visible to one process.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    # accelerate names an address to meet at only when several processes are to.
+    # accelerate sets a rendezvous address only when it is to start several processes.
     if launched and "MASTER_ADDR" in os.environ and config.world_size == 1:
         raise UserError(
             "accelerate launch was told to start several processes and started one; "

@@ -1,4 +1,4 @@
-"""What train_sft.py trains on: a folder of prepare_dataset.py, or a table of instructions and answers as it stands."""
+"""The data of train_sft.py: a folder of prepare_dataset.py, or a table of instructions and answers."""
 
 import copy
 import json
@@ -30,9 +30,9 @@ HELD_OUT = 0.05
 def open_dataset(
     source: str, own: PreTrainedTokenizerBase, template: str | None, context: int, seed: int
 ) -> tuple[dict | None, PreTrainedTokenizerBase, DatasetDict, list[str]]:
-    """The budget (of a prepared folder), the tokenizer with the template, encoded splits, and lines that say more.
+    """Returns the budget (of a prepared folder), the tokenizer with its template, encoded splits, and lines to print.
 
-    A table is a file or folder of JSON lines, CSV or parquet, or a dataset of the Hub, with the columns `messages` (or
+    A table is a file or folder of JSON lines, CSV or parquet, or a dataset on the Hub, with the columns `messages` (or
     ShareGPT's `conversations`), or `instruction` and `response` or `output` (and `input`), or `prompt` and
     `completion`. It is encoded by the base's `own` tokenizer with its chat template, or with `template`. Rows that
     cannot be used and exact duplicates are left out, and the lines say how many and why. `divide` says what is held
@@ -54,7 +54,7 @@ def open_dataset(
 
 
 def is_prepared(source: str) -> bool:
-    """Whether `source` is a folder of prepare_dataset.py, or what is left of one."""
+    """Whether `source` is a folder of prepare_dataset.py, complete or not."""
     return (Path(source) / "budget.json").exists() or (Path(source) / "tokenized").exists()
 
 
@@ -143,7 +143,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, examples: list[tuple[str, Messa
 
 
 def longest_row(rows: DatasetDict) -> int:
-    """In tokens. From Arrow's own lengths: no row is turned into Python's integers."""
+    """The length of the longest row in tokens, from Arrow's list lengths: no row becomes a list of Python integers."""
     return max(pc.max(pc.list_value_length(split.data.column("input_ids"))).as_py() for split in rows.values())
 
 
@@ -176,13 +176,13 @@ def conversations_of(chunk: Chunk) -> Iterator[Messages]:
 
 
 def part_of(value: object, role: str, where: str) -> Messages:
-    """TRL's prompts and completions are texts or messages."""
+    """The messages of a prompt or a completion, which TRL allows to be a text or messages."""
     is_messages = isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & set(value[0])
     return as_messages(value, where) if is_messages else [{"role": role, "content": as_text(value, where)}]
 
 
 def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
-    """Why a conversation teaches no answer, or no preference to a `rejected` one, if it does not."""
+    """The reason why a conversation, or a pair with a `rejected` answer, cannot be used; `None` if it can."""
     roles = [message["role"] for message in messages]
     for role, why in UNUSABLE_ROLES.items():
         if role in roles:
@@ -197,10 +197,10 @@ def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
 
 
 def cut_rows(rows: DatasetDict, max_length: int | None) -> list[str]:
-    """A line about the training rows that `max_length` will cut, if there are any.
+    """A line about the training rows that `max_length` will truncate, if there are any.
 
     Raises:
-        UserError: it leaves nothing to learn.
+        UserError: no supervised token is left.
     """
     if max_length is None or longest_row(rows) <= max_length:
         return []
@@ -216,7 +216,7 @@ def cut_rows(rows: DatasetDict, max_length: int | None) -> list[str]:
 
 
 def check_supervised(rows: DatasetDict) -> None:
-    """Refuses data that would train nothing.
+    """Refuses data without supervised tokens.
 
     Raises:
         UserError: a column is missing, or no token of a split is supervised.

@@ -1,4 +1,4 @@
-"""What a run is made with, kept in each checkpoint: a run that goes on with something else says so, or is refused."""
+"""The settings of a run, stored in each checkpoint: resuming with other settings is refused, or recorded."""
 
 import hashlib
 import json
@@ -38,10 +38,10 @@ WITHOUT_EFFECT = re.compile(
 @check_overrides
 @dataclass
 class Lineage(TrainerCallback, ExportableState):
-    """Puts `settings` into the state of every checkpoint, and `parts`: from which step on what was changed.
+    """Stores `settings` in the state of every checkpoint, and `parts`: what was changed at which step.
 
-    The first of the `parts` begins at step 0. Trainer writes both with `trainer_state.json`, which makes a checkpoint
-    complete.
+    The first of the `parts` begins at step 0. Trainer writes both in `trainer_state.json`, the last file of a complete
+    checkpoint.
     """
 
     settings: dict
@@ -50,7 +50,8 @@ class Lineage(TrainerCallback, ExportableState):
     ended: float | None = field(default=None, init=False)
 
     def timed_parts(self) -> list[dict]:
-        """The parts with the seconds that each took: an earlier one to its checkpoint, the last one until now."""
+        """The parts with their seconds: earlier parts up to the checkpoint that they ended with, the last one until
+        now."""
         if self.begun is None:
             return self.parts
         *earlier, last = self.parts
@@ -65,7 +66,7 @@ class Lineage(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.begun, self.ended = time.monotonic(), None
-        # A checkpoint that was saved without has no place for it, and Trainer looks for one.
+        # Trainer expects an entry for each stateful callback; a checkpoint saved without this one has none.
         cast(dict[str, Any], state.stateful_callbacks)[type(self).__name__] = self.state()
 
     @override
@@ -80,7 +81,7 @@ class Lineage(TrainerCallback, ExportableState):
 
 
 def settings_of(config: TrainingArguments, **more: object) -> dict[str, Any]:
-    """What makes the weights of a run: `config` without what does not, the number of processes, and `more`."""
+    """The settings that determine the weights: those of `config` that do, the number of processes, and `more`."""
     told = {key: value for key, value in config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(key)}
     return json.loads(json.dumps({**told, "processes": config.world_size, **more}, default=str))
 
@@ -96,10 +97,10 @@ def fingerprint_of_rows(rows: Dataset) -> str:
 
 
 def go_on(checkpoint: str | None, settings: dict, may_change: bool) -> Lineage:
-    """The lineage of a run that begins, or goes on from `checkpoint`, with `settings`.
+    """The lineage of a new run, or of one that resumes from `checkpoint`, with `settings`.
 
     Raises:
-        UserError: the checkpoint was made with other settings, or does not say with which, and it may not change.
+        UserError: the checkpoint was made with other settings, or does not say with which, and `may_change` is false.
     """
     if not checkpoint:
         return Lineage(settings)
@@ -133,7 +134,7 @@ def lineage_of(trainer: Trainer) -> Lineage:
 def load_optimizer(trainer: Trainer, load: Callable[[str], None], checkpoint: str | None) -> None:
     """Loads the optimizer's and the schedule's state by `load`, and keeps the run's own settings if they were changed.
 
-    A saved optimizer brings its learning rate, betas and decay, which would silently win over the new ones.
+    A saved optimizer restores its learning rate, betas and weight decay, which would silently replace the new ones.
     """
     if not checkpoint:
         return
@@ -146,7 +147,7 @@ def load_optimizer(trainer: Trainer, load: Callable[[str], None], checkpoint: st
     schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)  # accelerate wraps it
     for group, settings in zip(trainer.optimizer.param_groups, own, strict=True):
         group.update(settings)
-    if not isinstance(schedule, LambdaLR):  # one that follows the loss has no rate to compute
+    if not isinstance(schedule, LambdaLR):  # a schedule that depends on the loss gives no rate for a step
         return
     schedule.base_lrs = [group["initial_lr"] for group in trainer.optimizer.param_groups]
     rates = [
@@ -154,4 +155,4 @@ def load_optimizer(trainer: Trainer, load: Callable[[str], None], checkpoint: st
     ]
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates  # what the log says of the next step; the rates themselves are the groups'
+    schedule._last_lr = rates  # what the log shows for the next step; the optimizer uses the rates of its groups

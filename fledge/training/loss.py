@@ -117,11 +117,13 @@ class ScoreTokens(torch.autograd.Function):
         scores = torch.empty(rows, len(targets), device=hidden.device)
         ctx.slices = slices(len(targets), max(1, KEPT // len(weight)))
         with_gradient = any(ctx.needs_input_grad)
-        of_logits = None
+        grad_logits = None
         for chunk in ctx.slices:
-            of_logits = project_and_score(hidden[chunk], weight, bias, targets[chunk], scores[:, chunk], with_gradient)
+            grad_logits = project_and_score(
+                hidden[chunk], weight, bias, targets[chunk], scores[:, chunk], with_gradient
+            )
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.kept = of_logits if len(ctx.slices) == 1 else None
+        ctx.kept = grad_logits if len(ctx.slices) == 1 else None
         return scores
 
     @staticmethod
@@ -132,30 +134,30 @@ class ScoreTokens(torch.autograd.Function):
         token_weights = -grad_scores[0]
         largest = max(token_weights.abs().max().item(), torch.finfo(torch.float32).tiny) if len(targets) else 1.0
         relative = (token_weights / largest).to(hidden.dtype)[:, None]
-        of_hidden, of_weight, of_bias = (
+        grad_hidden, grad_weight, grad_bias = (
             torch.empty(x.shape, dtype=dtype, device=x.device) if needed else None
             for x, dtype, needed in zip((hidden, weight, bias), ctx.types, ctx.needs_input_grad[:3], strict=True)
         )
         for number, chunk in enumerate(ctx.slices):
-            of_logits = ctx.kept
-            if of_logits is None:
+            grad_logits = ctx.kept
+            if grad_logits is None:
                 scores = torch.empty(1, len(targets[chunk]), device=hidden.device)
-                of_logits = project_and_score(hidden[chunk], weight, bias, targets[chunk], scores, True)
+                grad_logits = project_and_score(hidden[chunk], weight, bias, targets[chunk], scores, True)
             weighted = hidden[chunk] * relative[chunk]
-            if of_hidden is not None:
-                for rows in slices(len(of_logits), ROWS):
-                    of_hidden[chunk][rows] = (of_logits[rows] @ weight * relative[chunk][rows]).float() * largest
-            for total, factor in ((of_weight, weighted), (of_bias, relative[chunk, 0])):
+            if grad_hidden is not None:
+                for rows in slices(len(grad_logits), ROWS):
+                    grad_hidden[chunk][rows] = (grad_logits[rows] @ weight * relative[chunk][rows]).float() * largest
+            for total, factor in ((grad_weight, weighted), (grad_bias, relative[chunk, 0])):
                 if total is None:
                     continue
                 for columns in slices(len(weight), COLUMNS):
-                    part = (of_logits[:, columns].T @ factor).float()
+                    part = (grad_logits[:, columns].T @ factor).float()
                     if number == 0:
                         torch.mul(part, largest, out=total[columns])
                     else:
                         total[columns].add_(part, alpha=largest)
         ctx.kept = None
-        return of_hidden, of_weight, of_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def has_plain_logits(config: PretrainedConfig) -> bool:

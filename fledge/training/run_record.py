@@ -120,7 +120,7 @@ def run_record(trainer: CheckedTrainer, rows: DatasetDict, trained: dict) -> dic
         "data_fingerprint": lineage_of(trainer).settings["data"],
         "trained": trained,
         **outcome(trainer, trl_config(trainer.args)),
-        **trainer.more_of_the_way(),
+        **trainer.extra_record(),
         "best_validation_loss": trainer.state.best_metric,
         "resumed": len(lineage_of(trainer).parts) > 1,
     }

@@ -128,7 +128,7 @@ class Run:
         if made:
             output.add("run.json", lambda folder: write_json(folder / "run.json", made))
             print(f"Trained {made['steps']} steps in {made['seconds']:.0f} s, {made['tokens_per_second']:,} tokens/s.")
-            for said in trainer.said_at_the_end(made):
+            for said in trainer.summary_lines(made):
                 print(said)
         for name, draw in pictures.items():
             output.add(name, partial(draw, history))

@@ -316,10 +316,10 @@ def test_a_reward_that_few_prompts_call_for_has_a_way_too():
     """No prompt of the first step asked for a rhyme, and none at all for a title."""
     log = [{"reward": 1.0, "rewards/rhyme/mean": None}, {"reward": 2.0, "rewards/rhyme/mean": 0.5}, {"loss": 1.0}]
     run = SimpleNamespace(state=SimpleNamespace(log_history=log), reward_func_names=["rhyme", "title"])
-    record = SmallGrpoTrainer.more_of_the_way(run)
+    record = SmallGrpoTrainer.extra_record(run)
 
     assert record == {"rewards": {"reward": [1.0, 2.0], "rhyme": [0.5, 0.5]}}
-    assert SmallGrpoTrainer.said_at_the_end(run, record) == [
+    assert SmallGrpoTrainer.summary_lines(run, record) == [
         "Rewards of the samples: reward 1.00 to 2.00, rhyme 0.50 to 0.50."
     ]
 
