@@ -54,20 +54,24 @@ def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig
     from fledge.rewards.preferences import PreferenceProgress, PreferenceTrainer, save_preference_curve
     from fledge.rewards.watch import watch, watched_in, without_reference
     from fledge.training.opening import early_stopping, open_trainer
-    from fledge.training.resuming import tokens_seen
+    from fledge.training.resuming import find_checkpoint, tokens_seen
     from fledge.training.running import open_run
     from fledge.training.trainer import check_fit
 
-    run, config = open_run(args, config, model_args, output, lambda: (load_inputs(args, config, model_args), config))
-    inputs, pictures = run.inputs, {"loss_curve.png": save_preference_curve}
+    # ------------------------------------------------------------ Load and check
+    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
+    inputs = load_inputs(args, config, model_args)
+    run = open_run(args, config, model_args, output, inputs, checkpoint)
     watched = watched_in(args, Path(args.watch_dataset), args.task) if args.watch_dataset else None
     if watched:
         check_fit(inputs.model, inputs.tokenizer, watched.prompts.tokenizer, 0)
         check_template(inputs.tokenizer, watched.prompts.tokenizer)
+
+    # ------------------------------------------------------------ Train
     start = copy.deepcopy(inputs.model) if watched and without_reference(config, bool(inputs.adapter)) else None
     trainer = open_trainer(
         PreferenceTrainer,
-        config,
+        run.config,
         [*run.callbacks, *early_stopping(config)],
         PreferenceProgress,
         model=inputs.model,
@@ -76,7 +80,8 @@ def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig
         processing_class=inputs.tokenizer,
         peft_config=inputs.adapter,
     )
-    run.notes += [trainer.loss_line, *inputs.notes, trainer.time_needed(tokens_seen(run.checkpoint))]
+    run.notes += [trainer.loss_line, *inputs.notes, trainer.time_needed(tokens_seen(checkpoint))]
+    pictures = {"loss_curve.png": save_preference_curve}
     if watched:
         run.notes.append(watch(watched, args, trainer, start))
         pictures |= {"rewards.png": save_picture, "watch.jsonl": save_looks}

@@ -63,34 +63,33 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
     from fledge.rewards.watch import watch, watched_in, without_reference
     from fledge.training.configuration import with_values
     from fledge.training.opening import open_trainer
+    from fledge.training.resuming import find_checkpoint
     from fledge.training.running import open_run
 
-    # ------------------------------------------------------------ Load and check
+    # ------------------------------------------------------------ The task and its rewards
     data = Path(args.dataset)
     task = task_of(data, args.task)
     weights = chosen_rewards(task, args.rewards, config.reward_weights)
     config = with_values(config, reward_weights=list(weights.values()))
-    rows, functions = open_rows(data)["train"], []
+    rows = open_rows(data)["train"]
     rewarder = Rewarder(task, rows)
     numbers = numbers_of(rows, args.only)
     rows = [rows[number] for number in numbers]
     watched = watched_in(args, data, args.task, weights, rewarder, args.only)
 
-    def open_inputs() -> "tuple[Inputs, SmallGrpoConfig]":
-        inputs, fitted = load_inputs(args, config, model_args, numbers)
-        functions.extend(reward_functions(rewarder, rows, inputs.tokenizer, list(weights)))
-        check_rewards(functions, inputs.tokenizer, rows, inputs.rows["train"])
-        return inputs, fitted
-
-    run, config = open_run(args, config, model_args, output, open_inputs, rewards=weights, only=args.only)
-    inputs = run.inputs
+    # ------------------------------------------------------------ Load and check
+    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
+    inputs, config = load_inputs(args, config, model_args, numbers)
+    functions = reward_functions(rewarder, rows, inputs.tokenizer, list(weights))
+    check_rewards(functions, inputs.tokenizer, rows, inputs.rows["train"])
+    run = open_run(args, config, model_args, output, inputs, checkpoint, rewards=weights, only=args.only)
 
     # ------------------------------------------------------------ Train
     prompts = [row["messages"][:-1] for row in rows]
     start = copy.deepcopy(inputs.model) if watched and without_reference(config, bool(inputs.adapter)) else None
     trainer = open_trainer(
         SmallGrpoTrainer,
-        config,
+        run.config,
         [*run.callbacks, StopWhenDead()],
         RewardProgress,
         model=inputs.model,

@@ -46,23 +46,19 @@ def config_kind() -> "type[SmallModelConfig]":
 
 def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConfig", output: Output) -> None:
     from fledge.training.opening import early_stopping, open_trainer
-    from fledge.training.resuming import tokens_seen
+    from fledge.training.resuming import find_checkpoint, tokens_seen
     from fledge.training.run_record import save_curve
     from fledge.training.running import open_run
     from fledge.training.trainer import InstructTrainer, limit_length, prepare_model
     from fledge.training.trial import time_needed
 
-    def open_inputs() -> "tuple[Inputs, SmallModelConfig]":
-        inputs = load_inputs(args, config.seed, model_args)
-        limited, cut = limit_length(config, inputs.model, inputs.rows)
-        inputs.notes += cut
-        return inputs, limited
-
-    run, config = open_run(args, config, model_args, output, open_inputs)
-    inputs = run.inputs
+    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
+    inputs = load_inputs(args, config.seed, model_args)
+    config, cut = limit_length(config, inputs.model, inputs.rows)
+    run = open_run(args, config, model_args, output, inputs, checkpoint)
     trainer = open_trainer(
         InstructTrainer,
-        config,
+        run.config,
         [*run.callbacks, *early_stopping(config)],
         model=inputs.model,
         train_dataset=inputs.rows["train"],
@@ -70,7 +66,7 @@ def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConf
         processing_class=inputs.tokenizer,
         peft_config=inputs.adapter,
     )
-    run.notes += [prepare_model(trainer), *inputs.notes, time_needed(trainer, tokens_seen(run.checkpoint))]
+    run.notes += [prepare_model(trainer), *inputs.notes, *cut, time_needed(trainer, tokens_seen(checkpoint))]
     run.train(trainer, {"loss_curve.png": save_curve})
 
 

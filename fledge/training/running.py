@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from datasets import DatasetDict
 from peft import LoraConfig, PeftModel
@@ -23,13 +22,11 @@ from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import precision, use_all_threads, with_values
 from fledge.training.lineage import Lineage, fingerprint_of_rows, go_on, settings_of
 from fledge.training.opening import close_trainer
-from fledge.training.resuming import StopOnSignal, find_checkpoint
+from fledge.training.resuming import StopOnSignal
 from fledge.training.run_record import run_record, save_log
 from fledge.training.starting import RunArguments
 from fledge.training.trainable import adapter_config, adapter_record, freeze, trained_share
 from fledge.training.trainer import finished
-
-Config = TypeVar("Config", bound=TrainingArguments)
 
 
 @dataclass
@@ -48,9 +45,13 @@ class Inputs:
 
 @dataclass
 class Run:
-    """One run of a script that fine-tunes: what it goes on from, what it writes to, and what people are told."""
+    """One run of a script that fine-tunes: its settings, its inputs, its output, and the lines to print at its start.
+
+    `config` is that of the trainer: its checkpoints go to the folder of unfinished work.
+    """
 
     args: RunArguments
+    config: TrainingArguments
     inputs: Inputs
     output: Output
     checkpoint: str | None
@@ -161,23 +162,23 @@ def adapt(
 
 def open_run(
     args: RunArguments,
-    config: Config,
+    config: TrainingArguments,
     model_args: ModelConfig,
     output: Output,
-    open_inputs: Callable[[], tuple[Inputs, Config]],
+    inputs: Inputs,
+    checkpoint: str | None,
     **made_with: object,
-) -> tuple[Run, Config]:
-    """The run and its configuration, once all of the input is known to be good and before anything is written.
+) -> Run:
+    """Opens the run in `output`, which resumes from `checkpoint` if there is one.
 
-    `made_with` is what the weights depend on beside the configuration, the base and the rows.
+    All checks of the inputs come before this: from here on, `output` is written to. `made_with` is what the weights
+    depend on beside the configuration, the base and the rows.
 
     Raises:
-        UserError: an input cannot be used, the output holds something else, or a run cannot go on with these settings.
+        UserError: the checkpoint was made with other settings, or there is not enough room on the disk.
     """
-    checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     notes: list[str | None] = [use_all_threads(config)]
-    inputs, config = open_inputs()
-    # Checkpoints of an unfinished run lie in a folder of their own, so a finished model is never half-written.
+    # Checkpoints go to the folder of unfinished work, so a finished model is never half-written.
     config = with_values(config, output_dir=str(output.work))
     adapting = {key: value for key, value in asdict(model_args).items() if model_args.use_peft and "lora" in key}
     adapting |= {key: getattr(model_args, key) for key in ("use_peft", "use_dora")}
@@ -186,4 +187,4 @@ def open_run(
     lineage = go_on(checkpoint, settings, args.resume_with_changes)
     output.check_room(4 * inputs.model.num_parameters())  # float32
     output.begin_work(checkpoint)
-    return Run(args, inputs, output, checkpoint, lineage, StopOnSignal(), notes), config
+    return Run(args, config, inputs, output, checkpoint, lineage, StopOnSignal(), notes)
