@@ -1,8 +1,8 @@
 """The loss of a causal model on supervised positions only, where TRL's fast head does not run (a CPU, Apple's GPU).
 
-There TRL projects every position of a batch onto the vocabulary, prompt and padding included, in float32, and does
-it again in the backward pass. Here each supervised position is projected once, and softmax and its gradient run over a
-few rows at a time, which stay in a core's cache. That is as fast as a compiled kernel, with nothing to compile.
+On these devices TRL projects every position of a batch onto the vocabulary, prompt and padding included, in float32,
+and does it again in the backward pass. Here each supervised position is projected once, and softmax and its gradient
+run over a few rows at a time, which stay in a core's cache. This is as fast as a compiled kernel without compiling.
 """
 
 import functools
@@ -23,7 +23,7 @@ from fledge.training.trainable import without_adapter
 
 # Entries of the logits in float32 at a time: 1.6 MB for a vocabulary of 50,257, which a core's level-2 cache holds.
 CACHED = 1 << 19
-# Rows, and columns, of the logits in one matrix product, so that what it reads and writes stays in the level-3 cache.
+# Rows, and columns, of the logits in one matrix product, so that its operands stay in the level-3 cache.
 ROWS, COLUMNS = 256, 8192
 # Entries of the logits in memory at a time: 256 MB of bfloat16. Beyond that the backward pass projects again.
 KEPT = 1 << 27
@@ -31,15 +31,15 @@ SCORES = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs") 
 
 
 def slices(count: int, size: int) -> list[slice]:
-    """`range(count)` cut into slices of `size`; an empty one when there is nothing to cut."""
+    """`range(count)` cut into slices of `size`; one empty slice if `count` is 0."""
     return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
-    """Scores `logits` (N, V) against `targets` (N,), as the fields of `TokenScores` have it from `log_probs` on.
+    """Scores `logits` (N, V) against `targets` (N,), in the order of `SCORES`.
 
-    They go to the rows of `scores` (5, N), or the first of them to fewer rows. With `with_gradient` the logits become
-    the gradient of the negative log-probability by them, softmax − onehot, in place.
+    The scores fill the rows of `scores` (5, N); if it has fewer rows, only the first ones are computed. With
+    `with_gradient` the logits are overwritten by the gradient of the negative log-probability, softmax − onehot.
     """
     for rows in slices(len(targets), max(1, CACHED // logits.size(1))):
         log_probs, target = F.log_softmax(logits[rows], -1, dtype=torch.float32), targets[rows, None]
@@ -68,7 +68,8 @@ def project_and_score(
     scores: torch.Tensor,
     with_gradient: bool,
 ) -> torch.Tensor | None:
-    """`score_logits` of `hidden` (N, D); returns the gradient of its logits (N, V), or `None` without."""
+    """Projects `hidden` (N, D) onto the vocabulary and scores it; returns the gradient of the logits (N, V), if
+    asked."""
     kept = hidden.new_empty(len(targets) if with_gradient else min(ROWS, len(targets)), len(weight))
     for rows in slices(len(targets), ROWS):
         logits = kept[rows] if with_gradient else kept[: rows.stop - rows.start]
@@ -82,7 +83,8 @@ def project_and_score(
 
 @dataclass
 class TokenScores(ModelOutput):
-    """What TRL's trainers read of a forward with `fused_lm_head=True`: scores (B, T − 1), 0 where nothing counts."""
+    """What TRL's trainers read from a forward with `fused_lm_head=True`: scores (B, T − 1), 0 where labels are
+    ignored."""
 
     loss: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None  # of the label
@@ -94,11 +96,12 @@ class TokenScores(ModelOutput):
 
 
 class ScoreTokens(torch.autograd.Function):
-    """`score_logits` of `hidden` (N, D) through a head of `weight` (V, D) and `bias` (V,), differentiable in its row 0.
+    """The scores (`rows`, N) of `hidden` (N, D) under a head of `weight` (V, D) and `bias` (V,); row 0 is
+    differentiable.
 
-    `rows` of scores are asked for, from 1, where the log-probability is enough, to 5.
+    `rows` is from 1, for the log-probabilities alone, to 5.
 
-    Under autocast the products run in its type, as any linear layer's do; softmax always runs in float32.
+    Under autocast the products run in its dtype, as in any linear layer; softmax always runs in float32.
     """
 
     @staticmethod
@@ -129,8 +132,8 @@ class ScoreTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        # The products run on relative weights of the tokens, which are 1 when all weigh the same, so that rounding a
-        # weight of 1/1783 to bfloat16 does not bend every gradient the same way.
+        # The products use token weights relative to the largest, so equal weights are exactly 1. Rounding a weight such
+        # as 1/1783 to bfloat16 would scale all gradients by the same error.
         token_weights = -grad_scores[0]
         largest = max(token_weights.abs().max().item(), torch.finfo(torch.float32).tiny) if len(targets) else 1.0
         relative = (token_weights / largest).to(hidden.dtype)[:, None]
@@ -177,14 +180,14 @@ def has_fused_head(model: PreTrainedModel | PeftModel) -> bool:
 def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows: int = 3) -> None:
     """Replaces TRL's fused head in `model`, after `add_fused_lm_head` (SFTTrainer calls it) has added it.
 
-    `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns `TokenScores`:
-    per-token scores of shape (B, T − 1), zero where the label is ignored, and `loss`, their negative sum over
-    `num_items_in_batch` (by default over the supervised tokens here). Any `Trainer` may call it so; through
-    `DistributedDataParallel` too. `temperature` divides the logits. Of the five scores the first `rows` are
-    computed, the others are `None`. Without `fused_lm_head` the forward is the model's own.
+    `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns `TokenScores`: per-token
+    scores of shape (B, T − 1), zero where the label is ignored, and `loss`, the negative sum of the log-probabilities
+    over `num_items_in_batch` (by default the number of supervised tokens here). Any `Trainer` can call it, also through
+    `DistributedDataParallel`. `temperature` divides the logits. The first `rows` of the five scores are computed; the
+    others are `None`. Without `fused_lm_head` the forward is the model's own.
 
-    Batches must be padded on the right, as TRL's are: there causal attention never looks, so no mask is passed and
-    attention takes its causal path.
+    Batches must be padded on the right, as TRL's are: causal attention never reads padding on the right, so no mask is
+    passed and attention takes its causal path.
     """
     own_forward = model.forward
 

@@ -1,6 +1,6 @@
-"""A trainer with what every training of Fledge has, and its end.
+"""Opens and closes a trainer with what all of Fledge's trainings share.
 
-That is sharding that is checked, lines of progress, and trackers whose failure costs nothing.
+These are checks that the weights are sharded, lines of progress, and trackers whose failure does not stop the run.
 """
 
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 def early_stopping(config: SmallDefaults) -> list[TrainerCallback]:
-    """What stops a run after `early_stopping_patience` evaluations without a lower loss."""
+    """The callback that stops a run after `early_stopping_patience` evaluations without a lower loss, if it is set."""
     patience = config.early_stopping_patience
     return [] if patience is None else [EarlyStoppingCallback(patience)]
 
@@ -30,7 +30,7 @@ def open_trainer(
     progress: type[Progress] = Progress,
     **inputs: Any,
 ) -> AnyTrainer:
-    """A trainer of the class `kind`, which takes `inputs` (model, datasets, …) and says its `progress`.
+    """A trainer of the class `kind`, called with `inputs` (model, datasets, …), which prints `progress`.
 
     Raises:
         UserError: transformers or TRL refuses the configuration.
@@ -44,12 +44,12 @@ def open_trainer(
 
 
 def close_trainer(trainer: Trainer) -> None:
-    """Finishes the trackers and destroys the process group; not before every process is here.
+    """Finishes the trackers and destroys the process group, once all processes have arrived.
 
-    The model that DDP wraps is freed first. Its reducer would otherwise be the last owner of the group, and end the
-    group's threads while it holds the interpreter's lock, for which they may be waiting.
+    The model that DDP wraps is freed first. Otherwise its reducer would be the last owner of the group and would join
+    the group's threads while it holds the GIL, for which they may be waiting.
     """
-    trainer.accelerator.wait_for_everyone()  # none leaves while another still needs it
+    trainer.accelerator.wait_for_everyone()  # no process may leave while another still needs it
     trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trainer.accelerator.free_memory()
     attempt("The end of tracking", trainer.end)

@@ -1,4 +1,4 @@
-"""Runs that stop and go on: which checkpoint is whole, and a last one when the machine is taken away."""
+"""Stopping and resuming: finds the newest complete checkpoint, and saves one on SIGTERM."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ from fledge.guards import check_overrides
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. `trainer_state.json` is written last, so one that can be read marks it."""
+    """The newest complete checkpoint: one whose `trainer_state.json`, which is written last, can be read."""
 
     def is_complete(checkpoint: Path) -> bool:
         try:
@@ -32,13 +32,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def find_checkpoint(output: Output, resume: str | None, overwrite: bool) -> str | None:
-    """The checkpoint of an unfinished run to go on from, or `None` for a fresh start.
+    """The checkpoint to resume from, or `None` for a fresh start.
 
-    `resume` is "auto" for the newest complete one in the run's own folder, if there is any, or the path of one.
+    `resume` is the path of a checkpoint, or "auto" for the newest complete one in the run's own folder, if there is
+    any.
 
     Raises:
-        UserError: there is one and the user said neither to resume nor to overwrite; `resume` names none; or the
-            output folder holds what is not to be replaced.
+        UserError: there is a checkpoint and the user asked neither to resume nor to overwrite; `resume` names no
+            checkpoint; or the output folder holds files that must not be replaced.
     """
     if resume and resume != "auto" and not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"--resume {resume} is no checkpoint; name a folder checkpoint-N, or say --resume auto.")
@@ -49,7 +50,7 @@ def find_checkpoint(output: Output, resume: str | None, overwrite: bool) -> str 
             "go on with --resume auto or start anew with --overwrite."
         )
     if resume == "auto":
-        # What was cut off before its first checkpoint begins anew, and a finished model stays.
+        # A run that was interrupted before its first checkpoint starts again; a finished model is not replaced.
         output.check(overwrite or newest is not None or not output.is_finished)
         return str(newest) if newest else None
     output.check(overwrite or output.is_own_work(resume))
@@ -66,9 +67,9 @@ def tokens_seen(checkpoint: str | None) -> int:
 
 @check_overrides
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, which a batch system sends before it takes a machine away, ends training after the step, saved.
+    """Saves a checkpoint and stops after the current step on SIGTERM, which batch systems send before they end a job.
 
-    With several processes all stop at the same step as soon as one of them was told.
+    With several processes, all stop at the same step as soon as one of them has received it.
     """
 
     def __init__(self) -> None:
@@ -99,7 +100,7 @@ class StopOnSignal(TrainerCallback):
         signal.signal(signal.SIGTERM, self.earlier)
 
     def leave_if_told(self, state: TrainerState) -> None:
-        """Ends the program with the status of SIGTERM, after training, if that is why it ended early."""
+        """Exits with the status of SIGTERM if training ended early because of it."""
         if self.was_told and state.global_step < state.max_steps:
             if state.is_world_process_zero:
                 print(f"Stopped by SIGTERM at step {state.global_step}, saved; go on with --resume auto.")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines of progress, a loss curve, and the record of everything that made it."""
+"""The records of a run: lines of progress, the loss curve, and `run.json`."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ from fledge.version import __version__
 
 @check_overrides
 class Progress(TrainerCallback):
-    """One line a logged step: loss, tokens a second, time left. Only the main process prints."""
+    """Prints a line for each logged step: loss, tokens per second, time left. Only the main process prints."""
 
     @override
     def on_train_begin(
@@ -61,7 +61,7 @@ class Progress(TrainerCallback):
             print(f"{done}  {self.figures(logs)}  {speed:>7,.0f} tokens/s  {time_left}", flush=True)
 
     def figures(self, logs: dict[str, float]) -> str:
-        """What a line says of a step that was logged."""
+        """The figures in the line of a logged step."""
         return f"loss {float(logs['loss']):.3f}"
 
     def figures_of_validation(self, logs: dict[str, float]) -> str:
@@ -70,7 +70,7 @@ class Progress(TrainerCallback):
 
 
 def shield_trackers(trainer: Trainer) -> None:
-    """Lets a tracker that fails once training has begun fail alone, with one sentence; later it is not asked again."""
+    """Turns off a tracker that fails after training has begun, with one sentence, instead of stopping the run."""
 
     failed = set()
 
@@ -91,18 +91,18 @@ def shield_trackers(trainer: Trainer) -> None:
     events = [name for name in dir(TrainerCallback) if name.startswith("on_")]
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__module__.startswith(("transformers.integrations", "trackio")):
-            for event in set(events) - {"on_init_end", "on_train_begin"}:  # there a failure stops before any work
+            for event in set(events) - {"on_init_end", "on_train_begin"}:  # these may stop the run
                 setattr(callback, event, shielded(callback, event))
 
 
 def save_log(log_history: list[dict], folder: Path) -> None:
-    """Everything logged, a JSON object a line."""
+    """Writes everything that was logged, one JSON object per line."""
     with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
         log.writelines(json.dumps(entry) + "\n" for entry in log_history)
 
 
 def save_curve(log_history: list[dict], folder: Path, what: str = "completion loss") -> None:
-    """Training and validation loss (`what`) over steps as a picture."""
+    """Draws training and validation loss (`what`) over steps."""
     with picture(folder / "loss_curve.png", (7, 3.6)) as axes:
         for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
             points = [(entry["step"], float(entry[key])) for entry in log_history if key in entry]
@@ -114,7 +114,7 @@ def save_curve(log_history: list[dict], folder: Path, what: str = "completion lo
 
 
 def run_record(trainer: CheckedTrainer, rows: DatasetDict, trained: dict) -> dict:
-    """Everything that made the run: data, which parameters `trained`, and what `outcome` tells."""
+    """The content of `run.json`: the data, which parameters are `trained`, and the `outcome`."""
     return {
         "rows": {name: len(split) for name, split in rows.items()},
         "data_fingerprint": lineage_of(trainer).settings["data"],
@@ -127,15 +127,15 @@ def run_record(trainer: CheckedTrainer, rows: DatasetDict, trained: dict) -> dic
 
 
 def trl_config(config: TrainingArguments) -> type[TrainingArguments]:
-    """TRL's own class of a configuration, whose defaults are what people know."""
+    """The class of TRL that a configuration extends: the record lists what differs from its defaults."""
     return next(kind for kind in type(config).__mro__ if kind.__module__.startswith("trl."))
 
 
 def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
-    """Hyper-parameters that differ from the library's `defaults`, machine, and what was reached.
+    """Hyperparameters that differ from the library's `defaults`, the machine, the losses and the speed.
 
-    `parts` says at which steps a run went on, for how many seconds, and what was changed. `seconds` are those of all
-    parts: what was trained after a checkpoint and lost is not counted.
+    `parts` lists where a run was resumed, how many seconds each part took, and what was changed. `seconds` is their
+    sum: work after a checkpoint that was lost is not counted.
     """
     args, history = trainer.args, trainer.state.log_history
     with warnings.catch_warnings():  # TRL's default for gradient_checkpointing warns of its coming name
@@ -178,7 +178,7 @@ def outcome(trainer: Trainer, defaults: type[TrainingArguments]) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """What the run's result depends on: Python, Fledge and the libraries that train."""
+    """The versions that the result depends on: Python, Fledge and the libraries that train."""
     import accelerate
     import datasets
     import peft
@@ -198,12 +198,12 @@ def versions() -> dict[str, str]:
 
 
 def tokens_until(history: list[dict], step: float = math.inf) -> int:
-    """The tokens from step 0 until `step`, by Trainer's log."""
+    """The number of tokens from step 0 to `step`, from Trainer's log."""
     return int(max((entry.get("num_tokens", 0) for entry in history if entry["step"] <= step), default=0))
 
 
 def tokens_per_second(history: list[dict], parts: list[dict]) -> int:
-    """Mean speed over the `parts` that say their seconds: a part that another program trained does not."""
+    """Mean speed over the `parts` that have seconds; a part that another program trained has none."""
     ends = [part["first_step"] for part in parts[1:]] + [math.inf]
     timed = [(part, end) for part, end in zip(parts, ends, strict=True) if "seconds" in part]
     tokens = sum(tokens_until(history, end) - tokens_until(history, part["first_step"]) for part, end in timed)
@@ -223,7 +223,7 @@ def peak_memory_mib() -> int | None:
 
 
 def commit() -> str | None:
-    """The commit of the code that ran, when it ran from a checkout."""
+    """The commit of the running code, if it runs from a checkout."""
     command = ["git", "rev-parse", "--show-prefix", "--short=12", "HEAD"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

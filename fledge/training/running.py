@@ -1,4 +1,4 @@
-"""A fine-tuning from its checked inputs to a finished folder: what the scripts that fine-tune share."""
+"""Runs a fine-tuning from its checked inputs to the finished folder. All scripts that fine-tune share this."""
 
 import shutil
 import sys
@@ -40,7 +40,7 @@ class Inputs:
     budget: dict | None  # a table has none
     new_tokens: int
     adapter: LoraConfig | None
-    notes: list[str]  # what the reader should know about the rows
+    notes: list[str]  # lines to print about the rows
 
 
 @dataclass
@@ -64,9 +64,10 @@ class Run:
         return [self.stop, self.lineage]
 
     def train(self, trainer: CheckedTrainer, pictures: Mapping[str, Callable[[list[dict], Path], None]]) -> None:
-        """Trains to the end, saves the model, and adds the records of the run and `pictures` of its log by file name.
+        """Trains, saves the model, and adds the records of the run and the `pictures` of its log (file name →
+        function).
 
-        Told by SIGTERM to stop, it saves a checkpoint and leaves the program.
+        On SIGTERM it saves a checkpoint and exits.
         """
         trained = {"new_tokens": self.inputs.new_tokens, "adapter": adapter_record(trainer.model)}
         if trainer.is_world_process_zero():
@@ -80,7 +81,7 @@ class Run:
         close_trainer(trainer)
 
     def announce(self, trainer: CheckedTrainer) -> None:
-        """Prints what will be trained, with what was chosen automatically and why."""
+        """Prints what will be trained, and each automatic choice with its reason."""
         print(trained_share(trainer.model))
         if self.inputs.new_tokens:
             print(f"New tokens {self.inputs.new_tokens}: the dataset's template has them, and the model learns them")
@@ -93,9 +94,9 @@ class Run:
         sys.stdout.flush()
 
     def save(self, trainer: CheckedTrainer) -> None:
-        """Puts the model into place: the weights first, and nothing that may fail for another reason than the disk."""
+        """Saves the model before everything else; only a full disk can make this fail."""
         inputs, output = self.inputs, self.output
-        # Asked of all processes, which may hold a part of the weights each.
+        # All processes take part: each may hold a shard of the weights.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if not trainer.is_world_process_zero():
             return
@@ -103,14 +104,14 @@ class Run:
             adapter = isinstance(trainer.model, PeftModel)
             if adapter:
                 trainer.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-            # What evaluate_model.py measures with, unless told otherwise. Greedy, a small model repeats itself.
+            # The default decoding of evaluate_model.py. With greedy decoding a small model repeats itself.
             model = finished(trainer, **Sampling().decoding())
             model.save_pretrained(folder, state_dict=None if adapter else weights)
             inputs.tokenizer.save_pretrained(folder)
             keep_origin(inputs.base, folder)
             if inputs.budget:
                 write_json(folder / "budget.json", inputs.budget)
-            curves, emissions = output.work / "runs", output.work / "emissions.csv"  # what trackers have been writing
+            curves, emissions = output.work / "runs", output.work / "emissions.csv"  # written by trackers
             if curves.is_dir():
                 attempt(f"{output.path / 'runs'}", lambda: shutil.copytree(curves, folder / "runs"))
             if emissions.exists():
@@ -122,7 +123,7 @@ class Run:
         trained: dict,
         pictures: Mapping[str, Callable[[list[dict], Path], None]],
     ) -> None:
-        """Adds the log, the record of the run and its pictures to the finished model."""
+        """Adds the log, `run.json` and the pictures to the folder of the finished model."""
         history, output = trainer.state.log_history, self.output
         output.add("training_log.jsonl", lambda folder: save_log(history, folder))
         made = attempt("The record of the run", lambda: run_record(trainer, self.inputs.rows, trained))
@@ -148,10 +149,10 @@ class Run:
 def adapt(
     args: RunArguments, model_args: ModelConfig, model: PreTrainedModel, new_tokens: int = 0
 ) -> LoraConfig | None:
-    """Freezes what shall stay, or returns the adapter that is asked for, which freezes all that it does not add.
+    """Freezes the requested layers and modules, or returns the requested adapter, which freezes all other weights.
 
     Raises:
-        UserError: both are asked for, or what is to be frozen is not there.
+        UserError: both are requested, or a layer or module to freeze does not exist.
     """
     adapter = adapter_config(model_args, model, new_tokens)
     if adapter and (args.freeze_layers or args.freeze_modules):

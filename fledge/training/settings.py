@@ -1,4 +1,4 @@
-"""What transformers and TRL take without a word and should not: numbers out of range, keys without effect."""
+"""Refuses what transformers and TRL silently accept: numbers out of range, keys without effect."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ BELOW_ONE = Range(at_least=0, below=1)
 SHARE = Range(above=0, at_most=1)
 RATE = Range(at_least=0, at_most=1)
 PORT = Range(at_least=1, below=2**16)
-# Keys that transformers' TrainingArguments, TRL's configurations and ModelConfig have in common or alone.
+# Keys of transformers' TrainingArguments, TRL's configurations and ModelConfig.
 RANGES = {
     "learning_rate": POSITIVE,
     "num_train_epochs": POSITIVE,
@@ -60,7 +60,7 @@ RANGES = {
     "label_smoothing": BELOW_ONE,
     "discopop_tau": POSITIVE,
     # GRPOConfig's.
-    "num_generations": Range(at_least=2),  # one answer has none to be compared with
+    "num_generations": Range(at_least=2),  # a single answer cannot be compared with another
     "num_generations_eval": AT_LEAST_ONE,
     "max_completion_length": AT_LEAST_ONE,
     "generation_batch_size": AT_LEAST_ONE,
@@ -113,15 +113,15 @@ WITHOUT_EFFECT = {
     "max_tool_calling_iterations": "no task of Fledge calls tools; leave it out",
     "trust_remote_code": "Fledge runs no code from a model's folder; leave it out",
 }
-TRACK = ("trackio", "tensorboard")  # what the extra `track` brings
+TRACK = ("trackio", "tensorboard")  # installed by the extra `track`
 
 
 @contextlib.contextmanager
 def said_in_words() -> Iterator[None]:
-    """Around what transformers, TRL, peft, DeepSpeed and trackers refuse, which they say in words.
+    """Turns errors of transformers, TRL, peft, DeepSpeed and trackers into a `UserError` with their message.
 
     Raises:
-        UserError: that they refused.
+        UserError: one of them refused its arguments.
     """
     try:
         yield
@@ -143,7 +143,7 @@ def check_effect(*configs: TrainingArguments | ModelConfig) -> None:
 
 
 def check_training(config: TrainingArguments) -> None:
-    """What is known before anything is opened.
+    """Checks what can be checked before a model or data is opened.
 
     Raises:
         UserError: a number is out of range, a tracker is unknown or not installed, or Trainer is to send checkpoints

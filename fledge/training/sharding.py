@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states spread over processes: on CPUs too, and checked to be."""
+"""Sharding of weights, gradients and optimizer states over processes: enabled on CPUs too, and checked."""
 
 import os
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from fledge.guards import check_overrides, missing
 
 
 def told_to_shard(config: TrainingArguments) -> str | None:
-    """What the launcher or a key asks for: "FSDP", "DeepSpeed", or nothing."""
+    """The kind of sharding that the launcher or a key asks for: "FSDP", "DeepSpeed", or `None`."""
     for name, key in (("FSDP", config.fsdp), ("DeepSpeed", config.deepspeed)):
         if key or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
             return name
@@ -35,8 +35,8 @@ def check_deepspeed(config: TrainingArguments) -> None:
 def shard_on_cpus(config: TrainingArguments) -> None:
     """Lets accelerate shard over CPU processes, before a trainer is made.
 
-    It takes FSDP for accelerators alone, and on CPUs trains with whole copies (DDP) without a word, although FSDP2
-    works over gloo. What `AcceleratorState` does for GPUs is done for CPUs here.
+    accelerate enables FSDP on accelerators only and silently uses DDP, with whole copies, on CPUs, although FSDP2 works
+    over gloo. This function sets on CPUs what `AcceleratorState` sets on GPUs.
     """
     if not (config.use_cpu and config.world_size > 1 and told_to_shard(config) == "FSDP"):
         return
@@ -54,7 +54,7 @@ def shard_on_cpus(config: TrainingArguments) -> None:
 
 @check_overrides
 class CheckSharded(TrainerCallback):
-    """Stops, before the first step, a run that was told to shard and holds everything in every process."""
+    """Stops a run before its first step if it was told to shard but every process holds the whole model."""
 
     @override
     def on_train_begin(

@@ -1,4 +1,4 @@
-"""The keys of every script that fine-tunes, and how it begins. Nothing heavy is imported at the top."""
+"""The keys that all fine-tuning scripts share, and their start. Heavy imports are inside functions."""
 
 import sys
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from fledge.terminal import quiet
 class BaseArguments:
     """Keys of TRL's configurations, which take seconds to import."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "the base, a folder or a model of the Hub"})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "the base: a folder or a model on the Hub"})
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     model_revision: str = field(default="main", metadata={"help": "its revision on the Hub (default main)"})
 
@@ -28,23 +28,25 @@ class RunArguments:
     REQUIRED: ClassVar = ("model_name_or_path", "output_dir")
 
     dataset: str = field(metadata={"help": "a folder of prepare_dataset.py"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout everywhere; a short fine-tuning wants none"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "dropout rate of all layers (default 0, best for a short fine-tuning)"}
+    )
     freeze_layers: int = field(
         default=0, metadata={"help": "freeze the first N blocks and the embeddings; the last N if negative"}
     )
     freeze_modules: list[str] = field(default_factory=list, metadata={"help": "freeze modules by name, such as wte"})
     resume_with_changes: bool = field(
-        default=False, metadata={"help": "go on although data or settings are others than the checkpoint's"}
+        default=False, metadata={"help": "resume although the data or settings differ from the checkpoint's"}
     )
     resume: str | None = field(
-        default=None, metadata={"help": "auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint"}
+        default=None, metadata={"help": "a checkpoint to resume from, or auto: the newest in output_dir, if any"}
     )
-    smoke: bool = field(default=False, metadata={"help": "three steps of the recipe, into output_dir-smoke"})
+    smoke: bool = field(default=False, metadata={"help": "run three steps of the recipe into output_dir-smoke"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
 
     @property
     def trained_parts(self) -> dict[str, Any]:
-        """Which parameters train, for the record of the run and for what a resumed run is compared with."""
+        """Which parameters train, for the record of the run and for comparison with a resumed run."""
         return {name: getattr(self, name) for name in ("dropout", "freeze_layers", "freeze_modules")}
 
 
@@ -93,5 +95,5 @@ def start(
 
 
 def run_name(output_dir: str) -> str:
-    """What trackers call a run: its output folder, with the folder above, as in `quickstart-model`."""
+    """The name of a run in trackers: its output folder and the folder above, as in `quickstart-model`."""
     return "-".join(part for part in Path(output_dir).parts[-2:] if part not in ("/", ".."))

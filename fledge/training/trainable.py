@@ -1,4 +1,4 @@
-"""Which parameters train: all, all but some that are frozen, or an adapter's."""
+"""Which parameters train: all, all but the frozen ones, or an adapter's."""
 
 import re
 from typing import cast
@@ -29,8 +29,8 @@ def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
 def freeze(model: PreTrainedModel, layers: int, modules: list[str], new_tokens: int) -> None:
     """Freezes the first `layers` blocks and the embeddings, or the last -`layers` blocks, and named modules.
 
-    A module is named by its path or by the end of it: `wte`, `mlp`, `h.0.attn`. Embeddings stay as they are trained
-    when the template brought `new_tokens`, whose rows have learnt nothing yet.
+    A module is named by its path or by the end of it: `wte`, `mlp`, `h.0.attn`. Embeddings are not frozen if the
+    template added `new_tokens`, because their rows are still untrained.
 
     Raises:
         UserError: a module does not exist, there are not that many blocks, or nothing is left to train.
@@ -101,14 +101,14 @@ def _targets(named: list[str], model: PreTrainedModel) -> str | list[str]:
 
 
 def trained_share(model: torch.nn.Module) -> str:
-    """How many of the parameters train, as a line for people."""
+    """A line that says how many of the parameters train."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return f"Training {trained:,} of {total:,} parameters ({trained / total:.1%})"
 
 
 def adapter_record(model: torch.nn.Module) -> dict | None:
-    """What an adapter is, for the run's record; `None` when there is none."""
+    """The adapter's settings for `run.json`; `None` if there is no adapter."""
     if not isinstance(model, PeftModel):
         return None
     config = cast(LoraConfig, model.peft_config["default"])

@@ -1,4 +1,4 @@
-"""What Fledge adds to TRL's `SFTTrainer`: its defaults, what a base and a dataset must be, and a faster loss."""
+"""Extends TRL's `SFTTrainer`: defaults for small models, checks of the base and the dataset, and a faster loss."""
 
 import math
 from dataclasses import dataclass, field
@@ -25,25 +25,27 @@ from fledge.training.loss import has_fused_head, has_plain_logits, score_supervi
 
 @dataclass
 class SmallModelConfig(SmallDefaults, SFTConfig):  # type: ignore[misc]  # gradient_checkpointing may be None
-    """`SFTConfig` with the defaults that a model of 1M to 200M parameters wants.
+    """`SFTConfig` with defaults for models of 1M to 200M parameters.
 
-    TRL's have a rate of 2e-5, and a max_length beyond the context of most models trained from scratch.
+    TRL's defaults are a learning rate of 2e-5 and a max_length beyond the context of most models trained from scratch.
     """
 
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup_steps: float = field(default=0.05, metadata={"help": "steps, or a share of all steps if below 1"})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "rows a step and device"})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows a step and device in evaluation"})
-    max_length: int | None = field(default=None, metadata={"help": "cut rows; prepare_dataset.py has fitted them"})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "rows per step and device"})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows per step and device in evaluation"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "truncate longer rows (not needed after prepare_dataset.py)"}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate on the validation split"})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "batches of like length pad less"}
+        default="group_by_length", metadata={"help": "batches of similar length need less padding"}
     )
 
 
 def open_base(arguments: ModelConfig, dropout: float) -> tuple[Path, PreTrainedModel]:
-    """The folder of the base (downloaded when it is the Hub's) and the model, in float32, with `dropout` everywhere.
+    """The folder of the base (downloaded if it is on the Hub) and the model, in float32, with `dropout` in all layers.
 
     Raises:
         UserError: there is no model.
@@ -61,7 +63,7 @@ def open_base(arguments: ModelConfig, dropout: float) -> tuple[Path, PreTrainedM
 def limit_length(
     config: SmallModelConfig, model: PreTrainedModel, rows: DatasetDict
 ) -> tuple[SmallModelConfig, list[str]]:
-    """The configuration with a `max_length` that `model` can hold, and lines that say what is cut.
+    """The configuration with a `max_length` within the model's context, and lines that say what is truncated.
 
     Raises:
         UserError: no row keeps a supervised token.
@@ -105,7 +107,7 @@ def check_fit(
 
 @check_overrides
 class InstructTrainer(CheckedTrainer, SFTTrainer):
-    """TRL's trainer, which stops at the first loss or gradient that is no number, and logs what people read."""
+    """TRL's `SFTTrainer` with the checks of `CheckedTrainer`. It also logs the perplexity."""
 
     args: SmallModelConfig
 
@@ -117,19 +119,19 @@ class InstructTrainer(CheckedTrainer, SFTTrainer):
 
 
 def prepare_model(trainer: SFTTrainer) -> str:
-    """Makes a trainer's model score supervised positions only where that is faster, and returns a line that says so."""
+    """Makes a trainer's model score supervised positions only, if that is faster, and returns a line that says so."""
     return score_faster(trainer.accelerator.unwrap_model(trainer.model), trainer.args)
 
 
 def score_faster(model: Any, args: TrainingArguments, temperature: float = 1.0, rows: int = 3) -> str:
-    """Makes a model with TRL's fused head score supervised positions only, where that is faster; a line that says so.
+    """Makes a model with TRL's fused head score supervised positions only, if that is faster.
 
-    `temperature` divides its logits, and `rows` of scores are asked for (see `score_supervised_only`).
+    Returns a line about the choice. For `temperature` and `rows` see `score_supervised_only`.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
         head: Any = model.get_output_embeddings()
-        if not hasattr(head, "bias"):  # peft's wrapper around new tokens passes on the weight alone
+        if not hasattr(head, "bias"):  # peft's wrapper around new tokens has no attribute bias
             head.bias = head.token_adapter.base_layer.bias
     if not has_fused_head(model):
         return "Loss: TRL's own, because this release of TRL has no fused head to replace"
@@ -147,10 +149,10 @@ def score_faster(model: Any, args: TrainingArguments, temperature: float = 1.0, 
 
 
 def finished(trainer: Trainer, **decoding: Any) -> PreTrainedModel:
-    """The trained model as it is served: adapter merged, cache on; `decoding` is what a pipeline does untold."""
+    """The trained model for inference: adapter merged, cache on, and `decoding` as its default generation settings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    model.config.use_cache = True  # TRL switches it off for training
+    model.config.use_cache = True  # TRL turns it off for training
     if attention_of(model) == NAME:
         model.set_attn_implementation("sdpa")
     tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)

@@ -1,4 +1,4 @@
-"""How long a run will take on this machine, from forward and backward passes that leave no trace."""
+"""Estimates how long a run will take on this machine, from trial passes that do not change the run."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ TRIAL = 2048
 
 
 def seconds_of(trainer: Trainer, loss_of: Callable[[], Tensor], repeats: int) -> float:
-    """The fastest of `repeats` forward and backward passes after one that warms up; weights and dice are as before."""
+    """The fastest of `repeats` forward and backward passes after a warm-up. Weights and random state do not change."""
     model = cast(nn.Module, trainer.model).to(trainer.args.device).train()
     times = []
     with torch.random.fork_rng():
@@ -37,14 +37,14 @@ def seconds_of(trainer: Trainer, loss_of: Callable[[], Tensor], repeats: int) ->
 
 
 def in_words(seconds: float) -> str:
-    """About how long: "40 seconds", "6 minutes", "5 hours"."""
+    """A duration for people: "40 seconds", "6 minutes", "5 hours"."""
     unit, name = (1, "second") if seconds < 100 else (60, "minute") if seconds < 180 * 60 else (3600, "hour")
     count = max(1, round(seconds / unit))
     return f"{count} {name}{'s' if count > 1 else ''}"
 
 
 def time_needed(trainer: Trainer, tokens_seen: int) -> str | None:
-    """A line on what is left of a fine-tuning; nothing where a model is sharded. See `time_of_rows`."""
+    """A line with the time left of a fine-tuning; `None` for a sharded model. See `time_of_rows`."""
     model = cast(PreTrainedModel, trainer.model)
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
@@ -57,16 +57,16 @@ def time_needed(trainer: Trainer, tokens_seen: int) -> str | None:
 
 
 def lengths_in(rows: Dataset, column: str) -> np.ndarray:
-    """(rows,), how many tokens each list of a column has."""
+    """The number of tokens in each row of a column, an array of shape (rows,)."""
     return pc.list_value_length(rows.with_format("arrow")[column][:]).to_numpy()
 
 
 def time_of_rows(
     trainer: Trainer, lengths: np.ndarray, loss_of: Callable[[dict[str, Tensor]], Tensor], tokens_seen: int
 ) -> str | None:
-    """A line on what is left of a training on rows of `lengths` (rows,) tokens, of which each process has a part.
+    """A line with the time left of a training on rows of `lengths` (rows,) tokens, shared among the processes.
 
-    The rows of the trial are those nearest to the mean length, as batches of like length have them.
+    The trial uses the rows that are nearest to the mean length, so that its batch needs little padding.
     """
     args, rows = trainer.args, cast(Dataset, trainer.train_dataset)
     if told_to_shard(args):
