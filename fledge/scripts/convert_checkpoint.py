@@ -42,12 +42,10 @@ class ConvertArguments:
     GROUPS: ClassVar = {"layout": "what the checkpoint means", "reference": "evidence", "inspect": "the run"}
     REQUIRED: ClassVar = ("output_dir",)
 
-    checkpoint: str = field(
-        metadata={"help": "a .pt .pth .bin .ckpt .tar .safetensors file, or a folder that holds one"}
-    )
+    checkpoint: str = field(metadata={"help": "a .pt .pth .bin .ckpt .tar .safetensors file, or a folder with one"})
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "gpt2, a tokenizer's file or folder; default: what lies in the checkpoint or beside it"},
+        metadata={"help": "gpt2, or a tokenizer's file or folder (default: the one in the checkpoint or beside it)"},
     )
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     layout: str | None = field(
@@ -56,14 +54,12 @@ class ConvertArguments:
     )
     mapping: str | None = field(default=None, metadata={"help": "a YAML file that names roles and facts by hand"})
     target: str = field(default="auto", metadata={"help": "gpt2, llama, opt, …: a class of transformers (or auto)"})
-    n_head: int | None = field(default=None, metadata={"help": "attention heads, when the checkpoint does not say"})
+    n_head: int | None = field(default=None, metadata={"help": "attention heads, if the checkpoint does not say"})
     activation: str | None = field(default=None, metadata={"help": "gelu, gelu_tanh, relu, relu2 or silu"})
     attention_scale: float | None = field(default=None, metadata={"help": "default: 1/sqrt(width of a head)"})
     norm_eps: float | None = field(default=None, metadata={"help": "the norms' epsilon (default 1e-5)"})
-    reference: str | None = field(
-        default=None, metadata={"help": "your code: FILE, FILE:CLASS or a folder; this runs it"}
-    )
-    reference_kwargs: str | None = field(default=None, metadata={"help": "JSON of values that your code needs"})
+    reference: str | None = field(default=None, metadata={"help": "your code: FILE, FILE:CLASS or a folder; it is run"})
+    reference_kwargs: str | None = field(default=None, metadata={"help": "arguments of your class, as JSON"})
     probe_text: str | None = field(default=None, metadata={"help": "a text file like the training text"})
     allow_custom_code: bool = field(
         default=False,
@@ -77,7 +73,7 @@ class ConvertArguments:
     )
     inspect: bool = field(
         default=False,
-        metadata={"help": "print each tensor and the role it was taken for, and stop"},
+        metadata={"help": "print each tensor and its role, and stop"},
     )
     dry_run: bool = field(default=False, metadata={"help": "prove and report everything, write nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier conversion in output_dir"})
@@ -85,7 +81,7 @@ class ConvertArguments:
 
 @dataclass
 class Loaded:
-    """What the user gives: the checkpoint, and the roles and facts that flags and --mapping state."""
+    """The checkpoint, and the roles and facts that the user states by flags and --mapping."""
 
     checkpoint: "Checkpoint"
     roles: dict[str, str]
@@ -94,10 +90,10 @@ class Loaded:
 
 @dataclass
 class Reading:
-    """What the checkpoint means: the canonical GPT, the facts that it rests on, and the evidence for them.
+    """How the checkpoint was read: the canonical GPT, the facts that it rests on, and the evidence for them.
 
-    `rivals` are the other values of assumed facts, `beside` is code beside the checkpoint that may be the author's and
-    was not run, and `proof` collects the figures of every step.
+    `rivals` are the other values of assumed facts. `beside` is code beside the checkpoint that may be the author's and
+    was not run. `proof` collects the figures of every step.
     """
 
     gpt: "CanonicalGPT"
@@ -113,9 +109,9 @@ class Reading:
 
 @dataclass
 class Converted:
-    """The model of transformers: its weights, and what it is held against.
+    """The model of transformers, its weights, and the logits that it must reproduce.
 
-    `probes` are token ids with the canonical GPT's logits, and `rounding` is what float32 alone costs these logits.
+    `probes` are token ids with the canonical GPT's logits. `rounding` is the error of these logits in float32.
     """
 
     model: "PreTrainedModel"
@@ -141,28 +137,22 @@ def main() -> Path | None:
 
 
 def convert(args: ConvertArguments, output: Output | None) -> None:
-    """Reads, proves and writes; without an `output` it only reads, or proves."""
+    """Reads, proves and writes the checkpoint. Without an `output` nothing is written."""
     from fledge.memory import return_freed_memory
 
     quiet()
     return_freed_memory()
 
-    ###############
-    # Load
-    ###############
+    # ------------------------------------------------------------ Load
     loaded = load(args)
     if args.inspect:
         return inspect(loaded)
 
-    ########################################
-    # Settle what the tensors do not show
-    ########################################
+    # ------------------------------------------------------------ Settle what the tensors do not show
     reading = settle(args, loaded)
     check(args, reading)
 
-    ###############
-    # Prove
-    ###############
+    # ------------------------------------------------------------ Prove
     converted = prove(args, reading)
     report = report_of(loaded, reading, converted)
     if output is None:
@@ -170,12 +160,10 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
         print(f"{report['verdict']} {error:.1e} in float64. Nothing was written: --dry_run.")
         return
 
-    ###################################
-    # Save, and prove what was saved
-    ###################################
+    # ------------------------------------------------------------ Save, and prove what was saved
     with output.staged() as folder:
         write(reading, converted, folder)
-        # The reloaded model takes the place of the first one in memory.
+        # Free the first model before the saved one is loaded, so that memory holds one at a time.
         loaded.checkpoint.tensors.clear()
         del reading.gpt, converted.model, converted.weights
         gc.collect()
@@ -213,7 +201,7 @@ def load(args: ConvertArguments) -> Loaded:
 
 
 def inspect(loaded: Loaded) -> None:
-    """Prints each tensor with the role that it was taken for, and what stands in the way."""
+    """Prints each tensor with its role, and what prevents a conversion."""
     from fledge.checkpoints.head_tensors import split_heads
     from fledge.checkpoints.roles import detect
 
@@ -229,7 +217,7 @@ def inspect(loaded: Loaded) -> None:
 
 
 def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
-    """Reads the checkpoint as a canonical GPT, and settles its facts by the author's code and by text."""
+    """Reads the checkpoint as a canonical GPT, and settles its facts by the author's code and by a text."""
     from fledge.checkpoints.author.candidates import code_beside
     from fledge.checkpoints.evidence import settle_by_reference
     from fledge.checkpoints.facts import Fact, Source, Status
@@ -276,7 +264,7 @@ def open_author(args: ConvertArguments, loaded: Loaded) -> "Author | None":
 
 
 def find_tokenizer(args: ConvertArguments, loaded: Loaded, vocab_size: int) -> tuple[str | None, str | None]:
-    """The tokenizer to load, None for the vocabulary in the checkpoint, and the text to read, if any."""
+    """Returns the tokenizer to load (`None` for the vocabulary in the checkpoint) and the probe text, if any."""
     from fledge.tokenizers.beside import find_beside
 
     if args.tokenizer is not None or loaded.checkpoint.vocabulary is not None:
@@ -290,7 +278,7 @@ def find_tokenizer(args: ConvertArguments, loaded: Loaded, vocab_size: int) -> t
 
 
 def check(args: ConvertArguments, reading: Reading) -> None:
-    """Prints what the conversion rests on, and refuses a model that cannot be converted or rests on assumptions."""
+    """Prints the facts, and refuses a model that cannot be converted or that rests on assumptions."""
     from fledge.checkpoints.summary import facts_table, refuse_assumptions, trials_table
     from fledge.checkpoints.targets import refuse_unconvertible
 
@@ -331,7 +319,7 @@ def token_ids(reading: Reading) -> dict[str, int | None]:
 
 
 def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[str, object]:
-    """The content of conversion.json; `proof` fills up until it is written."""
+    """The content of conversion.json. Its `proof` is the dictionary of `reading`, to which later steps add."""
     import torch
     import transformers
 
@@ -360,7 +348,7 @@ def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[st
 
 
 def write(reading: Reading, converted: Converted, folder: Path) -> None:
-    """Writes the model in float32 with its tokenizer, and proves its greedy tokens and what was written."""
+    """Writes the model in float32 with its tokenizer, and proves its greedy tokens and the written tensors."""
     from transformers import GenerationConfig
 
     from fledge.checkpoints.proof import prove_greedy, prove_written
@@ -368,13 +356,13 @@ def write(reading: Reading, converted: Converted, folder: Path) -> None:
 
     revert_weight_conversion = borrow("transformers.core_model_loading", "revert_weight_conversion")
     model, weights = converted.model, converted.weights
-    for name in weights:  # one after the other, so that what was folded in float64 goes at once
+    for name in weights:  # one at a time, so that each float64 tensor is freed at once
         weights[name] = weights[name].float().contiguous()
     model.load_state_dict(weights, assign=True, strict=False)
     model.tie_weights()
     reading.proof["greedy_tokens"] = prove_greedy(reading.gpt, model)
     ids = {name: i for name, i in token_ids(reading).items() if i is not None}
-    # A base is asked as the model that is made of it.
+    # The same decoding as the tuned model's, so that base and model can be compared.
     model.generation_config = GenerationConfig(**ids, **Sampling().decoding())
     model.save_pretrained(folder)
     reading.tokenizer.save_pretrained(folder)

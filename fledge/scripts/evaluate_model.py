@@ -42,21 +42,23 @@ class EvaluateArguments:
     GROUPS: ClassVar = {"split": "prompts", "resume": "the run", "ratings": "further judges"}
     REQUIRED: ClassVar = ("base", "dataset", "output_dir")
 
-    model: str = field(metadata={"help": "the folder that train_sft.py wrote, or a model of the Hub"})
-    base: str | None = field(default=None, metadata={"help": "the base that it was trained from, likewise"})
+    model: str = field(metadata={"help": "the folder that train_sft.py wrote, or a model on the Hub"})
+    base: str | None = field(
+        default=None, metadata={"help": "the base that it was trained from: a folder or a model on the Hub"}
+    )
     dataset: str | None = field(default=None, metadata={"help": "the folder that prepare_dataset.py wrote"})
     task: str | None = field(
         default=None, metadata={"help": "the Python file of a task of your own, whose code is run; others are known"}
     )
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
-    split: str = field(default="test", metadata={"help": "the split to ask from (default test)"})
+    split: str = field(default="test", metadata={"help": "the split with the prompts (default test)"})
     num_prompts: int = field(default=200, metadata={"help": "prompts to answer (default 200, or all there are)"})
     only: list[str] = field(
-        default_factory=list, metadata={"help": "ask such prompts alone: COLUMN=VALUE, as in kind=words"}
+        default_factory=list, metadata={"help": "use only these prompts: COLUMN=VALUE, as in kind=words"}
     )
     num_samples: int = field(default=1, metadata={"help": "answers to each prompt (default 1)"})
     batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
-    resume: bool = field(default=False, metadata={"help": "use the answers that output_dir already holds"})
+    resume: bool = field(default=False, metadata={"help": "reuse the answers that output_dir already has"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier evaluation in output_dir"})
     answers_only: bool = field(
         default=False,
@@ -64,10 +66,12 @@ class EvaluateArguments:
             "help": "only answer, with rewards, for prepare_dataset.py --source answers: no base, scores or report"
         },
     )
-    capabilities: bool = field(default=False, metadata={"help": "only show answers to the story-chat system's prompts"})
-    ratings: list[str] | None = field(default=None, metadata={"help": "what report.html's blind mode saved"})
+    capabilities: bool = field(
+        default=False, metadata={"help": "only show answers to fixed prompts of the task story_chat"}
+    )
+    ratings: list[str] | None = field(default=None, metadata={"help": "files of ratings that report.html saved"})
     judge_url: str | None = field(default=None, metadata={"help": "an OpenAI-compatible server: http://HOST:PORT/v1"})
-    judge_model: str | None = field(default=None, metadata={"help": "the model that it shall judge with"})
+    judge_model: str | None = field(default=None, metadata={"help": "the model on that server that judges"})
     judge_samples: int = field(default=3, metadata={"help": "replies asked for each answer (default 3)"})
     judge_pairs: bool = field(default=False, metadata={"help": "also compare the two answers, in both orders"})
     judge_timeout: float = field(default=60.0, metadata={"help": "seconds to wait for a reply (default 60)"})
@@ -116,9 +120,9 @@ def main() -> Path | None:
 
 
 def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
-    """Asks, scores, judges, reports.
+    """Answers the prompts with each model, scores the answers, and writes the report.
 
-    Answers are kept as they are made, beside an earlier evaluation, which stays until this one is complete.
+    Each answer is stored as soon as it is made. An earlier evaluation stays until this one is complete.
     """
     from fledge.evaluation import report
     from fledge.evaluation.measuring import measure
@@ -126,6 +130,8 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     from fledge.evaluation.wording import Wording
 
     quiet()
+
+    # ------------------------------------------------------------ Load and check
     ratings = [report.read_ratings(file) for file in args.ratings or []]
     prompts = open_asked(args)
     scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
@@ -133,6 +139,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     models = open_models(args, prompts.tokenizer)
     journal = open_journal(args, sampling, prompts.ids, output)
 
+    # ------------------------------------------------------------ Answer and score
     answered = {who: measure(model, prompts, sampling, args.batch_size, journal, who) for who, model in models.items()}
     for model in answered.values():
         model.scores = scoring.score(model.answers)
@@ -145,6 +152,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     if ratings:
         judged["human"] = report.fold_ratings(ratings, samples)
 
+    # ------------------------------------------------------------ Save
     headline = report.HEADLINE
     metrics = {
         "task": prompts.task.name,
@@ -166,7 +174,7 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
 
 
 def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
-    """Asks the model alone and keeps its answers, each with the task's rewards."""
+    """Answers the prompts with the model alone, and stores each answer with the task's rewards."""
     from fledge.evaluation.measuring import answer_prompts
     from fledge.rewards.functions import Rewarder
 
@@ -197,14 +205,14 @@ def open_asked(args: EvaluateArguments) -> "Prompts":
 
 
 def mean_rewards(rewards: list[dict[str, float]]) -> str:
-    """The mean of each reward over the answers that it is called for in."""
+    """The mean of each reward over the answers that have it."""
     names = dict.fromkeys(name for found in rewards for name in found)
     means = {name: statistics.fmean(found[name] for found in rewards if name in found) for name in names}
     return ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 
 def open_models(args: EvaluateArguments, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "PreTrainedModel"]:
-    """`base` and `model`, with rows for the tokens that a template has brought.
+    """`base` and `model`, with embedding rows for tokens that a template added.
 
     Raises:
         UserError: a model has another vocabulary than the dataset.
@@ -226,7 +234,7 @@ def open_models(args: EvaluateArguments, tokenizer: "PreTrainedTokenizerBase") -
 
 
 def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list[int]], output: Output) -> "Journal":
-    """The journal of answers, with those that an earlier run made from the same weights, prompts and settings."""
+    """The journal of answers, with those of an earlier run that had the same weights, prompts and settings."""
     from fledge.evaluation.measuring import fingerprint_of_prompts
     from fledge.journal import Journal
     from fledge.models import fingerprint
@@ -245,9 +253,9 @@ def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list
 def side_by_side(
     prompts: "Prompts", answered: dict[str, tuple[list["Answer"], str, list[dict[str, float]]]]
 ) -> list[dict]:
-    """The lines of `samples.jsonl`: a prompt, its row, and the answer of each model with its scores, or its rewards.
+    """The lines of `samples.jsonl`: a prompt, its row, and the answer of each model with its scores or rewards.
 
-    `answered` has of each model the answers, what is known of them, and that itself.
+    `answered` maps each model to its answers, the name of their values ("scores" or "rewards"), and these values.
     """
     samples = []
     for number, row in enumerate(prompts.row_of_each_answer):
@@ -269,7 +277,7 @@ def side_by_side(
 
 
 def save(metrics: dict, samples: list[dict], folders: dict[str, str], columns: list[str], output: Output) -> None:
-    """Puts the complete evaluation in place at once. A page that cannot be made or written takes nothing with it."""
+    """Moves the complete evaluation into place at once. Then adds the reports, each of which may fail alone."""
     from fledge.evaluation import report
 
     with output.staged() as folder:
@@ -286,7 +294,7 @@ def save(metrics: dict, samples: list[dict], folders: dict[str, str], columns: l
 
 
 def keep_answers(samples: list[dict], unfinished: Path, folder: Path) -> None:
-    """Puts `samples.jsonl` and the journals of `unfinished` into `folder`."""
+    """Writes `samples.jsonl` and copies the journals in `unfinished` into `folder`."""
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     for kept in unfinished.iterdir():
@@ -295,7 +303,7 @@ def keep_answers(samples: list[dict], unfinished: Path, folder: Path) -> None:
 
 
 def begin_or_resume(output: Output, resume: bool) -> None:
-    """Empties `unfinished/`, or fills it with what a complete evaluation has already made."""
+    """Empties `unfinished/`, or with `resume` copies the answers of a complete evaluation into it."""
     is_begun = output.owns_work
     output.begin_work(output.work / "answers.jsonl" if resume else None)
     if resume and not is_begun:
@@ -331,7 +339,7 @@ def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) ->
 
 
 def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
-    """The story-chat system's fixed prompts and the model's answers; with --base, its answers beside them."""
+    """Prints the answers of the model, and of the base if it is given, to the fixed prompts of the task story_chat."""
     from fledge.encoding import encode_prompt
     from fledge.generation.answers import answer_all
     from fledge.models import load_model

@@ -3,7 +3,7 @@
 python export.py --model model --to gguf --output_dir model-gguf
 python export.py --model model --to onnx --quantize int8 --dataset data --output_dir model-onnx
 
-A quantised file is written when what it loses is within limits. With --dataset that is also measured in prompts
+A quantised file is only written if its loss is within limits. With --dataset the loss is also measured in prompts
 followed.
 """
 
@@ -37,12 +37,12 @@ UNKNOWN_TASK = Trained("", False, [])
 class ExportArguments:
     GROUPS: ClassVar = {"quantize": "smaller files", "name": "what is written"}
 
-    model: str = field(metadata={"help": "a model folder, or a model of the Hub (user/name)"})
+    model: str = field(metadata={"help": "a model folder, or a model on the Hub (user/name)"})
     to: str = field(metadata={"help": "gguf or onnx"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     quantize: str | None = field(
         default=None,
-        metadata={"help": "store smaller numbers: f16, q8_0, q4_0 (gguf), fp16, int8 (onnx)"},
+        metadata={"help": "quantise the weights: f16, q8_0, q4_0 (gguf), fp16, int8 (onnx)"},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "the folder that prepare_dataset.py wrote, to measure prompts followed"}
@@ -56,10 +56,10 @@ class ExportArguments:
     )
     name: str | None = field(
         default=None,
-        metadata={"help": "what the file calls the model (default: its folder)"},
+        metadata={"help": "the model's name in the file (default: its folder's)"},
     )
     license: str | None = field(
-        default=None, metadata={"help": "an SPDX id for the GGUF file (default: what the model's card says)"}
+        default=None, metadata={"help": "an SPDX id for the GGUF file (default: that of the model's card)"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier export in output_dir"})
 
@@ -75,10 +75,10 @@ def main() -> Path:
 
 
 def check(args: ExportArguments) -> None:
-    """Checks every value, that keys go together, and that the packages are there.
+    """Checks every value, that keys go together, and that the packages are installed.
 
     Raises:
-        UserError: it is not so.
+        UserError: one of these checks fails.
     """
     if args.to not in NEEDED:
         raise UserError(f"--to {args.to} is unknown; choose gguf or onnx.")
@@ -104,7 +104,7 @@ def check(args: ExportArguments) -> None:
 
 
 def export(args: ExportArguments, source: Path, output: Output) -> None:
-    """Writes the float32 file and proves it, then the quantised one in its place and measures it."""
+    """Writes the float32 file and proves it; then replaces it by the quantised one and measures that."""
     from fledge.models import load_model
 
     quiet()
@@ -124,7 +124,7 @@ def export(args: ExportArguments, source: Path, output: Output) -> None:
 
 
 def to_gguf(args: ExportArguments, source: Path, folder: Path, model: "ModelAndTokenizer", trained: Trained) -> dict:
-    """Writes the file and Ollama's Modelfile; what `export.json` says of them."""
+    """Writes the GGUF file and Ollama's Modelfile; returns the content of `export.json`."""
     from fledge.exporting.gguf_file import Description, write_gguf
     from fledge.exporting.programs import GGUF_TOLERANCE, LlamaCpp
     from fledge.exporting.templates import modelfile
@@ -155,7 +155,7 @@ def to_gguf(args: ExportArguments, source: Path, folder: Path, model: "ModelAndT
 
 
 def to_onnx(args: ExportArguments, source: Path, folder: Path, model: "ModelAndTokenizer", trained: Trained) -> dict:
-    """Writes the graph, and the configs and tokenizer beside it; what `export.json` says of them."""
+    """Writes the ONNX graph, configs and tokenizer; returns the content of `export.json`."""
     from fledge.exporting.onnx_graph import quantize_onnx, write_onnx
     from fledge.exporting.programs import ONNX_TOLERANCE, OnnxRuntime
 
@@ -193,7 +193,7 @@ def prove(model: "ModelAndTokenizer", program: "Program", tolerance: float, by: 
 
 
 def measure(args: ExportArguments, model: "ModelAndTokenizer", program: "Program", trained: Trained) -> dict:
-    """What a quantised file loses, as `export.json` has it.
+    """Measures the loss of a quantised file; returns its entry in `export.json`.
 
     Raises:
         UserError: it is more than the limits, and --accept_loss is not given.

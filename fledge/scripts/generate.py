@@ -41,35 +41,43 @@ WAYS = ("prompt", "topic", "words", "constraints", "ask", "interactive", "prompt
 class GenerateArguments:
     GROUPS: ClassVar = {"prompt": "what to ask", "prompts_file": "a file of prompts", "dtype": "how to answer"}
 
-    model: str = field(metadata={"help": "a model folder, or a model of the Hub (user/name)"})
-    prompt: str | None = field(default=None, metadata={"help": "an instruction, or for a base model a beginning"})
-    topic: str | None = field(default=None, metadata={"help": "what a story is to be about"})
-    ending: str = field(default="happy", metadata={"help": "how it ends: happy or sad (default happy)"})
-    words: str | None = field(default=None, metadata={"help": "words that a story is to use: 'boat, brave, laugh'"})
-    constraints: list[str] | None = field(
-        default=None, metadata={"help": "what a story is to keep: 'words: boat, brave' 'sentences: 12' 'question: yes'"}
+    model: str = field(metadata={"help": "a model folder, or a model on the Hub (user/name)"})
+    prompt: str | None = field(
+        default=None, metadata={"help": "an instruction, or for a base model a text to continue"}
     )
-    story: str | None = field(default=None, metadata={"help": "a text file that --ask is about"})
+    topic: str | None = field(default=None, metadata={"help": "the topic of a story"})
+    ending: str = field(default="happy", metadata={"help": "its ending: happy or sad (default happy)"})
+    words: str | None = field(default=None, metadata={"help": "words that a story should use: 'boat, brave, laugh'"})
+    constraints: list[str] | None = field(
+        default=None, metadata={"help": "constraints of a story: 'words: boat, brave' 'sentences: 12' 'question: yes'"}
+    )
+    story: str | None = field(default=None, metadata={"help": "a text file with a story, for --ask"})
     ask: str | None = field(default=None, metadata={"help": "a question, about --story if given"})
-    interactive: bool = field(default=False, metadata={"help": "ask in the terminal what the model's task asks"})
+    interactive: bool = field(
+        default=False, metadata={"help": "a conversation, or the prompts of the model's task, in the terminal"}
+    )
     prompts_file: str | None = field(
         default=None,
         metadata={
             "help": "a prompt a line; or .jsonl, .json, .csv or .parquet with `prompt` or `messages` in each row",
         },
     )
-    output_file: str | None = field(default=None, metadata={"help": "where the answers to --prompts_file go (.jsonl)"})
+    output_file: str | None = field(
+        default=None, metadata={"help": "the .jsonl file to write the answers to --prompts_file to"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier output_file"})
     batch_size: int = field(default=64, metadata={"help": "prompts answered together (default 64)"})
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "bfloat16 is faster where memory is slow, and answers a little differently",
+            "help": "float32 (default), or bfloat16: half the memory, slightly other answers",
         },
     )
     compare: str | None = field(default=None, metadata={"help": "another model, shown beside the first"})
-    num_samples: int = field(default=1, metadata={"help": "answers to draw (default 1)"})
-    stats: bool = field(default=False, metadata={"help": "say tokens a second, and how many answers ended themselves"})
+    num_samples: int = field(default=1, metadata={"help": "answers to sample (default 1)"})
+    stats: bool = field(
+        default=False, metadata={"help": "print tokens per second, and how many answers stopped by themselves"}
+    )
 
 
 def main() -> list[str]:
@@ -93,7 +101,7 @@ def check_output_file(file: Path, overwrite: bool) -> None:
     """Checks that the file of answers may be written.
 
     Raises:
-        UserError: it is there and not to be replaced, or holds something else than answers of an earlier run.
+        UserError: it exists and --overwrite is not given, or it is not a file of generate.py.
     """
     if not file.exists():
         return
@@ -110,7 +118,7 @@ def check_output_file(file: Path, overwrite: bool) -> None:
 
 
 def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[str]:
-    """The answers to what is asked; they are also printed, or written to --output_file. None of a conversation."""
+    """Prints the answers, or writes them to --output_file, and returns them; of a conversation it returns none."""
     from fledge.generation.conversation import converse
     from fledge.models import load_model
 
@@ -137,7 +145,7 @@ def answer(args: GenerateArguments, sampling: Sampling, folder: Path) -> list[st
 def answer_one(
     args: GenerateArguments, sampling: Sampling, model: "ModelAndTokenizer", messages: "Messages"
 ) -> list[str]:
-    """Prints the answers to one prompt; a single one as it is made."""
+    """Prints the answers to one prompt; a single answer is streamed."""
     from transformers import TextStreamer
 
     from fledge.generation.answers import answer_batch
@@ -155,7 +163,7 @@ def answer_one(
 def answer_prompts(
     args: GenerateArguments, sampling: Sampling, model: "ModelAndTokenizer", system: "Messages"
 ) -> list[str]:
-    """Writes the answers to --prompts_file; an earlier run may have made some of them."""
+    """Writes the answers to --prompts_file, and continues an interrupted run."""
     from fledge.generation.prompts_file import answer_file
 
     def ids_for(asked: "Messages") -> list[int]:
@@ -174,7 +182,7 @@ def compare(
     from fledge.generation.answers import answer_batch
     from fledge.resizing import add_rows
 
-    # A base model is asked as its instruct model is, with the template that it lacks.
+    # A base model has no template; it gets that of the other model.
     (_, one), (_, other) = models
     columns = []
     for model, own in models:
@@ -192,7 +200,7 @@ def compare(
 def prompt_ids(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", messages: "Messages", max_new_tokens: int
 ) -> list[int]:
-    """The ids of a prompt that fits the context; says on standard error what was left out for that."""
+    """The ids of a prompt that fits the context; prints what was left out to standard error."""
     from fledge.generation.fitting import fit_beginning, fit_prompt
     from fledge.models import context_of
 
@@ -238,7 +246,7 @@ def check(args: GenerateArguments) -> None:
 
 
 def warn_of_task(args: GenerateArguments, trained: Trained | None) -> None:
-    """Says on standard error that a model is asked for another task's prompts than its own."""
+    """Warns on standard error if the prompt belongs to another task than the model was trained on."""
     asks = {"topic_ending": args.topic, "story_chat": args.words, "constraints": args.constraints}
     wanted = next((task for task, is_asked in asks.items() if is_asked), None)
     if wanted and trained and trained.task != wanted:
@@ -246,7 +254,7 @@ def warn_of_task(args: GenerateArguments, trained: Trained | None) -> None:
 
 
 def question(args: GenerateArguments) -> str:
-    """What is asked, as the task that knows such questions words it."""
+    """The instruction, in the wording of the task that the keys belong to."""
     from fledge.messages import INPUT_MARK
     from fledge.tasks import constraints, topic_ending
     from fledge.tasks.story_chat import PHRASINGS
@@ -268,7 +276,7 @@ def question(args: GenerateArguments) -> str:
 
 @contextlib.contextmanager
 def stats(shown: bool) -> "Iterator[list[Answer]]":
-    """Yields a list for answers; afterwards says on standard error how fast they came."""
+    """Yields a list to collect answers in; afterwards prints their speed to standard error, if `shown`."""
     answers: list[Answer] = []
     start = time.perf_counter()
     yield answers

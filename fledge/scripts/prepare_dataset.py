@@ -1,4 +1,4 @@
-"""Records → a dataset of instructions and responses, encoded for training, with a report of what it holds.
+"""Records → a dataset of instructions and responses, encoded for training, with a report of its content.
 
     python prepare_dataset.py --source tinystories_instruct --data tales.txt.gz --task topic_ending \\
         --tokenizer base --balance ending --output_dir data
@@ -51,8 +51,8 @@ RANGES = {
 class PrepareArguments:
     GROUPS: ClassVar = {"source": "what to read", "template": "how to encode it", "max_shard_size": "what to write"}
 
-    data: list[str] = field(metadata={"help": "files, folders or Hub datasets, one or several"})
-    tokenizer: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote"})
+    data: list[str] = field(metadata={"help": "one or more files, folders or Hub datasets"})
+    tokenizer: str = field(metadata={"help": "the folder that convert_checkpoint.py wrote, or another tokenizer's"})
     output_dir: str = field(metadata={"help": "the folder to write"})
     source: str = field(
         default="tinystories_instruct",
@@ -73,7 +73,7 @@ class PrepareArguments:
             "each prompt for train_sft.py"
         },
     )
-    pairs_per_prompt: int = field(default=4, metadata={"help": "for --keep pairs: at most so many (default 4)"})
+    pairs_per_prompt: int = field(default=4, metadata={"help": "for --keep pairs: at most this many (default 4)"})
     margin: float = field(
         default=0.3, metadata={"help": "for --keep pairs: the least difference in reward; less is a tie (default 0.3)"}
     )
@@ -91,7 +91,8 @@ class PrepareArguments:
     )
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
     split: str | None = field(
-        default=None, metadata={"help": "percents, or source: its own splits (default 85/5/10, of answers 90/10/0)"}
+        default=None,
+        metadata={"help": "percentages, or source: the data's own splits (default 85/5/10; 90/10/0 for answers)"},
     )
     max_length: int | None = field(default=None, metadata={"help": "in tokens; default: the model's context length"})
     overflow: str = field(default="drop", metadata={"help": "drop, cut_prompt or cut_completion (default drop)"})
@@ -100,19 +101,21 @@ class PrepareArguments:
         metadata={"help": "leave out rows this similar to an earlier one, such as 0.8 (default: none)"},
     )
     limit: int | None = field(default=None, metadata={"help": "read this many records"})
-    max_shard_size: str = field(default="500MB", metadata={"help": "of a parquet file in memory (default 500MB)"})
+    max_shard_size: str = field(
+        default="500MB", metadata={"help": "largest parquet file, by its size in memory (default 500MB)"}
+    )
     license: str | None = field(default=None, metadata={"help": "an SPDX id for the card; default: the source's own"})
-    show: int = field(default=0, metadata={"help": "print this many rows, what is supervised in colour"})
-    push_to_hub: str | None = field(default=None, metadata={"help": "user/name: send the dataset there as well"})
+    show: int = field(default=0, metadata={"help": "print this many rows, with the supervised tokens in colour"})
+    push_to_hub: str | None = field(default=None, metadata={"help": "user/name: also upload the dataset there"})
     private: bool = field(default=False, metadata={"help": "make the repository on the Hub private"})
     num_proc: int | None = field(default=None, metadata={"help": "processes; default: one for each core"})
-    seed: int = field(default=0, metadata={"help": "of the splits and the balancing (default 0)"})
+    seed: int = field(default=0, metadata={"help": "random seed of the splits and the balancing (default 0)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier dataset in output_dir"})
 
 
 @dataclass
 class Plan:
-    """The arguments, checked, and what they name, opened."""
+    """The checked arguments, and the source, task and tokenizer that they name."""
 
     arguments: PrepareArguments
     source: "Source"
@@ -135,10 +138,12 @@ def main() -> Path:
 
 
 def prepare(args: PrepareArguments, output: Output) -> None:
+    # ------------------------------------------------------------ Check the arguments, and open what they name
     plan = make_plan(args)
 
     from fledge.preparation.chunks import Facts, named_chunks, prepare_chunks
 
+    # ------------------------------------------------------------ Encode all records, then write the splits
     with output.staged() as folder:
         plan.preparation.folder = folder / "chunks"
         plan.preparation.folder.mkdir()
@@ -146,6 +151,8 @@ def prepare(args: PrepareArguments, output: Output) -> None:
         prepare_chunks(plan.preparation, lambda: named_chunks(plan.source, args.data, args.limit), num_proc)
         budget = write_dataset(plan, Facts.read(folder / "chunks"), folder / "chunks", folder)
         shutil.rmtree(folder / "chunks")
+
+    # ------------------------------------------------------------ Report
     print(budget.markdown())
     if args.show:
         show(Path(args.output_dir), args.show)
@@ -206,7 +213,7 @@ def make_plan(args: PrepareArguments) -> Plan:
 
 
 def choose_among_answers(args: PrepareArguments, task: Task) -> "Choice | None":
-    """How a model's answers are chosen; None for another source.
+    """How training data is chosen among a model's answers; `None` for another source.
 
     Raises:
         UserError: a key does not go with the source.
@@ -234,10 +241,10 @@ def choose_among_answers(args: PrepareArguments, task: Task) -> "Choice | None":
 
 
 def choose_length(args: PrepareArguments, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The most tokens of a row. The tokenizer then knows the model's context length, or else this.
+    """The maximum length of a row in tokens. Sets `model_max_length` of the tokenizer to the model's context length.
 
     Raises:
-        UserError: it is more than the model's context, or neither the model nor the arguments say.
+        UserError: `--max_length` exceeds the context length, or neither is known.
     """
     from fledge.hub import find_tokenizer
     from fledge.models import CONTEXTS
@@ -261,7 +268,8 @@ def choose_length(args: PrepareArguments, tokenizer: "PreTrainedTokenizerBase") 
 
 
 def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Gives the tokenizer the template and returns its name. Answers keep that of the model which gave them.
+    """Gives the tokenizer the template and returns its name. For answers it is the template of the model that gave
+    them.
 
     Raises:
         UserError: there is none of that name, or the model has none.
@@ -279,7 +287,7 @@ def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTo
 
 
 def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Budget":
-    """Splits and balances the rows that lie in the folder `chunks`, and writes the dataset into `folder`.
+    """Splits and balances the rows in the folder `chunks`, and writes the dataset into `folder`.
 
     Raises:
         UserError: there is no row, or a split is empty or cannot be balanced.
@@ -335,10 +343,10 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
 
 
 def push(data: Path, repo_id: str, private: bool) -> None:
-    """Sends the parquet files, the card and the budget; ids and tokenizer stay here, they are one model's.
+    """Uploads the parquet files, the card and the budget, but not the ids and the tokenizer, which belong to one model.
 
     Raises:
-        UserError: the Hub does not take it.
+        UserError: the Hub refuses the upload.
     """
     from fledge.publishing.preflight import check_folder
     from fledge.publishing.repositories import build_dataset
@@ -351,7 +359,7 @@ def push(data: Path, repo_id: str, private: bool) -> None:
 
 
 def show(data: Path, count: int) -> None:
-    """Prints the first rows of the training split; what is supervised is green, in brackets without colours."""
+    """Prints the first rows of the training split, supervised tokens in green, or in brackets on a plain terminal."""
     from fledge.encoding import marked, open_prepared
 
     _, tokenizer, rows = open_prepared(data)

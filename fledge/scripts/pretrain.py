@@ -50,24 +50,29 @@ class PretrainArguments:
     n_head: int = field(default=6, metadata={"help": "attention heads a layer (default 6)"})
     n_embd: int = field(default=384, metadata={"help": "width (default 384)"})
     context_length: int = field(default=256, metadata={"help": "tokens the model sees at once (default 256)"})
-    validation_data: list[str] | None = field(default=None, metadata={"help": "text to measure on, instead of a share"})
-    validation_share: float = field(default=0.01, metadata={"help": "of the documents is held out (default 0.01)"})
-    text_column: str = field(default="text", metadata={"help": "where a row has its text (default text)"})
+    validation_data: list[str] | None = field(
+        default=None, metadata={"help": "held-out text, instead of a share of --data"}
+    )
+    validation_share: float = field(
+        default=0.01, metadata={"help": "share of the documents to hold out (default 0.01)"}
+    )
+    text_column: str = field(default="text", metadata={"help": "the column with the text (default text)"})
     document_start: str | None = field(
         default=None, metadata={"help": "a regular expression: documents also begin at lines that match"}
     )
     tokens_dir: str | None = field(
-        default=None, metadata={"help": "where the token ids lie for the next run too (default: OUTPUT_DIR-tokens)"}
+        default=None,
+        metadata={"help": "where the token ids are stored for this and later runs (default: OUTPUT_DIR-tokens)"},
     )
     sample_prompts: list[str] = field(
-        default_factory=lambda: [""], metadata={"help": "beginnings that the model continues after each evaluation"}
+        default_factory=lambda: [""], metadata={"help": "texts that the model continues after each evaluation"}
     )
-    sample_tokens: int = field(default=60, metadata={"help": "length of these samples (default 60)"})
+    sample_tokens: int = field(default=60, metadata={"help": "their length in tokens (default 60)"})
     resume: str | None = field(
-        default=None, metadata={"help": "auto: go on from the newest checkpoint in output_dir, if any; or a checkpoint"}
+        default=None, metadata={"help": "a checkpoint to resume from, or auto: the newest in output_dir, if any"}
     )
     resume_with_changes: bool = field(
-        default=False, metadata={"help": "go on although data or settings are others than the checkpoint's"}
+        default=False, metadata={"help": "resume although the data or settings differ from the checkpoint's"}
     )
     dry_run: bool = field(default=False, metadata={"help": "tokenise, print the estimates, train nothing"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier model in output_dir"})
@@ -139,7 +144,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     if args.dry_run:
         return
     output.check_room(4 * model.num_parameters())  # float32
-    output.begin_work(checkpoint)  # only now, when all of the input is known to be good
+    output.begin_work(checkpoint)  # only now that all inputs have been checked
     trainer.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------ Train
@@ -157,9 +162,9 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
 
 
 def open_vocabulary(args: PretrainArguments) -> "PreTrainedTokenizerBase":
-    """The tokenizer that `--tokenizer` names: a folder, a model of the Hub, or a vocabulary file.
+    """The tokenizer that `--tokenizer` names: a folder, a model on the Hub, or a vocabulary file.
 
-    What begins a document, and what pads, is the tokenizer's own token for it, else end-of-text.
+    If it has no token for the beginning of a text or for padding, end-of-text serves as that.
 
     Raises:
         UserError: there is none, or it has no end-of-text token.
@@ -206,10 +211,10 @@ def make_trainer(
 
 
 def save(trainer: "PretrainTrainer", output: Output) -> None:
-    """Puts model and tokenizer into place, before anything else may fail."""
+    """Saves model and tokenizer before everything else."""
     from fledge.training.trainer import finished
 
-    # Asked of all processes, which may hold a part of the weights each.
+    # All processes take part: each may hold a shard of the weights.
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         with output.staged() as folder:

@@ -5,7 +5,7 @@
         --dataset data --dataset_repo_id user/data --space_repo_id user/demo
     python publish.py --model model --base base --space static --space_repo_id user/demo --dry_run --output_dir page
 
-Each repository gets one commit, and only what changed there. The token is that of `hf auth login` or HF_TOKEN.
+Each repository gets one commit with the files that changed. The token is that of `hf auth login` or HF_TOKEN.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 class PublishArguments:
     model: str | None = field(
         default=None,
-        metadata={"help": "the folder that train_sft.py wrote, or a model of the Hub that came from one"},
+        metadata={"help": "the folder that train_sft.py wrote, or a model that publish.py put on the Hub"},
     )
     repo_id: str | None = field(default=None, metadata={"help": "user/name of the model on the Hub"})
     evaluation: str | None = field(default=None, metadata={"help": "the folder that evaluate_model.py wrote"})
@@ -55,12 +55,14 @@ class PublishArguments:
     base_data: str | None = field(
         default=None, metadata={"help": "what the base was trained on, for the card: 'TinyStories (cdla-sharing-1.0)'"}
     )
-    license: str | None = field(default=None, metadata={"help": "of model and Space, an SPDX id such as apache-2.0"})
-    language: str = field(default="en", metadata={"help": "what the model writes, an ISO 639-1 code (default en)"})
+    license: str | None = field(
+        default=None, metadata={"help": "the licence of model and Space: an SPDX id such as apache-2.0"}
+    )
+    language: str = field(default="en", metadata={"help": "the language of the model: an ISO 639-1 code (default en)"})
     private: bool = field(default=False, metadata={"help": "make the repositories private"})
-    revision: str | None = field(default=None, metadata={"help": "the branch to commit to, made if missing"})
+    revision: str | None = field(default=None, metadata={"help": "the branch to commit to, created if missing"})
     create_pr: bool = field(default=False, metadata={"help": "open pull requests instead of committing"})
-    dry_run: bool = field(default=False, metadata={"help": "write the folders, look them over, and send nothing"})
+    dry_run: bool = field(default=False, metadata={"help": "write and check the folders, upload nothing"})
     output_dir: str | None = field(
         default=None, metadata={"help": "keep the folders here (default in a dry run: <model or dataset>-repository)"}
     )
@@ -68,10 +70,10 @@ class PublishArguments:
 
 
 def check(args: PublishArguments) -> None:
-    """Checks that ids are ids and that keys go together.
+    """Checks the form of ids and that keys go together.
 
     Raises:
-        UserError: an id is none, or a key lacks the one it goes with.
+        UserError: an id has a wrong form, or a key lacks the one that it needs.
     """
     for key in ("repo_id", "dataset_repo_id", "space_repo_id", "base_model"):
         value = vars(args)[key]
@@ -95,10 +97,10 @@ def check(args: PublishArguments) -> None:
 
 
 def check_space(args: PublishArguments) -> None:
-    """Checks what `--space` says against the other keys, and that a static one can be made.
+    """Checks that `--space` goes with the other keys, and that a static Space can be built.
 
     Raises:
-        UserError: it is unknown, a key lacks the one it goes with, or a package is missing.
+        UserError: the kind is unknown, a key lacks the one that it needs, or a package is missing.
     """
     if args.space not in SPACES:
         raise UserError(f"--space {args.space} is unknown; choose {' or '.join(SPACES)}.")
@@ -125,7 +127,7 @@ def check_space(args: PublishArguments) -> None:
 
 
 def main() -> Path | None:
-    """Returns the folder it wrote, unless that was only made to be sent."""
+    """Returns the folder it wrote; `None` if that was temporary."""
     (args,) = parse(sys.argv[1:], PublishArguments, description=__doc__)
     check(args)
     output_dir = args.output_dir
@@ -170,7 +172,7 @@ def publish(args: PublishArguments, output: Output) -> None:
 
 
 def build(args: PublishArguments, folder: Path) -> None:
-    """Fills `folder`/dataset, /model and /space, those that are asked for, and looks them over."""
+    """Fills `folder`/dataset, /model and /space, those that are requested, and checks them."""
     from fledge.cli import read_json
     from fledge.publishing.card import Named
     from fledge.publishing.preflight import check_folder, check_model
@@ -207,7 +209,7 @@ def is_trained_on(model: Path, dataset: Path) -> bool:
 
 
 def build_page(args: PublishArguments, folder: Path, evaluation_dir: Path | None) -> None:
-    """Fills `folder` with the Space, of either kind."""
+    """Fills `folder` with a Gradio or a static Space."""
     from fledge.publishing.repositories import dataset_of, download_records
     from fledge.publishing.spaces import About, build_space
 
@@ -227,7 +229,7 @@ def build_page(args: PublishArguments, folder: Path, evaluation_dir: Path | None
 
 
 def whole(model: str) -> Path:
-    """The folder of a model with every file that lies beside it."""
+    """The folder of a model, with all files of its repository if it is on the Hub."""
     return Path(model) if Path(model).is_dir() else download(model)
 
 

@@ -30,10 +30,12 @@ class DpoArguments(WatchArguments, starting.RunArguments):
         metadata={"help": "pairs of prepare_dataset.py --source answers, or a table of prompt, chosen and rejected"}
     )
     watch_dataset: str | None = field(
-        default=None, metadata={"help": "the folder whose validation prompts are answered to watch the run (none)"}
+        default=None,
+        metadata={"help": "a dataset folder; the model answers its validation prompts during the run (default: none)"},
     )
     task: str | None = field(
-        default=None, metadata={"help": "the Python file of its task, if that is not shipped; its code is run"}
+        default=None,
+        metadata={"help": "the Python file of the task of --watch_dataset, if it is not shipped; its code is run"},
     )
 
 
@@ -89,7 +91,7 @@ def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig
 
 
 def load_inputs(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig") -> "Inputs":
-    """Opens the model and the pairs, and freezes what shall stay.
+    """Opens the model and the pairs, and freezes layers or adds an adapter.
 
     Raises:
         UserError: one of them cannot be used, or they do not fit together.

@@ -3,8 +3,8 @@
     python train_grpo.py --model_name_or_path model --dataset data --output_dir rewarded --max_steps 20
     accelerate launch train_grpo.py --config recipes/quickstart_grpo/grpo.yaml
 
-The model answers each prompt several times, its task rewards the answers, and what was better than the others becomes
-likelier. Besides the keys below, every key of TRL's GRPOConfig and ModelConfig works under its own name, among them
+The model answers each prompt several times, its task rewards the answers, and answers with a higher reward become more
+likely. Besides the keys below, every key of TRL's GRPOConfig and ModelConfig works under its own name, among them
 --learning_rate, --max_steps, --num_generations, --per_device_train_batch_size, --gradient_accumulation_steps, --beta,
 --temperature, --max_completion_length, --reward_weights, --loss_type, --save_strategy, --report_to, --use_peft;
 --help_all lists them.
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class GrpoArguments(WatchArguments, starting.RunArguments):
-    dataset: str = field(metadata={"help": "a folder of prepare_dataset.py; its training prompts are answered"})
+    dataset: str = field(
+        metadata={"help": "the folder that prepare_dataset.py wrote; the model answers its training prompts"}
+    )
     only: list[str] = field(
-        default_factory=list, metadata={"help": "learn from such prompts alone: COLUMN=VALUE, as in kind=words"}
+        default_factory=list, metadata={"help": "use only these prompts: COLUMN=VALUE, as in kind=words"}
     )
     task: str | None = field(
         default=None, metadata={"help": "the Python file of a task that is not shipped; its code is run"}
@@ -106,9 +108,9 @@ def train(args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConf
 def load_inputs(
     args: GrpoArguments, config: "SmallGrpoConfig", model_args: "ModelConfig", numbers: list[int]
 ) -> "tuple[Inputs, SmallGrpoConfig]":
-    """Opens the model and the dataset, with the training rows of these `numbers` alone, and fits the configuration.
+    """Opens the model and the dataset, with only the training rows of these `numbers`.
 
-    The configuration gets the longest answer that model and rows allow.
+    The returned configuration has the longest answer that model and rows allow.
 
     Raises:
         UserError: one of them cannot be used, they do not fit together, or the model cannot answer the prompts.

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 @dataclass
 class RunArguments(starting.RunArguments):
     dataset: str = field(
-        metadata={"help": "a folder of prepare_dataset.py, or a table of messages or of instruction and response"}
+        metadata={
+            "help": "the folder that prepare_dataset.py wrote, or a table of messages or of instruction and response"
+        }
     )
     template: str | None = field(
-        default=None, metadata={"help": "chat template for a table, when the base has none (then alpaca) or another"}
+        default=None, metadata={"help": "chat template for a table (default: the base's own, or else alpaca)"}
     )
 
 
@@ -52,10 +54,13 @@ def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConf
     from fledge.training.trainer import InstructTrainer, limit_length, prepare_model
     from fledge.training.trial import time_needed
 
+    # ------------------------------------------------------------ Load and check
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     inputs = load_inputs(args, config.seed, model_args)
     config, cut = limit_length(config, inputs.model, inputs.rows)
     run = open_run(args, config, model_args, output, inputs, checkpoint)
+
+    # ------------------------------------------------------------ Train
     trainer = open_trainer(
         InstructTrainer,
         run.config,
@@ -71,7 +76,8 @@ def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConf
 
 
 def load_inputs(args: RunArguments, seed: int, model_args: "ModelConfig") -> "Inputs":
-    """Opens the base and the dataset, adds the template's new tokens to the base, and freezes what shall stay.
+    """Opens the base and the dataset, adds the template's new tokens to the base, and freezes layers or adds an
+    adapter.
 
     Raises:
         UserError: one of them cannot be used, or they do not fit together.

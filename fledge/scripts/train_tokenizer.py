@@ -1,4 +1,4 @@
-"""Raw text → a byte-level BPE tokenizer that `AutoTokenizer` opens, with a report of what it is worth.
+"""Raw text → a byte-level BPE tokenizer that `AutoTokenizer` opens, with a report of its compression.
 
 python train_tokenizer.py --data corpus.txt --vocab_size 8000 --output_dir tokenizer
 """
@@ -25,12 +25,14 @@ class TokenizerArguments:
         }
     )
     output_dir: str = field(metadata={"help": "the folder to write"})
-    vocab_size: int = field(default=8192, metadata={"help": "tokens, bytes and special ones included (default 8192)"})
-    special_tokens: list[str] = field(
-        default_factory=list, metadata={"help": "more special tokens; <|endoftext|> is always the first"}
+    vocab_size: int = field(
+        default=8192, metadata={"help": "size of the vocabulary, including bytes and special tokens (default 8192)"}
     )
-    min_frequency: int = field(default=2, metadata={"help": "a pair that occurs less often is not merged (default 2)"})
-    text_column: str = field(default="text", metadata={"help": "where a row has its text (default text)"})
+    special_tokens: list[str] = field(
+        default_factory=list, metadata={"help": "further special tokens; <|endoftext|> is always the first"}
+    )
+    min_frequency: int = field(default=2, metadata={"help": "pairs that occur less often are not merged (default 2)"})
+    text_column: str = field(default="text", metadata={"help": "the column with the text (default text)"})
     document_start: str | None = field(
         default=None, metadata={"help": "a regular expression: documents also begin at lines that match"}
     )

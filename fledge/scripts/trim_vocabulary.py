@@ -1,10 +1,10 @@
-"""A model whose vocabulary is larger than its text needs → the same model with the tokens that the text uses.
+"""A model with a vocabulary larger than its text needs → the same model with only the tokens that the text uses.
 
     python trim_vocabulary.py --model base --data corpus.txt --output_dir small
 
-For models with a BPE, byte-level or with byte fallback (Llama's). Text of the kept tokens keeps its ids (renumbered)
-and its probabilities, up to what the removed tokens had; any other text is written with smaller tokens, of which all
-256 bytes stay.
+For models with a byte-level BPE or one with byte fallback (Llama's). Text that uses only kept tokens has the same
+tokens, with new ids; its probabilities change only by the share of the removed tokens. Other text is encoded with
+smaller tokens: all 256 bytes are kept.
 """
 
 import sys
@@ -31,13 +31,13 @@ RANGES = {"min_count": AT_LEAST_ONE}
 
 @dataclass
 class TrimArguments:
-    model: str = field(metadata={"help": "a model folder, or a model of the Hub, with its tokenizer"})
+    model: str = field(metadata={"help": "a model folder with its tokenizer, or a model on the Hub"})
     data: list[str] = field(
-        metadata={"help": "text like what the model is for: files, folders, Hub datasets, as for pretrain.py"}
+        metadata={"help": "text of the kind that the model is for: files, folders, Hub datasets, as for pretrain.py"}
     )
     output_dir: str = field(metadata={"help": "the folder to write"})
-    min_count: int = field(default=1, metadata={"help": "keep tokens that occur at least so often (default 1)"})
-    text_column: str = field(default="text", metadata={"help": "where a row has its text (default text)"})
+    min_count: int = field(default=1, metadata={"help": "keep tokens that occur at least this often (default 1)"})
+    text_column: str = field(default="text", metadata={"help": "the column with the text (default text)"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier trimmed model in output_dir"})
 
 
@@ -65,7 +65,7 @@ def trim(args: TrimArguments, output: Output, source: Path) -> None:
     # ------------------------------------------------------------ Load and trim
     model, tokenizer = load_model(args.model)
     model = model.cpu()
-    # Held-out text is not counted: the result is measured on it.
+    # Tokens are counted without the held-out text, on which the result is measured.
     held_out = HeldOut(pieces(args.data, args.text_column))
     used = used_tokens(tokenizer, held_out, args.min_count)
     trimmed, old_ids = trim_tokenizer(tokenizer, used)
