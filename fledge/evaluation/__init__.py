@@ -1,1 +1,1 @@
-"""Base against instruct: metrics and how sure one can be of them, judges, and the report."""
+"""Base against instruct: metrics with confidence intervals, judges, and the report."""

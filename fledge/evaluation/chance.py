@@ -1,8 +1,8 @@
-"""Chance: what the same answers score when a part of their instruction is another prompt's.
+"""Chance: the score of the same answers when a part of their instruction is replaced by that of another prompt.
 
-An answer that ignores its instruction fits another prompt's as well as its own. What a metric is above chance comes
-from the instruction. An instruction may have several parts, such as a topic and an ending. The chance level of a metric
-is then the highest that is reached without one of them: an easy part must not hide that another one is ignored.
+An answer that ignores its instruction fits another prompt's as well as its own, so what a metric has above chance comes
+from the instruction. If an instruction has several parts, such as a topic and an ending, each part is replaced
+separately, and the highest score is the chance level: following an easy part must not hide that another is ignored.
 """
 
 import math
@@ -15,16 +15,16 @@ from fledge.evaluation.intervals import Ratio, means
 from fledge.messages import Answer
 from fledge.tasks import Scorer, Task
 
-PAIRS = 1000  # of a prompt and another one, at least, where there are prompts enough
+PAIRS = 1000  # of different prompts, at least, if there are enough prompts
 SAME = "it does not depend on the instruction"
 ALONE = "no other prompt of its kind asks for something else"
 
 
 def permutations(rows: list[dict], kinds: list[Hashable]) -> np.ndarray:
-    """Several permutations of the rows (N, P), seeded: for each row the number of the row that takes its place, or -1.
+    """Seeded permutations of the rows (N, P): for each row the number of the row that replaces it, or -1.
 
-    A row moves only among the rows of its kind, never stays in its place, and meets another row in each permutation.
-    Rows of a kind that all ask the same have no other instruction to meet. Fewer rows get more permutations.
+    A row is only replaced by rows of its kind, never by itself, and by a different one in each permutation. If all rows
+    of a kind ask the same, none can be replaced. Fewer rows get more permutations.
     """
     most = math.ceil(PAIRS / len(rows))
     rng = np.random.default_rng(0)
@@ -46,10 +46,10 @@ def against_others(
     weights: np.ndarray,
     exchange: Callable,
 ) -> tuple[dict[str, Ratio], list[tuple[int, dict[str, float]]]]:
-    """The metrics of answers against `exchange(own row, row that takes its place)`.
+    """The metrics of answers against `exchange(own row, row that replaces it)`.
 
-    The permutations of `others` (N, P) and the several answers to each prompt are gone through together, in turn, until
-    all of both have been used. Returned as well are the scores, each with its answer's number.
+    Permutations of `others` (N, P) and answers to each prompt are paired in turn until all of both have been used. Also
+    returns the scores, each with the number of its answer.
     """
     num_samples = len(answers) // len(rows)
     total: dict[str, Ratio] = {}
@@ -71,7 +71,7 @@ def against_others(
 
 
 def dependent(own: list[dict[str, float]], scored: list[tuple[int, dict[str, float]]]) -> set[str]:
-    """The metrics that some answer gets differently under another instruction than under its own."""
+    """The metrics in which some answer scores differently under another instruction than under its own."""
     return {
         name
         for number, score in scored
@@ -88,10 +88,10 @@ def chance_levels(
     scores: dict[str, list[dict[str, float]]],
     weights: np.ndarray,
 ) -> tuple[dict[str, dict[str, tuple[str, Ratio]]], set[str]]:
-    """For everybody who answered, the chance level of each metric and the part of the instruction it does without.
+    """For each model, the chance level of each metric and the part of the instruction that was replaced.
 
-    A part counts for the metrics to which it makes a difference in anybody's scores. Returned as well are the metrics
-    that any answer got under another instruction.
+    A part counts for the metrics that it changes in the scores of any model. Also returns the metrics that any answer
+    got under another instruction.
     """
     others = permutations(rows, [task.kind(row) for row in rows])
     found: dict[str, dict[str, tuple[str, Ratio]]] = {who: {} for who in answers}

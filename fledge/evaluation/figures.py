@@ -1,4 +1,4 @@
-"""The figures of `metrics.json`: every metric with its interval, for both models and for what they are held against."""
+"""The figures of `metrics.json`: every metric with its interval, for both models, chance, reference and baselines."""
 
 import numpy as np
 
@@ -9,13 +9,13 @@ HEADLINE = FOLLOWING
 
 
 def with_intervals(ratios: dict[str, Ratio], names: list[str]) -> dict[str, dict]:
-    """Those of the metrics `names`, in their order, that some prompt has a part in."""
+    """The metrics `names`, in this order, without those that no prompt calls for."""
     found = {name: interval(ratios[name]) for name in names if name in ratios}
     return {name: metric for name, metric in found.items() if metric}
 
 
 def with_parts(levels: dict[str, tuple[str, Ratio]], names: list[str]) -> dict[str, dict]:
-    """Chance levels with their intervals; `without` names the part of the instruction that each does without."""
+    """Chance levels with their intervals; `without` names the part of the instruction that was replaced."""
     found = with_intervals({name: ratio for name, (_, ratio) in levels.items()}, names)
     return {name: metric | {"without": levels[name][0]} for name, metric in found.items()}
 
@@ -35,7 +35,7 @@ def by_class(
 ) -> dict[str, dict[str, dict]]:
     """column → class → `prompts`, every metric of `models`, and the headline of `beside` and of the `baselines`.
 
-    `rows` and each metric have one element a prompt. Classes that do not occur are left out.
+    `rows` and each metric have one element per prompt. Classes that do not occur are left out.
     """
     found: dict[str, dict[str, dict]] = {}
     for column, labels in classes.items():
@@ -58,5 +58,5 @@ def _of(prompts: np.ndarray, ratios: dict[str, Ratio]) -> dict[str, dict]:
 
 
 def _headline(ratios: dict[str, Ratio]) -> dict[str, Ratio]:
-    """The headline alone. Chance has none where all prompts ask for the same."""
+    """The headline metric alone; empty for chance if all prompts ask for the same."""
     return {name: ratio for name, ratio in ratios.items() if name == HEADLINE}

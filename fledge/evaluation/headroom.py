@@ -1,4 +1,4 @@
-"""Headroom: what choosing among several answers, or rewarding the better ones, can gain."""
+"""Headroom: what could be gained by choosing among several answers, or by rewarding the better ones."""
 
 import math
 
@@ -16,9 +16,9 @@ def pass_at(tries: int, samples: int, right: int) -> float:
 
 
 def headroom(following: list[float], num_samples: int, weights: np.ndarray) -> dict[str, dict[str, float] | None]:
-    """pass@k for each power of two up to `num_samples` and for itself, and the prompts all right and all wrong.
+    """pass@k for each power of two up to `num_samples` and for `num_samples`, and the shares all right and all wrong.
 
-    `following` holds a 0 or a 1 for each answer, `num_samples` a prompt in turn; `weights` (P,) one of each prompt.
+    `following` has 0 or 1 for each answer, `num_samples` per prompt in turn; `weights` (P,) are those of the prompts.
     """
     right = np.array(following).reshape(-1, num_samples).sum(1).astype(int)
     tries = sorted({2**power for power in range(num_samples.bit_length())} | {num_samples})

@@ -1,7 +1,7 @@
-"""How sure one can be of a metric: its 95% confidence interval over prompts.
+"""The 95% confidence interval of a metric over prompts.
 
-A share of prompts gets Wilson's interval, which holds at 0 and 100% as well. Everything else gets the BCa bootstrap
-over prompts (Efron 1987). Several answers to one prompt are one unit. Two models are compared prompt by prompt.
+A share of prompts gets Wilson's interval, which also works at 0 and 100%. Everything else gets the BCa bootstrap over
+prompts (Efron 1987). Several answers to one prompt are one unit. Two models are compared prompt by prompt.
 """
 
 import math
@@ -20,7 +20,7 @@ class Ratio:
     """A metric as a ratio of sums over prompts: `numerator` (P,) over `denominator` (P,), both float64.
 
     A mean has the number of scored answers as its denominator, a weighted mean the weights. A prompt whose denominator
-    is 0 has no part in the metric. `is_share` says that the metric lies between 0 and 1 for every prompt.
+    is 0 does not count in the metric. `is_share` says that the metric lies between 0 and 1 for every prompt.
     """
 
     numerator: np.ndarray
@@ -33,7 +33,7 @@ class Ratio:
         return Ratio(self.numerator[prompts], self.denominator[prompts], self.transform, self.is_share)
 
     def value(self, prompts: np.ndarray | slice = slice(None), axis: int = -1) -> np.ndarray:
-        """The metric of `prompts`, which may hold many draws of prompts, one along each other axis."""
+        """The metric over `prompts` along `axis`; the other axes may hold many resamples."""
         return self.transform(self.numerator[prompts].sum(axis) / self.denominator[prompts].sum(axis))
 
     @property
@@ -43,12 +43,13 @@ class Ratio:
 
     @property
     def trials(self) -> int:
-        """Of how many equally weighted prompts the metric knows as much (Kish's effective sample size)."""
+        """Kish's effective sample size: the number of equally weighted prompts with the same information."""
         return int(self.denominator.sum() ** 2 / (self.denominator**2).sum() + 1e-9)
 
 
 def interval(metric: Ratio) -> dict[str, float] | None:
-    """The metric with its 95% confidence interval and the number of prompts that have a part in it; None for none."""
+    """The metric with its 95% confidence interval and the number of prompts that it counts; `None` if there are
+    none."""
     prompts = np.flatnonzero(metric.denominator > 0)
     if not len(prompts):
         return None
@@ -57,7 +58,7 @@ def interval(metric: Ratio) -> dict[str, float] | None:
     is_constant = np.ptp(metric.of_each) < 1e-12
     if metric.is_share and (is_constant or _is_proportion(metric)):
         low, high = wilson(value * metric.trials, metric.trials)
-    elif is_constant:  # nothing varies, and nothing says how far it could
+    elif is_constant:  # no variance to estimate an interval from
         low = high = value
     else:
         low, high = bca(metric.value, len(prompts))
@@ -66,10 +67,10 @@ def interval(metric: Ratio) -> dict[str, float] | None:
 
 
 def paired_difference(base: Ratio, model: Ratio) -> dict[str, float] | None:
-    """Model minus base on the prompts that both have, which is surer than the two intervals apart.
+    """Model minus base on the prompts that both have; pairing makes it narrower than the two intervals suggest.
 
-    When the difference is the same on every prompt, no bootstrap can tell how sure it is. Shares then get the
-    difference of their two Wilson intervals (Newcombe 1998, method 10 without the pairing, which is the wider one).
+    If the difference is the same on every prompt, a bootstrap interval is a point. Shares then get the difference of
+    their two Wilson intervals (Newcombe 1998, method 10 without the pairing, which is wider).
     """
     both = np.flatnonzero((base.denominator > 0) & (model.denominator > 0))
     if not len(both):
@@ -81,7 +82,7 @@ def paired_difference(base: Ratio, model: Ratio) -> dict[str, float] | None:
         low, high = bca(lambda prompts, axis: model.value(prompts, axis) - base.value(prompts, axis), len(both))
     elif base.is_share:
         of_base, of_model = interval(base), interval(model)
-        assert of_base is not None  # both have a part in some prompt
+        assert of_base is not None  # some prompt counts in both
         assert of_model is not None
         low -= math.hypot(of_model["value"] - of_model["low"], of_base["high"] - of_base["value"])
         high += math.hypot(of_model["high"] - of_model["value"], of_base["value"] - of_base["low"])
@@ -94,7 +95,7 @@ def _is_proportion(metric: Ratio) -> bool:
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's score interval (1927). A broken number of successes gets the wider interval of its two neighbours."""
+    """Wilson's score interval (1927); for a fractional number of successes, the union of its neighbours' intervals."""
     from scipy.stats import binomtest
 
     fewest, most = math.floor(successes + 1e-9), math.ceil(successes - 1e-9)
@@ -104,7 +105,7 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
 
 
 def bca(statistic: Callable, count: int) -> tuple[float, float]:
-    """The BCa bootstrap interval of `statistic(prompts, axis)` over `count` prompts, the same draws every time."""
+    """The BCa bootstrap interval of `statistic(prompts, axis)` over `count` prompts, always with the same resamples."""
     from scipy.stats import bootstrap
 
     found = bootstrap(
@@ -120,7 +121,7 @@ def bca(statistic: Callable, count: int) -> tuple[float, float]:
 
 
 def means(scores: list[dict[str, float]], num_samples: int, weights: np.ndarray | None = None) -> dict[str, Ratio]:
-    """Scores of answers, `num_samples` of each prompt in turn → each metric; absent scores take no part.
+    """Scores of answers, `num_samples` per prompt in turn → each metric; absent scores do not count.
 
     `weights` (P,) says how much each prompt counts; without it all count the same.
     """

@@ -1,4 +1,4 @@
-"""What a model does with held-out prompts: its loss on the references, and its own answers."""
+"""Measures a model on held-out prompts: its loss on the references, and its own answers."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from fledge.messages import Answer
 from fledge.sampling import Sampling
 from fledge.terminal import progress
 
-TOKENS_AT_ONCE = 4096  # a forward's logits over 50,257 tokens are then 0.8 GB
+TOKENS_AT_ONCE = 4096  # per forward: 0.8 GB of logits over 50,257 tokens
 MEANING = {
     "completion_loss": "nats per token of the held-out answers, end-of-text included",
     "perplexity": "exp of the completion loss",
@@ -33,9 +33,9 @@ MEANING = {
 
 @dataclass
 class Answered:
-    """What one model did with the prompts: its answers, `num_samples` to each in turn, and what is known of them.
+    """The answers of one model, `num_samples` to each prompt in turn, and their scores.
 
-    `ratios` begins with the metrics of losses and of all answers together; scoring adds `scores` and their metrics.
+    `ratios` first has the metrics of the losses and of all answers together; scoring adds `scores` and their metrics.
     """
 
     answers: list[Answer]
@@ -45,7 +45,7 @@ class Answered:
 
 
 def loss_ratios(nats: list[Tensor], texts: list[str]) -> dict[str, Ratio]:
-    """Completion loss, perplexity and bits per byte from the nats of each row's supervised tokens and their text."""
+    """Completion loss, perplexity and bits per byte, from the loss of each row's supervised tokens and their text."""
     total = np.array([row.double().sum().item() for row in nats])
     tokens = np.array([float(len(row)) for row in nats])
     size = np.array([float(len(text.encode())) for text in texts])
@@ -62,7 +62,7 @@ def perplexity(loss: np.ndarray) -> np.ndarray:
 
 
 def distinct_ratio(texts: list[str], num_samples: int) -> Ratio:
-    """Distinct-2 over all texts, with each prompt's part in it."""
+    """Distinct-2 over all texts, as a ratio of sums over prompts."""
     parts = np.array(distinct_2(texts), dtype=float)  # (texts, 2): different pairs, all pairs
     different, pairs = parts.reshape(-1, num_samples, 2).sum(axis=1).T
     return Ratio(different, pairs)
@@ -92,7 +92,7 @@ def completion_nats(
                     break
                 batch.append(i)
             longest = len(rows[batch[-1]]["input_ids"])
-            # Padding on the right needs no mask: causal attention never looks there, and its labels are ignored.
+            # Padding on the right needs no mask: causal attention never reads it, and its labels are ignored.
             ids, labels = (
                 torch.tensor([rows[i][key] + [fill] * (longest - len(rows[i][key])) for i in batch]).to(model.device)
                 for key, fill in (("input_ids", pad), ("labels", IGNORED))
@@ -108,7 +108,7 @@ def completion_nats(
 
 
 def loss_by_position(rows: list[dict[str, list[int]]], nats: list[Tensor]) -> list[dict[str, float]]:
-    """Mean nats of answer tokens by their place in the answer: 1, 2, 3-4, 5-8, … each with its count `n`."""
+    """Mean loss of answer tokens by their position in the answer: 1, 2, 3-4, 5-8, …, each with its count `n`."""
     places = np.array([place for row in rows for place in _places(row["labels"][1:])])
     values = np.concatenate([row.double().numpy() for row in nats])
     bins = np.ceil(np.log2(places)).astype(int)
@@ -124,7 +124,7 @@ def loss_by_position(rows: list[dict[str, list[int]]], nats: list[Tensor]) -> li
 
 
 def _places(labels: list[int]) -> list[int]:
-    """For each supervised label its place in its answer, from 1."""
+    """For each supervised label its position in its answer, from 1."""
     places, place = [], 0
     for label in labels:
         place = place + 1 if label != IGNORED else 0
@@ -141,7 +141,7 @@ def measure(
     journal: Journal,
     who: str,
 ) -> Answered:
-    """The losses of a model on the held-out answers, and its own answers; progress is shown in the terminal."""
+    """Computes the losses of a model on the held-out answers, and its own answers. Prints progress."""
     with progress(f"{who}: loss", len(prompts.rows)) as tell:
         nats = completion_nats(model, prompts.tokenizer, prompts.encoded, tell)
     with progress(f"{who}: answers", len(prompts.rows) * prompts.num_samples) as tell:
@@ -166,7 +166,7 @@ def answer_prompts(
 ) -> list[Answer]:
     """`num_samples` answers to each prompt in turn, each in the journal as soon as it is made.
 
-    An answer depends on its prompt and its number alone, so what an interruption left to do comes out the same.
+    An answer depends only on its prompt and its number, so an interrupted run ends with the same answers.
     """
     numbers = range(len(prompts) * num_samples)
     left = [number for number in numbers if (who, number) not in journal.done]

@@ -1,4 +1,4 @@
-"""What an evaluation asks: the first prompts of one split of a prepared dataset."""
+"""The prompts of an evaluation: the first ones of a split of a prepared dataset."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Prompts:
 
     @property
     def ids(self) -> list[list[int]]:
-        """(P,) what the models read."""
+        """(P,) the ids of the prompts."""
         return [row["input_ids"][: prompt_length(row["labels"])] for row in self.encoded]
 
     @property
@@ -42,7 +42,7 @@ class Prompts:
 
     @property
     def references(self) -> list[Answer]:
-        """(P,) the held-out answers as if a model had written them. One that was cut did not stop."""
+        """(P,) the held-out answers, as answers of a model. A truncated one counts as not stopped."""
         eos = self.tokenizer.eos_token_id
         return [
             Answer(
@@ -59,7 +59,7 @@ def open_prompts(
 ) -> Prompts:
     """Opens what `prepare_dataset.py` wrote. `task_file` is what --task names, for a task that is not shipped.
 
-    `only` are the conditions of `numbers_of` for the rows that are asked.
+    `only` are conditions on the rows; see `numbers_of`.
 
     Raises:
         UserError: there is no such dataset or split, the split is empty or no row of it meets `only`, it holds a

@@ -1,4 +1,4 @@
-"""What an evaluation shows: a table for the terminal, `report.md`, and a page that stands alone."""
+"""The reports of an evaluation: a table for the terminal, `report.md`, and the page `report.html`."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ ONE_DIGIT = ("answer_tokens", "judge_score")
 
 
 def show(name: str, metric: dict[str, float] | None) -> str:
-    """`87.3% (83.1 to 91.2)` for a share, three digits for anything else, nothing for nothing."""
+    """`87.3% (83.1 to 91.2)` for a share, three digits for anything else, an empty text for `None`."""
     if metric is None:
         return ""
     scale, digits, unit = (100, 1, "%") if name not in NO_SHARES else (1, 1 if name in ONE_DIGIT else 3, "")
@@ -35,12 +35,12 @@ def title(name: str) -> str:
 
 
 def share(metric: dict[str, float] | None) -> str:
-    """`48.9%`, nothing for nothing."""
+    """`48.9%`, or an empty text for `None`."""
     return "" if metric is None else f"{metric['value']:.1%}"
 
 
 def beside(metrics: dict, who: str = "model", name: str = HEADLINE) -> str:
-    """A figure with what it is to be held against: `67% (chance 49%, reference 99%)`."""
+    """A figure with its chance level and reference: `67% (chance 49%, reference 99%)`."""
     chance = metrics["chance"][who].get(name)
     held = f"chance {chance['value']:.0%}" if chance else f"no chance level: {metrics['no_chance'][name]}"
     return f"{metrics[who][name]['value']:.0%} ({held}, reference {metrics['reference'][name]['value']:.0%})"
@@ -88,7 +88,7 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def judged_by(metrics: dict) -> list[str]:
-    """Who judged and how far one can trust it, a sentence each."""
+    """A sentence about each judge and its reliability."""
     sentences, llm = list(metrics["judge"].get("says", [])), metrics.get("llm_judge")
     if llm:
         of_scores = llm["scores"]
@@ -113,7 +113,7 @@ def judged_by(metrics: dict) -> list[str]:
 
 
 def held_against(metrics: dict) -> list[str]:
-    """What chance and reference are, a sentence each."""
+    """A sentence each about chance and reference."""
     without = {name: level["without"] for name, level in metrics["chance"]["model"].items()}
     if set(without.values()) <= {"instruction"}:
         chance = "Chance: the same answers of instruct, scored against the instructions of other prompts."
@@ -127,7 +127,7 @@ def held_against(metrics: dict) -> list[str]:
 
 
 def cautions(metrics: dict) -> list[str]:
-    """What the figures do not show, a sentence each: no better than chance, or than answers without a model."""
+    """A sentence about each figure that is no better than chance or than answers without a model."""
     sentences = []
     for who, called in WHO.items():
         at_chance = [
@@ -167,7 +167,7 @@ def _reaches(metric: dict[str, float], level: dict[str, float]) -> bool:
 
 
 def headroom(metrics: dict) -> list[str]:
-    """What choosing among several answers can gain, a sentence for each model; none with one answer a prompt."""
+    """A sentence per model about what choosing among several answers can gain; none for one answer per prompt."""
     sentences = []
     for who, found in metrics.get("headroom", {}).items():
         tries = [
@@ -193,7 +193,7 @@ def _last(llm: dict) -> str:
 
 
 def report(metrics: dict) -> str:
-    """`report.md`: the table, what it does not show, who judged, and what each metric means."""
+    """`report.md`: the table, cautions, the judges, and the definition of each metric."""
     parts = [
         "# Base against instruct",
         f"{asked(metrics)}; 95% intervals over prompts. Instruction following: base {beside(metrics, 'base')}, "
@@ -218,7 +218,7 @@ def asked(metrics: dict) -> str:
 
 
 def answers_id(samples: list[dict]) -> str:
-    """Names these very answers, so that ratings of others are not taken for theirs."""
+    """A fingerprint of these answers, so that ratings of other answers are refused."""
     texts = json.dumps([[sample[who]["text"] for who in WHO] for sample in samples], ensure_ascii=True)
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
@@ -227,7 +227,7 @@ POINTS = {"model": 1.0, "base": 0.0, "tie": 0.5}
 
 
 def read_ratings(file: str) -> dict:
-    """Opens what the page's blind mode saved.
+    """Opens a file of ratings that the page saved.
 
     Raises:
         UserError: the file is missing or is something else.
@@ -262,11 +262,10 @@ def fold_ratings(contents: list[dict], samples: list[dict]) -> dict:
 
 
 def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str, str]) -> str:
-    """`report.html`: one file without any other, with plots, every answer, and the blind mode.
+    """`report.html`: a single self-contained file with plots, every answer, and blind rating.
 
-    Answers are hostile until proven otherwise. Jinja escapes what stands in the page; what its script reads is JSON
-    in which no `<` can end the script, and the script only ever writes text nodes; and the page's policy lets no other
-    script run and nothing be fetched.
+    Answers are untrusted. Jinja escapes all text in the page. The script's data is JSON in which no `<` can end the
+    script, the script writes text nodes only, and the page's content security policy blocks other scripts and requests.
     """
     script = (MODEL_CARD / "report.js").read_text(encoding="utf-8")
     least = {HEADLINE: 1.0, **metrics["constraints"]}
@@ -300,9 +299,9 @@ def page(metrics: dict, samples: list[dict], columns: list[str], names: dict[str
 
 
 def constraint_rows(least: dict[str, float], samples: list[dict]) -> list[dict]:
-    """For each constraint that a prompt states: how many answers of each model meet it, and how many of them differ.
+    """For each constraint: how many answers of each model meet it, and how many the model gained and lost.
 
-    `least` is the value of each constraint that counts as met. What is met most rarely by the model comes first.
+    `least` is the value of each constraint that counts as met. Constraints that the model meets least often come first.
     """
     rows = []
     for name, limit in least.items():
@@ -328,7 +327,7 @@ def histogram(lengths: dict[str, list[int]], bins: int = 24) -> dict:
 
 
 def curves(by_position: dict[str, list[dict]]) -> dict:
-    """Loss by place in the answer → for each model its points with x and y between 0 and 1, and the axes' marks."""
+    """Loss by position in the answer → for each model its points with x and y between 0 and 1, and the axes' ticks."""
     top = max(0.1, *(point["nats"] for points in by_position.values() for point in points))
     step = _round_up(top / 4)
     top = step * math.ceil(top / step)

@@ -1,4 +1,4 @@
-"""Answers are scored by their task, and held against chance, the references, and answers that need no model."""
+"""Scores answers by their task, and compares them with chance, references and baselines."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ NOT_ASKED = "the judge is asked about the prompt's own instruction only"
 
 @dataclass
 class Scoring:
-    """Scores any answers to the prompts: the models', the references, and those that need no model."""
+    """Scores answers to the prompts: those of the models, the references, and the baselines."""
 
     prompts: Prompts
     scorer: Scorer
@@ -36,20 +36,20 @@ class Scoring:
         self.weights = np.array(self.prompts.task.weights(self.prompts.rows), dtype=float)
 
     def score(self, answers: list[Answer]) -> list[dict[str, float]]:
-        """Every score of each answer, as many answers to each prompt in turn as there are."""
+        """All scores of each answer; the answers to each prompt follow one another."""
         rows = [row for row in self.prompts.rows for _ in range(len(answers) // len(self.prompts.rows))]
         of_words = self.wordings.score(answers)
         return [of_task | common for of_task, common in zip(self.scorer.score(rows, answers), of_words, strict=True)]
 
     def ratios(self, scores: list[dict[str, float]]) -> dict[str, Ratio]:
-        """Each metric of scored answers. The task's own weigh the prompts as the task says."""
+        """Each metric of scored answers. The task's own metrics weight the prompts by `Task.weights`."""
         names, count = self.prompts.task.meaning, len(scores) // len(self.prompts.rows)
         of_task = [{name: value for name, value in score.items() if name in names} for score in scores]
         common = [{name: value for name, value in score.items() if name not in names} for score in scores]
         return means(of_task, count, self.weights) | means(common, count)
 
     def of_baselines(self) -> dict[str, dict[str, Ratio]]:
-        """The task's metrics of the answers that its baselines give."""
+        """The task's metrics of its baselines."""
         prompts, found = self.prompts, {}
         for name, baseline in prompts.task.baselines.items():
             texts = baseline.answers(prompts.rows, prompts.train_rows, prompts.task.kind)
@@ -67,7 +67,7 @@ class Scoring:
 
 
 def judges_apart(metrics: dict[str, dict], task: Task) -> dict | None:
-    """The two judges of a metric and their difference, if they part by more than `APART`."""
+    """The metrics of two judges of the same thing and their difference, if it exceeds `APART`."""
     if task.judged_twice is None:
         return None
     first, second = task.judged_twice
@@ -76,7 +76,7 @@ def judges_apart(metrics: dict[str, dict], task: Task) -> dict | None:
 
 
 def figures(scoring: Scoring, models: dict[str, Answered], meaning: dict[str, str]) -> dict:
-    """What `metrics.json` says of both models and of what they are held against; `meaning` names every metric."""
+    """The figures of `metrics.json`: both models, chance, references and baselines; `meaning` names every metric."""
     prompts, names = scoring.prompts, list(meaning)
     references = prompts.references
     answers = {who: model.answers for who, model in models.items()} | {"reference": references}

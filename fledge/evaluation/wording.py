@@ -1,4 +1,4 @@
-"""What the words of answers show whatever the task is: repetition, copying, variety, and answers that are none."""
+"""Metrics of an answer's words for any task: repetition, copying, variety, and whether it is an answer at all."""
 
 import re
 from collections import Counter
@@ -12,12 +12,12 @@ from fledge.text.words import as_written
 
 MEANING = {
     "eos_rate": "answers that the model ended itself",
-    "answered": "answers that are not empty and do not go on with the prompt's form instead",
+    "answered": "answers that are not empty and do not continue with another prompt",
     "answer_tokens": "length of an answer in tokens",
-    "repetition": "share of an answer's runs of four words that have already occurred in it",
-    "copied": "share of an answer's words inside a run of eight words that a training answer has too",
-    "distinct_answers": "answers that no other answer equals word for word",
-    "same_ending": "answers whose last forty words have the run of four words that most answers end with",
+    "repetition": "share of an answer's word 4-grams that occur earlier in it",
+    "copied": "share of an answer's words that lie in a word 8-gram of a training answer",
+    "distinct_answers": "answers with the same words as no other answer",
+    "same_ending": "answers whose last forty words contain the word 4-gram that is most common there",
     "distinct_2": "different word pairs over all word pairs of all answers",
 }
 REPEATED_RUN = 4
@@ -25,11 +25,11 @@ COPIED_RUN = 8
 SHARED_RUN = 4
 ENDING = 40  # words
 OPENING = 3
-CONTENT = "\ue000"  # stands for a message's content where only what surrounds it matters
+CONTENT = "\ue000"  # stands for the content of a message where only the template's text matters
 
 
 def runs(text: str, length: int) -> Iterator[tuple[str, ...]]:
-    """Every run of `length` words."""
+    """The n-grams of a text, for n = `length`, of words in lower case."""
     return runs_of(as_written(text), length)
 
 
@@ -38,15 +38,15 @@ def runs_of(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
 
 
 def repetition(text: str) -> float:
-    """Share of an answer's runs of four words that have already occurred in it."""
+    """Share of an answer's word 4-grams that occur earlier in it."""
     all_runs = list(runs(text, REPEATED_RUN))
     return 1 - len(set(all_runs)) / len(all_runs) if all_runs else 0.0
 
 
 def copied(texts: list[str], training: Iterable[str]) -> list[float | None]:
-    """For each text the share of its words that lie in a run of eight words of a training text.
+    """For each text the share of its words that lie in a word 8-gram of a training text; `None` for shorter texts.
 
-    Only the runs of `texts` are kept in memory, and `training` is read once. None for a text of fewer words.
+    Only the 8-grams of `texts` are kept in memory, and `training` is read once.
     """
     wanted = {run for text in texts for run in runs(text, COPIED_RUN)}
     found = set()
@@ -66,8 +66,8 @@ def copied(texts: list[str], training: Iterable[str]) -> list[float | None]:
 def distinct_2(texts: list[str]) -> list[tuple[float, int]]:
     """Distinct-2 (Li et al. 2016, arXiv:1510.03055), different word pairs over all word pairs, text by text.
 
-    For each text the sum over its pairs of one over the pair's count in all texts, and the number of its pairs: the
-    sums of either over the texts are distinct-2's numerator and denominator.
+    Returns for each text the sum of 1 / (count of the pair in all texts) over its pairs, and the number of its pairs.
+    Their sums over all texts are the numerator and the denominator of distinct-2.
     """
     counts = Counter(pair for text in texts for pair in runs(text, 2))
     return [(sum(1 / counts[pair] for pair in runs(text, 2)), max(len(as_written(text)) - 1, 0)) for text in texts]
@@ -80,14 +80,14 @@ def unique(texts: list[str]) -> list[bool]:
 
 
 def ending_runs(text: str) -> set[tuple[str, ...]]:
-    """Every run of four words among the last forty."""
+    """The word 4-grams of the last forty words."""
     return set(runs_of(as_written(text)[-ENDING:], SHARED_RUN))
 
 
 def same_ending(texts: list[str]) -> list[bool]:
-    """Whether each text has, among its last words, the run of four words that most texts have there.
+    """Whether the last words of each text contain the word 4-gram that is most common there over all texts.
 
-    If no run is in two texts, no text has it. Of equally common runs the first in the alphabet counts.
+    If no 4-gram is in two texts, no text has it. Of equally common ones, the first in alphabetical order counts.
     """
     endings = [ending_runs(text) for text in texts]
     counts = Counter(run for ending in endings for run in ending)
@@ -99,9 +99,8 @@ class Wording:
     """Scores any task's answers by their words.
 
     Args:
-        tokenizer: the dataset's, whose chat template asked.
-        rows: the rows that are asked.
-        train_rows: the training split, which answers may have copied and which shows how prompts begin.
+        tokenizer: the dataset's, with the chat template of the prompts. rows: the rows of the prompts. train_rows: the
+            training split, from which answers may be copied and which shows how prompts begin.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: list[dict], train_rows: list[dict]):
@@ -110,7 +109,7 @@ class Wording:
         self.openings = instruction_openings([row["messages"] for row in train_rows])
 
     def score(self, answers: list[Answer]) -> list[dict[str, float]]:
-        """The metrics of `MEANING` for each answer, but distinct-2, which belongs to all answers together.
+        """The metrics of `MEANING` for each answer, except distinct-2, which is one figure for all answers.
 
         `copied` is absent for an answer of fewer than eight words.
         """
@@ -134,7 +133,7 @@ class Wording:
 
 
 def template_marks(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]) -> set[str]:
-    """The lines that the chat template itself puts around these messages, such as `### Story:` or `<|user|>`."""
+    """The lines that the chat template adds around these messages, such as `### Story:` or `<|user|>`."""
     shapes = {tuple((m["role"], INPUT_MARK in m["content"]) for m in messages) for messages in conversations}
     marks: set[str] = set()
     for shape in shapes:
@@ -147,7 +146,8 @@ def template_marks(tokenizer: PreTrainedTokenizerBase, conversations: list[list[
 
 
 def instruction_openings(conversations: list[list[dict]]) -> set[str]:
-    """First three words of lines by which prompts are told: in 1% of the prompts, and ten times rarer in answers."""
+    """The first three words of lines that are typical of prompts: in 1% of the prompts, and ten times rarer in
+    answers."""
     asked: Counter[str] = Counter()
     answered: Counter[str] = Counter()
     for messages in conversations:
@@ -157,7 +157,8 @@ def instruction_openings(conversations: list[list[dict]]) -> set[str]:
 
 
 def continues_prompt(answer: str, marks: set[str], openings: set[str]) -> bool:
-    """Whether an answer goes on with the prompt's form: a mark of the template, or a line that opens like one of it."""
+    """Whether an answer continues with another prompt: a mark of the template, or a line that begins like a
+    prompt's."""
     return any(mark in answer for mark in marks) or any(begin in openings for begin in _openings(answer))
 
 

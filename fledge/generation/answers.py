@@ -1,10 +1,10 @@
 """Answers from a model: batched, seeded, never past its context.
 
-The loop is Fledge's own, for three things that `generate` does not do. A row that ends makes room for the next prompt,
-so a batch never waits for its longest answer. Keys and values lie in buffers made once, where `generate` copies its
-whole cache for every token. And each prompt draws from a random stream of its own, so an answer does not depend on what
-it was batched with, nor on whether a run was interrupted. Architectures that cannot be batched so (`is_batched`) answer
-one prompt at a time, with transformers' cache for them, and are slower.
+Fledge has its own loop because `generate` lacks three things. A row that ends makes room for the next prompt, so a
+batch never waits for its longest answer. Keys and values are written into preallocated buffers, while `generate` copies
+its whole cache for every token. Each prompt has its own random stream, so an answer does not depend on the other
+prompts of its batch or on an interruption. Architectures that cannot be batched like this (see `is_batched`) answer one
+prompt at a time with transformers' cache, and are slower.
 """
 
 import inspect
@@ -28,13 +28,13 @@ from fledge.messages import Answer
 from fledge.models import attention_of, context_of
 from fledge.sampling import Sampling
 
-# Different prompts read together. Logits are kept at every place where one of them ends: the square of this, times V.
+# Different prompts per prefill. Logits are kept wherever one of the prompts ends: PREFILL² × V numbers.
 PREFILL = 8
 
 
 @dataclass
 class _Row:
-    """A prompt under way: its tokens so far (the prompt's among them), where it must end, and its random stream."""
+    """A row of the batch: its tokens so far, with the prompt's; its maximum length; and its random stream."""
 
     number: int
     ids: list[int]
@@ -72,9 +72,9 @@ def answer_each(
 
 
 def answer_of(tokenizer: PreTrainedTokenizerBase, made: list[int]) -> Answer:
-    """The answer that new token ids are, of which end-of-text is the last if the model stopped by itself."""
+    """The answer with these new token ids. If the model stopped by itself, the last one is end-of-text."""
     stopped = bool(made) and made[-1] == tokenizer.eos_token_id
-    # A role token in an answer is a fault that must be seen.
+    # Special tokens stay visible: a role token in an answer is a fault that must be seen.
     text = cast(str, tokenizer.decode(made[:-1] if stopped else made, skip_special_tokens=False))
     return Answer(text.strip(), len(made), stopped)
 
@@ -91,8 +91,8 @@ def continue_each(
 ) -> Iterator[tuple[int, list[int]]]:
     """Continues prompts of token ids and yields each one's number and new tokens as soon as it is complete.
 
-    A continuation that the model ended has the token `end` as its last; any other ran into a limit. `numbers`
-    (default: 0, 1, …) and the seed decide what a prompt draws. `told` hears of every token, with the number of its
+    If the model ended a continuation, its last token is `end`; any other ran into a limit. `numbers` (default: 0, 1, …)
+    and the seed determine the random stream of each prompt. `told` is called with each token and the number of its
     prompt.
 
     Raises:
@@ -107,7 +107,8 @@ def continue_each(
     rows: list[_Row] = []  # the longest first, as far as groups go
     with by_onednn(model), grouped(model):
         while waiting or rows:
-            # Reading in one prompt costs about as much as a few: wait for room for several, unless all are done.
+            # The prefill of one prompt costs about as much as that of a few: wait for room for several, unless all are
+            # done.
             if waiting and len(rows) <= batch_size - min(PREFILL, batch_size, len(waiting)):
                 drawing = _next(waiting, batch_size - len(rows))
                 logits = _read_in(model, cache, drawing, len(rows))
@@ -132,7 +133,7 @@ def _next(waiting: deque[_Row], room: int) -> list[_Row]:
 
 
 def _remove(rows: list[_Row], i: int, cache: Slots) -> None:
-    """Takes row i out; the longest of the group after it takes its place, and so on, so that groups stay in order."""
+    """Removes row i; the longest row of the next group takes its place, and so on, so that groups stay in order."""
     begins = range((i // GROUP + 1) * GROUP, len(rows), GROUP)
     longest = [max(range(begin, len(rows))[:GROUP], key=lambda j: len(rows[j].ids)) for begin in begins]
     for j in [*longest, len(rows) - 1]:
@@ -169,9 +170,9 @@ def _rows(model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, 
 
 
 def is_batched(model: PreTrainedModel) -> bool:
-    """Whether rows of different lengths can share a step: each token sees all before it, where `position_ids` say."""
+    """Whether rows of different lengths can share a step: full causal attention with explicit `position_ids`."""
     config = model.config.to_dict()
-    # GPT-Neo's windows and Falcon's ALiBi count places in the buffer, and so does what takes no `position_ids`.
+    # GPT-Neo's windows, Falcon's ALiBi and models without `position_ids` count positions in the buffer.
     counted = "local" in config.get("attention_layers", ()) or config.get("alibi")
     whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     return whole and not counted and "position_ids" in inspect.signature(model.forward).parameters
@@ -204,12 +205,12 @@ def _choose(logits: Tensor, rows: list[_Row], sampling: Sampling) -> list[int]:
 
 
 def _read_in(model: PreTrainedModel, cache: Slots, rows: list[_Row], first: int) -> Tensor:
-    """Reads prompts into the cache from row `first` on, equal ones once; logits (rows, V) after each."""
+    """Prefills the cache from row `first` on, equal prompts once; returns the logits (rows, V) after each prompt."""
     places: dict[tuple[int, ...], int] = {}
     copies = [places.setdefault(tuple(row.ids), len(places)) for row in rows]
     cache.first, cache.lengths, cache.copies = first, None, torch.tensor(copies, device=model.device)
     longest = max(map(len, places))
-    # Padding on the right needs no mask: causal attention never looks there, and what it left is overwritten.
+    # Padding on the right needs no mask: causal attention never reads it, and its keys and values are overwritten.
     ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in places], device=model.device)
     ends = sorted({len(prompt) - 1 for prompt in places})
     kept = torch.tensor(ends, device=model.device)
@@ -263,7 +264,7 @@ def answer_batch(
     seed: int,
     streamer: BaseStreamer | None = None,
 ) -> list[Answer]:
-    """Continues a few prompts together; a streamer hears the tokens of a single one as they are made."""
+    """Continues a few prompts in one batch; a `streamer` gets the tokens of a single prompt as they are made."""
 
     def told(number: int, token: int) -> None:
         if streamer and token != tokenizer.eos_token_id:

@@ -1,7 +1,7 @@
-"""Keys and values of the rows that are answered together, and attention over them.
+"""The KV cache of a batch, and attention over it.
 
-On a CPU attention takes the time in which keys and values are read. So rows of similar length lie side by side, and
-each group of them is read to its own longest row instead of the longest of all.
+On a CPU the time of attention is the time to read keys and values. So rows of similar length are neighbours, and
+attention reads each group of them up to the longest row of the group instead of the longest of all.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from fledge.guards import check_overrides
 from fledge.models import attention_of
 
 NAME = "groups_of_rows"
-GROUP = 16  # rows that are read to one length
-# The longest text in each group during a step, new token included; None outside of one.
+GROUP = 16  # rows that are read up to the same length
+# The longest row of each group during a step, new token included; `None` outside of a step.
 LENGTHS: ContextVar[list[int] | None] = ContextVar("lengths", default=None)
 
 
 @check_overrides
 class Slots(Cache):
-    """Keys and values (rows, heads, capacity, head width) of each layer. Row i's tokens lie at 0 … lengths[i] − 1."""
+    """Keys and values (rows, heads, capacity, head width) of each layer. Row i's tokens are at 0 … lengths[i] − 1."""
 
     def __init__(self, rows: int, capacity: int, wide: bool):
-        """`wide` keeps those of a model in half precision in float32, as `groups_of_rows` wants them."""
+        """`wide` stores those of a half-precision model in float32, which `groups_of_rows` computes in."""
         super().__init__(layers=[])
         self.shape = rows, capacity
         self.wide = wide
         self.buffers: list[tuple[Tensor, Tensor]] = []
-        self.first = 0  # the row that takes what is read in
-        self.copies: Tensor | None = None  # for each row that takes it, the prompt that was read
-        self.lengths: Tensor | None = None  # (rows,) during a step, None while prompts are read in
+        self.first = 0  # the first row of the prefill
+        self.copies: Tensor | None = None  # for each row of the prefill, the number of its prompt
+        self.lengths: Tensor | None = None  # (rows,) during a step, `None` during prefill
         self.longest = 0
 
     @override
@@ -84,9 +84,10 @@ def groups_of_rows(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' `sdpa`, during a step for each group of rows apart. Shapes are those of its functions.
+    """An attention function for transformers: `sdpa`, applied to each group of rows separately during a step.
 
-    A step is in the type of the cache: torch's attention in bfloat16 takes twice the time of float32's on a CPU.
+    A step computes in the dtype of the cache: on a CPU, torch's attention in bfloat16 takes twice as long as in
+    float32.
     """
     sdpa, lengths = AttentionInterface()["sdpa"], LENGTHS.get()
     if lengths is None:
@@ -105,13 +106,13 @@ def groups_of_rows(
 
 
 def can_group(model: PreTrainedModel) -> bool:
-    """Whether `groups_of_rows` stands for what `model` attends by, and gains: on a CPU, where that is `sdpa`."""
+    """Whether `groups_of_rows` can replace the attention of `model` and is faster: on a CPU, for `sdpa`."""
     return model.device.type == "cpu" and attention_of(model) == "sdpa" and model._supports_attention_backend
 
 
 @contextlib.contextmanager
 def grouped(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` attends by `groups_of_rows` where it can. Outside of a step that is transformers' `sdpa`."""
+    """Inside, `model` uses `groups_of_rows` if it can. Outside of a step that is transformers' `sdpa`."""
     if not can_group(model):
         yield
         return
@@ -126,7 +127,7 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def step(lengths: list[int]) -> Iterator[None]:
-    """Inside, `groups_of_rows` reads rows of these lengths, new token included, group by group."""
+    """Inside, `groups_of_rows` reads rows of these `lengths`, new token included, group by group."""
     token = LENGTHS.set([max(lengths[i : i + GROUP]) for i in range(0, len(lengths), GROUP)])
     try:
         yield

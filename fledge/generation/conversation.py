@@ -1,4 +1,4 @@
-"""A model asked in the terminal: the fields of its task, a text and questions about it, or a conversation."""
+"""Interactive generation in the terminal: the fields of a task, questions about a text, or a conversation."""
 
 import contextlib
 import json
@@ -36,8 +36,8 @@ def converse(
 ) -> None:
     """Reads lines from standard input until it ends or says /quit, and streams the answers.
 
-    `trained` says what the model's task asks for. `show_stats` yields a list for the answers, of which it may tell
-    something at its end.
+    `trained` says what the model's task asks for. `show_stats` yields a list to collect the answers in, and may print
+    statistics about them at its end.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  the keys of a terminal: history, arrows; Windows has them without it
@@ -78,10 +78,10 @@ def converse(
 
 @dataclass
 class Session:
-    """What was asked and answered. `answer` is given the messages without the system's, and which answer this is.
+    """The state of a session. `answer` gets the messages without the system message, and the number of the answer.
 
-    The fields of the task are asked for one by one: `at` is the place of the next. A task without fields has a
-    conversation, or single prompts if it asks once. The text of a task that is about one is asked for first.
+    The fields of the task are asked for one by one; `at` is the index of the next. A task without fields has a
+    conversation, or single prompts if it is single-turn. If the task is about a text, the text is asked for first.
     """
 
     trained: Trained
@@ -95,7 +95,7 @@ class Session:
 
     @property
     def commands(self) -> dict[str, str]:
-        """What may be typed beside prompts, and what it does."""
+        """The commands and what they do."""
         own = {f"/{name} {'|'.join(labels)}": "the last prompt with this" for name, labels in self.classes.items()}
         if self.classes:
             own["/both"] = f"the last prompt with each {' and each '.join(self.classes)}"
@@ -112,7 +112,7 @@ class Session:
 
     @property
     def greeting(self) -> str:
-        """What is expected, and an example of it."""
+        """The first line of a session: what to type, with an example."""
         fields = list(self.trained.fields)
         if fields:
             return f"Type {' and '.join(fields)}, or /help."
@@ -132,7 +132,7 @@ class Session:
         return f"{name} ({', '.join(labels)}) [{self.values.get(name, labels[0])}]> " if labels else f"{name}> "
 
     def take(self, line: str) -> None:
-        """Does what a line says.
+        """Handles one line of input.
 
         Raises:
             UserError: the prompt does not fit the model, or a file cannot be read.
@@ -169,7 +169,7 @@ class Session:
             print(f"{command} is unknown; /help lists the commands.")
 
     def _again(self, name: str, argument: str) -> None:
-        """The last prompt once more: as it was, with another label, or with every label."""
+        """Answers the last prompt again: as it was, with another label, or with every label."""
         if not self.messages:
             print("There is no prompt yet to answer again.")
         elif name == "retry":
@@ -187,7 +187,7 @@ class Session:
             self._exchange(self._worded())
 
     def _begin(self, given: str) -> None:
-        """Takes the text that questions are about, from a file or as typed; an empty line goes without."""
+        """Takes the text that questions are about, from a file or as typed; an empty line means no text."""
         try:
             self.text = Path(given).read_text(encoding="utf-8").strip() if _is_file(given) else given
         except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
-"""The next token of each row from its logits: the likeliest, or one that is drawn.
+"""The next token of each row from its logits: the most likely one, or a sample.
 
-A vocabulary is large and a draw takes one token of it. So a draw looks at sums of blocks first and at the tokens of one
-block afterwards, and the largest of a row are looked for among the largest of its parts: no row is sorted as a whole.
+A vocabulary is large, and one token of it is needed, so no whole row is sorted. A sample is found by the sums of blocks
+first and within one block afterwards; the largest values of a row are found among the maxima of its parts.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from fledge.sampling import Sampling
 
-BLOCK = 256  # tokens of a block, whose sum in float32 is exact to seven digits
-FOLDS = 8  # tokens of a part of which at most one is looked at first
-# Most draws are among so few tokens; a whole vocabulary is sorted only for a draw that is not.
+BLOCK = 256  # tokens per block; its sum in float32 is exact to seven digits
+FOLDS = 8  # tokens per part, of which only the largest is compared first
+# Most samples come from this few tokens; the whole vocabulary is sorted only if more are needed.
 LIKELIEST = (256, 4096)
 
 
 def choose(
     logits: Tensor, texts: list[list[int]], generators: list[np.random.Generator], sampling: Sampling
 ) -> list[int]:
-    """The next token of each row from its logits (rows, V), what it holds so far, and its own random numbers."""
+    """The next token of each row, from its logits (rows, V), its tokens so far, and its own random stream."""
     if sampling.repetition_penalty != 1:  # https://arxiv.org/abs/1909.05858
         for i, text in enumerate(texts):
             seen = torch.tensor(text, device=logits.device)
@@ -43,17 +43,17 @@ def tempered(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The place (rows,) of each row's largest logit, the first of several; some ten times as fast as torch's argmax."""
+    """The argmax (rows,) of each row, the first of several; about ten times as fast as torch's argmax."""
     block = by_block(logits, torch.amax).argmax(-1, keepdim=True)
     inside, places = of_block(logits, block, float("-inf"))
     return places.gather(-1, inside.argmax(-1, keepdim=True))[:, 0]
 
 
 def draw(probabilities: Tensor, drawn: Tensor) -> Tensor:
-    """The token (rows,) in whose share of the `probabilities` (rows, V) each number of `drawn` falls.
+    """Samples a token (rows,) from `probabilities` (rows, V) by inverting the cumulative distribution at `drawn`.
 
     `drawn` (rows,) is from 0 to 1, in float64 on the CPU. Not every device has float64, so only the blocks' sums and
-    the tokens of one block are brought over.
+    the probabilities of one block are copied to the CPU.
     """
     block, left = find(by_block(probabilities, torch.sum).cpu().double(), drawn)
     inside, places = of_block(probabilities, block[:, None].to(probabilities.device), 0)
@@ -62,9 +62,9 @@ def draw(probabilities: Tensor, drawn: Tensor) -> Tensor:
 
 
 def find(weights: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `drawn` (rows,) falls in `weights` (rows, n), laid end to end, and how far into that weight, from 0 to 1.
+    """The index at which the cumulative sum of `weights` (rows, n) passes the share `drawn` (rows,) of its total.
 
-    A weight of 0 is never found.
+    Also returns how far into that weight it falls, from 0 to 1. A weight of 0 is never chosen.
     """
     sums = weights.cumsum(-1)
     total = sums[:, -1:]
@@ -86,7 +86,7 @@ def by_block(values: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
 
 
 def of_block(values: Tensor, block: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """The values of a block (rows, 1) and their places, both (rows, BLOCK); `fill` beyond the last one."""
+    """The values of a block (rows, 1) and their indices, both (rows, BLOCK); `fill` beyond the last value."""
     V = values.shape[-1]
     places = block * BLOCK + torch.arange(BLOCK, device=values.device)
     inside = places < V
@@ -95,15 +95,16 @@ def of_block(values: Tensor, block: Tensor, fill: float) -> tuple[Tensor, Tensor
 
 
 def largest(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(n)` of (rows, V), in a fifth of the time where n is small against V.
+    """`values.topk(n)` of (rows, V), in a fifth of the time if n is much smaller than V.
 
-    The n parts with the largest maxima hold the n largest: each of these is its part's maximum or beside a larger one.
+    The n parts with the largest maxima contain the n largest values: each of these is the maximum of its part, or in a
+    part with an even larger value.
     """
     V = values.shape[-1]
     parts = V // FOLDS
     if 4 * n > parts:
         return values.topk(min(n, V))
-    # Part i is the values at i, i + parts, i + 2 · parts, …: maxima over rows of memory are taken fast.
+    # Part i has the values at i, i + parts, i + 2 · parts, …, because maxima over contiguous rows are fast.
     best = values[:, : parts * FOLDS].unflatten(-1, (FOLDS, parts)).amax(1).topk(n, sorted=False).indices
     steps = torch.arange(0, parts * FOLDS, parts, device=values.device)
     left_over = torch.arange(parts * FOLDS, V, device=values.device).expand(len(values), -1)
@@ -113,10 +114,10 @@ def largest(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def likely(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that a draw may give: their probabilities (rows, n), 0 beyond the draw's limits, and ids (rows, n).
+    """The candidates of a sample: probabilities (rows, n), 0 for what top-k or top-p exclude, and token ids (rows, n).
 
-    As in transformers, `top_k` limits first, and `top_p` then applies to what it left, whose probabilities sum to 1.
-    The results are in float64 on the CPU: not every device has float64, and only a few numbers are brought over.
+    As in transformers, `top_k` comes first, and `top_p` applies to the renormalised rest. The results are in float64 on
+    the CPU: not every device has float64, and only a few numbers are copied.
     """
     V = logits.shape[-1]
     if 0 < sampling.top_k < V:
@@ -130,5 +131,5 @@ def likely(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
             probabilities = top.cpu().double()
             before = probabilities.cumsum(-1) - probabilities
             if bool((before[:, -1] >= sampling.top_p).all()):
-                break  # what was left out lies beyond `top_p`
+                break  # the candidates reach `top_p`
     return probabilities.where((before < sampling.top_p) | (sampling.top_p == 1), 0), ids.cpu()

@@ -1,4 +1,4 @@
-"""A prompt made to fit the model's context, by rule."""
+"""Shortens a prompt so that it fits the model's context."""
 
 from collections import Counter
 
@@ -16,11 +16,11 @@ from fledge.tokenizers.spelling import Spelling, named
 def fit_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, context: int, max_new_tokens: int
 ) -> tuple[list[int], str]:
-    """Ids that ask for the next answer and leave room for it, and a sentence about what was left out ("" if nothing).
+    """The ids of a prompt that leaves room for an answer, and a sentence about what was left out ("" if nothing was).
 
-    A quarter of the context is kept for the answer, less if `max_new_tokens` is less. The oldest turns go first, whole;
-    the text that the first question brought (after `INPUT_MARK`) stays with the oldest one that is left. Then that text
-    loses its end, as in preparation. The question never loses a word, nor does the system message.
+    A quarter of the context is reserved for the answer, or `max_new_tokens` if that is less. The oldest turns are
+    dropped first; the text of the first question (after `INPUT_MARK`) moves to the oldest question that is left. Then
+    the end of that text is cut, as in preparation. The question and the system message are never shortened.
 
     Raises:
         UserError: the question is empty, alone does not fit, or has a character that the tokenizer lacks.
@@ -70,7 +70,7 @@ def _check_spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 def fit_beginning(
     tokenizer: PreTrainedTokenizerBase, text: str, context: int, max_new_tokens: int
 ) -> tuple[list[int], str]:
-    """The same for a base model, which has no template and goes on from the text's end: it loses its beginning.
+    """The same for a base model, which has no template and continues a text: the beginning of the text is cut.
 
     Raises:
         UserError: the text is empty, or has a character that the tokenizer lacks.

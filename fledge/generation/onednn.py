@@ -1,9 +1,8 @@
-"""Matrix products by oneDNN, with weights laid out for it once, on a CPU and without gradients.
+"""Matrix products by oneDNN with prepacked weights, on a CPU and without gradients.
 
-PyTorch gives products in float32 to MKL, which is slow on CPUs that are not Intel's, and lays weights in bfloat16 out
-anew for every product. The operators called here are those that PyTorch's own compiler uses for the same purpose. They
-are private: where they are missing, or fail a small trial, layers multiply as they always did. `FLEDGE_ONEDNN=0` in the
-environment turns them off.
+PyTorch uses MKL for float32 products, which is slow on CPUs that are not Intel's, and packs bfloat16 weights again for
+every product. The operators here are those that torch.compile uses for the same purpose. They are private: if they are
+missing or fail a small trial, layers multiply as usual. `FLEDGE_ONEDNN=0` in the environment turns them off.
 """
 
 import contextlib
@@ -19,15 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from fledge.cpu import multiplies_bf16
 
-# Multiplications from which a product in float32 gains more than the longer call costs.
+# Multiplications above which a float32 product gains more than the longer call costs.
 WORTH = 1 << 18
-# Bytes of weights up to which they are laid out anew, for that is a second copy of them.
+# Weights up to this many bytes are prepacked, which takes a second copy of them.
 COPIED = 1 << 30
 
 
 @contextlib.contextmanager
 def by_onednn(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, linear layers of `model` multiply by oneDNN; their results differ from MKL's in rounding alone.
+    """Inside, linear layers of `model` multiply by oneDNN; their results differ from MKL's only in rounding.
 
     The weights must not change inside. Entering takes about as long as a few products of every layer.
     """
@@ -55,7 +54,8 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
 
 @functools.cache
 def works(dtype: torch.dtype) -> bool:
-    """Whether this machine and this torch have the operators: tried once, with and without bias, for both layers."""
+    """Whether the operators work on this machine with this torch. Tried once, with and without bias, for both
+    layers."""
     ones = functools.partial(torch.ones, dtype=dtype, device="cpu")
     inputs, weight, bias = ones(2, 3, 8), ones(8, 4).T / 2, ones(4)
     try:
@@ -79,7 +79,7 @@ def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _forward(self: nn.Linear | Conv1D, held: Tensor, inputs: Tensor) -> Tensor:
-    # Autocast leaves this operator as it is, and layers before it give bfloat16, which it does not multiply by float32.
+    # Autocast does not cast this operator's inputs, and it cannot multiply bfloat16 inputs by float32 weights.
     plain = inputs.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
     is_small = inputs.dtype == torch.float32 and inputs.numel() * self.weight.numel() < WORTH * inputs.shape[-1]
     if not plain or is_small:

@@ -1,4 +1,4 @@
-"""A file of prompts → a file of answers, a JSON object a line, that a second run goes on with where one was killed."""
+"""A file of prompts → a file of answers, one JSON object per line. An interrupted run can be continued."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from fledge.terminal import progress
 
 
 class Asked(Protocol):
-    """What generate.py is told about a file of prompts."""
+    """The arguments of generate.py that concern a file of prompts."""
 
     model: str
     prompts_file: str | None
@@ -42,8 +42,8 @@ def answer_file(
 ) -> list[Answer]:
     """Answers `args.prompts_file` into `args.output_file`, in the prompts' order; returns the answers made now.
 
-    Answers go to OUTPUT.partial as they are made, after a line that says what made them. An answer depends on its
-    place in the file and the seed alone, so an interrupted run ends with the same file as an uninterrupted one.
+    Answers are written to OUTPUT.partial as they are made, after a line with the settings. An answer depends only on
+    its place in the file and the seed, so an interrupted run ends with the same file as an uninterrupted one.
 
     Raises:
         UserError: the prompts cannot be read, the partial file is of another run, or the disk is full.
