@@ -1,6 +1,6 @@
-"""Judges of stories: how they end, whether they tell their topic, and whether they hold together. One file a judge."""
+"""Judges of stories: their ending, their topic and their coherence. Each judge is one file."""
 
-# What each is worth against stories that were read; tests/judges/test_yardsticks.py holds this to the readings.
+# How often each agrees with readers; tests/judges/test_yardsticks.py checks these figures.
 AGAINST_READERS = (
     "On 400 stories that were read, the classifier is right on 96.8% of the happy and 99.5% of the sad endings, the "
     "lexicon on 96.8% and 97.7%; the judge of topics is right on 97.8% of the stories about their topic and 71.8% of "

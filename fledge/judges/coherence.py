@@ -1,22 +1,23 @@
-"""Does a story hold together? Offline, from counts of the training stories, in milliseconds a story.
+"""Is a story coherent? Judged offline, from counts of the training stories, in milliseconds per story.
 
-What is read off a story, and what it is meant to catch:
+The features of a story, and what each should detect:
 
-- `surprise`, `unevenness`, `worst`, `odd`: a word model's bits a word, their spread, the five words that it expects
-  least, and how many it hardly expects at all; a verb that does not fit, a sentence out of place.
-- `order`: whether sentences stand where stories have their words, "one day" early and "learned" late.
-- `fit`, `fresh`: whether the words of a sentence occur in stories with those of its neighbours, and how many of them
-  occur nowhere else in the story; a sentence of another story (the lexical cohesion of Foltz et al. 1998, by counts).
+- `surprise`, `unevenness`, `worst`, `odd`: bits per word under an n-gram model, their spread, the five most surprising
+  words, and the number of very surprising ones; a verb that does not fit, a sentence out of place.
+- `order`: whether sentences come where stories usually have their words, "one day" early and "learned" late.
+- `fit`, `fresh`: whether the words of a sentence usually occur with those of its neighbours, and how many of them occur
+  nowhere else in the story; a sentence of another story (the lexical cohesion of Foltz et al. 1998, by counts).
 - `given`: "the dog" before any "a dog", for a thing that stories introduce with "a" (Barzilay and Lapata 2008, order).
-- `late_names`, `names`, `lost_name`, `gender`, `switch`: who appears from nowhere, who vanishes, and pronouns that fit
-  nobody or change half-way.
-- `repeated`, `same`, `twice`: runs of four words that came before, a word twice in a sentence, a sentence twice.
+- `late_names`, `names`, `lost_name`, `gender`, `switch`: characters who appear without introduction or vanish, and
+  pronouns that fit nobody or change half-way.
+- `repeated`, `same`, `twice`: repeated word 4-grams, a word twice in a sentence, a sentence twice.
 - `short`, `long`, `words`: a story of fewer than 70 or more than 350 words, and its length.
 
-A linear score of them tells stories from broken ones (`corruption.py`; the idea is UNION's, Guan and Huang 2020,
-https://aclanthology.org/2020.emnlp-main.736). benchmarks/train_judges.py learns its weights; what is usual is learned
-from the training stories at hand. Repetition counts once more, since readers mark it down and a model that is rewarded
-falls into it. No sum of these understands a story: docs/evaluation.md says how well it agrees with readers.
+A linear score of these features distinguishes stories from damaged ones (`corruption.py`; the idea of UNION, Guan and
+Huang 2020, https://aclanthology.org/2020.emnlp-main.736). benchmarks/train_judges.py learns its weights; the usual
+values come from the training stories of the run. Repetition gets an extra penalty, because readers mark it down and
+models that are trained by rewards tend to it. The score does not understand a story: docs/evaluation.md says how well
+it agrees with readers.
 """
 
 import json
@@ -47,7 +48,7 @@ MALE = frozenset(("he", "him", "his", "himself"))
 FEMALE = frozenset(("she", "her", "hers", "herself"))
 MEN = beings.MALE | {"mr", "sir"}
 WOMEN = beings.FEMALE | {"mrs", "ms", "miss"}
-# A story tells with more words than a summary that say little of what it is about.
+# Function words of stories: they use more words than summaries that say little about the topic.
 COMMON_WORDS = FUNCTION_WORDS - {"gets", "learn", "learns", "makes"} | frozenset(
     """any away back came come down go going here herself himself let like lot many much now oh said saw something soon
     thank these thing things those want wanted went why yes""".split()  # noqa: SIM905
@@ -63,16 +64,16 @@ def tokens(text: str) -> list[str]:
 
 
 def content(text: str) -> list[str]:
-    """The words that carry meaning, without their plainest endings."""
+    """The content words, without plain inflectional endings."""
     words = re.findall(r"[a-z]{3,}", text.lower().replace("’", "'").replace("'s", ""))
     return [re.sub(r"(?<=\w{3})(?:ies|ied|es|s|ed|ing|e|y)$", "", word) for word in words if word not in COMMON_WORDS]
 
 
 class CoherenceJudge:
-    """Learns what is usual from stories, and places a story among those that it has not learned from.
+    """Learns the usual values of the features from stories, and ranks a story among stories that it did not learn from.
 
-    `judge` gives the share of those that are less coherent: 0.5 is an ordinary story of the training data, and one
-    below 0.05 is among their weakest twentieth.
+    `judge` returns the share of these stories that are less coherent: an average story of the training data has 0.5,
+    one of the weakest twentieth has less than 0.05.
 
     Raises:
         UserError: there is no story to learn from.
@@ -103,7 +104,7 @@ class CoherenceJudge:
         return np.searchsorted(self.usual, self.score(stories), side="right") / len(self.usual)
 
     def measure(self, stories: list[str]) -> dict[str, float]:
-        """For each kind of damage, the share of stories that score above themselves broken so."""
+        """For each kind of damage, the share of stories that score higher than their damaged copies."""
         stories, rng = stories[:PAIRS], random.Random(0)
         corrupter, found = Corrupter(stories, rng), {}
         for kind in TESTED:
@@ -115,7 +116,7 @@ class CoherenceJudge:
         return found
 
     def score(self, stories: list[str]) -> np.ndarray:
-        """(stories,), on no scale: higher is more coherent. What is better than usual counts little."""
+        """(stories,), without a scale: higher is more coherent. Features that are better than usual count little."""
         found = self.features(stories)
         local, scaled = self._local(found), self._scaled(found)
         excess = sum(
@@ -130,7 +131,7 @@ class CoherenceJudge:
         return (self._scaled(features) @ self.weights - self.middle) / self.width
 
     def _count_places(self, stories: list[str]) -> None:
-        """`place`: word → where in stories it stands on average, from -0.5 (the first sentence) to 0.5 (the last)."""
+        """`place`: word → its mean position in stories, from -0.5 (the first sentence) to 0.5 (the last)."""
         sums: dict[str, list[float]] = {}
         for story in stories:
             parts = sentences(story)
@@ -142,14 +143,14 @@ class CoherenceJudge:
         self.place = {word: total / (count + 5) for word, (total, count) in sums.items()}
 
     def _order(self, parts: list[str]) -> float:
-        """The covariance of where sentences stand and where their words do."""
+        """The covariance of the positions of the sentences and the usual positions of their words."""
         if len(parts) < 2:
             return 0.0
         expected = [np.mean([self.place.get(word, 0.0) for word in tokens(part)] or [0.0]) for part in parts]
         return float(np.mean(np.linspace(-0.5, 0.5, len(parts)) * expected))
 
     def _count_company(self, stories: list[set[str]]) -> None:
-        """`company` (words, words): log of how much more often two words share a story than by chance."""
+        """`company` (words, words): the pointwise mutual information of two words in a story."""
         counts = Counter(word for story in stories for word in sorted(story))
         self.index = {word: i for i, (word, count) in enumerate(counts.most_common(2500)) if count >= 4}
         inside = np.zeros((len(stories), max(1, len(self.index))), dtype=np.float32)
@@ -160,7 +161,7 @@ class CoherenceJudge:
         np.fill_diagonal(self.company, np.clip(np.log((len(stories) + 1) / (single + 1)), 0, 4))
 
     def _count_introductions(self, stories: list[str]) -> None:
-        """`introduced`: noun → how often its first mention in a story is "a", and how often "the"."""
+        """`introduced`: noun → how often its first mention in a story has "a", and how often "the"."""
         self.introduced: dict[str, list[int]] = {}
         for story in stories:
             for noun, definite in first_mentions(story).items():
@@ -188,7 +189,7 @@ class CoherenceJudge:
         return np.array([[row[name] for name in FEATURES] for row in rows]).reshape(len(rows), len(FEATURES))
 
     def _of_words(self, story: str, bits: np.ndarray, parts: list[str], each: list[list[str]]) -> dict[str, float]:
-        """What the words of a story tell; `each` are the content words of each of its sentences `parts`."""
+        """The features of words; `each` are the content words of each sentence in `parts`."""
         words = tokens(story)
         runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
         return {
@@ -241,7 +242,7 @@ class CoherenceJudge:
         }
 
     def _misfits(self, story: str, found: Counter[str]) -> int:
-        """How many pronouns of the narration fit nobody in the story; 0 where anybody's gender is open."""
+        """How many pronouns of the narration fit nobody in the story; 0 if a character's gender is unknown."""
         words = set(tokens(story))
         male, female = bool(words & MEN), bool(words & WOMEN)
         for name in found:
@@ -260,6 +261,6 @@ def first_mentions(story: str) -> dict[str, bool]:
 
 
 def pronouns(text: str) -> tuple[int, int]:
-    """How often "he" and "she" occur, in any case of theirs."""
+    """How often "he" and "she" occur, in any grammatical case."""
     words = tokens(text)
     return sum(word in MALE for word in words), sum(word in FEMALE for word in words)

@@ -1,7 +1,7 @@
-"""Stories with something broken, from which the judge of coherence learns what broken looks like.
+"""Damaged copies of stories, from which the judge of coherence learns.
 
-Sentences out of order are the test of Barzilay and Lapata (2008, https://aclanthology.org/J08-1001), a sentence of
-another story is that of Li and Jurafsky (2017, https://aclanthology.org/D17-1019).
+Shuffled sentences are the test of Barzilay and Lapata (2008, https://aclanthology.org/J08-1001); a sentence of another
+story is the test of Li and Jurafsky (2017, https://aclanthology.org/D17-1019).
 """
 
 import random
@@ -17,9 +17,9 @@ ALL = (*TESTED, "salad", "repeated", "cut", "endless")
 
 
 class Corrupter:
-    """Breaks stories; names, verbs and sentences that do not belong come from the other stories.
+    """Damages stories with names, verbs and sentences of other stories.
 
-    Each method returns the broken story, or None where it has nothing to break.
+    Each method returns the damaged story, or `None` if it finds nothing to damage.
     """
 
     def __init__(self, stories: list[str], rng: random.Random):
@@ -43,7 +43,7 @@ class Corrupter:
         return None
 
     def name(self, story: str) -> str | None:
-        """The most frequent name becomes another one from the middle of its mentions on."""
+        """From the middle of its mentions on, the most frequent name is replaced by another."""
         found = names(story)
         if not found:
             return None
@@ -64,7 +64,7 @@ class Corrupter:
         return " ".join(parts) if new not in story else None
 
     def verb(self, story: str) -> str | None:
-        """One verb becomes another in the same form, drawn by how often stories use it."""
+        """One verb is replaced by another in the same form, sampled by its frequency in stories."""
         places = [match for match in re.finditer(r"\b[a-z]+\b", story) if verb_form(match[0]) in self.verbs]
         if not places:
             return None
@@ -82,7 +82,7 @@ class Corrupter:
         return " ".join([*parts[:at], " ".join(words), *parts[at + 1 :]]) if len(words) > 3 else None
 
     def repeated(self, story: str) -> str | None:
-        """One of the last sentences comes two to six times more."""
+        """One of the last sentences is repeated two to six times."""
         parts = sentences(story)
         if len(parts) < 3:
             return None
@@ -106,7 +106,7 @@ def names(story: str) -> Counter[str]:
 
 @lru_cache(maxsize=100_000)
 def verb_form(word: str) -> str | None:
-    """The form of a word that is nothing but a verb in it, "past" or "ing"; None for any other word."""
+    """The form ("past" or "ing") of a word that can only be a verb; `None` for any other word."""
     from lemminflect import getAllLemmas, getInflection
 
     found = getAllLemmas(word)

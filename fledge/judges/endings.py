@@ -1,10 +1,10 @@
-"""How does a story end, happily or sadly? Two judges of different kinds, so that what fools one shows in the other.
+"""Does a story end happily or sadly? The first of two judges of different kinds: a text seldom fools both.
 
 `EndingJudge` is a linear model of the words and word pairs of the last four sentences. It does not learn from the
-labels of the run that it judges: a rule made those, and the judge would find the rule again. Its weights are made by
-benchmarks/train_judges.py, from the shipped tales first, then from real stories on whose ending it agrees with the
-second judge (co-training, Blum and Mitchell 1998, https://doi.org/10.1145/279943.279962). One half of these stories
-makes the judge that evaluates (`endings.json`), and the other half the one that rewards (`rewarding.json`).
+labels of the run that it judges: a rule made those, and the judge would only learn the rule. benchmarks/train_judges.py
+trains its weights, first on the shipped tales, then on real stories for whose ending it agrees with the second judge
+(co-training, Blum and Mitchell 1998, https://doi.org/10.1145/279943.279962). One half of these stories trains the judge
+that evaluates (`endings.json`), the other half the one that rewards (`rewarding.json`).
 """
 
 import json
@@ -28,7 +28,7 @@ def _weights(name: str) -> dict:
 
 
 def last_sentences(story: str) -> str:
-    """The last four sentences; "The end." is none.
+    """The last four sentences, not counting "The end."
 
     >>> last_sentences("A. B. C. D. E. The end.")
     'B. C. D. E.'
@@ -44,9 +44,9 @@ def grams(story: str) -> list[str]:
 
 
 class EndingJudge:
-    """Tells a happy ending from a sad one.
+    """Classifies endings as happy or sad.
 
-    `weights` is a word or word pair → its inverse document frequency and its weight, and "" → the intercept.
+    `weights` maps a word or word pair to its inverse document frequency and its weight, and "" to the intercept.
     """
 
     def __init__(self, weights: dict[str, list[float]] | None = None):
@@ -54,7 +54,7 @@ class EndingJudge:
 
     @classmethod
     def that_rewards(cls) -> "EndingJudge":
-        """The judge for rewards, which shares no story with the one that evaluates."""
+        """The judge for rewards, which was trained on other stories than the one that evaluates."""
         return cls(_weights("rewarding.json"))
 
     def sadness(self, stories: list[str]) -> np.ndarray:
@@ -73,11 +73,11 @@ class EndingJudge:
         return ["sad" if sadness > 0.5 else "happy" for sadness in self.sadness(stories)]
 
     def measure(self, stories: list[str], endings: list[str]) -> dict:
-        """How far the judge agrees with the labels of stories: accuracy, calibration, and where they differ most.
+        """How well the judge agrees with the labels of stories: accuracy, calibration, and its most confident errors.
 
-        `brier` is the mean squared distance of its probabilities from the labels (Brier 1950; 0.25 for "one half"
-        always). `calibration` has a bin for each fifth of the probabilities of a sad ending that occurs: what it said
-        and how often the label was so.
+        `brier` is the mean squared error of its probabilities (Brier 1950; a constant 0.5 has 0.25). `calibration` has
+        a bin for each fifth of the probability of a sad ending that occurs: the mean prediction, and the share of sad
+        labels.
         """
         sadness, is_sad = self.sadness(stories), np.array([ending == "sad" for ending in endings])
         bins = np.minimum((sadness * 5).astype(int), 4)

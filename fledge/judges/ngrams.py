@@ -1,13 +1,13 @@
-"""A word model of the training stories: how surprising is each word after the two before it?
+"""A trigram model of the training stories: how surprising is each word after the two before it?
 
-Interpolated absolute discounting (Ney, Essen and Kneser 1994) over one, two and three words. Counts lie in sorted
-arrays, so that a million words are counted in about a second and a text costs a few binary searches.
+It uses interpolated absolute discounting (Ney, Essen and Kneser 1994) over one, two and three words. Counts are in
+sorted arrays, so that a million words are counted in about a second and a text needs a few binary searches.
 """
 
 import numpy as np
 
 DISCOUNT = 0.75
-WIDTH = 20  # bits for a word's number: three of them fit into 60
+WIDTH = 20  # bits for a word's number; three of them make a key of 60 bits
 MAX_WORDS = 2**WIDTH - 2
 
 
@@ -37,7 +37,7 @@ class WordModel:
 
     @staticmethod
     def _grams(ids: np.ndarray, n: int) -> np.ndarray:
-        """(all words - 2,), the n words that end at each place from the third, as one number."""
+        """(all words - 2,), the n-gram that ends at each position from the third on, as one number."""
         grams = np.zeros(max(0, len(ids) - 2), dtype=np.int64)
         for back in range(n - 1, -1, -1):
             grams = (grams << WIDTH) | ids[2 - back : len(ids) - back]
@@ -60,6 +60,6 @@ class WordModel:
 
 
 def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 where it is not among the sorted `keys`."""
+    """The value of each wanted key; 0 for those that are not among the sorted `keys`."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)

@@ -1,8 +1,8 @@
-"""The second judge of endings, of another kind: what VADER's lexicon says about the last sentences.
+"""The second judge of endings, of another kind: the valence of the last sentences in VADER's lexicon.
 
 VADER (Hutto and Gilbert 2014, https://ojs.aaai.org/index.php/ICWSM/article/view/14550) has a valence for 7,500 words,
-given by people, and rules for negation, degree and "but". It has learned nothing from stories, so a text that pleases
-the first judge by its turns of phrase does not please this one by the same.
+rated by people, and rules for negation, degree and "but". It was not trained on stories, so phrases that fool the first
+judge do not fool this one.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from fledge.text.stories import sentences
 if TYPE_CHECKING:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-HAPPY_FROM = 0.1  # of a valence from -1 to 1: stories for children are cheerful on the whole
+HAPPY_FROM = 0.1  # threshold of the valence from -1 to 1: stories for children are cheerful on the whole
 
 
 @cache
@@ -28,7 +28,7 @@ def _analyzer() -> "SentimentIntensityAnalyzer":
 
 class SentimentJudge:
     def valence(self, stories: list[str]) -> np.ndarray:
-        """(stories,), from -1 (sad) to 1 (happy): the mean over the last sentences, a later one weighing more."""
+        """(stories,), from -1 (sad) to 1 (happy): the mean over the last sentences, later ones weighted more."""
         found = []
         for story in stories:
             values = [_analyzer().polarity_scores(part)["compound"] for part in sentences(last_sentences(story))]

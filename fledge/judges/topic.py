@@ -1,10 +1,10 @@
-"""Does a story tell its topic? By rule: what the topic names is looked up in the story, and what took its place.
+"""Is a story about its topic? Rules look for each statement of the topic in the story.
 
-A sentence of the topic is laid beside the sentence of the story that shares most of its words. What the topic states is
-met, missing, or replaced: a character's kind ("a dog named Spot"), a name, a number, a thing or place (the head of a
-noun phrase), an opposite (`opposites.txt`), a negation. Words are compared by their dictionary forms in LemmInflect's
-lexicon. The rules were tuned on half of the stories in tests/judges/yardsticks.jsonl; docs/evaluation.md says how often
-they agree with readers on the other half.
+Each sentence of the topic is aligned with the sentence of the story that shares most of its words. Each statement of
+the topic is then found, missing or replaced: a character's kind ("a dog named Spot"), a name, a number, a thing or
+place (the head of a noun phrase), an opposite (`opposites.txt`), a negation. Words are compared by their lemmas in
+LemmInflect's lexicon. The rules were tuned on half of the stories in tests/judges/yardsticks.jsonl; docs/evaluation.md
+says how often they agree with readers on the other half.
 """
 
 import re
@@ -18,23 +18,23 @@ from fledge.text.beings import BEINGS, STANDARD, SYNONYMS, with_synonyms
 from fledge.text.stories import NO_NAMES, sentences
 from fledge.text.words import FUNCTION_WORDS, in_order, lemmas
 
-ALIGNED = 0.5  # of a sentence's words: enough to say that the story's sentence tells this one
-LONG = 8  # words: a summary's longer sentence may be told in several, so what it names has no one place
-MISSED = 3  # one missing noun in so many is enough to have missed the sentence
+ALIGNED = 0.5  # share of a sentence's words that the aligned sentence must have
+LONG = 8  # words: the story may spread a longer sentence of the summary over several, so it is not aligned
+MISSED = 3  # a sentence counts as missing if one noun in this many is missing
 ABOUT, CONTRADICTS, NOT = "about", "contradicts", "not"
-CENTRAL = 0.5  # of the topic's words: below, the story is about something else
+CENTRAL = 0.5  # share of the topic's words below which the story is about something else
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DETERMINERS = frozenset(
     """a an the his her their its my your our some any this that these those two three four five six seven eight nine
     ten""".split()  # noqa: SIM905
 )
 ADJECTIVES = frozenset(("little", "old", "other"))
-VERBS = frozenset(("felt", "found", "left", "made", "met", "saw", "thought"))  # nouns, too, and seldom that in a story
+VERBS = frozenset(("felt", "found", "left", "made", "met", "saw", "thought"))  # rarely nouns in stories
 PREPOSITIONS = frozenset(
     "around at for from in inside into near of on onto over to under with".split()  # noqa: SIM905
 )
 KINDS = BEINGS | frozenset(STANDARD)
-# What a story may call a character of the topic. "Parents" are mom and dad, and a son is a boy or a kid.
+# Words that a story may use for a character of the topic. "Parents" are mom and dad, and a son is a boy or a kid.
 SAME_KIND = (
     *map(frozenset, SYNONYMS),
     with_synonyms(("parent", "mom", "dad")),
@@ -62,7 +62,7 @@ class Verdict:
 
 
 def judge_topic(topic: str, story: str) -> Verdict:
-    """Whether a story is about its topic, contradicts it, or tells of something else, and why."""
+    """Judges whether a story is about its topic, contradicts it, or is about something else, with the reason."""
     wanted = content(topic)
     told, present = _read(story)
     found = [word for word in wanted if is_in(word, present)]
@@ -76,7 +76,7 @@ def judge_topic(topic: str, story: str) -> Verdict:
 
 
 def content(text: str) -> list[str]:
-    """The different words that carry meaning, names among them, in lower case and in order."""
+    """The different content words and names, in lower case and in order."""
     return [word for word in dict.fromkeys(in_order(text)) if word not in FUNCTION_WORDS]
 
 
@@ -88,7 +88,7 @@ class _Sentence:
 
 @lru_cache(maxsize=4096)
 def _read(story: str) -> tuple[list[_Sentence], frozenset[str]]:
-    """A story's sentences and all of their dictionary forms; chance asks for them again and again."""
+    """A story's sentences and all of their lemmas. Cached, because chance needs the same stories many times."""
     told = [_Sentence(part) for part in sentences(story)]
     return told, frozenset().union(*(part.forms for part in told))
 
@@ -106,7 +106,7 @@ def opposites() -> dict[str, frozenset[str]]:
 
 
 def is_in(word: str, forms: frozenset[str]) -> bool:
-    """Whether the word, or one for the same kind of character, is among dictionary forms."""
+    """Whether the word, or one for the same kind of character, is among the lemmas `forms`."""
     return bool(lemmas(word) & forms) or any(lemmas(word) & kinds and kinds & forms for kinds in SAME_KIND)
 
 
@@ -131,7 +131,7 @@ def _other_character(topic: str, story: str) -> tuple[str, str] | None:
 
 
 def _other_statement(part: str, told: list[_Sentence], present: frozenset[str]) -> tuple[str, str] | None:
-    """What one sentence of the topic states and the story replaces, drops or denies."""
+    """A statement of one sentence of the topic that the story replaces, drops or denies."""
     wanted = content(part)
     if not wanted or not told:
         return None
@@ -165,7 +165,8 @@ def base(word: str) -> str:
 
 
 def heads(text: str) -> list[str]:
-    """The last word of each noun phrase: of what follows a determiner or preposition, up to a verb or function word."""
+    """The head of each noun phrase: the last word after a determiner or preposition and before a verb or function
+    word."""
     found: list[str] = []
     phrase: list[str] = []
     is_open = False
@@ -208,7 +209,7 @@ def _other_negation(part: str, beside: _Sentence) -> tuple[str, str] | None:
 
 
 def denials(text: str) -> dict[str, bool]:
-    """The verb's dictionary form → whether it is denied ("did not want"), for each verb that occurs once."""
+    """The verb's lemma → whether it is negated ("did not want"), for each verb that occurs once."""
     found: dict[str, list[bool]] = {}
     for match in VERB_PHRASE.finditer(text.lower().replace("’", "'")):
         if match["denied"] or verb_form(match["verb"]):

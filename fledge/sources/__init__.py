@@ -1,4 +1,4 @@
-"""Sources: raw data → records. One file a source, and nothing else in this folder.
+"""Sources: raw data → records. Each source is one file, and this folder has no other files.
 
 docs/data.md shows the form of each and how to add one.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from fledge.errors import UserError
 from fledge.reading.files import Chunk, row_chunks, text_chunks
 
-# Records in another's form that are this project's own, by their size in bytes: their SHA-256.
+# The project's own records in the form of TinyStories-Instruct: size in bytes → SHA-256.
 SHIPPED = {
     727_779: "a582e6b6629b6b7a6a1d4952eed572ec1e22857a8d3b32030eaead0e9a0e6dc3",  # examples/tales.txt.gz
     574_956: "6ffde9487455db7b22ce8b320d81074eaffd3aeff0dae5e7caae5f80e9f6c0ab",  # examples/two_endings.txt.gz
@@ -24,7 +24,7 @@ SHIPPED = {
 
 @dataclass(frozen=True)
 class Source:
-    """A source: its name and, for `columns`, the columns that hold what a record needs."""
+    """A source: its name and, for `columns`, which column has which field."""
 
     name: str
     columns: tuple[tuple[str, str], ...] = ()
@@ -34,9 +34,9 @@ class Source:
         return importlib.import_module(f"fledge.sources.{self.name}")
 
     def license(self, data: list[str]) -> str | None:
-        """The SPDX id of the data that the source is named after; None when it may be anybody's.
+        """The SPDX id of the dataset that the source is named after; `None` if the data may come from anywhere.
 
-        The shipped records have the licence of this project, whatever source reads them.
+        The shipped records have this project's licence, whatever source reads them.
         """
         return "apache-2.0" if all(map(_is_shipped, data)) else self.module.LICENSE
 
@@ -51,7 +51,7 @@ class Source:
         return text_chunks(data, self.module.END) if self.module.END else row_chunks(data)
 
     def parse(self, chunk: Chunk) -> list[dict[str, Any]]:
-        """The records of a chunk, in its order, none left out.
+        """All records of a chunk, in order.
 
         Raises:
             UserError: a column is missing.
@@ -70,7 +70,7 @@ def source_names() -> list[str]:
 
 
 def load_source(name: str, columns: str | None = None) -> Source:
-    """`columns` is the text of --columns: `instruction=question,response=answer`.
+    """Opens a source. `columns` is the value of --columns: `instruction=question,response=answer`.
 
     Raises:
         UserError: there is no source of that name, or the columns do not go with it.

@@ -1,6 +1,6 @@
 """Alpaca's form (Taori et al. 2023): `instruction`, `input` (empty in most records, or no column) and `output`.
 
-Much data by others has it too, so the licence is not assumed.
+Many other datasets have this form, so no licence is assumed.
 """
 
 import re
@@ -15,7 +15,7 @@ FORMS = (
     {"instruction": "instruction", "input": "input", "response": "output"},
     {"instruction": "instruction", "response": "output"},  # WizardLM's
 )
-NOTHING = re.compile(r"\W*no ?(input|output)\W*", re.IGNORECASE)  # GPT-3.5's way to say so: "<noinput>", "Noinput"
+NOTHING = re.compile(r"\W*no ?(input|output)\W*", re.IGNORECASE)  # an empty input: "<noinput>", "Noinput"
 
 
 def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:

@@ -1,6 +1,6 @@
-"""A model's own rewarded answers: the samples.jsonl of evaluate_model.py --answers_only, or the folder that it wrote.
+"""A model's own answers with rewards: samples.jsonl of evaluate_model.py --answers_only, or the folder that it wrote.
 
-A record is a prompt with all answers of the model to it. It goes with the task that the prompts are of.
+A record is a prompt with all answers of the model to it. Use it with the task of the prompts.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def chunks(data: str) -> Iterator[Chunk]:
 
 
 def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Yields for each prompt its line with all `answers` to it in place of one.
+    """Yields one record per prompt: its line, with all `answers` in place of one.
 
     Raises:
         UserError: a line is not one of `samples.jsonl`, answers a prompt outside the training split, or has the number

@@ -1,4 +1,4 @@
-"""Any table whose columns are named by the user, or that holds conversations: JSON, JSON lines, CSV, parquet, Hub.
+"""Any table with columns that the user names, or with conversations: JSON, JSON lines, CSV, parquet, Hub.
 
 --source columns --data records.csv --columns instruction=question,input=passage,response=answer
 --source columns --data chats.jsonl --columns messages=conversation
@@ -17,10 +17,10 @@ OPTIONAL = ("input", "category", "group")
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """`instruction=question,response=answer` → what a record needs → the column that holds it.
+    """`instruction=question,response=answer` → a dictionary from field to column.
 
     Raises:
-        UserError: not of this form, or neither `messages` nor both `instruction` and `response` are named.
+        UserError: the text has another form, or names neither `messages` nor both `instruction` and `response`.
     """
     pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
     columns = {pair[0].strip(): pair[1].strip() if pair[1:] else "" for pair in pairs}
@@ -34,13 +34,14 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:
-    """Records of `instruction`, `input`, `output`, or of `messages`; `category` and `group` where they are named.
+    """Records with `instruction`, `input` and `output`, or with `messages`, and `category` and `group` if they are
+    named.
 
-    A row of JSON may leave out what it has no value for.
+    A row of JSON may leave out a column that has no value.
 
     Raises:
-        UserError: no row at the beginning of a table has a column that was named, or a row holds what is neither text
-            nor messages.
+        UserError: no row at the beginning of a table has a column that was named, or a value is neither text nor
+            messages.
     """
     for column in columns.values() if chunk.first_row == 1 else ():
         if not any(column in row for row in chunk.rows):
@@ -55,10 +56,10 @@ def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:
 
 
 def parse_form(chunk: Chunk, forms: tuple[dict[str, str], ...]) -> Iterator[dict]:
-    """The records of a table that is known to have one of `forms`: the first of them whose columns its rows have.
+    """The records of a table in one of `forms`: the first form whose columns the rows have.
 
     Raises:
-        UserError: it has none of them.
+        UserError: the table has none of these forms.
     """
     found = {column for row in chunk.rows for column in row}
     for form in forms:

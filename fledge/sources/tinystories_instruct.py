@@ -1,7 +1,8 @@
 """TinyStories-Instruct (Eldan and Li 2023): stories with the fields they were written from.
 
-A record ends with a line `<|endoftext|>`. Its fields, each starting a line, come in any order and also after the
-story; a value begins on the field's line or on one below and runs to the next field or the end of the record:
+A record ends with a line `<|endoftext|>`. Its fields, each at the beginning of a line, come in any order, before or
+after the story. A value begins on the line of its field or below it and runs to the next field or the end of the
+record:
 
     Features: Dialogue, BadEnding
     Words: quit, oak, gloomy
@@ -12,10 +13,10 @@ story; a value begins on the field's line or on one below and runs to the next f
     Sara and Ben were playing in the park. ...
     <|endoftext|>
 
-A line of the story may begin as a field does ("Words: that was all he had."). After `Story:` such a line is a field
-only if it has the form of one. `Features` and `Words` are one line that is no sentence, `Random sentence` is one line;
-nothing but another field may follow these three. A further `Story:` stands alone on its line. A `Summary` is one line
-if the record has another before its story. Anything else belongs to the story.
+A line of the story may begin with a field's name ("Words: that was all he had."). After `Story:` such a line is a field
+only if it has the form of one. `Features` and `Words` are one line that is not a sentence, `Random sentence` is one
+line, and only another field may follow these three. A second `Story:` stands alone on its line. A `Summary` is one line
+if the record already has one before its story. Every other line belongs to the story.
 """
 
 import re
@@ -38,9 +39,9 @@ FORMS = {
 
 
 def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Yields one dictionary a record, field name → value, in the record's order.
+    """Yields a dictionary per record, field name → value, in the order of the record.
 
-    Of a repeated field the first value that is not empty counts; repeated `Features` and `Words` are one list.
+    If a field is repeated, its first non-empty value counts; repeated `Features` and `Words` are joined into one list.
     """
     for text in chunk.text.split(END):
         if text.strip():
@@ -48,7 +49,7 @@ def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict[str, str]]:
 
 
 def parse_record(text: str) -> dict[str, str]:
-    """`text` is what stands between two ends, after a line break."""
+    """The fields of one record. `text` is the part between two end marks, after a line break."""
     found = list(FIELD.finditer(text))
     names = [match[1] for match in found]
     if "Story" not in names and STORY_WITHIN_A_LINE.search(text):
@@ -67,10 +68,10 @@ def parse_record(text: str) -> dict[str, str]:
 
 
 def _fields(text: str, found: list[re.Match], story: int) -> list[re.Match]:
-    """Leaves out the matches after the one at `story` that only begin a line of it."""
+    """Removes the matches after the one at `story` that are lines of the story."""
     has_summary = any(match[1] == "Summary" for match in found[:story])
     kept, end = [], len(text)
-    for match in reversed(found[story + 1 :]):  # from the end, where it is known what follows
+    for match in reversed(found[story + 1 :]):  # backwards, because whether a line is a field depends on the next one
         may_be_long = match[1] == "Summary" and not has_summary
         if may_be_long or FORMS[match[1]].fullmatch(text, match.end(), end):
             kept.append(match)

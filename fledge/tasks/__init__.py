@@ -1,7 +1,7 @@
-"""Tasks: what a model learns to do, and how its answers are scored. One file a task, and nothing else in this folder.
+"""Tasks: what a model learns to do, and how its answers are scored. Each task is one file of this folder.
 
 To add a task, put a file with one subclass of `Task` here, or name a file of your own: `--task my_task.py`.
-docs/tasks.md shows a whole one.
+docs/tasks.md shows a complete one.
 """
 
 import importlib
@@ -35,72 +35,81 @@ class RejectedRecord(Exception):
 
 
 class Task(ABC):
-    """What is asked of a record, and how an answer to it is scored. Both are in one class, so they cannot drift apart.
+    """Makes prompts and reference answers from records, and scores answers. One class does both, so they cannot drift
+    apart.
 
-    The name of a task is the name of its file. A subclass sets the attributes without a value, and defines `examples`
-    and `score`. A task whose scores need something that is learned from the training split also defines `scorer`.
+    The name of a task is the name of its file. A subclass sets the attributes that have no value here, and defines
+    `examples` and `score`. If its scores need something learned from the training split, it also defines `scorer`.
     """
 
     template: str
-    """The prompt style used without `--template`: the name of a file in fledge/templates/."""
+    """The default of `--template`: the name of a file in fledge/templates/."""
 
     purpose: str
     """Completes "a language model trained to …", on the model's card and the Space."""
 
     example: Messages
-    """A conversation that ends with a user's message: the prompt of cards and of smoke tests when there is no dataset.
+    """A conversation that ends with a user's message: the example prompt of cards and of smoke tests.
 
-    A system message in it is the system message of every conversation with the model.
+    Its system message, if it has one, is that of every conversation with the model.
     """
 
     columns: dict[str, tuple[str, ...] | str]
-    """The columns of a row beside its messages. A tuple holds the labels of a class; the other kinds are `"string"` and
-    `"strings"` (a list). Classes can be given to `--balance`, and the evaluation reports its figures by class."""
+    """The columns of a row besides its messages: name → a tuple of class labels, `"string"`, or `"strings"` (a list).
+
+    `--balance` accepts classes, and the evaluation reports its figures by class.
+    """
 
     meaning: dict[str, str]
-    """Every metric that `score` may return, and `instruction_following`, each with the sentence that explains it."""
+    """Every metric that `score` may return, and `instruction_following`, each with its definition."""
 
     constraints: dict[str, float]
-    """The metrics that say whether an answer did what its prompt asks, and the least value that counts as done.
+    """The metrics that decide whether an answer did what its prompt asks, each with the least value that passes.
 
-    Higher is better for each of them. Without `rewards` they are what a model is rewarded for.
+    Higher is better for each of them. They are also the rewards of a task that does not define `rewards`.
     """
 
     rewards: dict[str, float] = {}
-    """What a model is rewarded for by `train_grpo.py`: reward → its weight. A task that defines `reward` names what
-    that returns; any other task may name metrics. Every task also rewards what fledge/rewards/functions.py says."""
+    """The rewards of `train_grpo.py`: name → weight. They are values that `reward` returns, or else metrics of `score`.
+
+    Every task also has the rewards of fledge/rewards/functions.py.
+    """
 
     done: dict[str, float] = {}
-    """The rewards that say whether an answer did what its prompt asks, with the least value that counts as done, where
-    these are not the `constraints` by name."""
+    """The rewards that decide whether an answer did what its prompt asks, each with the least value that passes.
+
+    Only needed if they have other names than the `constraints`.
+    """
 
     parts: tuple[str, ...] = ("instruction",)
-    """The parts of an instruction that an answer can ignore, each by itself. Chance is what is reached without one."""
+    """The parts of an instruction that an answer can ignore separately. Each is replaced to measure chance."""
 
     judged_twice: tuple[str, str] | None = None
-    """Two metrics that say the same by judges of different kinds. Where they part, one of the judges is being gamed."""
+    """Two metrics of the same thing by different kinds of judges. If they differ, one of the judges is being gamed."""
 
     fields: dict[str, tuple[str, ...]] = {}
-    """What a prompt is made of, if it is made of fields: each with the labels that it takes, `()` for any text.
+    """The fields of a prompt that has them: name → the labels that it takes, `()` for any text.
 
     `generate.py --interactive` asks for them one by one.
     """
 
     wording: str = ""
-    """The prompt, with the fields' names in braces."""
+    """The prompt, with the names of its fields in braces."""
 
     text: str | None = None
-    """What a conversation is about, such as a story. It is given once, and the first question brings it."""
+    """What a conversation is about, such as a story. It is given once, with the first question."""
 
     asks_once: bool = False
-    """Whether every example is one instruction and one answer, never a conversation. Such a dataset is written with the
-    columns `instruction` and `response` in place of `messages`."""
+    """Whether the task is single-turn: every example is one instruction and one answer.
+
+    Such a dataset is written with the columns `instruction` and `response` in place of `messages`.
+    """
 
     may_cut: bool = False
-    """Whether `--overflow cut_prompt` may shorten the text that a prompt is about; see `answer_is_lost`."""
+    """Whether `--overflow cut_prompt` may shorten the text in a prompt; see `answer_is_lost`."""
 
     baselines: dict[str, Baseline] = BASELINES
-    """Answers that need no model, by name. The evaluation scores them and shows them beside the model."""
+    """Answers that need no model: name → baseline. The evaluation scores them and shows them beside the model."""
 
     @property
     def name(self) -> str:
@@ -113,7 +122,8 @@ class Task(ABC):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What later stages need to know, as `budget.json` holds it: they need not run the code of a task."""
+        """What later stages need to know about the task. It is stored in `budget.json`, so they need not run its
+        code."""
         told = ("purpose", "asks_once", "example", "fields", "wording", "text")
         return {name: getattr(self, name) for name in told}
 
@@ -121,8 +131,8 @@ class Task(ABC):
     def examples(self, record: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
         """Makes the examples of one record.
 
-        Each has `messages`, of which the last is the answer to learn, the task's columns, and `group`, a string:
-        examples of one group never lie in two splits. All chance comes from `rng`.
+        Each has `messages`, the last of which is the answer to learn, the task's columns, and `group`, a string:
+        examples of one group never lie in two splits. All randomness comes from `rng`.
 
         Raises:
             RejectedRecord: the record gives no example. An example with a wrong answer is worse than none.
@@ -152,7 +162,7 @@ class Task(ABC):
         return made
 
     def score(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
-        """Scores the answer to a row's prompt, which is all of its messages but the last, the reference answer.
+        """Scores the answer to a row's prompt: all of its messages except the last, which is the reference answer.
 
         Returns a value in [0, 1] for each metric that the prompt calls for; any other metric is absent, not 0.
         `instruction_following` is not among them: it follows from the constraints.
@@ -162,23 +172,22 @@ class Task(ABC):
     def reward(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
         """A value in [0, 1] for each of `rewards` that the row's prompt calls for.
 
-        A task defines it where what rewards should not be what evaluates: a model learns to please a judge that
-        rewards it, so another one must tell whether it got better. Without it, metrics of the same name are rewards.
+        A task defines this if its rewards must differ from its metrics: a model learns to please the judge that rewards
+        it, so another judge must evaluate it. Otherwise the metrics of the same names are the rewards.
         """
         raise NotImplementedError
 
     def scorer(self, train_rows: list[dict], unseen_rows: list[dict]) -> "Scorer":
-        """What scores the answers of a whole evaluation.
+        """The scorer of an evaluation.
 
-        `train_rows` are the rows of the training split, from which a scorer may learn. `unseen_rows` are those of all
-        other splits, on which it is measured.
+        It may learn from `train_rows`, the training split. Its judges are measured on `unseen_rows`, all other splits.
         """
         return Scorer(self)
 
     def kind(self, row: dict[str, Any]) -> str:
-        """What kind of thing a row asks for, such as a summary or a name.
+        """The kind of thing that a row asks for, such as a summary or a name.
 
-        Chance compares an answer with prompts of the same kind, since an answer of another kind proves nothing.
+        Chance compares an answer only with prompts of the same kind, because an answer of another kind proves nothing.
         """
         return ""
 
@@ -187,23 +196,23 @@ class Task(ABC):
         return other
 
     def weights(self, rows: list[dict[str, Any]]) -> list[float]:
-        """How much each of the rows that are evaluated counts in the task's metrics."""
+        """The weight of each evaluated row in the task's metrics."""
         return [1.0] * len(rows)
 
     def answer_is_lost(self, messages: Messages, shortened: Messages) -> bool:
-        """Whether the answer can no longer be given because the text that it is about was shortened (`may_cut`)."""
+        """Whether shortening the text in the prompt (`may_cut`) removed the answer."""
         return False
 
 
 class Scorer:
-    """Scores answers one at a time with the task's own rule. Nothing is learned."""
+    """Scores answers one at a time with `Task.score`. It learns nothing."""
 
     def __init__(self, task: Task):
         self.task = task
         self.judge: dict = {}
-        """What the judges are worth on rows that they have not seen; `metrics.json` holds it. Empty without any.
+        """The accuracy of the judges on rows that they did not learn from, for `metrics.json`; empty without judges.
 
-        Its `says`, a list of sentences, stands under every table.
+        Its `says`, a list of sentences, is printed under every table.
         """
 
     def metrics(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
@@ -213,10 +222,10 @@ class Scorer:
     def score(self, rows: list[dict], answers: list[Answer]) -> list[dict[str, float]]:
         """All metrics of each answer.
 
-        `instruction_following` is 1 where every constraint that is scored is met and the answer stopped by itself.
+        `instruction_following` is 1 if every constraint that is scored is met and the answer stopped by itself.
 
         Raises:
-            UserError: a metric has no meaning, or a value outside 0 to 1.
+            UserError: a metric is not in `meaning`, or has a value outside 0 to 1.
         """
         scored = []
         for metrics, answer in zip(self.metrics(rows, answers), answers, strict=True):
@@ -266,10 +275,10 @@ def load_task(name: str) -> Task:
 def open_task(named: str) -> Task:
     """Opens what --task names: a shipped task, or a Python file, whose code is run.
 
-    Files are opened only where a person named them, never because a dataset or a model says so.
+    A file is only run if a person names it, never because a dataset or a model names it.
 
     Raises:
-        UserError: there is no such task or file, the file cannot be run, or it defines no whole task.
+        UserError: there is no such task or file, the file cannot be run, or it does not define one complete task.
     """
     if not named.endswith(".py"):
         return load_task(named)

@@ -1,8 +1,8 @@
-"""Constraints: write a story that keeps one to three constraints which can be checked by rule.
+"""Constraints: write a story that keeps one to three constraints that rules can check.
 
-The kinds are those of IFEval (Zhou et al. 2023, https://arxiv.org/abs/2311.07911) in the words of children's stories.
-An instruction is made from a story that keeps it, and `fledge.text.checks` tells whether an answer does. In the column
-`constraints`, in `generate.py --constraints` and in this file a constraint is written "kind: value".
+The kinds are those of IFEval (Zhou et al. 2023, https://arxiv.org/abs/2311.07911), adapted to children's stories. Each
+instruction is made from a story that keeps its constraints, and `fledge.text.checks` checks the answers. In the column
+`constraints`, in `generate.py --constraints` and in this file, a constraint is written "kind: value".
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from fledge.text.stories import COMPLETE, main_character, sentences
 from fledge.text.words import in_order, used
 
 OPENINGS = ("Write a short story.", "Tell me a short story.", "Write a story for children.")
-# How each kind is asked for; the first phrasing is the plain one. A kind or one value of it, as in "question: no".
+# The phrasings of each kind, or of one value of a kind, as in "question: no". The first phrasing is the plain one.
 PHRASINGS = {
     "words": ("Use these words: {}", "Use all of these words: {}", "These words must occur in it: {}"),
     "without": ("Do not use the word {}.", "Never use the word {}.", "Leave out the word {}."),
@@ -70,16 +70,16 @@ CHECKS: dict[str, Callable[[str, str], float]] = {
     "length": _length,
     "rhyme": lambda value, text: checks.ends_in_rhyme(text),
 }
-SHARES = ("words", "sentences", "begin", "end", "speakers", "length")  # the others are kept or not
+SHARES = ("words", "sentences", "begin", "end", "speakers", "length")  # the others have no partial score
 
-# A kind that most stories support is drawn less often, so that all come up about as often.
+# Kinds that most stories support have smaller weights, so that all kinds are about equally frequent.
 WEIGHTS = {
     "words": 0.4, "without": 0.3, "sentences": 0.8, "begin": 2.5, "end": 1.2, "name": 5.0, "speakers": 1.2,
     "question": 0.6, "dialogue": 0.45, "length": 0.3,
 }  # fmt: skip
-ADDED = {"title": 1 / 8, "rhyme": 1 / 16}  # how often a story is given what hardly any has
+ADDED = {"title": 1 / 8, "rhyme": 1 / 16}  # how often a title or rhyme is added
 APART = ({"dialogue", "speakers"}, {"end", "rhyme"}, {"sentences", "length"}, {"begin", "name"})
-# What most stories have is asked for in few of them, so that no constant answer does well.
+# How often a constraint that most stories keep is asked for, so that no constant answer does well.
 SHARE = {"question: no": 0.42, "dialogue: yes": 0.7, "Lily": 0.03, "Timmy": 0.12, "Tim": 0.12, "the end": 0.05}
 COMMON = (
     "day", "time", "little", "play", "see", "say", "love", "want", "big", "girl", "happy", "sad", "friend", "find",
@@ -113,7 +113,7 @@ def parse(constraint: str) -> tuple[str, str]:
     """ "kind: value" → kind and value.
 
     Raises:
-        UserError: there is no such kind, or the value is none of its own.
+        UserError: there is no such kind, or it does not take this value.
     """
     kind, _, value = (part.strip() for part in constraint.partition(":"))
     if kind not in KINDS:
@@ -136,7 +136,7 @@ def parse(constraint: str) -> tuple[str, str]:
 
 
 def instruction(constraints: list[str], rng: random.Random | None = None) -> str:
-    """What asks for a story that keeps `constraints`, each on a line; in the plain phrasings without an `rng`.
+    """The prompt for a story that keeps `constraints`, one per line; with plain phrasings if there is no `rng`.
 
     Raises:
         UserError: see `parse`; or one kind is given twice.
@@ -160,7 +160,7 @@ def _in_words(kind: str, value: str) -> str:
 
 
 class Constraints(Task):
-    """Of each story three instructions, with one, two and three constraints. All of them lie in one split."""
+    """Each story gives three instructions, with one, two and three constraints, all in one split."""
 
     template = "story"
     purpose = "write short stories that keep the constraints of their prompt"
@@ -198,7 +198,7 @@ class Constraints(Task):
         """A TinyStories-Instruct record → three rows, fewer if the story keeps few constraints.
 
         Raises:
-            RejectedRecord: the record has no story, or its story breaks off or is none in form.
+            RejectedRecord: the record has no story, or its story breaks off or has fewer than three sentences.
         """
         story = record.get("Story", "").strip()
         if not story:
@@ -216,7 +216,7 @@ class Constraints(Task):
                 {"role": "assistant", "content": answer},
             ]
             row = {"messages": messages, "number": number, "constraints": constraints, "group": group}
-            # Of a very short story, its prompt may quote so much that it counts as a copy.
+            # The prompt may quote so much of a very short story that the story counts as a copy of it.
             if len(constraints) == count and self._is_kept(row):
                 rows.append(row)
         if not rows:
@@ -242,10 +242,11 @@ class Constraints(Task):
         }
 
     def reward(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
-        """As `score`, but words count apart from one another, and what is no story has not kept all.
+        """As `score`, but a sentence counts for at most two of the words, and a text that is not a story earns no
+        `all_kept`.
 
-        An end that is missed earns up to a half by the words that the last sentence shares with it: hardly any answer
-        has its last words right by chance, and what is never rewarded is never learned.
+        A wrong end earns up to a half for the words that the last sentence shares with it: hardly any answer gets the
+        last words right by chance, and a model never learns what is never rewarded.
         """
         scores, wanted = self.score(row, answer), dict(map(parse, row["constraints"]))
         found = {name: scores[name] for name in self.rewards if name in scores}
@@ -283,7 +284,7 @@ def _draw(record: dict, story: str, offers: dict, count: int, rng: random.Random
 
 
 def _offers(record: dict, story: str, rng: random.Random) -> dict[str, str]:
-    """The constraints that a story keeps, kind → value, each of them sure; what nearly all keep is left to chance."""
+    """The constraints that a story surely keeps, kind → value; those that nearly all stories keep only sometimes."""
     told, words, who = sentences(story), in_order(story), main_character(story) or ""
     listed = [word.strip() for word in record.get("Words", "").split(",") if in_order(word)]
     asked = list(compress(listed, checks.used_in_telling(listed, story)))
@@ -318,7 +319,7 @@ def _is_sound(kind: str, value: str, story: str, rng: random.Random) -> bool:
 
 
 def _title(record: dict, story: str, rng: random.Random) -> str | None:
-    """A title made of the main character and a thing of the story: "Lily and the Kite", "The Kite"."""
+    """A title made from the main character and a thing of the story: "Lily and the Kite", "The Kite"."""
     from lemminflect import getAllLemmas
 
     words = [word.strip().lower() for word in record.get("Words", "").split(",")]

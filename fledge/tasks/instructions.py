@@ -1,7 +1,7 @@
-"""Instructions of any kind with a reference answer: Dolly's and Alpaca's form, questions about a text, conversations.
+"""Any instructions with a reference answer: Dolly's and Alpaca's form, questions about a text, conversations.
 
-No rule tells how good an answer is. Rules can tell how much it overlaps with the reference, whether numbers and short
-answers are right, whether code parses, whether limits that the prompt states are kept, and whether a refusal was due.
+No rule can tell how good an answer is. Rules can measure its overlap with the reference, whether numbers and short
+answers are right, whether code parses, whether limits of the prompt are met, and whether a refusal was due.
 """
 
 import ast
@@ -14,7 +14,7 @@ from fledge.tasks import RejectedRecord, Task
 from fledge.text.limits import limits_met, refused
 from fledge.text.overlap import exact_match, f1, plain, rouge, translation
 
-# Dolly's eight, ours, and what has none of these names.
+# Dolly's eight categories, four of this project, and "other" for any other name.
 CATEGORIES = (
     "brainstorming",
     "classification",
@@ -29,11 +29,11 @@ CATEGORIES = (
     "refusal",
     "other",
 )
-# FairytaleQA names what a question is about; all of them are questions about a given text.
+# FairytaleQA's attributes of questions: all are questions about a given text.
 FAIRYTALE_ATTRIBUTES = (
     "action", "causal relationship", "character", "feeling", "outcome resolution", "prediction", "setting",
 )  # fmt: skip
-SHORT = 5  # words of a reference that is to be met exactly
+SHORT = 5  # words: a shorter reference must be matched exactly
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -64,15 +64,15 @@ class Instructions(Task):
         "refusal_when_not": "a request that should be answered is refused (lower is better)",
     }
     constraints = {"responds": 1.0, "right_number": 1.0, "code_parses": 1.0, "f1": 0.5, "limits_met": 1.0}
-    # Overlap is no measure of quality, but it rewards something in every answer; without it most prompts give nothing.
+    # Overlap does not measure quality, but it gives every answer a reward; without it most prompts would give none.
     rewards = {**dict.fromkeys(constraints, 1.0), "rougeL": 0.5}
     may_cut = True  # see answer_is_lost
 
     def examples(self, record: dict, rng: random.Random) -> list[dict]:
-        """One example, the same for every `rng`. Its group is that of the record, else the text or the question.
+        """One example, the same for every `rng`. Its group is that of the record, or else its text or its question.
 
         Raises:
-            RejectedRecord: nothing is asked or nothing is answered.
+            RejectedRecord: the record has no question or no answer, or its messages cannot be used.
         """
         messages = record["messages"] if "messages" in record else _one_turn(record)
         roles = [message["role"] for message in messages if message["role"] != "system"]
@@ -88,7 +88,7 @@ class Instructions(Task):
             category = "closed_qa"
         category = re.sub(r"[\s-]+", "_", category)  # "Closed QA"
         category = category if category in CATEGORIES else "other"
-        # Questions about one text lie in one split; without a text, the question itself is what must not be in two.
+        # Questions about one text must lie in one split; without a text, repetitions of a question must.
         first = next(message["content"] for message in messages if message["role"] == "user")
         group = record.get("group") or record.get("input") or first
         return [{"messages": messages, "category": category, "group": " ".join(group.split())}]
@@ -116,7 +116,7 @@ class Instructions(Task):
         return row["category"]
 
     def answer_is_lost(self, messages: Messages, shortened: Messages) -> bool:
-        """Whether an answer stood word for word in the prompt, and no longer does."""
+        """Whether an answer occurred word for word in the prompt and no longer does."""
         before, after = (
             " ".join(f" {plain(message['content'])} " for message in of_all if message["role"] != "assistant")
             for of_all in (messages, shortened)

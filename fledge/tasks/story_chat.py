@@ -1,7 +1,7 @@
-"""Story chat: write a story, sum one up, and answer questions about it, alone or in a conversation about one story.
+"""Story chat: write a story, summarize it, and answer questions about it, in single turns or in a conversation.
 
-The answers come from the record (TinyStories-Instruct) and from rules that answer only when they are certain
-(`fledge.text.stories`). The phrasings and the parts of a conversation are drawn at random.
+The answers come from the record (TinyStories-Instruct) and from rules that answer only if they are certain
+(`fledge.text.stories`). The phrasings and the turns of a conversation are chosen at random.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ SYSTEM = {
 }
 KINDS = ("summary", "moral", "words", "who", "what", "happy", "talk")
 
-# The first phrasing of each kind is the plain one, which `CAPABILITIES` asks with.
+# The first phrasing of each kind is the plain one, which `CAPABILITIES` uses.
 PHRASINGS = {
     "summary": ("Summarize this story.", "What is this story about?", "Give a short summary of the story."),
     "moral": ("What is the moral of the story?", "What does this story teach?", "Which lesson does the story state?"),
@@ -42,7 +42,7 @@ PHRASINGS = {
 }
 DIALOGUE = "\nThe story should contain dialogue."
 ROLE_TOKEN = re.compile(r"<\|\w+\|>|^(?:user|assistant|system) ?:", re.MULTILINE | re.IGNORECASE)
-# Nearly every story ends happily and has dialogue. Asked of all of them, a model would learn to say yes unread.
+# Nearly every story ends happily and has dialogue. If all were asked about, a model would learn to always say yes.
 SHARE_OF_YES = {"happy": 1 / 3, "talk": 1 / 2}
 LONGEST_CONVERSATION = 4  # answers
 
@@ -92,12 +92,12 @@ class StoryChat(Task):
         "moral_rougeL": "longest common subsequence with the moral that the story states (ROUGE-L, F-measure)",
         "words_used": "share of the requested words that the story uses, in any inflection",
         "all_words_used": "the story uses all requested words",
-        "dialogue": "somebody speaks in the story, where the prompt asks for dialogue",
+        "dialogue": "somebody speaks in the story, if the prompt asks for dialogue",
         "exact_match": "a question is answered with the reference's words, but for case, punctuation and articles",
         "f1": "words shared with the reference answer to a question (harmonic mean of precision and recall)",
         "long_enough": "a story that was asked for has at least three sentences",
         "short_enough": "a summary or an account is less than half as long as its prompt",
-        "own_words": "a summary or an account is not just a piece of its text, where the reference is none either",
+        "own_words": "a summary or an account is not copied word for word from its text; absent if its reference is",
         "no_role_leak": "no role token of the conversation stands in the answer",
     }
     constraints = {
@@ -166,7 +166,7 @@ class StoryChat(Task):
             made.append(example("words", "single", written))
         if len(answers) > 1:
             kinds = rng.sample(list(answers), rng.randint(2, min(LONGEST_CONVERSATION, len(answers))))
-            # It goes on from a story that was just written, or begins with one that the user brings.
+            # The conversation continues from a story that was just written, or begins with one that the user brings.
             turns = written if written and rng.random() < 0.5 else []
             for kind in kinds:
                 turns = turns + ask(kind, "" if turns else story)
@@ -199,7 +199,7 @@ class StoryChat(Task):
         return scores
 
     def reward(self, row: dict, answer: Answer) -> dict[str, float]:
-        """As `score`, but words count in a story alone, apart from one another, and overlap is rewarded as well."""
+        """As `score`, but words count as in `checks.uses_apart` and only in a story; overlap is rewarded as well."""
         scores = self.score(row, answer)
         same = ("dialogue", "grounded", "short_enough", "own_words", "no_role_leak")
         found = {name: scores[name] for name in same if name in scores}
@@ -216,7 +216,7 @@ class StoryChat(Task):
         return row["kind"]
 
     def weights(self, rows: list[dict]) -> list[float]:
-        """Yes and no weigh the same among the questions of a kind that has both, so always "Yes." is right in half."""
+        """Yes and no get the same total weight in each kind of question, so a constant "Yes." scores one half."""
         asked = Counter((row["kind"], row["messages"][-1]["content"]) for row in rows if row["kind"] in SHARE_OF_YES)
         weights = []
         for row in rows:
@@ -248,6 +248,6 @@ def _lists(record: dict, feature: str) -> bool:
 
 
 def _words_used(record: dict, story: str) -> list[str]:
-    """The record's words that its story does use."""
+    """The record's words that its story uses."""
     words = [word.strip() for word in record.get("Words", "").split(",") if word.strip()]
     return [word for word, is_used in zip(words, used(words, story), strict=True) if is_used]

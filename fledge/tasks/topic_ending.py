@@ -3,7 +3,7 @@
     Write a story about: {summary}
     With: {ending} ending
 
-The examples and their metrics are defined together, so what is asked and what is scored cannot drift apart.
+The prompts and their metrics are defined together, so that they cannot drift apart.
 """
 
 import random
@@ -19,8 +19,8 @@ from fledge.messages import Answer
 from fledge.tasks import RejectedRecord, Scorer, Task
 from fledge.text.stories import COMPLETE
 
-SURE = 0.8  # a judge's probability of an ending that earns the whole reward: what makes it surer is no better story
-KEPT = 20_000  # texts whose judgements are kept: an evaluation scores the same ones again for chance, rewards never do
+SURE = 0.8  # probability of the ending that earns the full reward: above it, a judge is surer but the story no better
+KEPT = 20_000  # texts in the cache of judgements: chance scores the same answers again, rewards never do
 DAMAGE = {
     "shuffled": "its sentences shuffled",
     "name": "a name swapped half-way",
@@ -40,7 +40,7 @@ def requested(text: str) -> tuple[str, str]:
     """The topic and the ending that an instruction asks for.
 
     Raises:
-        UserError: it does not ask for them, as a prompt does not that was cut.
+        UserError: the instruction has another form, for example because it was cut.
     """
     found = re.fullmatch(r"Write a story about: (.*)\nWith: (\w+) ending", text)
     if not found:
@@ -49,7 +49,8 @@ def requested(text: str) -> tuple[str, str]:
 
 
 class TopicEnding(Task):
-    """A record of TinyStories-Instruct gives one example: its summary is the topic, `BadEnding` makes it a sad one."""
+    """A record of TinyStories-Instruct gives one example: its summary is the topic; with `BadEnding` the ending is
+    sad."""
 
     template = "story"
     purpose = "write a short story about a given topic with a happy or a sad ending"
@@ -61,7 +62,7 @@ class TopicEnding(Task):
         "ending_match": "the story ends as its prompt asks, by a classifier of endings",
         "ending_match_second": "the same by a second judge, a lexicon of sentiment",
         "topic": "share of the topic's words that the story has; below one half if it contradicts or leaves its topic",
-        "coherence": "share of unseen training stories that hold together less well than this one",
+        "coherence": "share of unseen training stories that are less coherent than this one",
         "instruction_following": "right ending by both judges, about its topic, at least as coherent as the weakest "
         "twentieth of the training stories, and stopped by end-of-text",
     }
@@ -100,9 +101,10 @@ class TopicEnding(Task):
         return row | {"messages": messages, "ending": ending}
 
     def reward(self, row: dict, answer: Answer) -> dict[str, float]:
-        """The probability of the ending by a judge of its own, and the share of the topic's words that the story has.
+        """The probability of the ending by a judge that never evaluates, and the share of the topic's words in the
+        story.
 
-        The second judge of endings, what contradicts a topic, and coherence are never rewarded.
+        The second judge of endings, contradictions of the topic, and coherence are never rewarded.
         """
         topic, ending = requested(row["messages"][-2]["content"])
         sadness = float(EndingJudge.that_rewards().sadness([answer.text])[0])
@@ -114,7 +116,7 @@ class TopicEnding(Task):
 
 
 class StoryScorer(Scorer):
-    """Judges of what a story is, each measured on rows that were not learned from; what they find is kept by text."""
+    """Scores stories with judges, each measured on rows that it did not learn from. Judgements are cached by text."""
 
     def __init__(self, task: Task, train_rows: list[dict], unseen_rows: list[dict]):
         super().__init__(task)

@@ -11,11 +11,11 @@ from fledge.tokenizers.spelling import Spelling
 
 FOLDER = Path(__file__).parent
 
-# Tokens that a template writes and that its tokenizer therefore needs. prepare_dataset.py adds them.
+# Special tokens that a template needs. prepare_dataset.py adds them to the tokenizer.
 SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {"story_chat": ("<|system|>", "<|user|>", "<|assistant|>")}
 
 
-# What a template writes of its own shows in a conversation that says nothing.
+# An empty conversation, rendered, shows the template's own characters.
 SILENCE = [{"role": role, "content": ""} for role in ("user", "assistant")]
 
 
@@ -37,7 +37,7 @@ def load_template(name: str) -> str:
 def add_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Gives the tokenizer a template and the tokens that it writes, end-of-text among them, if they are missing.
 
-    A tokenizer that grows is longer than the model's vocabulary; training then adds the rows.
+    The tokenizer may then have more tokens than the model has rows; training adds the rows.
 
     Raises:
         UserError: there is no template of that name, or the vocabulary lacks characters that it writes.

@@ -9,13 +9,14 @@ from fledge.text.stories import sentences
 
 
 class Baseline(NamedTuple):
-    """A way to answer without a model: what it is, and the answers to rows, given the training rows of their kind."""
+    """A way to answer without a model: its description, and a function of the rows and the training rows of their
+    kind."""
 
     meaning: str
     answer: Callable[[list[dict], list[dict]], list[str]]
 
     def answers(self, rows: list[dict], train_rows: list[dict], kind: Callable[[dict], Hashable]) -> list[str]:
-        """The answer to each row; rows of different kinds have nothing to do with each other."""
+        """The answer to each row; each kind of rows is answered separately."""
         found: dict[int, str] = {}
         for name in dict.fromkeys(map(kind, rows)):
             numbers = [number for number, row in enumerate(rows) if kind(row) == name]
@@ -30,7 +31,7 @@ def most_frequent_answer(rows: list[dict], train_rows: list[dict]) -> list[str]:
 
 
 def first_sentence(rows: list[dict], train_rows: list[dict]) -> list[str]:
-    """The first sentence of the longest text in what was said before, which is the one that is asked about."""
+    """The first sentence of the longest text in the prompt, which is the one that the question is about."""
     found = []
     for row in rows:
         said = [message["content"] for message in row["messages"][:-1] if message["role"] != "system"]

@@ -1,4 +1,4 @@
-"""The kinds of characters that stories have: which words mean the same one, and which are male or female."""
+"""The kinds of characters in stories: which words mean the same kind, and which are male or female."""
 
 from collections.abc import Iterable
 

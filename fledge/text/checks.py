@@ -1,7 +1,7 @@
-"""Does a text keep a constraint that can be told by rule? Each check returns a share in [0, 1], 1 only when it is kept.
+"""Does a text keep a constraint? Each check is a rule that returns a value in [0, 1], 1 only if the constraint is kept.
 
-Case, straight or typographic quotes, and spacing do not count; line breaks count for a title alone. The kinds are those
-of IFEval (Zhou et al. 2023, https://arxiv.org/abs/2311.07911), in the words of a children's story.
+Case, spacing and the kind of quotation marks do not matter; line breaks matter only for a title. The kinds are those of
+IFEval (Zhou et al. 2023, https://arxiv.org/abs/2311.07911), adapted to children's stories.
 """
 
 import re
@@ -15,12 +15,12 @@ from fledge.text.words import FUNCTION_WORDS, in_order, lemmas, used
 ENDS = re.compile(r"(?<!\bmr)(?<!\bmrs)(?<!\bms)(?<!\bdr)[.!?]+(?P<quote>\"?)(?= |$)")
 SAYS_WHO = re.compile(rf" (?:[\w'-]+ ){{0,5}}?{VERB}\b")
 TITLE_WORDS = 8  # at most
-LEAST_WORDS = 3  # of a sentence that tells something
+LEAST_WORDS = 3  # of a sentence that counts
 
 
 @lru_cache(maxsize=256)  # several checks read one story
 def parts(text: str) -> tuple[str, ...]:
-    """The sentences of a text, in lower case. A quotation and who says it are one sentence.
+    """The sentences of a text, in lower case. A quotation and its speech tag are one sentence.
 
     An ellipsis ends a sentence only at the end. `fledge.text.stories.sentences` needs capital letters; this does not.
 
@@ -28,7 +28,7 @@ def parts(text: str) -> tuple[str, ...]:
     ('"hi!" said tom.', 'he ran... fast')
     """
     text = straight(text).lower()
-    # What is quoted keeps its length and loses its sentence ends, except for one at the closing mark.
+    # Quotations keep their length but lose their sentence ends, except for one before the closing mark.
     flat = re.sub(r'"[^"]*"', lambda quote: re.sub(r'[.!?](?!"$)', ",", quote[0]), text)
     found, start = [], 0
     for end in ENDS.finditer(flat):
@@ -41,14 +41,14 @@ def parts(text: str) -> tuple[str, ...]:
 
 
 def _goes_on(flat: str, start: int, end: re.Match) -> bool:
-    """Whether a sentence goes on after a quotation that it begins with: "Hi!" said Tom."""
+    """Whether the sentence continues after a quotation at its beginning: "Hi!" said Tom."""
     opening = flat.rfind('"', start, end.start())
     is_introduced = flat[start:opening].rstrip().endswith((",", ":"))
     return "." not in end[0] and not is_introduced and bool(SAYS_WHO.match(flat, end.end()))
 
 
 def title_and_body(text: str) -> tuple[str | None, str]:
-    """The title line of a text, if it has one, and what follows it: a short line without a full stop, then more lines.
+    """The title of a text (a short first line without a full stop) and the text below it; `None` if it has no title.
 
     >>> title_and_body("The Red Kite\\n\\nTom had a kite.")
     ('The Red Kite', 'Tom had a kite.')
@@ -61,7 +61,7 @@ def title_and_body(text: str) -> tuple[str | None, str]:
 
 
 def is_titled(title: str, text: str) -> float:
-    """Whether a text has this title, or if `title` is empty, any that shares a word with what follows it."""
+    """Whether a text has this title or, if `title` is empty, any title that shares a word with the text below it."""
     found, body = title_and_body(text)
     if found is None:
         return 0.0
@@ -72,7 +72,7 @@ def is_titled(title: str, text: str) -> float:
 
 
 def used_in_telling(words: list[str], text: str) -> list[bool]:
-    """For each of `words`, whether a sentence uses it in any inflection; one made mostly of them is a list and no use.
+    """For each of `words`, whether a sentence uses it in any inflection; a sentence made mostly of them does not count.
 
     >>> used_in_telling(["boat", "brave"], "Boat. Brave. The boats were white.")
     [True, False]
@@ -93,14 +93,14 @@ def uses(words: list[str], text: str) -> float:
 
 
 def uses_apart(words: list[str], text: str, prompt: str) -> float:
-    """As `uses`, so that a list of the words or a copy of `prompt` in the text counts for little.
+    """As `uses`, but lists of the words and copies of `prompt` count little.
 
-    A sentence counts for two of the words at most, and one with four words in a row from the prompt for none.
+    A sentence counts for at most two of the words, and for none if it has a word 4-gram of the prompt.
     """
-    asked = _quadruples(prompt)
-    telling = [part for part in parts(text) if not _quadruples(part) & asked and any(used_in_telling(words, part))]
+    asked = _fourgrams(prompt)
+    telling = [part for part in parts(text) if not _fourgrams(part) & asked and any(used_in_telling(words, part))]
     found = [used_in_telling(words, part) for part in telling for _ in range(2)]
-    word_of: dict[int, int] = {}  # each place in a sentence → the word that it counts for (Kuhn 1955)
+    word_of: dict[int, int] = {}  # a slot of a sentence → its word: a bipartite matching (Kuhn 1955)
 
     def is_placed(word: int, tried: set[int]) -> bool:
         for place, has in enumerate(found):
@@ -114,13 +114,13 @@ def uses_apart(words: list[str], text: str, prompt: str) -> float:
     return sum(is_placed(word, set()) for word in range(len(words))) / len(words)
 
 
-def _quadruples(text: str) -> set[tuple[str, ...]]:
+def _fourgrams(text: str) -> set[tuple[str, ...]]:
     words = in_order(text)
     return {tuple(words[at : at + 4]) for at in range(len(words) - 3)}
 
 
 def avoids(word: str, text: str) -> float:
-    """Whether `word` occurs in no inflection."""
+    """Whether no inflection of `word` occurs."""
     return float(bool(in_order(text)) and not any(used([word], text)))
 
 
@@ -135,12 +135,12 @@ def _has(words: list[str], phrase: list[str]) -> bool:
 
 
 def has_sentences(count: int, text: str) -> float:
-    """1 for exactly `count` sentences, less with the distance from it."""
+    """1 for exactly `count` sentences; falls with the distance."""
     return _near(len(parts(text)), count)
 
 
 def has_speakers(count: int, text: str) -> float:
-    """1 for exactly `count` speakers, less with the distance; 0 where it is not sure who speaks."""
+    """1 for exactly `count` speakers; falls with the distance. 0 if it is not certain who speaks."""
     found = speakers(text)
     return _near(found, count) if found else 0.0
 
@@ -167,13 +167,13 @@ def _same(wanted: list[str], words: list[str]) -> float:
 
 
 def asks(is_wanted: bool, text: str) -> float:
-    """Whether a text has a question, a word with a question mark behind it, or has none."""
+    """Whether a text has a question (a word and a question mark), or none, as `is_wanted` says."""
     has_question = bool(re.search(r"\w[^\w?.!]*\?", text))
     return float(has_question == is_wanted and bool(in_order(text)))
 
 
 def quotes(is_wanted: bool, text: str) -> float:
-    """Whether a text has dialogue, a quotation beside a verb of speech, or has no quotation."""
+    """Whether a text has dialogue (a quotation and a verb of speech), or no quotation, as `is_wanted` says."""
     text = straight(text).lower()
     if not is_wanted:
         return float('"' not in text and bool(in_order(text)))
@@ -182,13 +182,13 @@ def quotes(is_wanted: bool, text: str) -> float:
 
 
 def is_at_most(count: int, text: str) -> float:
-    """1 for a text of 1 to `count` words, less the more it exceeds them."""
+    """1 for a text of 1 to `count` words; falls with the excess."""
     found = len(in_order(text))
     return min(1.0, count / found) if found else 0.0
 
 
 def is_at_least(count: int, text: str) -> float:
-    """1 for a text of `count` words or more, less the more it lacks."""
+    """1 for a text of at least `count` words; falls with the shortage."""
     return min(1.0, len(in_order(text)) / count)
 
 
@@ -199,10 +199,10 @@ def ends_in_rhyme(text: str) -> float:
 
 
 def tells(text: str, prompt: str, least: int = 3) -> bool:
-    """Whether a text is a story at least in form, so that no list, copy or repetition passes for one.
+    """Whether a text has the form of a story: it is not a list, a copy or a repetition.
 
-    It has `least` different sentences of three words or more, most of its sentences are such, and it neither contains
-    the first line of `prompt` nor takes half of its word quadruples from there.
+    It has at least `least` different sentences of three words or more; more than half of its sentences are such; it
+    does not contain the first line of `prompt`; and less than half of its word 4-grams are from `prompt`.
     """
     told = parts(text)
     whole = [part for part in told if len(in_order(part)) >= LEAST_WORDS]
@@ -211,6 +211,6 @@ def tells(text: str, prompt: str, least: int = 3) -> bool:
     words = in_order(text)
     opening = in_order(prompt.strip().partition("\n")[0])
     copied = bool(opening) and _has(words, opening)
-    quadruples = [tuple(words[at : at + 4]) for at in range(len(words) - 3)]
-    known = _quadruples(prompt)
-    return not copied and 2 * sum(quadruple in known for quadruple in quadruples) < len(quadruples)
+    fourgrams = [tuple(words[at : at + 4]) for at in range(len(words) - 3)]
+    known = _fourgrams(prompt)
+    return not copied and 2 * sum(fourgram in known for fourgram in fourgrams) < len(fourgrams)

@@ -1,8 +1,7 @@
-"""Do two words rhyme? They do when they sound alike from the last stressed vowel on, and not before it.
+"""Do two words rhyme? They do if they sound alike from the last stressed vowel on, and differ before it.
 
-The sounds are those of the CMU Pronouncing Dictionary (Carnegie Mellon University, BSD licence, which stands in the
-file), of which `pronunciations.txt.gz` has the 8,000 words that children's stories use. A word that it lacks rhymes
-with nothing.
+The pronunciations are those of the CMU Pronouncing Dictionary (Carnegie Mellon University, BSD licence, included in the
+file). `pronunciations.txt.gz` has its 8,000 words that children's stories use. Any other word rhymes with nothing.
 """
 
 import gzip

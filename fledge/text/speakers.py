@@ -1,7 +1,7 @@
-"""How many characters speak in a story: each quotation is given to a speaker, or the answer is `None`.
+"""How many characters speak in a story: each quotation is assigned to a speaker, or the result is `None`.
 
-Case does not count, so a name is known by its place ("said Tom", "Tom said") and not by its capital letter.
-`tests/text/speakers.jsonl` has stories whose speakers were counted by reading.
+Case does not matter, so a name is recognised by its position ("said Tom", "Tom said") and not by its capital letter.
+`tests/text/speakers.jsonl` has stories whose speakers were counted by a reader.
 """
 
 import re
@@ -29,7 +29,7 @@ SENTENCE = re.compile(r"(?<!\bmr)(?<!\bmrs)(?<!\bms)(?<!\bdr)[.!?]+(?= |$)")
 
 
 def speakers(story: str) -> int | None:
-    """How many characters speak; 0 where nothing is quoted, `None` where it is not sure who says what."""
+    """How many characters speak; 0 if there is no quotation, `None` if it is not certain who says what."""
     text = straight(story).lower()
     parts = text.split('"')
     if len(parts) == 1:
@@ -69,7 +69,7 @@ def _last_sentence(narration: str) -> str:
 
 
 def _different(found: set[str], names: dict[str, str], narration: str) -> int | None:
-    """How many different characters a set of speakers is, as far as that is sure."""
+    """The number of different characters in a set of speakers; `None` if it is not certain."""
     beings, pronouns = set(), set()
     named = {being: [name for name, of in names.items() if of == being] for being in names.values()}
     for who in found:

@@ -1,4 +1,4 @@
-"""One spelling for texts that differ in nothing that counts: quotes become straight, white space one space."""
+"""Normalises texts: straight quotation marks and single spaces."""
 
 MARKS = str.maketrans(dict.fromkeys("“”„«»", '"') | dict.fromkeys("‘’", "'") | {"…": "..."})
 

@@ -1,7 +1,7 @@
-"""Facts of a short story, found by rule: who it is about, what happens, its moral, whether anyone speaks.
+"""Finds facts of a short story by rules: the main character, the plot, the moral, whether anyone speaks.
 
-Every function returns `None` unless it is certain: an instruction with a wrong answer is worse than none.
-`tests/text/main_characters.jsonl` has the main characters of 200 stories as a person named them.
+Every function returns `None` unless it is certain: an example with a wrong answer is worse than none.
+`tests/text/main_characters.jsonl` has the main characters of 200 stories, checked by a reader.
 """
 
 import re
@@ -13,7 +13,7 @@ SENTENCE_END = re.compile(
     r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)"
     r"""(?:(?<=[.!?])|(?<=[.!?]["”’']))\s+(?=["“‘']?[A-Z])"""
 )
-COMPLETE = (".", "!", "?", '"', "”", "'")  # how the last sentence of a whole story ends
+COMPLETE = (".", "!", "?", '"', "”", "'")  # how the last sentence of a complete story ends
 QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
 MORAL = re.compile(
     r"\bmoral of (?:the|this) story(?: is\b|:).*\w \w|^(?:The|Our) moral is\b"
@@ -36,7 +36,7 @@ SPEECH = re.compile(
     r"\b(said|says|say|asked|asks|replied|replies|answered|shouted|yelled|whispered|cried out|exclaimed|called out"
     r"|told|tells|talk(?:ed|ing|s)?|spoke|speaks?|begged|screamed|explained|laughed|responded|warned|suggested)\b"
 )
-# What may carry a name and is nobody.
+# Things that may have a name but are not characters.
 PLACES = frozenset(
     """area book building castle city club country farm forest game garden hill hotel house island kingdom lake land
     mountain ocean park place planet play playground restaurant river school sea shop song store street team town
@@ -70,7 +70,7 @@ def main_character(story: str) -> str | None:
     """
     narration = " ".join(QUOTED.sub(' "" ', story).split())
     if re.search(r"\b(I|I'm|we|my|We|My)\b", narration):
-        return None  # told by somebody in it
+        return None  # a first-person narrator
     opening = " ".join(sentences(narration)[:3])
     counts = _names(narration)
     first = min(counts, key=lambda name: _first_at(name, narration), default=None)
@@ -149,7 +149,8 @@ def _unnamed(being: str, narration: str, counts: Counter[str]) -> str | None:
 
 
 def _thing_mentions(narration: str) -> int:
-    """How often the thing comes up with which the story begins ("there was a big boat"); 0 if it begins otherwise."""
+    """How often the thing is mentioned that the story begins with ("there was a big boat"); 0 if it begins
+    otherwise."""
     begin = re.match(
         r"[^.!?]*\b(?:was|lived|stood) an? (?:[a-z-]+,? )*?([a-z]+)(?: (?:that|which|who|in|on|at|near)|[.,!?])",
         narration,
@@ -160,7 +161,7 @@ def _thing_mentions(narration: str) -> int:
 
 
 def speaks(story: str) -> bool | None:
-    """Whether anyone in the story speaks: a quotation with a verb of speech says yes, neither of the two says no."""
+    """Whether anyone speaks: true with a quotation and a verb of speech, false with neither, else `None`."""
     quoted, told = QUOTED.search(story), SPEECH.search(QUOTED.sub("", story))
     if quoted and told:
         return True
@@ -168,7 +169,7 @@ def speaks(story: str) -> bool | None:
 
 
 def moral(story: str) -> str | None:
-    """The sentence that states the story's moral, as it stands there."""
+    """The sentence that states the story's moral, word for word."""
     for sentence in reversed(sentences(story)):
         if '"' not in sentence and "“" not in sentence and MORAL.search(sentence):
             return sentence

@@ -1,11 +1,11 @@
 """Whether a text uses a word. Inflections count (run, runs, ran, running), derivations do not (runner).
 
-Two words are inflections of one when they share a dictionary form in LemmInflect's lexicon, which is made from the
-NIH's SPECIALIST lexicon (https://github.com/bjascob/LemmInflect). "A run" and "to run" are one word here.
+Two words are inflections of one word if they share a lemma in LemmInflect's lexicon, which is made from the NIH's
+SPECIALIST lexicon (https://github.com/bjascob/LemmInflect). "A run" and "to run" are one word here.
 
-Texts are split into words here. A learned judge has a splitter of its own, with which its weights were learned
-(`endings.py`, `coherence.py` and `corruption.py` in `fledge/judges/`); `judges/topic.py` reads punctuation along with
-the words to find noun phrases.
+This module also splits texts into words. The learned judges have their own splitters, with which their weights were
+trained (`endings.py`, `coherence.py` and `corruption.py` in `fledge/judges/`); `judges/topic.py` also reads
+punctuation, to find noun phrases.
 """
 
 import re
@@ -19,12 +19,12 @@ FUNCTION_WORDS = frozenset(
     than that the their them then there they this time to too two up upon us very was we were what when where
     which while who will with would you your""".split()  # noqa: SIM905
 )
-SUPPLETIVE = {"people": "person"}  # the lexicon has two words where a story has one
+SUPPLETIVE = {"people": "person"}  # two words in the lexicon, one in stories
 
 
 @lru_cache(maxsize=100_000)
 def lemmas(word: str) -> frozenset[str]:
-    """The dictionary forms that a lower-case word may be a form of; itself among them."""
+    """The possible lemmas of a lower-case word, and the word itself."""
     from lemminflect import getAllLemmas
 
     found = {lemma for forms in getAllLemmas(word).values() for lemma in forms}
@@ -32,7 +32,7 @@ def lemmas(word: str) -> frozenset[str]:
 
 
 def as_written(text: str) -> list[str]:
-    """Lower-case words of a text in order; a hyphen parts words.
+    """Lower-case words of a text in order, split at hyphens.
 
     >>> as_written("The ice-cream man's van")
     ['the', 'ice', 'cream', "man's", 'van']
@@ -41,7 +41,7 @@ def as_written(text: str) -> list[str]:
 
 
 def in_order(text: str) -> list[str]:
-    """Lower-case words of a text; a hyphen parts words, a possessive 's is left off.
+    """Lower-case words of a text in order, split at hyphens and without the possessive 's.
 
     >>> in_order("The ice-cream man's van")
     ['the', 'ice', 'cream', 'man', 'van']
@@ -64,13 +64,13 @@ def used(requested: Sequence[str], text: str) -> list[bool]:
 
 
 def content_words(text: str) -> set[str]:
-    """Lower-case words that carry meaning, with plain plural and past endings taken off."""
+    """Lower-case content words, without plain plural and past endings."""
     words = (word for word in in_order(text) if word not in FUNCTION_WORDS)
     return {re.sub(r"(?<=\w{3})(es|s|ed|ing|e)$", "", word) for word in words}
 
 
 def is_run(words: str, text: str) -> bool:
-    """Whether `words` stand in `text` one after the other; case, punctuation and possessives do not count.
+    """Whether `words` occur consecutively in `text`; case, punctuation and possessives do not matter.
 
     >>> is_run("The cat sat.", "Then the cat sat down.")
     True
