@@ -48,8 +48,7 @@ class Ratio:
 
 
 def interval(metric: Ratio) -> dict[str, float] | None:
-    """The metric with its 95% confidence interval and the number of prompts that it counts; `None` if there are
-    none."""
+    """The metric with its 95% confidence interval and its number of prompts; `None` if it has none."""
     prompts = np.flatnonzero(metric.denominator > 0)
     if not len(prompts):
         return None

@@ -146,8 +146,7 @@ def template_marks(tokenizer: PreTrainedTokenizerBase, conversations: list[list[
 
 
 def instruction_openings(conversations: list[list[dict]]) -> set[str]:
-    """The first three words of lines that are typical of prompts: in 1% of the prompts, and ten times rarer in
-    answers."""
+    """First three words of lines that mark prompts: in 1% of the prompts, and ten times rarer in answers."""
     asked: Counter[str] = Counter()
     answered: Counter[str] = Counter()
     for messages in conversations:
@@ -157,8 +156,7 @@ def instruction_openings(conversations: list[list[dict]]) -> set[str]:
 
 
 def continues_prompt(answer: str, marks: set[str], openings: set[str]) -> bool:
-    """Whether an answer continues with another prompt: a mark of the template, or a line that begins like a
-    prompt's."""
+    """Whether an answer continues with another prompt: it has a template mark, or a line that begins like a prompt."""
     return any(mark in answer for mark in marks) or any(begin in openings for begin in _openings(answer))
 
 

@@ -54,8 +54,7 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
 
 @functools.cache
 def works(dtype: torch.dtype) -> bool:
-    """Whether the operators work on this machine with this torch. Tried once, with and without bias, for both
-    layers."""
+    """Whether the operators work here. Tried once, with and without bias, for both kinds of layers."""
     ones = functools.partial(torch.ones, dtype=dtype, device="cpu")
     inputs, weight, bias = ones(2, 3, 8), ones(8, 4).T / 2, ones(4)
     try:

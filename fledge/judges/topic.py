@@ -165,8 +165,7 @@ def base(word: str) -> str:
 
 
 def heads(text: str) -> list[str]:
-    """The head of each noun phrase: the last word after a determiner or preposition and before a verb or function
-    word."""
+    """The head of each noun phrase: the last word between a determiner or preposition and a verb or function word."""
     found: list[str] = []
     phrase: list[str] = []
     is_open = False

@@ -268,8 +268,7 @@ def choose_length(args: PrepareArguments, tokenizer: "PreTrainedTokenizerBase") 
 
 
 def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Gives the tokenizer the template and returns its name. For answers it is the template of the model that gave
-    them.
+    """Gives the tokenizer the template and returns its name. Answers keep the template of their model.
 
     Raises:
         UserError: there is none of that name, or the model has none.

@@ -76,8 +76,7 @@ def train(args: RunArguments, config: "SmallModelConfig", model_args: "ModelConf
 
 
 def load_inputs(args: RunArguments, seed: int, model_args: "ModelConfig") -> "Inputs":
-    """Opens the base and the dataset, adds the template's new tokens to the base, and freezes layers or adds an
-    adapter.
+    """Opens the base and the dataset, adds the template's new tokens, and freezes layers or adds an adapter.
 
     Raises:
         UserError: one of them cannot be used, or they do not fit together.

@@ -34,8 +34,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def parse(chunk: Chunk, columns: dict[str, str]) -> Iterator[dict]:
-    """Records with `instruction`, `input` and `output`, or with `messages`, and `category` and `group` if they are
-    named.
+    """Records with `instruction`, `input` and `output`, or with `messages`; `category` and `group` if named.
 
     A row of JSON may leave out a column that has no value.
 

@@ -35,8 +35,7 @@ class RejectedRecord(Exception):
 
 
 class Task(ABC):
-    """Makes prompts and reference answers from records, and scores answers. One class does both, so they cannot drift
-    apart.
+    """Makes prompts and reference answers from records, and scores answers, so that the two cannot drift apart.
 
     The name of a task is the name of its file. A subclass sets the attributes that have no value here, and defines
     `examples` and `score`. If its scores need something learned from the training split, it also defines `scorer`.
@@ -122,8 +121,7 @@ class Task(ABC):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What later stages need to know about the task. It is stored in `budget.json`, so they need not run its
-        code."""
+        """What later stages need to know about the task, for `budget.json`, so that they need not run its code."""
         told = ("purpose", "asks_once", "example", "fields", "wording", "text")
         return {name: getattr(self, name) for name in told}
 

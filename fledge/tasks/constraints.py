@@ -242,8 +242,7 @@ class Constraints(Task):
         }
 
     def reward(self, row: dict[str, Any], answer: Answer) -> dict[str, float]:
-        """As `score`, but a sentence counts for at most two of the words, and a text that is not a story earns no
-        `all_kept`.
+        """As `score`, but a sentence counts for two of the words at most, and `all_kept` needs a story.
 
         A wrong end earns up to a half for the words that the last sentence shares with it: hardly any answer gets the
         last words right by chance, and a model never learns what is never rewarded.

@@ -49,8 +49,7 @@ def requested(text: str) -> tuple[str, str]:
 
 
 class TopicEnding(Task):
-    """A record of TinyStories-Instruct gives one example: its summary is the topic; with `BadEnding` the ending is
-    sad."""
+    """A record of TinyStories-Instruct gives one example: its summary is the topic, `BadEnding` means a sad ending."""
 
     template = "story"
     purpose = "write a short story about a given topic with a happy or a sad ending"
@@ -101,8 +100,7 @@ class TopicEnding(Task):
         return row | {"messages": messages, "ending": ending}
 
     def reward(self, row: dict, answer: Answer) -> dict[str, float]:
-        """The probability of the ending by a judge that never evaluates, and the share of the topic's words in the
-        story.
+        """The probability of the ending by a judge that never evaluates, and the share of topic words in the story.
 
         The second judge of endings, contradictions of the topic, and coherence are never rewarded.
         """

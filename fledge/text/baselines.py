@@ -9,8 +9,7 @@ from fledge.text.stories import sentences
 
 
 class Baseline(NamedTuple):
-    """A way to answer without a model: its description, and a function of the rows and the training rows of their
-    kind."""
+    """A way to answer without a model: a description, and a function of rows and the training rows of their kind."""
 
     meaning: str
     answer: Callable[[list[dict], list[dict]], list[str]]

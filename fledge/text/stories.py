@@ -149,8 +149,7 @@ def _unnamed(being: str, narration: str, counts: Counter[str]) -> str | None:
 
 
 def _thing_mentions(narration: str) -> int:
-    """How often the thing is mentioned that the story begins with ("there was a big boat"); 0 if it begins
-    otherwise."""
+    """How often the thing in "there was a big boat" at the story's beginning is mentioned; 0 without such a thing."""
     begin = re.match(
         r"[^.!?]*\b(?:was|lived|stood) an? (?:[a-z-]+,? )*?([a-z]+)(?: (?:that|which|who|in|on|at|near)|[.,!?])",
         narration,

@@ -50,8 +50,7 @@ class Lineage(TrainerCallback, ExportableState):
     ended: float | None = field(default=None, init=False)
 
     def timed_parts(self) -> list[dict]:
-        """The parts with their seconds: earlier parts up to the checkpoint that they ended with, the last one until
-        now."""
+        """The parts with their seconds: earlier parts up to their last checkpoint, the current part until now."""
         if self.begun is None:
             return self.parts
         *earlier, last = self.parts

@@ -68,8 +68,7 @@ def project_and_score(
     scores: torch.Tensor,
     with_gradient: bool,
 ) -> torch.Tensor | None:
-    """Projects `hidden` (N, D) onto the vocabulary and scores it; returns the gradient of the logits (N, V), if
-    asked."""
+    """Projects `hidden` (N, D) onto the vocabulary and scores it; returns the logits' gradient (N, V), or `None`."""
     kept = hidden.new_empty(len(targets) if with_gradient else min(ROWS, len(targets)), len(weight))
     for rows in slices(len(targets), ROWS):
         logits = kept[rows] if with_gradient else kept[: rows.stop - rows.start]
@@ -83,8 +82,7 @@ def project_and_score(
 
 @dataclass
 class TokenScores(ModelOutput):
-    """What TRL's trainers read from a forward with `fused_lm_head=True`: scores (B, T − 1), 0 where labels are
-    ignored."""
+    """What TRL reads from a forward with `fused_lm_head=True`: scores (B, T − 1), 0 where labels are ignored."""
 
     loss: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None  # of the label
@@ -96,8 +94,7 @@ class TokenScores(ModelOutput):
 
 
 class ScoreTokens(torch.autograd.Function):
-    """The scores (`rows`, N) of `hidden` (N, D) under a head of `weight` (V, D) and `bias` (V,); row 0 is
-    differentiable.
+    """Scores (`rows`, N) of `hidden` (N, D) under a head of `weight` (V, D) and `bias` (V,), differentiable in row 0.
 
     `rows` is from 1, for the log-probabilities alone, to 5.
 
