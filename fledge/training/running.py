@@ -64,7 +64,7 @@ class Run:
         return [self.stop, self.lineage]
 
     def train(self, trainer: CheckedTrainer, pictures: Mapping[str, Callable[[list[dict], Path], None]]) -> None:
-        """Trains, saves the model, and adds the records of the run and the `pictures` (file name → function of the log).
+        """Trains, saves the model, and adds the records of the run and the `pictures` (name → function of the log).
 
         On SIGTERM it saves a checkpoint and exits.
         """
