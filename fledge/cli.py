@@ -1,4 +1,4 @@
-"""What every script shares: its arguments, its files, and how it ends.
+"""What all scripts share: parsing arguments, reading and writing records, and turning errors into an exit status.
 
 Only the standard library and TRL's light parser are imported here, so that `--help` answers at once.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 from fledge.commands import in_commands
 from fledge.errors import UserError
 
-# A base has one of these, or neither when another tool made it.
+# A base has one of these, or neither if another tool made it.
 ORIGINS = ("conversion.json", "pretraining.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -33,9 +33,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def parse(
     arguments: list[str], *dataclass_types: type, description: str | None = None, partly: bool = False
 ) -> tuple[Any, ...]:
-    """Parses `arguments` (`--config recipe.yaml` and any key) into the given dataclasses, in their order.
+    """Parses `arguments` (`--config recipe.yaml` and any key) into instances of the given dataclasses.
 
-    With `partly`, keys of other dataclasses are left for a later call, which may need slow imports.
+    With `partly`, keys of other dataclasses are ignored; a later call, after slow imports, parses them.
 
     Raises:
         UserError: an unknown key, a missing one, a value of the wrong type, or a recipe that is no YAML mapping.
@@ -60,7 +60,7 @@ def parse(
         @override
         def set_defaults_with_config(self, **recipe: Any) -> list[str]:
             recipe = {key: texts.get(key, value) for key, value in recipe.items() if value is not None}
-            # argparse converts and checks a default that is text, and no other.
+            # argparse only converts and checks defaults that are strings.
             recipe = {key: str(value) if type(value) in (int, float) else value for key, value in recipe.items()}
             return super().set_defaults_with_config(**recipe)
 
@@ -70,7 +70,7 @@ def parse(
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    # TrlParser takes `--config FILE` out before argparse sees it; it is added here for --help alone.
+    # TrlParser removes `--config FILE` before argparse sees it; it is added here only for --help.
     parser.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; its keys may be overridden here")
     arguments = [part for argument in arguments for part in _split_config(argument)]
     if arguments.count("--config") > 1:
@@ -98,7 +98,7 @@ def parse(
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows each key once: not in its other spelling with hyphens, nor with the value that a switch may be given."""
+    """Shows each key once, without its second spelling with hyphens and without the optional value of a switch."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.nargs == "?":
@@ -112,10 +112,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def grouped_help(parser: argparse.ArgumentParser, dataclass_types: tuple[type, ...]) -> str:
-    """The help of a parser of dataclasses: required keys first, then the others by the groups that fields begin.
+    """The help of a parser of dataclasses: required keys first, then the others in groups.
 
-    `GROUPS` of a dataclass names the group that begins with a field. What belongs to none stands under "keys", or under
-    the name of the class of another library that it comes from. `REQUIRED` names keys that a script requires itself.
+    `GROUPS` of a dataclass maps the first field of a group to the group's title. Keys without a group are listed under
+    "keys", or under the name of the class if that belongs to another library. `REQUIRED` names keys that the script
+    itself requires.
     """
     actions = {action.dest: action for action in parser._actions}
     told = [name for kind in dataclass_types for name in getattr(kind, "REQUIRED", ())]
@@ -213,9 +214,9 @@ def _refuse_duplicates(node: "yaml.Node", file: Path) -> None:
 
 
 def _settle_types(arguments: object) -> None:
-    """argparse checks the command line; the values of a recipe reach a dataclass as YAML read them.
+    """Checks the types of values from a recipe, which argparse does not check.
 
-    One value where a list is wanted becomes a list of one, as it is on the command line.
+    A single value for a list key becomes a list of one, as on the command line.
     """
     for name, hint in typing.get_type_hints(type(arguments)).items():
         value, kinds = getattr(arguments, name, None), _alternatives(hint)
@@ -241,7 +242,8 @@ def _split_config(argument: str) -> list[str]:
 def run(main: Callable[[], object]) -> None:
     """Runs a script's `main`; a `UserError` becomes one sentence on stderr and exit status 2.
 
-    A reader of the output that goes away ends it quietly, and what the output's encoding lacks becomes a question mark.
+    If the reader of the output closes it (`| head`), the script ends quietly. Characters that the output's encoding
+    lacks are printed as question marks.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # on Windows a file or pipe is not UTF-8
@@ -256,12 +258,12 @@ def run(main: Callable[[], object]) -> None:
             sys.exit(130)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # as `script.py | head`: the reader has had enough
+    except BrokenPipeError:  # as in `script.py | head`
         try:
             print(flush=True)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it ends
-            sys.exit(141)  # what a shell says of a program that SIGPIPE ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python prints an error at exit
+            sys.exit(141)  # the status of a program that SIGPIPE ended
         raise  # another pipe than the output
 
 
@@ -282,7 +284,7 @@ def check_hub_id(key: str, value: str) -> None:
 
 
 def attempt(what: str, do: Callable[[], Any]) -> Any:
-    """The result of `do`, which is not worth losing another for: a failure is one sentence on stderr, and `None`."""
+    """The result of `do`, or `None` and one sentence on stderr if it fails, for steps that must not stop a run."""
     try:
         return do()
     except Exception as error:  # whatever a plotting library or a tracker may raise
@@ -294,17 +296,17 @@ def attempt(what: str, do: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def writing(place: Path, advice: str = "") -> Iterator[None]:
-    """Turns a full disk and its like into one sentence.
+    """Turns a full disk and similar errors into one sentence.
 
     Raises:
         UserError: `place` cannot be written.
     """
     try:
         yield
-    except BrokenPipeError:  # the terminal's, not the disk's
+    except BrokenPipeError:  # an error of the terminal, not of the disk
         raise
     except Exception as error:
-        # safetensors has an error of its own for a full disk, and is not imported for its name alone.
+        # safetensors raises its own error for a full disk; it is not imported only for that name.
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
@@ -316,17 +318,17 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def keep_origin(base: Path, folder: Path) -> None:
-    """Copies what says where `base` came from, if one of our scripts made it."""
+    """Copies the record of how `base` was made into `folder`, if one of our scripts made it."""
     for name in ORIGINS:
         if (base / name).exists():
             shutil.copy(base / name, folder)
 
 
 def read_json(path: Path, what: str, **kinds: type) -> dict:
-    """Reads a JSON file that an earlier stage wrote, which holds at least the keys of `kinds`, each of that type.
+    """Reads a JSON file of an earlier stage that must have the keys of `kinds`, each of the given type.
 
     Raises:
-        UserError: it is missing or damaged; `what` names the stage to run.
+        UserError: the file is missing or damaged; `what` names the stage to run.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The stages by the three names a person may start them by: a script, a command of `fledge`, a function of `fledge`."""
+"""The names of the stages: each can be started as a script, a command of `fledge`, or a function of `fledge`."""
 
 import contextlib
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# The name of the command, which with _ for - is that of the function → the script and its module in fledge/scripts.
+# Name of the command (of the function, with _ for -) → name of the script and of its module in fledge/scripts.
 COMMANDS = {
     "convert": "convert_checkpoint",
     "prepare": "prepare_dataset",
@@ -24,16 +24,16 @@ COMMANDS = {
     "trim": "trim_vocabulary",
 }
 COMMAND_OF = {script: name for name, script in COMMANDS.items()}
-# What starts a script by itself, and what starts several processes of a script, or of a module with -m: the ends of
-# `accelerate launch`, `accelerate launch --multi_gpu` and `torchrun --nproc_per_node COUNT`.
+# The last words of commands that start several processes of a script, or of a module with -m: `accelerate launch`,
+# `accelerate launch --multi_gpu` and `torchrun --nproc_per_node COUNT`.
 LAUNCHERS = ("launch ", "--multi_gpu ", "COUNT ")
-# A script in a sentence or an example, not a file of that name in another folder.
+# The name of a script in a text, but not a file of that name in another folder.
 NAMED = re.compile(rf"(?<![\w./-])(python |{'|'.join(LAUNCHERS)})?({'|'.join(COMMAND_OF)})\.py\b")
 
 
 @contextlib.contextmanager
 def started_as(name: str, arguments: list[str]) -> Iterator[None]:
-    """Lets a script's `main` find `arguments`, and its messages say that it is `name`, as in `fledge train`."""
+    """Sets `sys.argv` for a script's `main`: `arguments`, and the `name` that its messages use (`fledge train`)."""
     before, sys.argv = sys.argv, [name, *arguments]
     try:
         yield
@@ -42,9 +42,9 @@ def started_as(name: str, arguments: list[str]) -> Iterator[None]:
 
 
 def command(script: str) -> str:
-    """What to type for `script` (`train_sft.py`), in the way in which this process was started.
+    """How to start `script` (`train_sft.py`), in the same form in which this process was started.
 
-    `fledge train` beside another command of `fledge`, `fledge.train` in Python, else `python train_sft.py`.
+    That is `fledge train` for a command of `fledge`, `fledge.train` in Python, else `python train_sft.py`.
     """
     name = COMMAND_OF[script.removesuffix(".py")]
     if sys.argv[0].startswith("fledge "):
@@ -55,9 +55,10 @@ def command(script: str) -> str:
 
 
 def next_command(script: str, used: dict[str, Any], suggested: dict[str, Any]) -> str:
-    """The whole command of the stage that comes next: with the paths just `used`, and others that are `suggested`.
+    """The full command of the next stage: with the paths that were just `used`, and others that are `suggested`.
 
-    After a stage that was started with a recipe, the recipe beside it is named, and keys only where they differ.
+    If this stage was started with a recipe, the command names the next stage's recipe in the same folder, and only the
+    keys that differ from it.
     """
     used = {key: value if isinstance(value, list) else str(value) for key, value in used.items() if value is not None}
     recipe = _recipe_beside(script)
@@ -90,7 +91,7 @@ def _recipe_beside(script: str) -> Path | None:
 
 
 def in_commands(text: str) -> str:
-    """`text` with each script that it names as `command` names it."""
+    """`text` with the name of each script replaced by what `command` returns for it."""
 
     def typed(match: re.Match) -> str:
         before, script = match[1] or "", f"{match[2]}.py"

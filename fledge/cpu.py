@@ -1,4 +1,4 @@
-"""What this machine's processor is and can do."""
+"""The name and the matrix units of this machine's processor."""
 
 import os
 import platform
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-# Instruction sets that decide how fast matrices are multiplied, slowest first, and how they are written.
+# Instruction sets that determine the speed of matrix products, slowest first, and their usual spelling.
 UNITS = {"avx2": "AVX2", "avx512_f": "AVX512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "bf16": "ARM BF16"}
 
 
 def multiplies_bf16() -> bool:
-    """Whether an x86 processor multiplies bfloat16 matrices in hardware, and oneDNN, which would, is not told not to.
+    """Whether an x86 processor multiplies bfloat16 matrices in hardware and oneDNN uses it.
 
-    Elsewhere torch emulates them, at a small part of the speed of float32.
+    Elsewhere torch emulates bfloat16 at a small fraction of the speed of float32.
     """
     if not _flags() & {"avx512_bf16", "amx_bf16"} or not torch.backends.mkldnn.is_available():
         return False
@@ -24,17 +24,17 @@ def multiplies_bf16() -> bool:
 
 
 def describe() -> str:
-    """For example "AMD EPYC, 2 cores, AVX2 AVX512 AVX512-BF16", with the variables that make it act as another."""
+    """For example "AMD EPYC, 2 cores, AVX2 AVX512 AVX512-BF16", with environment variables that restrict it."""
     units = " ".join(name for flag, name in UNITS.items() if flag in _flags())
     told = [f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA") if name in os.environ]
     return ", ".join(filter(None, [_name(), f"{cores()} cores", units, *told]))
 
 
 def cores() -> int:
-    """Cores that this process may run on; a container is often given fewer than the machine has."""
+    """The number of cores that this process may use; a container often has fewer than the machine."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows know no such limit
+    except AttributeError:  # macOS and Windows have no such limit
         return os.cpu_count() or 1
 
 

@@ -1,8 +1,8 @@
 """Conversations → `input_ids` and `labels`.
 
-Prompt and completion are encoded apart and concatenated, so the boundary is exact and training sees the ids that
-inference sends: byte-level BPE would otherwise merge across it. End-of-text is supervised on every complete answer,
-never on a cut one. A control token that stands in somebody's text stays text.
+Prompt and completion are encoded separately and concatenated, so the boundary is exact and training sees the ids that
+inference sends: byte-level BPE would otherwise merge across it. End-of-text is supervised on every complete answer and
+never on a truncated one. A control token in somebody's text is encoded as plain text.
 """
 
 import bisect
@@ -31,9 +31,10 @@ OVERFLOW_POLICIES = ("drop", "cut_prompt", "cut_completion")
 class Encoded:
     """Token ids of one example; the last `completion_length` of them are its last answer.
 
-    `labels` are the ids where an answer stands and `IGNORED` elsewhere. An answer that was cut has no end-of-text.
-    `unlearned` earlier answers are not supervised: the whole conversation does not hold their ids. A preference pair
-    also has the `rejected_ids` of another answer to the same prompt, and its length is the longer one.
+    `labels` are the ids of the answers, and `IGNORED` elsewhere. A truncated answer has no end-of-text. `unlearned` is
+    the number of earlier answers that are not supervised, because the conversation does not contain their exact ids. A
+    preference pair also has the `rejected_ids` of another answer to the same prompt; its length is that of the longer
+    one.
     """
 
     input_ids: list[int]
@@ -62,22 +63,23 @@ class Encoded:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """The text that asks for the next answer, by the tokenizer's own chat template."""
+    """The prompt for the next answer as text, by the tokenizer's chat template."""
     return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """The ids that ask for the next answer: what `pipeline()` sends, except that control tokens in a text stay text."""
+    """The prompt for the next answer as ids: those of `pipeline()`, except that control tokens in a text stay text."""
     return _encode_prompts(tokenizer, [messages], TextEncoder(tokenizer, fast=False))[0]
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], encoder: TextEncoder | None = None
 ) -> list[Encoded]:
-    """Encodes a batch, whole: nothing is cut here. Each conversation ends with an answer.
+    """Encodes a batch of conversations, each of which ends with an answer. Nothing is truncated here.
 
-    All answers of a conversation are supervised, each with end-of-text. An earlier one is only where the later prompt
-    holds exactly the ids that would have been generated: a template whose answers follow a special token ensures it.
+    All answers of a conversation are supervised, each with end-of-text. An earlier answer is supervised only if the
+    later prompt contains exactly the ids that would have been generated. If answers follow a special token, this always
+    holds.
     """
     turns = [[i for i, m in enumerate(messages) if m["role"] == "assistant"] for messages in conversations]
     asked = [messages[:i] for messages, places in zip(conversations, turns, strict=True) for i in places]
@@ -108,7 +110,7 @@ def encode_rejected(
     stopped: list[bool],
     encoder: TextEncoder | None = None,
 ) -> None:
-    """Makes pairs of `encoded` examples: each gets the ids of a rejected answer, which `encode` would give it.
+    """Turns `encoded` examples into pairs: each gets the ids of a rejected answer, encoded as `encode` does.
 
     An answer that did not stop by itself has no end-of-text.
     """
@@ -132,7 +134,7 @@ def _encode_prompts(
 
 
 def prompt_length(labels: list[int]) -> int:
-    """How many ids stand before the last supervised run of a row."""
+    """The number of ids before the last supervised answer of a row."""
     begin = len(labels)
     while begin and labels[begin - 1] == IGNORED:
         begin -= 1
@@ -158,16 +160,16 @@ def fit(
     overflow: str,
     may_cut: bool = True,
 ) -> tuple[Messages, Encoded] | None:
-    """Applies an overflow policy; `None` when the example has to go.
+    """Applies an overflow policy to an example that is longer than `max_length`; returns `None` if it is dropped.
 
-    drop            an example longer than `max_length` goes.
-    cut_prompt      the text that its prompt gives (what follows `INPUT_MARK`) loses its end, by whole words; where no
-                    message gives one, the oldest turns of the conversation go, whole. The question never loses a word.
-                    The example goes if that is not enough. The shortened messages are returned, and the ids are theirs.
-    cut_completion  the text is cut as above where there is one and that suffices; else the answer loses its end, and
-                    with it its end-of-text.
+    - `drop`: the example is dropped.
+    - `cut_prompt`: the end of the text in the prompt (after `INPUT_MARK`) is cut, by whole words. Without such a text,
+      the oldest turns of the conversation are dropped. The question is never shortened. If that is not enough, the
+      example is dropped. The returned messages are the shortened ones, and the ids match them.
+    - `cut_completion`: the text is cut as above if that is enough; else the end of the answer is cut, and with it its
+      end-of-text.
 
-    Without `may_cut`, which is the task's to say, no prompt is cut.
+    Without the task's permission (`may_cut`) no prompt is cut.
     """
     excess = len(whole) - max_length
     if excess <= 0:
@@ -183,7 +185,7 @@ def fit(
 
 
 def shortest(messages: Messages) -> Messages:
-    """What a cut leaves at least: one word of the longest text; the last turn, where no message gives a text."""
+    """The most that a cut can remove: all but one word of the longest text, or all turns but the last."""
     place = _text_at(messages)
     if place is None:
         return list(_turns(messages))[-1]
@@ -192,7 +194,7 @@ def shortest(messages: Messages) -> Messages:
 
 
 def _text_at(messages: Messages) -> int | None:
-    """The place of the message that gives the longest text to work on, if one does."""
+    """The index of the message with the longest text to work on; `None` if no message has one."""
     lengths = {}
     for place, message in enumerate(messages):
         if message["role"] == "user":
@@ -203,7 +205,7 @@ def _text_at(messages: Messages) -> int | None:
 
 
 def _turns(messages: Messages) -> Iterator[Messages]:
-    """The conversation whole, then without its oldest turn, and so on; what the system says stays."""
+    """Yields the conversation, then without its oldest turn, and so on. The system message stays."""
     begins = [place for place, message in enumerate(messages) if message["role"] == "user"]
     for begin in begins:
         yield [*messages[: begins[0]], *messages[begin:]]
@@ -235,7 +237,7 @@ def _cut_text(
 def _cut_turns(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int
 ) -> tuple[Messages, Encoded] | None:
-    """Leaves out as few of the oldest turns as it takes; none where a message gives a text, which later turns need."""
+    """Drops as few of the oldest turns as necessary; none if a message has a text, because later turns need it."""
     if _text_at(messages) is not None:
         return None
     for shortened in list(_turns(messages))[1:]:
@@ -247,9 +249,9 @@ def _cut_turns(
 
 
 def fitting_words(text: str, max_length: int, length: Callable[[str], int]) -> tuple[str, int, int]:
-    """The longest beginning of `text`, in whole words, of at most `max_length`; its number of words, and of all.
+    """The longest beginning of `text`, in whole words, that fits `max_length`; its number of words, and that of `text`.
 
-    `length` grows with the number of words. The beginning is empty when not even the first word fits.
+    `length` measures a text and grows with its words. The beginning is empty if not even the first word fits.
     """
     ends = [0, *(word.end() for word in re.finditer(r"\S+", text))]
     count = bisect.bisect_right(range(1, len(ends)), max_length, key=lambda words: length(text[: ends[words]]))
@@ -257,7 +259,7 @@ def fitting_words(text: str, max_length: int, length: Callable[[str], int]) -> t
 
 
 def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetDict]:
-    """What prepare_dataset.py wrote: its budget, the tokenizer with the template, and the encoded splits.
+    """Opens a folder of prepare_dataset.py: its budget, the tokenizer with the template, and the encoded splits.
 
     Raises:
         UserError: a part is missing or damaged.
@@ -269,13 +271,13 @@ def open_prepared(folder: Path) -> tuple[dict, PreTrainedTokenizerBase, DatasetD
         )
     try:
         rows = load_from_disk(str(folder / "tokenized"))
-    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
+    except Exception as error:  # pyarrow and datasets raise many kinds of errors for a damaged file
         raise UserError(f"{folder / 'tokenized'} cannot be opened; run prepare_dataset.py again.") from error
     return budget, open_tokenizer(folder / "tokenizer"), rows
 
 
 def with_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the stages work with it: `instruction` and `response`, or `prompt` and `chosen`, become `messages`."""
+    """A row with `messages`, made from `instruction` and `response`, or `prompt` and `chosen`, if necessary."""
     if "messages" in row:
         return row
     if "chosen" in row:

@@ -1,5 +1,5 @@
-"""What goes wrong on a user's side. The lowest room of all: it imports nothing."""
+"""The error for a user's mistake. This module imports nothing, so all others can import it."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one sentence: what was found, what was expected, what to do."""
+    """A mistake that the user can fix. The message is one sentence: what was found, what was expected, what to do."""

@@ -1,8 +1,8 @@
-"""Output folders: a mark says what Fledge wrote, nothing else is ever replaced, and a lock keeps other runs out.
+"""Output folders: a mark lists what Fledge wrote, only that is ever replaced, and a lock keeps other runs out.
 
-A folder that a stage finished holds `.fledge.json`, which names the script and each file with its size. A folder of
-unfinished work inside it (`checkpoints/`, `unfinished/`) has a mark of its own, and the files in it are known by name.
-Only the standard library and filelock are imported here, so that a script says at once what is wrong.
+A finished folder has a mark, `.fledge.json`, with the name of the script and the size of each file. A folder of
+unfinished work inside it (`checkpoints/`, `unfinished/`) has its own mark, and its files are recognised by name. Only
+the standard library and filelock are imported here, so that errors are reported at once.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from fledge.errors import UserError
 from fledge.locks import locked
 
 MARK = ".fledge.json"
-# What trainers and trackers write into a folder of checkpoints, at any time and from any process.
+# Files that trainers and trackers write into a folder of checkpoints, at any time and from any process.
 TRAINER_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.distcp", "*.jinja",
     ".metadata", "README.md", "adapter_config.json", "added_tokens.json", "config.json", "emissions.csv",
@@ -42,7 +42,7 @@ WORK = {
 
 
 def read_mark(folder: Path) -> dict | None:
-    """What the mark in `folder` says: `stage` and `files`, path → size in bytes (`None` for any). `None` if none."""
+    """The mark in `folder`: `stage`, and `files`, path → size in bytes (`None` for any size). `None` without a mark."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         return mark if isinstance(mark["stage"], str) and isinstance(mark["files"], dict) else None
@@ -57,7 +57,7 @@ def write_mark(folder: Path, stage: str, files: Mapping[str, int | None]) -> Non
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Everything below `folder` that is no folder, relative to it. A link to a folder is not followed."""
+    """All files below `folder`, relative to it. Links to folders are not followed."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
@@ -68,9 +68,9 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def sort_out(folder: Path, stage: str) -> tuple[list[Path], list[Path]]:
-    """What in `folder` was written by `stage`, and what was not; paths relative to it, marks among the first.
+    """The files in `folder` that `stage` wrote, marks included, and the files of others, as relative paths.
 
-    A file that was changed since counts as not written: its size differs from the mark's.
+    A file that was changed later, so that its size differs from the mark's, counts as a file of others.
     """
     mark = read_mark(folder)
     listed = mark["files"] if mark and mark["stage"] == stage else None
@@ -100,21 +100,21 @@ def _is_of_work(path: PurePath, names: tuple[str, ...]) -> bool:
 
 
 def remove(folder: Path, files: list[Path]) -> None:
-    """Deletes these files, marks last, and then folders that hold nothing."""
+    """Deletes these files, marks last, and then empty folders."""
     for path in sorted(files, key=lambda path: (path.name == MARK, -len(path.parts))):
         (folder / path).unlink(missing_ok=True)
     for place, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # it holds something
+        with contextlib.suppress(OSError):  # it is not empty
             Path(place).rmdir()
 
 
 def check_inputs(output: str | Path, key: str, inputs: Mapping[str, str | Path | list[str] | None]) -> None:
-    """Refuses an output that is an input, lies in one, or holds one. Links are followed; other spellings are known.
+    """Refuses an output that is an input, is inside one, or contains one. Folders are compared by identity.
 
-    `inputs` maps keys to paths; what is no path here, such as a model of the Hub, does not count.
+    `inputs` maps keys to paths; values that are not paths on this machine, such as models on the Hub, are ignored.
 
     Raises:
-        UserError: it is so.
+        UserError: the output overlaps with an input.
     """
     for name, given in inputs.items():
         for path in given if isinstance(given, list) else [given]:
@@ -146,16 +146,16 @@ def claimed(
     key: str = "--output_dir",
     is_main: bool = True,
 ) -> Iterator["Output"]:
-    """Locks `output_dir` for `stage` and finishes what a killed run left half-done. To be entered before any work.
+    """Locks `output_dir` for `stage` and cleans up after a killed run. Enter it before any work.
 
     Args:
-        overwrite: whether its content may be replaced; `None` if `Output.check` is to be asked later.
-        inputs: see `check_inputs`.
-        is_main: false for all processes of a run but one, which alone locks and writes.
+        overwrite: whether its content may be replaced; `None` if `Output.check` will be called later. inputs: see
+            `check_inputs`. is_main: true for the one process of a run that locks and writes.
 
     Raises:
-        UserError: it is a file, cannot be written, is or holds an input, is being written by another run, or holds
-            what `stage` did not write.
+        UserError: it is a file, cannot be written, overlaps with an input, is being written by another run, or has
+            files
+            that `stage` did not write.
     """
     folder = Path(output_dir)
     if not is_main:
@@ -180,7 +180,7 @@ def claimed(
 
 @dataclass
 class Output:
-    """A folder that `claimed` holds for a stage. `path` is how the user names it, `folder` where it really lies."""
+    """An output folder that `claimed` has locked. `path` is the user's spelling, `folder` the resolved path."""
 
     path: Path
     stage: str
@@ -193,7 +193,7 @@ class Output:
         self.building, self.replaced = map(self.folder.with_name, names)
 
     def recover(self) -> None:
-        """Clears what a killed run left beside the folder, and puts back an output that it was about to replace."""
+        """Removes what a killed run left beside the folder, and restores an output that it was about to replace."""
         for place in (self.building, self.replaced):
             if not (place.is_symlink() or place.exists()):
                 continue
@@ -212,7 +212,7 @@ class Output:
         """Checks that the stage may write to the folder.
 
         Raises:
-            UserError: it has content and `overwrite` is not said, or it holds a file that `stage` did not write.
+            UserError: it has content and `overwrite` is false, or it has a file that `stage` did not write.
         """
         if not self.is_main or not self.folder.exists():
             return
@@ -240,10 +240,10 @@ class Output:
         )
 
     def check_room(self, size: int) -> None:
-        """Says before any work that a result of `size` bytes finds no room beside what is there already.
+        """Checks before any work that the disk has room for a result of `size` bytes.
 
         Raises:
-            UserError: the disk has less.
+            UserError: it has not.
         """
         if not self.is_main:
             return
@@ -255,12 +255,12 @@ class Output:
 
     @contextlib.contextmanager
     def staged(self) -> Iterator[Path]:
-        """Yields a folder beside the output that takes its place when the block succeeds and vanishes when it fails.
+        """Yields a folder beside the output. It replaces the output if the block succeeds, and is deleted if it fails.
 
-        A run that is killed leaves the output as it was, and the next one clears what it had begun.
+        A killed run leaves the output unchanged, and the next run removes its unfinished folder.
 
         Raises:
-            UserError: the disk is full, or the output cannot be replaced; then what was made is kept beside it.
+            UserError: the disk is full, or the output cannot be replaced; then the new folder is kept beside it.
         """
         with writing(self.path):
             self.building.mkdir()
@@ -278,7 +278,7 @@ class Output:
                 shutil.rmtree(self.building, ignore_errors=True)
 
     def _place(self) -> None:
-        """Puts the new folder in the place of the old one. Files that others put there meanwhile stay in place."""
+        """Replaces the old folder by the new one. Files that others added in the meantime are kept."""
         try:
             foreign = sort_out(self.folder, self.stage)[1] if self.folder.exists() else []
             for path in foreign:
@@ -300,7 +300,7 @@ class Output:
             self._retire()
 
     def _retire(self) -> None:
-        """Deletes the output that was replaced, but for files of others, which go back to their place."""
+        """Deletes the replaced output, except for files of others, which are moved back."""
         ours, foreign = sort_out(self.replaced, self.stage)
         for path in foreign:
             place = self.folder / path
@@ -310,9 +310,9 @@ class Output:
         remove(self.replaced, ours)
 
     def add(self, name: str, write: Callable[[Path], object]) -> None:
-        """Adds a file to the finished folder: a record, a picture, a page. Its failure is told and costs nothing else.
+        """Adds a file, such as a record or a picture, to the finished folder. A failure is printed and stops nothing.
 
-        `write` is given the folder.
+        `write` is called with the folder.
         """
 
         def do() -> None:
@@ -328,7 +328,7 @@ class Output:
 
     @property
     def work(self) -> Path:
-        """The folder inside for work that is not finished."""
+        """The folder of unfinished work inside the output."""
         return self.path / WORK[self.stage][0]
 
     @property
@@ -340,11 +340,11 @@ class Output:
         return (self.folder / MARK).exists()
 
     def is_own_work(self, path: str | Path | None) -> bool:
-        """Whether `path` lies in the folder of unfinished work, and that is Fledge's."""
+        """Whether `path` is in the folder of unfinished work and Fledge wrote that folder."""
         return path is not None and self.owns_work and self.work.resolve() in Path(path).resolve().parents
 
     def begin_work(self, going_on_from: str | Path | None) -> None:
-        """Makes the folder of unfinished work, empty unless what the run goes on from lies in it.
+        """Creates the folder of unfinished work, empty unless the run resumes from something in it.
 
         Raises:
             UserError: it cannot be written.
@@ -359,7 +359,7 @@ class Output:
             write_mark(self.folder / name, self.stage, {})
 
     def tidy(self, was_there: bool) -> None:
-        """Removes a folder of unfinished work that holds none, and then the output if this run made it."""
+        """Removes an empty folder of unfinished work, and then the output if this run created it and it is empty."""
         work = self.folder / self.work.name if self.stage in WORK else None
         if work and work.is_dir() and not work.is_symlink():
             marks = [Path(MARK)] if self.owns_work else []

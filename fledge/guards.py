@@ -1,4 +1,4 @@
-"""What Fledge builds on in its libraries without their promise: one sentence when a release no longer has it."""
+"""Guards for private names of libraries: one clear sentence if a release no longer has them."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def missing(module: str, name: str) -> UserError:
-    """The error for a `name` that the library of `module` no longer has."""
+    """The error for a private `name` that the library of `module` no longer has."""
     library = module.partition(".")[0]
     return UserError(
         f"{library} {version(library)} has no {name}, which Fledge builds on; "
@@ -22,7 +22,7 @@ def missing(module: str, name: str) -> UserError:
 
 
 def borrow(module: str, name: str) -> Any:
-    """`name` of a library's `module` that its documentation does not list.
+    """Imports `name` from a library's `module`, where its documentation does not list it.
 
     Raises:
         UserError: this release does not have it.
@@ -34,11 +34,12 @@ def borrow(module: str, name: str) -> Any:
 
 
 def check_overrides(cls: Class) -> Class:
-    """Class decorator: every method marked `@override` overrides one that takes the parameters it names.
+    """Class decorator that checks every method marked `@override`: the base class has it, with the same parameters.
 
     Raises:
-        UserError: a library has dropped the method, or a parameter, so that it would be ignored or fail in the middle
-            of a run.
+        UserError: a library has dropped the method or a parameter, so that the override would be ignored or would fail
+            in
+            the middle of a run.
     """
     parent = cls.__bases__[0]
     for name, method in vars(cls).items():

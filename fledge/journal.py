@@ -1,4 +1,4 @@
-"""A file that grows by a line as soon as something is finished, so that an interruption loses nothing."""
+"""A journal of finished work: each result is written at once, so that an interruption loses nothing."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,15 @@ from fledge.errors import UserError
 
 
 class Journal:
-    """Finished pieces of work by key. The first line of the file holds the settings that they were made with.
+    """Finished work by key. The first line of the file holds the settings that it was made with.
 
     Args:
-        file: JSON lines; made when missing.
-        settings: what must be equal for finished work to be used again.
-        otherwise: what the user can do where it is not, for the message.
-        go_on: what the user can do after a full disk.
+        file: JSON lines; created if missing. settings: finished work is only reused if these are equal. otherwise: what
+            the user can do if they differ, for the message. go_on: what the user can do after a full disk, for the
+            message.
 
     Raises:
-        UserError: the file was made with other settings, is no journal, or cannot be written.
+        UserError: the file was made with other settings, is not a journal, or cannot be written.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Journal:
         """Writes finished work at once.
 
         Raises:
-            UserError: the disk is full; half a line that it took is left out when the file is read again.
+            UserError: the disk is full; an incomplete line is ignored when the file is read again.
         """
         self.done |= entries
         with writing(self.file, self.advice), self.file.open("a", encoding="utf-8") as file:

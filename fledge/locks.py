@@ -1,4 +1,4 @@
-"""One run at a time writes an output. The system releases a lock when its process dies, however that happens."""
+"""Locks an output so that only one run writes it. The system releases a lock when its process ends in any way."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ from fledge.errors import UserError
 
 @contextlib.contextmanager
 def locked(output: Path, key: str) -> Iterator[None]:
-    """Locks `output`, which `key` named, by a file beside it; a second file tells others who holds it.
+    """Locks `output`, the value of `key`, by a file beside it. A second file says which process holds the lock.
 
     Raises:
-        UserError: another run holds it, or the folder above it cannot be written.
+        UserError: another run holds the lock, or the folder above cannot be written.
     """
     file, holder = (output.with_name(f".{output.name}.fledge-{name}") for name in ("lock", "holder"))
     made = [place for place in output.parents if not place.exists()]
@@ -34,7 +34,7 @@ def locked(output: Path, key: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}.") from error
-    # What has these very names and is not Fledge's stays.
+    # Files of others with the same names are kept.
     ours = [file] if isinstance(lock, SoftFileLock) or not file.stat().st_size else []
     try:
         if not holder.exists() or not holder.stat().st_size or _told(holder):
@@ -45,12 +45,12 @@ def locked(output: Path, key: str) -> Iterator[None]:
                 write_json(holder, who)
         yield
     finally:
-        for path in reversed(ours):  # while it is locked: whoever opened the file meanwhile sees that it is gone
+        for path in reversed(ours):  # while locked, so that a process that has opened the file sees that it is gone
             with contextlib.suppress(OSError):
                 path.unlink()
         lock.release()
         for place in made:
-            with contextlib.suppress(OSError):  # it holds the output
+            with contextlib.suppress(OSError):  # it contains the output
                 place.rmdir()
 
 

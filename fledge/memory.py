@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed: kept where speed counts, returned at once where the peak does."""
+"""Tells the C library to keep freed memory, which is faster, or to return it at once, which lowers the peak."""
 
 import ctypes
 import sys
@@ -9,24 +9,24 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Keeps what is freed for later; returns whether the C library is one that can be told.
+    """Keeps freed memory for reuse; returns whether the C library supports this.
 
-    glibc gives a block of more than 32 MB back to the system as soon as it is freed. The next training step asks for it
-    again, and the system clears it again, page by page, which is a sixth of a step of `benchmarks/train_throughput.py`.
+    glibc returns a block of more than 32 MB to the system as soon as it is freed. The next training step requests it
+    again, and the system clears it page by page, which takes a sixth of a step of `benchmarks/train_throughput.py`.
     """
     return _mallopt(M_MMAP_THRESHOLD, LARGEST) and _mallopt(M_TRIM_THRESHOLD, LARGEST)
 
 
 def return_freed_memory() -> bool:
-    """Returns every block of 1 MB or more to the system when it is freed; returns whether the C library can be told.
+    """Returns every block of 1 MB or more to the system when it is freed; returns whether the C library supports this.
 
-    glibc raises that limit by itself up to 32 MB, and then keeps between live blocks what came and went.
+    By default glibc raises this limit up to 32 MB while it runs, and freed blocks then stay between live ones.
     """
     return _mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def empty_memory() -> bool:
-    """Returns to the system what has been freed and kept, once; returns whether the C library can be told."""
+    """Returns all freed memory to the system now; returns whether the C library supports this."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # as above
     if malloc_trim is None:
         return False

@@ -1,4 +1,4 @@
-"""The one way in which Fledge opens a model: whole, finite, and with a vocabulary that fits."""
+"""Opens models. All of Fledge opens them here: with all tensors, finite weights, and a vocabulary that fits."""
 
 import hashlib
 import json
@@ -16,16 +16,16 @@ from fledge.errors import UserError
 from fledge.hub import find_model
 from fledge.tokenizers import open_tokenizer
 
-# What older models keep beside their weights and compute anew: causal masks, rotary tables, counted positions.
+# Buffers that older models store beside their weights and recompute: causal masks, rotary tables, position ids.
 BUFFERS = re.compile(r"(^|\.)(attn\.bias|masked_bias|causal_mask|inv_freq|(position|pos)_ids)$")
-# What architectures call the length that they were made for.
+# The names of the context length in different architectures.
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-NAMED = 4  # tensors that a sentence names
+NAMED = 4  # tensors that a message names
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def load_model(name: str | Path, dtype: str = "float32") -> ModelAndTokenizer:
-    """Opens the model of a folder or of the Hub, with its tokenizer, on the best device there is.
+    """Opens a model, a folder or on the Hub, with its tokenizer, on the best available device.
 
     Raises:
         UserError: see `find_model` and `open_model`; or the tokenizer does not open, or has more tokens than the model.
@@ -42,11 +42,12 @@ def open_model(
 ) -> PreTrainedModel:
     """The causal model of a folder on the CPU, in evaluation mode; `settings` change its config.
 
-    transformers fills what a file lacks with random numbers, and goes on with a warning. Here that is an error.
+    transformers initialises missing tensors at random and only warns. Here that is an error.
 
     Raises:
-        UserError: it does not open, needs code that is not Fledge's, tensors are missing, of another shape or left
-            over, or one holds NaN or infinity.
+        UserError: the model does not open, needs code that is not Fledge's, has missing or left-over tensors or tensors
+            of
+            another shape, or holds NaN or infinity.
     """
     name = name or folder
     try:
@@ -55,7 +56,7 @@ def open_model(
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # to be told of all of them by name
+            ignore_mismatched_sizes=True,  # so that all of them are reported by name
             output_loading_info=True,
             **settings,
         )
@@ -86,7 +87,7 @@ def open_model(
 
 
 def open_config(folder: Path, name: str | Path) -> PreTrainedConfig:
-    """The config of a folder's model, with transformers' defaults for what its file leaves out.
+    """The config of a folder's model, with transformers' defaults for missing keys.
 
     Raises:
         UserError: it does not open.
@@ -99,7 +100,7 @@ def open_config(folder: Path, name: str | Path) -> PreTrainedConfig:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
-    """Checks that a model has a row for each token of its tokenizer. `name` is the model's, for the message.
+    """Checks that a model has a row for each token of its tokenizer. `name` is the model's name, for the message.
 
     Raises:
         UserError: the tokenizer has tokens for which the model has no row.
@@ -113,7 +114,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:
-    """The table (V, D) of a causal model's tokens."""
+    """The token embedding (V, D) of a causal model."""
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
@@ -123,7 +124,7 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
-    """The name of the attention that a model computes with, or `None` where transformers no longer tells it here."""
+    """The name of a model's attention implementation; `None` if this release of transformers does not say."""
     return getattr(model.config, "_attn_implementation", None)
 
 
@@ -138,7 +139,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def context_of(config: PreTrainedConfig) -> int:
-    """How many tokens the model sees at once.
+    """The context length of a model in tokens.
 
     Raises:
         UserError: the config does not say.

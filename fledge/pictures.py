@@ -8,9 +8,9 @@ from typing import Any
 
 @contextmanager
 def picture(file: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, dpi: int = 120) -> Iterator[Any]:
-    """Gives matplotlib's axes to draw on, one or an array of (rows, columns), and then saves them as `file`.
+    """Yields matplotlib's axes to draw on, one or an array of (rows, columns), and then saves the figure as `file`.
 
-    `size` is width and height in inches. The figure is no window of pyplot's, so a notebook keeps its own backend.
+    `size` is width and height in inches. pyplot is not used, so a notebook keeps its own backend.
     """
     from matplotlib.figure import Figure
 

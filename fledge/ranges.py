@@ -1,4 +1,4 @@
-"""Which numbers a key takes: declared in a table beside the keys, and checked at once after parsing."""
+"""The allowed ranges of numeric keys: declared in a table beside the keys, and checked right after parsing."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from fledge.errors import UserError
 
-LARGEST = 2**63  # beyond it no library counts
+LARGEST = 2**63  # integers beyond this overflow in every library
 
 
 @dataclass(frozen=True)
 class Range:
-    """From `at_least` (or beyond `above`) up to `at_most` (or short of `below`); `besides` is one more number."""
+    """From `at_least` (or above `above`) up to `at_most` (or below `below`); `besides` is one more allowed number."""
 
     at_least: float | None = None
     above: float | None = None
@@ -36,11 +36,11 @@ class Range:
 AT_LEAST_ONE = Range(at_least=1)
 NOT_NEGATIVE = Range(at_least=0)
 POSITIVE = Range(above=0)
-SEED = Range(at_least=0, below=2**32)  # what NumPy takes
+SEED = Range(at_least=0, below=2**32)  # NumPy's range
 
 
 def check_ranges(arguments: object, ranges: Mapping[str, Range]) -> None:
-    """Looks at every number in a dataclass. One that is not in `ranges` has to be finite.
+    """Checks every number in a dataclass. A key that is not in `ranges` only has to be finite.
 
     Raises:
         UserError: a number is NaN, infinite or out of its range.

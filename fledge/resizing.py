@@ -1,4 +1,4 @@
-"""The rows a model keeps for its vocabulary: those of its embedding, and those of its output head."""
+"""Resizes the vocabulary of a model: adds or removes rows of its embedding and its output head."""
 
 import json
 import math
@@ -18,9 +18,9 @@ from fledge.tokenizers.fast import characters_of_bytes, merges_of
 def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Gives `model` a row for each token that only `tokenizer` has, and returns how many it added.
 
-    A new row of the embedding, of an untied head and of the head's bias is the mean of the old ones, so that a new
-    token starts as an average one: never far likelier than the rest, which a row near zero often is
-    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Rows that no token uses stay as they are.
+    New rows of the embedding, of an untied head and of the head's bias are the mean of the old rows, so that a new
+    token is as likely as an average one. A row near zero is often far more likely than the rest
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Rows that no token uses do not change.
     """
     old = embedding_of(model).num_embeddings
     added = max(0, max(tokenizer.get_vocab().values()) + 1 - old)
@@ -36,11 +36,11 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, used: Iterable[int]
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """A BPE with the `used` tokens only, and the old id of each of its tokens, in ascending order.
+    """A BPE tokenizer with only the `used` tokens, and the old id of each of its tokens, in ascending order.
 
-    Kept besides: all 256 bytes, so that any text can be written; added tokens; and what a kept token is merged from.
-    A text of used tokens keeps its tokens: every merge on the way to them is still there, in the old order, and those
-    that are gone never applied.
+    It also keeps all 256 bytes, so that it can encode any text, added tokens, and the tokens that kept ones are merged
+    from. A text of used tokens keeps its tokens: all merges that lead to them are kept in the old order, and the
+    removed merges never applied to it.
 
     Raises:
         UserError: the tokenizer is no BPE that writes any text with its bytes.
@@ -48,7 +48,7 @@ def trim_tokenizer(
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     model = description["model"]
     vocabulary = model["vocab"]
-    # What SentencePiece made writes a space as "▁", and other characters that it has no token for with their bytes.
+    # SentencePiece writes a space as "▁", and characters without a token as their bytes.
     falls_back = model["type"] == "BPE" and model["byte_fallback"]
     all_bytes = {"▁", *(f"<0x{byte:02X}>" for byte in range(256))} if falls_back else characters_of_bytes().keys()
     if model["type"] != "BPE" or not all_bytes <= vocabulary.keys():
@@ -86,7 +86,7 @@ def trim_tokenizer(
 
 
 def _renumber(processor: dict | None, new_id: dict[int, int]) -> None:
-    """The ids that a post-processor of the tokenizers library puts around a text."""
+    """Renumbers the ids that a post-processor of the tokenizers library adds around a text."""
     for part in (processor or {}).get("processors", [processor] if processor else []):
         for token in part.get("special_tokens", {}).values():
             token["ids"] = [new_id[i] for i in token["ids"]]
@@ -96,7 +96,7 @@ def _renumber(processor: dict | None, new_id: dict[int, int]) -> None:
 
 
 def keep_rows(model: PreTrainedModel, old_ids: list[int]) -> None:
-    """Leaves `model` the rows `old_ids` of its embedding and its head, tied or not, in that order."""
+    """Keeps only the rows `old_ids` of the embedding and the head of `model`, tied or not, in this order."""
     embedding, head = embedding_of(model), head_of(model)
     is_tied = head.weight is embedding.weight
     embedding.weight = nn.Parameter(embedding.weight.detach()[old_ids].clone())
@@ -120,10 +120,10 @@ def compare_trimmed(
     old_ids: list[int],
     texts: list[str],
 ) -> dict[str, float]:
-    """What trimming did to the probabilities of `texts`, each of which must fit the context, in bits per byte.
+    """Compares the bits per byte of `texts`, each of which must fit the context, before and after trimming.
 
-    Where a text keeps its tokens, a probability p becomes p / (1 − r), r being what the removed tokens had: `removed`
-    is the mean of r, and `largest_error` how far any log-probability is from that.
+    If a text keeps its tokens, a probability p becomes p / (1 − r), where r is the probability of the removed tokens.
+    `removed` is the mean of r, and `largest_error` the largest deviation of a log-probability from this.
     """
     rows, is_same = torch.tensor(old_ids), []
     nats, tokens, removed, largest_error = [0.0, 0.0], [0, 0], [], 0.0

@@ -1,4 +1,4 @@
-"""How an answer is drawn: the keys that generate.py and evaluate_model.py share."""
+"""How answers are sampled: the keys that generate.py and evaluate_model.py share."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,14 +17,14 @@ RANGES = {
 
 @dataclass
 class Sampling:
-    """Nothing heavy is imported here, so that `--help` answers at once."""
+    """The sampling keys. Nothing heavy is imported here, so that `--help` answers at once."""
 
     GROUPS: ClassVar = {"max_new_tokens": "sampling"}
 
     max_new_tokens: int = field(default=300, metadata={"help": "longest answer in tokens (default 300)"})
-    temperature: float = field(default=0.8, metadata={"help": "0 always takes the likeliest token (default 0.8)"})
-    top_k: int = field(default=0, metadata={"help": "draw from the k likeliest tokens; 0: from all (default 0)"})
-    top_p: float = field(default=0.95, metadata={"help": "draw from the likeliest that sum to p (default 0.95)"})
+    temperature: float = field(default=0.8, metadata={"help": "0 always takes the most likely token (default 0.8)"})
+    top_k: int = field(default=0, metadata={"help": "sample from the k most likely tokens; 0: from all (default 0)"})
+    top_p: float = field(default=0.95, metadata={"help": "sample from the most likely that sum to p (default 0.95)"})
     repetition_penalty: float = field(default=1.0, metadata={"help": "above 1: avoid tokens already there (default 1)"})
     seed: int = field(default=0, metadata={"help": "the same seed gives the same answers (default 0)"})
 
@@ -37,9 +37,9 @@ class Sampling:
         check_ranges(self, RANGES)
 
     def decoding(self) -> dict[str, bool | float]:
-        """The same draw as transformers' `GenerationConfig` says it.
+        """The same sampling as keys of transformers' `GenerationConfig`.
 
-        Every key is there, `top_k` too: transformers fills 50 in for one that is missing.
+        Every key is set, `top_k` too: transformers uses 50 for a missing one.
         """
         if self.temperature == 0:
             return {"do_sample": False, "repetition_penalty": self.repetition_penalty}

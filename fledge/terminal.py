@@ -1,4 +1,4 @@
-"""What a script shows while it works: colours and bars on a terminal, plain lines in a log."""
+"""Output while a script works: colours and progress bars on a terminal, plain lines in a log."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ BETWEEN = 30.0  # seconds between two lines of progress in a log
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that wants escape codes (https://no-color.org)."""
+    """Whether `stream` is a terminal that shows colours (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -23,20 +23,20 @@ def quiet() -> None:
     """Turns off the warnings and progress bars of transformers, and the bars of datasets if a stage has imported it."""
     import transformers
 
-    # TRL and peft ask for it under its earlier name.
+    # TRL and peft still use the deprecated name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft finds the right value itself
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if datasets := sys.modules.get("datasets"):  # seconds to import, so it is not imported for this
+    if datasets := sys.modules.get("datasets"):  # takes seconds to import, so it is not imported only for this
         datasets.disable_progress_bars()
 
 
 @contextlib.contextmanager
 def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows on stderr how far `doing` is; what it yields is told how many of `total` are done.
+    """Shows the progress of `doing` on stderr; yields a function to call with how many of `total` are done.
 
-    A terminal gets a bar with the time left, anything else a line now and then and one at the end.
+    A terminal gets a progress bar with the time left, anything else a line now and then and one at the end.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -57,7 +57,7 @@ def progress(doing: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def in_columns(names: tuple[str, str], texts: tuple[str, str]) -> str:
-    """Two texts with their names in columns; one below the other where the terminal is too narrow for that."""
+    """Two texts in columns with their names as headers; one below the other if the terminal is too narrow."""
     width = (shutil.get_terminal_size().columns - 3) // 2
     if width < 30:
         return "\n\n".join(f"--- {name}\n{text}" for name, text in zip(names, texts, strict=True)) + "\n"

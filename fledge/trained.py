@@ -1,4 +1,4 @@
-"""What a model's folder says of the task it was trained on. No code of that task is run for it."""
+"""Reads the task of a trained model from the records in its folder, without running the task's code."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from fledge.messages import Messages
 
 @dataclass(frozen=True)
 class Trained:
-    """The task's name, whether it asks once, and a conversation that ends with its prompt; the rest as in `Task`."""
+    """A task's name, whether it is single-turn, and an example conversation; the other fields are those of `Task`."""
 
     task: str
     asks_once: bool
@@ -21,12 +21,12 @@ class Trained:
 
     @property
     def system(self) -> Messages:
-        """The system message of every conversation with the model, in a list; an empty one if there is none."""
+        """The system message of every conversation with the model, as a list; empty if there is none."""
         return [message for message in self.example if message["role"] == "system"]
 
 
 def read_trained(folder: Path) -> Trained | None:
-    """What train_sft.py has kept of the dataset beside a model; `None` for a model that it did not train.
+    """The task that train_sft.py recorded beside a model; `None` for a model that it did not train.
 
     Raises:
         UserError: the record is damaged.
