@@ -1,4 +1,4 @@
-"""The budget report: what a training will be given, known before it starts."""
+"""The budget report: what a training will see, counted before it starts."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 
 @dataclass
 class Budget:
-    """What is read, rejected and kept.
+    """The counts of what was read, rejected and kept.
 
-    `rows_read` records give `examples`, of which `rows_kept` are kept; `rejected` counts by reason the records that
-    give none and the examples that are left out. So (rows_read - records_used) + (examples - rows_kept) is their sum.
-    `cuttable` examples have a prompt from which --overflow cut_prompt may take something, and `remedies` says of each
-    key how many of the examples that are too long it would keep.
+    `rows_read` records give `examples`, of which `rows_kept` are kept. `rejected` counts by reason the records that
+    give no example and the examples that are left out; their sum is (rows_read - records_used) + (examples -
+    rows_kept). `cuttable` examples have a prompt that --overflow cut_prompt may shorten, and `remedies` says for each
+    key how many of the over-long examples it would keep.
     """
 
     source: str
@@ -44,14 +44,14 @@ class Budget:
     license: str | None = None
     columns: dict[str, str | list[str]] = field(default_factory=dict)  # a kind, or the labels of a class
     about_task: dict[str, Any] = field(default_factory=dict)  # see `Task.about`
-    keep: str | None = None  # what is made of a model's answers: pairs or best
+    keep: str | None = None  # --keep, for a model's answers: pairs or best
 
     def count(self, facts: Facts) -> None:
         """Adds the counts of what was read and what was left out."""
         found = facts.found
         self.rows_read, self.records_used, self.examples = (found.counts[key] for key in ("read", "used", "examples"))
         self.cuttable = found.counts["cuttable"]
-        # A chunk's file holds the words of a reason; the others are the task's.
+        # A chunk's file has the text of a reason; texts that are not below are reasons of the task.
         of_encoding = (too_long(self.max_length), ANSWER_LOST, unwritable())
         own = {reason.text: reason for reason in (*of_encoding, *OF_ANSWERS)}
         self.rejected.update({own.get(text, Reason(text)): count for text, count in found.rejected.items()})
@@ -97,7 +97,7 @@ class Budget:
         return {**content, "rows_kept": kept, "warnings": self.warnings()}
 
     def warnings(self) -> list[str]:
-        """What is wrong with this data for a training: a sentence each, with the key that changes it."""
+        """A sentence for each problem of this data for a training, with the key that changes it."""
         train = self.splits["train"]
         sentences = []
         if train["supervised_share"] < FEW_SUPERVISED:
@@ -138,7 +138,7 @@ class Budget:
         return sentences
 
     def markdown(self) -> str:
-        """The report for people: what was kept, what was not and why, and how long the rows are."""
+        """The report as Markdown: what was kept, what was left out and why, and the lengths of the rows."""
         content = self.as_dict()
         kept = f"{content['rows_kept']:,}"
         if self.keep == "pairs":

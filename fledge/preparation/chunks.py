@@ -1,8 +1,8 @@
 """Chunks of records → rows on disk, by several processes, so that memory does not grow with the data.
 
-Of a chunk NAME come two Arrow files: `NAME.rows.arrow` (messages, the task's columns, token ids) and
-`NAME.facts.arrow`, the few numbers a row by which `fledge.preparation.curation` decides where it goes. A chunk depends
-on nothing but its own records, so the files are the same whoever makes them and in whatever order.
+A chunk NAME becomes two Arrow files: `NAME.rows.arrow` (messages, the task's columns, token ids) and
+`NAME.facts.arrow`, the few numbers per row that `fledge.preparation.curation` needs. The files depend only on the
+chunk's own records, not on the process that makes them or on the order.
 """
 
 import json
@@ -37,12 +37,12 @@ from fledge.tokenizers import encoding_of
 from fledge.tokenizers.fast import TextEncoder, UnequalIds
 from fledge.tokenizers.spelling import Spelling
 
-RECORDS = 500  # at a time: what a process holds
+RECORDS = 500  # records that a process holds at a time
 
 
 @dataclass
 class NamedChunk:
-    """A chunk of a source, or its first `limit` records. `name` orders chunks as their records stand in the data."""
+    """A chunk of a source, or its first `limit` records. Names sort in the order of the data."""
 
     name: str
     chunk: Chunk
@@ -51,7 +51,7 @@ class NamedChunk:
 
 @dataclass
 class Preparation:
-    """How chunks are prepared. Calling it with a chunk writes the chunk's rows and facts into `folder`."""
+    """The settings of a preparation. Calling it with a chunk writes the chunk's rows and facts into `folder`."""
 
     source: Source
     task: str
@@ -62,7 +62,7 @@ class Preparation:
     seed: int
     near_duplicates: bool = False
     folder: Path | None = None
-    choice: Choice | None = None  # among a model's answers
+    choice: Choice | None = None  # for a model's answers
 
     def __post_init__(self) -> None:
         self.spelling = Spelling(self.tokenizer)
@@ -75,7 +75,7 @@ class Preparation:
         """Makes the rows of a chunk and writes them with their facts.
 
         Raises:
-            UserError: a record that the source cannot read.
+            UserError: the source cannot read a record.
             UnequalIds: see `TextEncoder`.
         """
         task, found = open_task(self.task), Found()
@@ -89,7 +89,7 @@ class Preparation:
                     if self.choice:
                         made = self.choice.examples(record, task)
                     else:
-                        # Chance is the record's own, so that its examples do not depend on the records before it.
+                        # Each record has its own seed, so that its examples do not depend on the records before it.
                         made = task.checked_examples(record, random.Random(f"{self.seed} {named.name} {number}"))
                 except RejectedRecord as reason:
                     found.rejected[str(reason)] += 1
@@ -119,7 +119,7 @@ class Preparation:
             save_signatures(self.folder / f"{named.name}.minhash.npy", texts)
 
     def _encoded(self, examples: list[dict[str, Any]], found: "Found") -> list[tuple[dict[str, Any], Encoded]]:
-        """The examples that can be written and fit, with their ids; the others are counted in `found`."""
+        """The examples that the vocabulary can write and that fit, with their ids; counts the others in `found`."""
         writable = []
         for example in examples:
             if missing := self.spelling.missing(contents(example["messages"]) + example.get("rejected", "")):
@@ -160,11 +160,11 @@ class Preparation:
 
 @dataclass
 class Found:
-    """What is counted while rows are made.
+    """Counts that are collected while rows are made.
 
-    `counts` has the records read and used, the examples, and those whose prompt may be cut; `rejected` the reasons for
-    which the others were left out; `lacking` what the vocabulary cannot write, with the number of examples that hold
-    it; and `remedies` the keys that would have kept an example which is too long.
+    `counts` has the records read and used, the examples, and those whose prompt may be cut. `rejected` has the reasons
+    for leaving out the others. `lacking` has the characters that the vocabulary lacks, with the number of examples.
+    `remedies` has the keys that would have kept over-long examples.
     """
 
     counts: Counter = field(default_factory=Counter)
@@ -179,10 +179,10 @@ class Found:
 
 @dataclass
 class Facts:
-    """The facts of all rows, chunk by chunk in the order of the data."""
+    """The facts of all rows, in the order of the data."""
 
     chunks: list[str]
-    rows: np.ndarray  # (chunks,), how many each chunk has
+    rows: np.ndarray  # (chunks,), the number of rows of each
     columns: dict[str, np.ndarray]  # (all rows,) each
     found: Found
 
@@ -191,7 +191,7 @@ class Facts:
         return int(self.rows.sum())
 
     def of(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """The columns of some rows: a mask or numbers of rows."""
+        """The columns of some rows, which `chosen` selects by a mask or by numbers."""
         return {name: values[chosen] for name, values in self.columns.items()}
 
     @classmethod
@@ -222,7 +222,7 @@ def named_chunks(
 ) -> Iterator[NamedChunk]:
     """Yields the chunks of all files, up to the first `limit` records.
 
-    Each of several tasks gets its own: whole files, or every n-th chunk if there are fewer files than tasks.
+    With several tasks, each gets whole files, or every n-th chunk if there are fewer files than tasks.
     """
     by_file = len(files) >= tasks
     for place, file in enumerate(files):
@@ -244,7 +244,7 @@ def prepare_chunks(preparation: Preparation, chunks: Callable[[], Iterator[Named
     """Makes rows of all chunks.
 
     Raises:
-        UserError: a source cannot be read, or a record not be encoded.
+        UserError: a source cannot be read, or a record cannot be encoded.
     """
     print(f"Encoding with {preparation.encoder.way}.", flush=True)
     try:
@@ -256,7 +256,7 @@ def prepare_chunks(preparation: Preparation, chunks: Callable[[], Iterator[Named
 
 
 def spread(work: Callable[[NamedChunk], Any], chunks: Iterable[NamedChunk], num_proc: int) -> Iterator[Any]:
-    """`work(chunk)` of each chunk, in order. A single chunk is worked on here; more go to `num_proc` processes.
+    """Yields `work(chunk)` for each chunk, in order. A single chunk runs in this process, more in `num_proc` processes.
 
     Raises:
         UserError: a process died.
@@ -269,7 +269,7 @@ def spread(work: Callable[[NamedChunk], Any], chunks: Iterable[NamedChunk], num_
         return
     try:
         with ProcessPoolExecutor(num_proc, initializer=_begin, initargs=(work,)) as pool:
-            # A few chunks wait, so that no process does; more would only fill the memory.
+            # A few chunks are queued, so that no process waits; more would only fill the memory.
             waiting = deque(pool.submit(_work, chunk) for chunk in islice(chunks, 2 * num_proc))
             while waiting:
                 yield waiting.popleft().result()
@@ -284,7 +284,7 @@ _work_of_this_process: Callable[[NamedChunk], Any]
 def _begin(work: Callable[[NamedChunk], Any]) -> None:
     global _work_of_this_process
     _work_of_this_process = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one process per core
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 

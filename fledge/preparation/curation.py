@@ -1,4 +1,4 @@
-"""Splits that share no group, and classes of equal size."""
+"""Assigns rows to splits that share no group, and balances classes."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from fledge.reading.files import SPLITS
 
 
 def split_shares(text: str) -> dict[str, float]:
-    """`85/5/10` → the share of each split. `95/5/0` → train and validation alone."""
+    """`85/5/10` → the share of each split. `95/5/0` → train and validation only."""
     try:
         percents = [float(part) for part in text.split("/")]
     except ValueError:
@@ -25,9 +25,9 @@ def split_shares(text: str) -> dict[str, float]:
 
 
 def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
-    """Deals whole groups to the splits until each has its share of the rows, and at least one group.
+    """Assigns whole groups to the splits until each has its share of the rows, and at least one group.
 
-    `groups` (rows,) are hashes of the groups' names; the result (rows,) is the number of each row's split. It depends
+    `groups` (rows,) are hashes of the groups' names. The result (rows,) is the number of each row's split; it depends
     on which groups there are, not on their order.
     """
     _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
@@ -47,7 +47,7 @@ def split_by_group(groups: np.ndarray, shares: dict[str, float], seed: int) -> n
 def balance(
     split: str, rows: np.ndarray, codes: np.ndarray, column: str, labels: dict[int, str], seed: int
 ) -> np.ndarray:
-    """Keeps as many of `rows` with each label as the rarest one has.
+    """Keeps as many of `rows` with each label as the rarest label has.
 
     `codes` (rows,) are numbers of the column's labels, `labels` those that occur in the data.
 
@@ -68,7 +68,7 @@ def balance(
 
 
 def repeated(fingerprints: np.ndarray) -> np.ndarray:
-    """(rows,), true for a row that has the fingerprint of an earlier one."""
+    """(rows,), true for a row with the same fingerprint as an earlier one."""
     is_repeated = np.ones(len(fingerprints), bool)
     is_repeated[np.unique(fingerprints, return_index=True)[1]] = False
     return is_repeated
@@ -77,7 +77,7 @@ def repeated(fingerprints: np.ndarray) -> np.ndarray:
 def apart(splits: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Whether the group of each row (rows,) lies in no later split.
 
-    Training gives way to validation, and both to test, so that what is held out stays whole.
+    Groups are removed from the earlier splits, so that the held-out splits stay complete.
 
     Raises:
         UserError: a row has no split.
@@ -100,13 +100,13 @@ def assign_splits(
     seed: int,
     near_duplicates: np.ndarray | None = None,
 ) -> tuple[tuple[str, ...], np.ndarray, Counter]:
-    """Where every row goes, and how many rows are left out for which reason.
+    """Assigns every row to a split, or leaves it out.
 
-    Returned are the names of the splits, the number of each row's split among them (rows,), -1 for a row that is left
-    out, and the count of each reason.
+    Returns the names of the splits, the number of each row's split (rows,), -1 for a row that is left out, and the
+    number of rows left out for each reason.
 
-    `shares` is None for the source's own splits. `balanced` is a class column with its labels, `near_duplicates`
-    (rows,) a mask.
+    `shares` is `None` for the source's own splits. `balanced` is a class column with its labels. `near_duplicates`
+    (rows,) is a mask.
 
     Raises:
         UserError: a split is empty or cannot be balanced.

@@ -1,9 +1,9 @@
 """Near duplicates by MinHash of word shingles.
 
 Bands of hashes find candidates (Leskovec, Rajaraman, Ullman, chapter 3), and the share of equal hashes confirms them.
-The hashing is rensa's, in Rust; the rest is a few numpy operations a band, so that it holds for millions of rows.
+rensa hashes in Rust; the rest is a few numpy operations per band, so that it scales to millions of rows.
 
-Rows of one group are no duplicates of each other: they are several tasks about one text and stay in one split.
+Rows of one group are never duplicates of each other: they are several tasks about one text and stay in one split.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from fledge.text.words import as_written
 
-HASHES = 128  # an estimate of the similarity is off by 0.035 (one standard deviation) at 0.8
+HASHES = 128  # the standard deviation of an estimated similarity of 0.8 is 0.035
 SHINGLE = 5  # words
 RECALL = 0.99
 
@@ -30,21 +30,21 @@ def signatures(texts: list[str]) -> np.ndarray:
 
 
 def hashes_a_band(similarity: float) -> int:
-    """As many hashes a band, hence as few candidates, as still find a pair of this similarity with `RECALL`."""
+    """The largest band, which gives the fewest candidates, that finds a pair of this similarity with `RECALL`."""
     fitting = [n for n in range(1, HASHES + 1) if 1 - (1 - similarity**n) ** (HASHES // n) >= RECALL]
     return max(fitting)
 
 
 def save_signatures(file: Path, texts: list[str]) -> None:
-    """Saves them as (HASHES, texts), so that a band of all texts lies together."""
+    """Saves the signatures as (HASHES, texts), so that a band of all texts is contiguous."""
     np.save(file, np.ascontiguousarray(signatures(texts).T))
 
 
 def near_duplicates(files: list[Path], groups: np.ndarray, similarity: float) -> np.ndarray:
-    """(rows,), true for a row that is at least that similar to an earlier one of another group which itself stays.
+    """(rows,), true for a row that is at least this similar to an earlier row of another group that is kept.
 
-    `files` are what `save_signatures` wrote of the rows, in their order; `similarity` is Jaccard's, of two texts' sets
-    of shingles, as far as MinHash tells it.
+    `files` were written by `save_signatures`, in the order of the rows. `similarity` is MinHash's estimate of the
+    Jaccard similarity of two texts' sets of shingles.
     """
     width = hashes_a_band(similarity)
     candidates = [
@@ -61,7 +61,7 @@ def near_duplicates(files: list[Path], groups: np.ndarray, similarity: float) ->
 
 
 def _colliding(band: np.ndarray) -> np.ndarray:
-    """Pairs (earlier, later) of equal columns of `band` (width, rows): each with the one before and with the first."""
+    """Pairs (earlier, later) of equal columns of `band` (width, rows): each with the previous and the first one."""
     factors = np.random.default_rng(0).integers(0, 2**63, len(band), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     keys = sum(hashes.astype(np.uint64) * factor for hashes, factor in zip(band, factors, strict=True))
     order = np.argsort(keys, kind="stable")

@@ -1,7 +1,8 @@
-"""A model's own rewarded answers → preference pairs, or the best answer to each prompt.
+"""A model's own answers with rewards → preference pairs, or the best answer to each prompt.
 
-Answers are compared with answers to the same prompt only, and those of equal reward are never a pair. What is
-preferred ended by itself. A rejected answer that ran into the limit has no end-of-text, so that stopping is preferred.
+Answers are only compared with answers to the same prompt, and answers of equal reward are never a pair. The preferred
+answer always stopped by itself. A rejected answer that ran into the limit has no end-of-text, so the model also learns
+to stop.
 """
 
 import json
@@ -18,10 +19,10 @@ KEEP = ("pairs", "best")
 
 @dataclass
 class Choice:
-    """What is chosen of a prompt's answers.
+    """How training data is chosen among the answers to a prompt.
 
-    `keep` is "pairs" or "best". `weights` are those of the rewards that rank. The answers of a pair differ by `margin`
-    at least, and a prompt gives up to `pairs` of them.
+    `keep` is "pairs" or "best". `weights` are the rewards that rank the answers, with their weights. The answers of a
+    pair differ by at least `margin`, and a prompt gives up to `pairs` pairs.
     """
 
     keep: str
@@ -32,13 +33,13 @@ class Choice:
     def examples(self, record: dict[str, Any], task: Task) -> list[dict[str, Any]]:
         """Makes the examples of a prompt and its answers.
 
-        With "best" one, whose last message is the best of the answers that did what the prompt asks. With "pairs" each
-        has a `rejected` answer and whether it `stopped`: the best answer against the worst, the next best against the
-        next worst, and so on. No answer is in two pairs.
+        With "best" there is one, whose last message is the best of the answers that did what the prompt asks. With
+        "pairs" each has a `rejected` answer and whether it `stopped`: the best answer against the worst, the next best
+        against the next worst, and so on. No answer is in two pairs.
 
         Raises:
             RejectedRecord: no answer can be kept.
-            UserError: the record is another task's.
+            UserError: the record belongs to another task.
         """
         if record["task"] != task.name:
             raise UserError(f"The answers are to prompts of the task {record['task']}; pass --task {record['task']}.")
@@ -68,14 +69,14 @@ class Choice:
         return made[: self.pairs]
 
     def value(self, answer: dict[str, Any]) -> float:
-        """The weighted sum of an answer's rewards, rounded so that the order of the sum makes no difference."""
+        """The weighted sum of an answer's rewards, rounded so that the order of summation does not matter."""
         return round(sum(weight * answer["rewards"].get(name, 0.0) for name, weight in self.weights.items()), 6)
 
 
 def is_done(answer: dict[str, Any], task: Task) -> bool:
     """Whether an answer stopped and did what its prompt asks.
 
-    By the rewards alone: the judges that report would otherwise have chosen what they report on.
+    Only the rewards decide. The judges of the evaluation must not choose what they will evaluate.
     """
     least = task.done or task.constraints
     met = all(value >= least.get(name, 0.0) for name, value in answer["rewards"].items())

@@ -1,4 +1,4 @@
-"""Why a record or an example is left out, and the key that changes that."""
+"""The reasons for leaving out a record or an example, and the key that changes that."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from fledge.tokenizers.spelling import UNWRITABLE
 
 @dataclass(frozen=True)
 class Reason:
-    """`text` is what the budget says, `remedy` the key that changes it; most reasons are a task's, about a record."""
+    """A reason: its `text` in the budget report, and the key that changes it, its `remedy`."""
 
     text: str
     remedy: str = "another --task"
@@ -32,7 +32,7 @@ NEAR_DUPLICATE = Reason("a near duplicate", "--near_duplicates", True)
 
 
 def too_long(max_length: int) -> Reason:
-    """Its remedies are counted, and the budget names them."""
+    """The reason for an over-long example. Its remedies are counted, and the budget report names them."""
     return Reason(f"longer than {max_length} tokens", of_examples=True)
 
 
@@ -41,5 +41,5 @@ def surplus(column: str) -> Reason:
 
 
 def unwritable(lacking: str = "") -> Reason:
-    """The vocabulary lacks a token; `lacking` names some, once all are known."""
+    """The reason for an example that the vocabulary cannot write; `lacking` names characters, once all are known."""
     return Reason(f"{UNWRITABLE}: {lacking}" if lacking else UNWRITABLE, "a base with a larger vocabulary", True)

@@ -1,4 +1,4 @@
-"""Rows in chunks → the files of a dataset: parquet for people and the Hub, Arrow that training maps into memory."""
+"""Rows in chunks → the files of a dataset: parquet for people and the Hub, memory-mapped Arrow for training."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def bytes_of(size: str) -> int:
 
 
 def parquet_writer(file: Path, schema: pa.Schema) -> pa.parquet.ParquetWriter:
-    # As `datasets` writes it: the Hub then stores the parts of a file that a new version shares with the old one once.
+    # The options of `datasets`: the Hub then stores the parts that two versions of a file share only once.
     return pa.parquet.ParquetWriter(file, schema, use_content_defined_chunking=True, write_page_index=True)
 
 
@@ -95,7 +95,7 @@ def write_splits(
 ) -> None:
     """Writes `data/SPLIT-*.parquet` and the `DatasetDict` `tokenized/` into `folder`, from the rows in `chunks`.
 
-    `split_of` is what `assign_splits` says. Chunks are shuffled, then rows within `SHUFFLED` chunks.
+    `split_of` comes from `assign_splits`. Chunks are shuffled, and then rows within `SHUFFLED` chunks.
     """
     files = [chunks / f"{name}.rows.arrow" for name in facts.chunks]
     split_of_chunk = np.split(split_of, np.cumsum(facts.rows)[:-1])
@@ -124,7 +124,7 @@ def write_splits(
 
 
 def published(rows: pa.Table, columns: Features) -> pa.Table:
-    """The rows with what `columns` (see `written_columns`) have in place of `messages`."""
+    """The rows with the published `columns` (see `written_columns`) in place of `messages`."""
     if "rejected" in columns:
         messages = rows["messages"].to_pylist()
         rejected = [[{"role": "assistant", "content": text}] for text in rows["rejected"].to_pylist()]
@@ -140,7 +140,7 @@ def published(rows: pa.Table, columns: Features) -> pa.Table:
 
 
 def _describe_arrow(folder: Path, files: list[Path], features: Features) -> None:
-    """Puts beside Arrow files what `Dataset.save_to_disk` would, without taking the rows through memory for it."""
+    """Adds the metadata of `Dataset.save_to_disk` to Arrow files, without loading their rows into memory."""
     digest = blake2b(digest_size=8)
     for file in files:
         with file.open("rb") as content:
@@ -160,7 +160,7 @@ def _describe_arrow(folder: Path, files: list[Path], features: Features) -> None
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
     try:
         load_from_disk(str(folder))
-    except Exception:  # a release of datasets that describes rows in another way, which it then does itself
+    except Exception:  # another release of datasets may have other metadata; then save_to_disk itself writes it
         rows, whole = [Dataset.from_file(str(file)) for file in files], folder.with_name(f"{folder.name}.whole")
         concatenate_datasets(rows).save_to_disk(str(whole))
         shutil.rmtree(folder)

@@ -56,7 +56,7 @@ def columns_of(task: Task, has_pairs: bool = False) -> Features:
 
 
 def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]], has_pairs: bool = False) -> pa.Table:
-    """Examples and their ids as a table of the task's columns, then `input_ids` and `labels`, of pairs more of both."""
+    """Examples as a table: the task's columns, `input_ids`, `labels`, and for pairs the rejected answer and its ids."""
     features, tokens = columns_of(task, has_pairs), TOKENS_OF_PAIRS if has_pairs else TOKENS
     arrays = []
     for name, column in zip(features, features.arrow_schema, strict=True):
@@ -75,12 +75,14 @@ def rows_table(task: Task, rows: list[tuple[dict[str, Any], Encoded]], has_pairs
 def facts_table(
     task: Task, rows: list[tuple[dict[str, Any], Encoded]], split: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> pa.Table:
-    """What curation and the budget report ask of each row.
+    """The facts of each row for curation and the budget report.
 
-    Class columns hold the number of the label, and the source's own split is its number in `SPLITS`, -1 for none.
-    `is_known` says that no answer has a token for unknown text.
+    Class columns have the number of the label. The source's own split is its number in `SPLITS`, or -1. `is_known` says
+    that no answer has the unknown token.
     """
-    unknown = tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None  # GPT-2's are one
+    unknown = (
+        tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None
+    )  # in GPT-2 the two are the same
     texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
     facts = {
         "source_split": [SPLITS.index(split) if split else -1] * len(rows),
@@ -101,7 +103,7 @@ def facts_table(
 
 
 def hash_of(text: str) -> int:
-    """64 bits of BLAKE2: two of three million texts agree by chance once in four million corpora."""
+    """64 bits of BLAKE2: among three million texts, two collide by chance in one of four million corpora."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -111,6 +113,6 @@ def write_table(file: Path, table: pa.Table) -> None:
 
 
 def read_table(file: Path) -> pa.Table:
-    # Read, not mapped: mapped pages would count as memory until the system takes them back.
+    # Read, not memory-mapped: mapped pages count as used memory until the system reclaims them.
     with pa.OSFile(str(file)) as source:
         return pa.ipc.open_file(source).read_all()

@@ -1,7 +1,7 @@
-"""Muon for the matrices of the layers, AdamW for all else, as one optimizer that a `Trainer` can hold.
+"""Muon for the matrices of the layers and AdamW for everything else, as one optimizer for `Trainer`.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix, which
-learns more from a step. Its rate is matched to AdamW's (Liu et al. 2025), so one schedule serves both.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix and so
+learns more from each step. Its learning rate is matched to AdamW's (Liu et al. 2025), so one schedule serves both.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """`parts` are the two optimizers; their parameter groups are this one's, so that a schedule reaches both."""
+    """Combines two optimizers, `parts`. Their parameter groups are shared, so that one schedule sets both."""
 
     def __init__(self, model: PreTrainedModel, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
         named = list(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Pre-training: a GPT-2 from its sizes, what a run will cost, and transformers' `Trainer` on windows of token ids."""
+"""Pre-training: a new GPT-2, the estimated cost of a run, and transformers' `Trainer` on windows of token ids."""
 
 import functools
 import math
@@ -43,7 +43,7 @@ from fledge.training.trial import in_words, seconds_of
 
 @dataclass
 class PretrainConfig(TrainingArguments):
-    """`TrainingArguments` with the defaults that a GPT of 1M to 200M parameters wants when it begins from nothing."""
+    """`TrainingArguments` with defaults for training a GPT of 1M to 200M parameters from scratch."""
 
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate (default 1e-3)"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule (default cosine)"})
@@ -65,9 +65,9 @@ class PretrainConfig(TrainingArguments):
         default=None, metadata={"help": "train in bf16 autocast (default: where it is fast)"}
     )
     muon: bool = field(
-        default=False, metadata={"help": "Muon for the layers' matrices, which wants --learning_rate 5e-3"}
+        default=False, metadata={"help": "Muon for the layers' matrices; use it with --learning_rate 5e-3"}
     )
-    # Windows carry labels that are shifted already, under a name that no forward lists.
+    # The labels of windows are already shifted and have a name that is not a parameter of the model's forward.
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave as it is"})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin memory in the data loader"})
     log_level_replica: str = field(default="error", metadata={"help": "what processes other than the first print"})
@@ -84,10 +84,10 @@ class PretrainConfig(TrainingArguments):
 def new_gpt2(
     tokenizer: PreTrainedTokenizerBase, n_layer: int, n_head: int, n_embd: int, context_length: int
 ) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights: tied head, no dropout, tanh GELU in its fast spelling.
+    """A GPT-2 with random weights: tied head, no dropout, torch's fast tanh GELU.
 
     Raises:
-        UserError: sizes that make no model.
+        UserError: the sizes do not fit together.
     """
     if n_embd % n_head:
         raise UserError(f"--n_embd {n_embd} is not divisible by --n_head {n_head}; every head has the same width.")
@@ -112,10 +112,11 @@ def new_gpt2(
 
 
 def score_in_cache(model: PreTrainedModel) -> None:
-    """Replaces the loss of windows in `model` by `fledge.training.loss`, which is faster where there is no Triton.
+    """Replaces the loss of windows in `model` by `fledge.training.loss`, which is faster without Triton.
 
-    `model(input_ids=…, labels=…, shift_labels=…, num_items_in_batch=None)` then returns its `loss` alone: the mean over
-    the labels that count, or their sum over `num_items_in_batch`. Without `shift_labels` the forward is the model's.
+    `model(input_ids=…, labels=…, shift_labels=…, num_items_in_batch=None)` then returns only its `loss`: the mean over
+    the labels that are not ignored, or their sum over `num_items_in_batch`. Without `shift_labels` the forward is the
+    model's.
     """
     own_forward = model.forward
 
@@ -141,7 +142,8 @@ def score_in_cache(model: PreTrainedModel) -> None:
 def flops_per_token(model: GPT2LMHeadModel) -> int:
     """Floating-point operations of one token, forward and backward (PaLM, Chowdhery et al. 2022, appendix B).
 
-    Six for each weight that multiplies (the head does, tables do not), and 12·layers·width·context in attention.
+    Six per weight in a matrix product (including the head, without embeddings), and 12·layers·width·context in
+    attention.
     """
     config, head = model.config, head_of(model).weight
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
@@ -190,10 +192,10 @@ class PretrainTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over every token of the validation split, once, in nats a token and in bits a byte of text.
+        """Mean loss over every token of the validation split, each once, in nats per token and in bits per byte.
 
-        Trainer's own takes the mean of the means of batches, and repeats rows when processes do not share them evenly.
-        Bits per byte charge the end-of-text tokens to the text, whose bytes they are not.
+        Trainer's own evaluation averages the means of batches, and repeats rows if processes do not share them evenly.
+        Bits per byte include the loss of end-of-text tokens, although these have no bytes.
         """
         start, windows, size = time.monotonic(), self.eval_dataset, self.args.eval_batch_size
         self.model_wrapped.eval()
@@ -201,7 +203,7 @@ class PretrainTrainer(Trainer):
         for begin in range(0, len(windows), size * self.args.world_size):
             begin += size * self.args.process_index
             rows = [windows[k] for k in range(begin, min(begin + size, len(windows)))]
-            if is_idle := not rows:  # every process runs as often as the others
+            if is_idle := not rows:  # all processes must run equally often
                 rows = [windows[0]]
             batch = send_to_device(default_data_collator(rows), self.args.device)
             with self.accelerator.autocast():
@@ -222,11 +224,11 @@ class PretrainTrainer(Trainer):
 
     @property
     def was_evaluated(self) -> bool:
-        """Whether the model as it is now was."""
+        """Whether the model has been evaluated in its current state."""
         return any("eval_loss" in e and e["step"] == self.state.global_step for e in self.state.log_history)
 
     def seconds_a_step(self) -> float:
-        """Forward and backward of one step on this device, by a short trial that leaves no trace."""
+        """The time of one step's forward and backward on this device, from a trial that does not change the run."""
         rows = [self.train_dataset[k % len(self.train_dataset)] for k in range(self.args.train_batch_size)]
         batch = send_to_device(default_data_collator(rows), self.args.device)
         return seconds_of(self, lambda: self.model(**batch).loss, 2) * self.args.gradient_accumulation_steps
@@ -234,7 +236,7 @@ class PretrainTrainer(Trainer):
 
 @check_overrides
 class Samples(TrainerCallback):
-    """After each evaluation: bits per byte, and how the model goes on from a beginning."""
+    """Prints bits per byte and sampled continuations after each evaluation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], tokens: int):
         self.tokenizer, self.prompts, self.tokens = tokenizer, prompts, tokens
@@ -253,7 +255,7 @@ class Samples(TrainerCallback):
         if not (state.is_world_process_zero and metrics and model):
             return
         print(f"             {metrics['eval_bits_per_byte']:.4f} bits per byte", flush=True)
-        if isinstance(model, FSDPModule):  # its weights are spread over the processes, of which one is here
+        if isinstance(model, FSDPModule):  # generation would need the shards of all processes, and only one runs this
             return
         for prompt in self.prompts:
             ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]
@@ -271,10 +273,10 @@ class Samples(TrainerCallback):
 
 
 def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
-    """What the run will take, before it starts, as a record and as lines to print.
+    """The estimated cost of the run, as a record and as lines to print.
 
     Raises:
-        UserError: a step without a window.
+        UserError: there are fewer windows than one step needs.
     """
     args, model, windows = trainer.args, trainer.model, trainer.train_dataset
     train, validation = tokens["splits"]["train"], tokens["splits"]["validation"]
@@ -310,7 +312,7 @@ def plan(trainer: PretrainTrainer, tokens: dict) -> tuple[dict, list[str]]:
 
 
 def pretraining_record(trainer: PretrainTrainer, tokens: dict, estimate: dict) -> dict:
-    """Everything that made the base: corpus, sizes, hyper-parameters, machine, and outcome."""
+    """The content of `pretraining.json`: corpus, sizes, hyperparameters, machine and outcome."""
     config, history = trainer.model.config, trainer.state.log_history
     measured = [entry for entry in history if "eval_bits_per_byte" in entry]
     return {

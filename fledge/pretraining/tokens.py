@@ -1,4 +1,4 @@
-"""A corpus → token ids on disk, two or four bytes each, and windows of them that training maps into memory."""
+"""A corpus → token ids on disk, two or four bytes each, and memory-mapped windows of them for training."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ BATCH = 4_000_000  # characters that are encoded at once
 
 @dataclass
 class Corpus:
-    """Where documents come from."""
+    """The files of a corpus, and how they are split into documents."""
 
     data: list[str]
     text_column: str
@@ -41,10 +41,10 @@ class Corpus:
 class Windows(Dataset):
     """Token ids of one split, cut into windows of the context length.
 
-    The split is one row of ids, end-of-text after every document. Before the first document stands the token that
-    begins one, and before every document if that is not end-of-text, as in Llama's vocabularies. Window k reads
+    The split is one sequence of ids with end-of-text after every document. The beginning-of-text token comes before the
+    first document, and before every document if it differs from end-of-text, as in Llama's vocabularies. Window k reads
     positions kC to kC + C − 1 and predicts kC + 1 to kC + C, so each token after the first is predicted exactly once.
-    The last window is filled up with ids whose labels are ignored.
+    The last window is padded with ids whose labels are ignored.
     """
 
     def __init__(self, folder: Path, split: str, tokens: dict, context_length: int):
@@ -64,7 +64,7 @@ class Windows(Dataset):
         return math.ceil((len(self.ids) - 1) / self.context_length)
 
     def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels`, (context_length,); labels are shifted already, which `shift_labels` tells."""
+        """`input_ids` and `labels`, (context_length,). Labels are already shifted; `shift_labels` says so."""
         if not 0 <= k < len(self):
             raise IndexError(k)
         begin = k * self.context_length
@@ -75,10 +75,10 @@ class Windows(Dataset):
 
 
 def open_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """The record of the token ids in `folder`, which are written now unless those of this very corpus are there.
+    """The record of the token ids in `folder`. They are written first, unless those of the same corpus are there.
 
     Raises:
-        UserError: no text, text that the tokenizer cannot encode, or a folder that is not Fledge's.
+        UserError: there is no text, the tokenizer cannot encode it, or the folder is not Fledge's.
     """
     told: list[object] = [names_and_sizes(corpus.data), names_and_sizes(corpus.validation_data), corpus.text_column]
     told += [corpus.document_start, corpus.validation_share, tokenizer.backend_tokenizer.to_str()]
@@ -104,12 +104,12 @@ def open_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
 
 
 class TokenWriter:
-    """Writes `train.bin` and `validation.bin` into a folder, two or four bytes a token, a batch of text at a time."""
+    """Writes `train.bin` and `validation.bin` into a folder, two or four bytes per token, in batches of text."""
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, encode: TextEncoder):
         self.folder, self.tokenizer, self.encode = folder, tokenizer, encode
         self.spelling = Spelling(tokenizer)
-        self.begun: set[str] = set()  # splits whose last document goes on
+        self.begun: set[str] = set()  # splits whose last document continues
         self.dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
         self.splits = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in ("train", "validation")}
 
@@ -143,7 +143,7 @@ class TokenWriter:
     def _write_batch(self, batch: list[tuple[str, str, bool]], files: Mapping[str, IO[bytes]]) -> None:
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if missing := {part for _, text, _ in batch for part in self.spelling.missing(text)}:
-            # Some tokenizers would leave it out without a word.
+            # Some tokenizers would drop it silently.
             raise UserError(
                 f"The corpus holds {named(Counter(sorted(missing)))}, which the vocabulary lacks; take it out, or "
                 "train a tokenizer by train_tokenizer.py."
@@ -161,7 +161,7 @@ class TokenWriter:
             record["bytes"] += len(text.encode())
 
     def _split_the_end_off(self, share: float) -> None:
-        """There are too few documents to hold a whole one out, so the last tokens are."""
+        """Holds out the last tokens, if there are too few documents to hold out a whole one."""
         file = self.folder / "train.bin"
         ids = np.memmap(file, dtype=self.dtype, mode="r")
         kept = len(ids) - max(2, round(share * len(ids)))
@@ -178,7 +178,7 @@ class TokenWriter:
 
 
 def _deal(documents: Iterable[tuple[str, bool]], share: float) -> Iterator[tuple[str, str, bool]]:
-    """Every n-th document is held out."""
+    """Assigns every n-th document to the validation split."""
     every, number = round(1 / share), 1
     for text, is_end in documents:
         yield "train" if number % every else "validation", text, is_end

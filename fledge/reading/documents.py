@@ -1,4 +1,4 @@
-"""Raw text, from files or the Hub → documents, streamed, so that a corpus may be larger than memory."""
+"""Raw text from files or the Hub → documents, streamed, so that a corpus may be larger than memory."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -17,16 +17,16 @@ def pieces(
 ) -> Iterator[tuple[str, bool]]:
     """Yields (text, whether its document ends with it) from files, folders and Hub datasets, in their order.
 
-    Documents of a text file lie between `<|endoftext|>` marks; a row of a .jsonl, .csv or .parquet file or of
-    a Hub dataset (owner/name, or owner/name:config) is one. With `document_start`, a regular expression, documents also
-    begin at lines that it matches, and rows are lines (WikiText: `^ = [^=]`). Space around a document is taken off,
-    empty documents are left out.
+    The documents of a text file are separated by `<|endoftext|>`. Each row of a .jsonl, .csv or .parquet file or of a
+    Hub dataset (owner/name, or owner/name:config) is a document. With `document_start`, a regular expression, documents
+    also begin at lines that match it, and rows are lines (WikiText: `^ = [^=]`). White space around a document is
+    removed, and empty documents are left out.
 
-    A document longer than `size` characters comes in several pieces, each cut before the last space of a gap between
-    words. There GPT-2's pattern cuts as well, so the pieces have the same ids as the whole.
+    A document longer than `size` characters is split into several pieces before the last space of a gap between words.
+    GPT-2's pattern splits there, too, so the pieces have the same ids as the whole.
 
     Raises:
-        UserError: nothing there, not UTF-8, not of its form, a column that is missing, or no text at all.
+        UserError: a file is missing, not UTF-8 or damaged, a column is missing, or there is no text.
     """
     start = None
     if document_start:
@@ -44,7 +44,7 @@ def pieces(
 
 
 def names_and_sizes(data: list[str]) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of every file, by which a changed corpus is told; a Hub dataset has its name."""
+    """(name, bytes, time of change) of every file, to detect a changed corpus; only the name for a Hub dataset."""
     found = []
     for source in data:
         for origin, _, _ in origins(source):
@@ -54,7 +54,7 @@ def names_and_sizes(data: list[str]) -> list[tuple[str, int, int]]:
 
 
 def _texts(source: str, column: str, rows_are_lines: bool) -> Iterator[str | None]:
-    """Text in reading order; `None` where a document ends. Of a Hub dataset, the split train."""
+    """Yields text in reading order and `None` at the end of a document; of a Hub dataset, the split train."""
     for origin, split, rows in origins(source):
         if rows is None:
             yield from decoded(Path(origin), " ", "\n")  # Chinese has no spaces
@@ -75,7 +75,7 @@ def _texts(source: str, column: str, rows_are_lines: bool) -> Iterator[str | Non
 
 
 def _mark(texts: Iterable[str | None], start: re.Pattern | None) -> Iterator[str | None]:
-    """Puts `None` for each `<|endoftext|>`, and before each line that `start` matches."""
+    """Replaces each `<|endoftext|>` by `None`, and inserts `None` before each line that `start` matches."""
     rest = ""
     for text in texts:
         if text is None:
@@ -88,7 +88,7 @@ def _mark(texts: Iterable[str | None], start: re.Pattern | None) -> Iterator[str
             yield from _split_starts(document, start)
             yield None
         if len(rest) > PIECE:
-            # What may be half a mark or half a line waits for the next text.
+            # A possible beginning of a mark or an incomplete line waits for the next text.
             ready = rest.rfind("\n") if start else len(rest) - len(END)
             if ready > 0:
                 yield from _split_starts(rest[:ready], start)
@@ -118,14 +118,14 @@ def _cut(texts: Iterable[str | None], size: int) -> Iterator[tuple[str, bool]]:
             held, is_first = "", True
         while len(held) > size:
             gap = _last_gap(held, size)
-            if gap == 0:  # one word without end: nothing can be cut
+            if gap == 0:  # one endless word cannot be split
                 break
             yield held[:gap], False
             held, is_first = held[gap:], False
 
 
 def _last_gap(text: str, limit: int) -> int:
-    """Where the last space before a word stands in the first `limit` characters; 0 when there is none."""
+    """The index of the last space before a word in the first `limit` characters; 0 if there is none."""
     for begin in (max(0, limit - 4096), 0):  # looking at the end first is a hundred times faster
         gaps = [begin + match.start() for match in re.finditer(r"\s(?=\S)", text[begin : limit + 1])]
         if gaps:

@@ -1,7 +1,6 @@
-"""Files, folders and Hub datasets → chunks of whole records, streamed: no more than one chunk is in memory.
+"""Files, folders and Hub datasets → chunks of whole records, streamed, with one chunk in memory at a time.
 
-The text of a chunk ends with a record; the chunks of a table are lists of rows.
-Processes share out chunks.
+The text of a chunk ends with a record; the chunks of a table are lists of rows. Processes work on one chunk at a time.
 """
 
 import bz2
@@ -22,14 +21,14 @@ from typing import IO, Any
 from fledge.errors import UserError
 from fledge.reading.values import as_text, checked
 
-csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere; Python's own limit is 131,072 characters
+csv.field_size_limit(2**31 - 1)  # the largest C long on every system; Python's default is 131,072 characters
 
 CHUNK_BYTES = 1_000_000  # of text, about
 CHUNK_ROWS = 1_000  # of a table, at most
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 PACKED = f"{', '.join(COMPRESSED)} of it"
-# JSON that describes a dataset and has none of its rows, by the names that `datasets` and this library give it.
+# JSON files of `datasets` and of this library that describe a dataset and have none of its rows.
 DESCRIPTIONS = ("budget.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 SPLITS = ("train", "validation", "test")
@@ -41,7 +40,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole records in the order of their file; `split` is the one that the file's name or the Hub gives them.
+    """Whole records in the order of their file; `split` comes from the file's name or from the Hub.
 
     `first_row` is the number of its first row in the table, from 1.
     """
@@ -65,7 +64,7 @@ class Chunk:
 def text_chunks(data: str, end: str) -> Iterator[Chunk]:
     """Chunks of text whose records end with `end`, from text files or from the `text` column of a table.
 
-    A table holds a line a row, as on the Hub; a row of several lines is a record of its own.
+    A table has one line per row, as on the Hub; a row with several lines is one record.
 
     Raises:
         UserError: nothing there, empty, damaged, or not UTF-8 (with the byte's offset).
@@ -92,7 +91,7 @@ def row_chunks(data: str) -> Iterator[Chunk]:
 
 
 def origins(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]:
-    """Each file or split of the Hub that `data` names: its origin, its split, and its rows unless it is a text."""
+    """Yields each file or Hub split that `data` names: its origin, its split, and its rows unless it is a text."""
     path = Path(data)
     if not path.exists() and HUB_ID.fullmatch(data) and suffix(path) not in (*TABLES, ".txt"):
         for name, rows in _hub_dataset(data).items():
@@ -100,7 +99,7 @@ def origins(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]
         return
     files = [path]
     if path.is_dir():
-        files = _data_files(path) or _data_files(path / "data")  # a repository of the Hub has them in data/
+        files = _data_files(path) or _data_files(path / "data")  # a repository of the Hub has its files in data/
         if not files:
             raise UserError(f"{path} holds no data file; expected .txt, {', '.join(TABLES)} or {PACKED}.")
     for file in files:
@@ -115,7 +114,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def suffix(file: Path) -> str:
-    """A file's suffix in lower case, without that of a compression: `.jsonl` for `A.JSONL.GZ`."""
+    """A file's suffix in lower case, without that of the compression: `.jsonl` for `A.JSONL.GZ`."""
     name = Path(file.name.lower())
     return (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix
 
@@ -144,7 +143,7 @@ def _streamed(origin: str, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             yield row
             number += 1
-    except Exception as error:  # as above; rows come over the network as they are asked for
+    except Exception as error:  # as above: rows are fetched over the network one by one
         raise UserError(f"{origin} gives no more rows after row {number}: {_reason(error)}") from error
 
 
@@ -160,13 +159,13 @@ def _not_empty(origin: str, items: Iterable) -> Iterator:
 
 
 def decoded(file: Path, *ends: str) -> Iterator[str]:
-    """Yields the text of a file, about `CHUNK_BYTES` bytes at a time, each time up to one of `ends`.
+    """Yields the text of a file in parts of about `CHUNK_BYTES` bytes, each of which ends with one of `ends`.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8 (with the byte's offset).
     """
     marks, offset = [end.encode() for end in ends], 0
-    held: list[bytes] = []  # what has no end yet; joined once, because a line may be as long as the file
+    held: list[bytes] = []  # parts without an end so far; joined once, because a line may be as long as the file
     try:
         with _opened(file) as stream:
             while read := stream.read(CHUNK_BYTES):
@@ -246,9 +245,9 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def _csv(lines: Iterator[str], delimiters: str) -> Iterator[Row]:
-    """The first of `delimiters` that the header has parts the fields: a spreadsheet writes `;` where numbers have `,`.
+    """Reads CSV. The delimiter is the first of `delimiters` in the header: spreadsheets use `;` where numbers have `,`.
 
-    Strict: a quote that is never closed would otherwise swallow the rest of the file.
+    Parsing is strict: otherwise a quote that is never closed would swallow the rest of the file.
     """
     head = next(lines, "")
     delimiter = next((sign for sign in delimiters if sign in head), delimiters[0])
@@ -278,7 +277,7 @@ def _parquet(file: Path) -> Iterator[Row]:
 
 
 def _json(file: Path) -> Iterator[Row]:
-    """An array, an object that holds one, or JSON lines under this name."""
+    """The rows of a JSON file: an array, an object that contains one, or JSON lines."""
     text = "".join(decoded(file, "\n"))
     if not text.strip():
         return

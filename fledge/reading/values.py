@@ -1,4 +1,4 @@
-"""A value of a table → text or messages, in the forms that people write; anything else is refused where it stands."""
+"""A value of a table → text or messages, in all usual forms. Other values are refused by row and column."""
 
 import ast
 import contextlib
@@ -10,14 +10,14 @@ import math
 from fledge.errors import UserError
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
-# What calls a tool, and what it answers, as ShareGPT's descendants and Llama 3 name them.
+# Roles of tool calls and tool answers in ShareGPT's descendants and in Llama 3.
 TOOL_ROLES = ("function_call", "tool_call", "observation", "function_response", "tool_response", "ipython")
-# ShareGPT's names for who speaks, as its many copies write them.
+# The roles of ShareGPT and its copies.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 OTHER_ROLES = {"model": "assistant", "bot": "assistant", "ai": "assistant", "prompter": "user", "developer": "system"}
 ALL_ROLES = ROLES | SHAREGPT_ROLES | dict.fromkeys(TOOL_ROLES, "tool") | OTHER_ROLES
 UNLEARNED = "unlearned"
-# Roles that a conversation to learn from cannot have, with the reason.
+# Roles that training data cannot have, with the reason.
 UNUSABLE_ROLES = {
     "tool": "a tool speaks in it, which no template writes",
     UNLEARNED: "an answer in it has weight 0, so it is not to be learnt",
@@ -26,13 +26,14 @@ TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's content parts, in
 
 
 def as_text(value: object, where: str) -> str:
-    """Text of a text, a number, a date, nothing (None, NaN), or OpenAI's content parts, without space around it.
+    """The text of a string, a number, a date, an empty value (None, NaN) or OpenAI's content parts, stripped.
 
-    `where` names the file, the row and the column. A whole number stays one if pandas made a float of it, which it
-    does as soon as a value of its column is missing. Content parts are joined by line breaks, as vLLM joins them.
+    `where` names the file, the row and the column, for messages. A whole number is written as one even if pandas made
+    it a float, which pandas does if a value of the column is missing. Content parts are joined by line breaks, as in
+    vLLM.
 
     Raises:
-        UserError: any other value, or a text with half of a surrogate pair, which no UTF-8 can hold.
+        UserError: any other value, or a string with an unpaired surrogate, which UTF-8 cannot encode.
     """
     if isinstance(value, str):
         return checked(value, where).strip()
@@ -48,7 +49,7 @@ def as_text(value: object, where: str) -> str:
 
 
 def is_nothing(value: object) -> bool:
-    """Whether a cell has no value: JSON's null, or NaN, which pandas makes of it."""
+    """Whether a cell is empty: JSON's null, or NaN, which pandas makes of null."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -78,14 +79,14 @@ def checked(text: str, where: str) -> str:
 
 
 def as_messages(value: object, where: str) -> list[dict[str, str]]:
-    """Messages of `role` and `content`, of ShareGPT's `from` and `value`, or a text that holds either.
+    """Messages from a list of `role` and `content`, a list of ShareGPT's `from` and `value`, or a string of either.
 
-    The text is JSON, or Python as pandas writes it. A list of texts is UltraChat's: user and assistant in turn.
-    Nothing (None, NaN) is no message. Roles become system, user, assistant and tool, which is also whoever calls a
-    tool; an assistant's message of weight 0 is `UNLEARNED`.
+    The string is JSON, or Python as pandas writes it. A list of strings is UltraChat's form: user and assistant in
+    turn. An empty value (None, NaN) gives no messages. Roles become system, user, assistant and tool, which includes
+    tool calls; an assistant's message of weight 0 gets the role `UNLEARNED`.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it has none of these forms.
     """
     if is_nothing(value):
         return []
@@ -101,7 +102,7 @@ def as_messages(value: object, where: str) -> list[dict[str, str]]:
 
 
 def _read(text: str) -> object:
-    """What a text of JSON or of Python holds, which pandas writes into a CSV file; None if it is neither."""
+    """The value of a string of JSON, or of Python, which pandas writes into CSV files; `None` if it is neither."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return read(text)
@@ -117,7 +118,9 @@ def _message(message: object, where: str) -> dict[str, str]:
             said = ALL_ROLES[name]
             if message.get("tool_calls") or message.get("function_call"):
                 said = "tool"
-            elif said == "assistant" and message.get("weight") == 0:  # OpenAI's way to say that it is not to be learnt
+            elif (
+                said == "assistant" and message.get("weight") == 0
+            ):  # OpenAI's mark for answers that must not be learned
                 said = UNLEARNED
             return {"role": said, "content": as_text(message.get(content), where)}
     raise UserError(f"{where} holds {_shown(message)}, no message with role and content, or from and value.")

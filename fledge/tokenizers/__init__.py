@@ -23,8 +23,8 @@ END_TOKENS = (
 )
 BEGIN_TOKENS = ("<s>", "<bos>", "<BOS>", "[BOS]", "<|bos|>", "<sos>", "<SOS>", "[SOS]", "<|startoftext|>")
 PAD_TOKENS = ("<|pad|>", "<pad>", "<PAD>", "[PAD]")
-# llama2.c puts <s> before every story and nothing after it: its models write <s> where a story ends, and run.c stops
-# there. A model that learnt `<s> … </s>` writes <s> as well, one token later.
+# llama2.c puts <s> before every story and nothing after it: its models write <s> at the end of a story, and run.c stops
+# there. A model trained on `<s> … </s>` also writes <s>, one token later.
 SENTENCEPIECE_END_TOKENS = ("<|endoftext|>", "<s>", *END_TOKENS)
 
 MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
@@ -41,16 +41,16 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Opens the tokenizer that `source` names, else builds one from the `vocabulary` found inside a checkpoint.
 
-    `source` is `gpt2`, a file, or a folder that holds one of `FOLDER_ORDER`. The result adds no special token by
-    itself (unless a tokenizer.json says so), ends and pads with the vocabulary's own tokens, and knows the model's
-    context length. A vocabulary that nothing ends leaves `eos_token`, `bos_token` and `pad_token` unset; one that has
-    only a token to begin a document ends with that, which is how such models are trained.
+    `source` is `gpt2`, a file, or a folder with one of `FOLDER_ORDER`. The tokenizer adds no special tokens (unless a
+    tokenizer.json says so), uses the vocabulary's own tokens for end and padding, and knows the model's context length.
+    If the vocabulary has no end token, `eos_token`, `bos_token` and `pad_token` stay unset. If it only has a token for
+    the beginning of a document, that is also the end token, which is how such models are trained.
 
-    A vocabulary without an unknown token cannot encode a character (or word) that is not in it: encoding then raises
-    the tokenizers library's bare `Exception`, rather than lose text.
+    A vocabulary without an unknown token cannot encode a character (or word) that it lacks: encoding then raises the
+    tokenizers library's bare `Exception` rather than lose text.
 
     Raises:
-        UserError: nothing there, not a tokenizer, damaged, or neither `source` nor `vocabulary`.
+        UserError: the file is missing, not a tokenizer or damaged, or there is neither `source` nor `vocabulary`.
     """
     ends: tuple[str, ...] = END_TOKENS
     unknowns: tuple[str, ...] = UNKNOWN_TOKENS
@@ -85,10 +85,10 @@ def load_tokenizer(
 
 
 def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Opens the tokenizer of a folder that an earlier stage wrote, or of a model of the Hub.
+    """Opens the tokenizer of a folder that an earlier stage wrote, or of a model on the Hub.
 
     Raises:
-        UserError: there is none, it is damaged, or the tokenizers library has no counterpart of it.
+        UserError: there is none, it is damaged, or the tokenizers library does not support it.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(find_tokenizer(name), local_files_only=True, trust_remote_code=False)
@@ -103,7 +103,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def encoding_of(what: str) -> Iterator[None]:
-    """Context for encoding: a character that the vocabulary lacks becomes a `UserError`.
+    """Turns the error for a character that the vocabulary lacks into a `UserError`.
 
     Raises:
         UserError: `what` cannot be encoded.

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a checkpoint, known by its size: the rows of the model's embedding."""
+"""Finds the tokenizer beside a checkpoint by its size, which must fit the rows of the model's embedding."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ from tokenizers import Tokenizer
 from fledge.errors import UserError
 from fledge.tokenizers import FOLDER_ORDER, MERGES, read_tokenizer
 
-LARGEST = 20_000_000  # bytes of a vocabulary; what is larger is data
+LARGEST = 20_000_000  # bytes of a vocabulary; larger files are data
 VOCABULARIES = (".json", ".pkl", ".pickle")
 
 
 def find_beside(checkpoint: str, rows: int) -> tuple[str, bool]:
-    """The file of the tokenizer, and whether it is only a text whose characters, sorted, are taken for the vocabulary.
+    """The file of the tokenizer, and whether it is only a text whose sorted characters are taken as the vocabulary.
 
-    Looked at are the checkpoint's folder and the folders in it: first for a tokenizer under its usual name, of at most
-    `rows` tokens (embeddings are often padded); then for a vocabulary of exactly `rows` tokens in JSON or a pickle,
-    which is opened without running anything; then for a text of exactly so many different characters.
+    The search covers the checkpoint's folder and its subfolders: first for a tokenizer under its usual name with at
+    most `rows` tokens (embeddings are often padded); then for a vocabulary of exactly `rows` tokens in JSON or in a
+    pickle, which is opened without running code; then for a text of exactly that many different characters.
 
     Raises:
         UserError: there is none, or several that differ.
@@ -52,7 +52,7 @@ def _merges(file: Path) -> Path:
 
 
 def _opened(files: list[Path]) -> Iterator[tuple[Path, Tokenizer]]:
-    """Those that can be opened; the others are of another kind: a config, a history, data."""
+    """The files that can be opened as a tokenizer; others are a config, a history or data."""
     for file in files:
         if file.suffix.lower() == ".txt" or file.stat().st_size <= LARGEST:
             with contextlib.suppress(UserError):
@@ -60,7 +60,7 @@ def _opened(files: list[Path]) -> Iterator[tuple[Path, Tokenizer]]:
 
 
 def _characters(file: Path, most: int) -> set[str]:
-    """The different characters of a text, as Python opens it; reading stops when they are more than `most`."""
+    """The different characters of a text; reading stops as soon as there are more than `most`."""
     found: set[str] = set()
     try:
         with file.open(encoding="utf-8") as text:

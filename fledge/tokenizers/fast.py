@@ -1,8 +1,8 @@
-"""Ids of a byte-level BPE by tiktoken: those of the tokenizers library, several times as fast.
+"""Encodes byte-level BPE with tiktoken: the same ids as the tokenizers library, several times as fast.
 
-With the same bytes and merges, `tiktoken.Encoding` does the same work faster. This is checked:
-the tokenizer must be of a known kind, every token must be the result of merging its own bytes, and the ids are compared
-on the data itself. Any other tokenizer encodes the usual way.
+With the same bytes and merges, `tiktoken.Encoding` gives the same ids. This is checked: the tokenizer must be of a
+known kind, every token must be the result of merging its own bytes, and the ids are compared on the data itself. Any
+other tokenizer encodes as usual.
 """
 
 import json
@@ -12,20 +12,20 @@ import tiktoken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
-# GPT-2's way to cut a text into words, as tiktoken writes it (tiktoken_ext/openai_public.py).
+# GPT-2's pre-tokenizer pattern, as in tiktoken (tiktoken_ext/openai_public.py).
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 PLAIN_MODEL = {"type": "BPE", "dropout": None, "byte_fallback": False, "ignore_merges": False}
 PLAIN_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 class UnequalIds(Exception):
-    """tiktoken gave other ids than the tokenizer itself."""
+    """Raised if tiktoken gives other ids than the tokenizer itself."""
 
 
 class TextEncoder:
-    """Texts → ids, with no token added. `way` says in words which library does it.
+    """Texts → ids, without added tokens. `way` says which library encodes.
 
-    Both encode the first `CHECKED` texts and the first text of each later batch, and their ids are compared.
+    The ids of both libraries are compared on the first `CHECKED` texts and on the first text of each later batch.
     """
 
     CHECKED = 200
@@ -40,10 +40,10 @@ class TextEncoder:
         self.checked = {True: 0, False: 0}
 
     def __call__(self, texts: list[str], control: bool = False) -> list[list[int]]:
-        """`control`: a control token in a text is that token, as in a rendered template; else it is text.
+        """Encodes texts. With `control`, control tokens in a text are tokens, as in a rendered template.
 
         Raises:
-            UnequalIds: tiktoken cannot be used on this data after all; begin again with `fast=False`.
+            UnequalIds: tiktoken cannot be used on this data; start again with `fast=False`.
         """
         if self.encoding is None:
             return self._slow(texts, control)
@@ -70,7 +70,7 @@ class TextEncoder:
 
 
 def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Encoding | None, str]:
-    """The `Encoding` that gives this tokenizer's ids, or `None` and what is in the way."""
+    """The `Encoding` that gives this tokenizer's ids, or `None` and the reason why there is none."""
     if not tokenizer.is_fast:
         return None, "it is written in Python"
     description = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -95,7 +95,7 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Enco
     order = [vocabulary[token] for token in merged]
     if order != sorted(set(order)):
         return None, "its ids are not in the order of its merges"
-    # A token that merging does not reach is never emitted by the tokenizer, but tiktoken would look it up whole.
+    # The tokenizer never emits a token that merges do not reach, but tiktoken would look it up directly.
     backend = tokenizer.backend_tokenizer.model
     if any(len(backend.tokenize(token)) != 1 for token in merged):
         return None, "its merges do not reach every token"
@@ -104,12 +104,12 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Enco
 
 
 def merges_of(model: dict) -> list[tuple[str, str]]:
-    """The merges of a BPE model as `tokenizer.json` describes it, which older files write with a space between."""
+    """The merges of a BPE model in `tokenizer.json`; older files write them as strings with a space."""
     return [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
 
 
 def characters_of_bytes() -> dict[str, int]:
-    """GPT-2's visible character for each byte: itself where it can be seen, else the next from U+0100 on."""
+    """GPT-2's visible character for each byte: itself if it is printable, else the next from U+0100 on."""
     hidden = sorted(set(range(256)) - {*range(33, 127), *range(161, 173), *range(174, 256)})
     characters = {chr(256 + index): byte for index, byte in enumerate(hidden)}
     characters |= {chr(byte): byte for byte in range(256) if byte not in hidden}

@@ -23,13 +23,13 @@ def from_vocabulary(content: object) -> Tokenizer:
 
     Tokens that look like `<unk>`, `<|endoftext|>` or `[PAD]` are special: they are found whole in a text.
 
-    Characters: every other token is one character. Encoding gives exactly `[stoi[c] for c in text]`, decoding gives
-    the text back.
+    Character vocabularies: every other token is one character. Encoding gives exactly `[stoi[c] for c in text]`, and
+    decoding restores the text.
 
-    Words: any other. How a text was split is not in such a file; it is taken to be what Raschka's "Build a Large
-    Language Model (From Scratch)", chapter 2, does: `re.split(r'([,.:;?_!"()\\']|--|\\s)', text)`, blank parts dropped,
-    and for decoding joined by spaces with none before punctuation. A vocabulary with words that it would split is
-    refused.
+    Word vocabularies: any other. Such a file does not say how texts were split. The split of Raschka's "Build a Large
+    Language Model (From Scratch)", chapter 2, is assumed: `re.split(r'([,.:;?_!"()\\']|--|\\s)', text)` without blank
+    parts; decoding joins words by spaces, with none before punctuation. A vocabulary with words that this would split
+    is refused.
 
     Raises:
         ValueError: no vocabulary, an empty one, ids that are not 0 to n - 1 once each, or words split another way.
@@ -37,7 +37,7 @@ def from_vocabulary(content: object) -> Tokenizer:
     vocabulary = _checked(_pairs(content))
     special = [token for token in vocabulary if SPECIAL.fullmatch(token)]
     ordinary = [token for token in vocabulary if not SPECIAL.fullmatch(token)]
-    # What is in no vocabulary raises if this token is not either; a BPE without one would drop characters.
+    # If this token is not in the vocabulary, unknown characters raise an error; a BPE without one would drop them.
     unknown = next((token for token in UNKNOWN_TOKENS if token in vocabulary), UNKNOWN_TOKENS[0])
     if all(len(token) <= 1 for token in ordinary):
         tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
@@ -66,7 +66,7 @@ def _words(vocabulary: dict[str, int], unknown: str) -> Tokenizer:
 
 
 def read_text(file: Path) -> Tokenizer:
-    """The characters of a training text in order, `sorted(set(text))`, are the vocabulary."""
+    """The tokenizer whose vocabulary is the sorted characters of a training text, `sorted(set(text))`."""
     return from_vocabulary(sorted(set(file.read_text(encoding="utf-8"))))
 
 

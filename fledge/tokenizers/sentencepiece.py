@@ -22,7 +22,7 @@ class Piece:
 
 @dataclass
 class SentencePiece:
-    """What of a SentencePiece model its encoding depends on; `pieces[i]` is the token with id i."""
+    """The parts of a SentencePiece model that determine its encoding; `pieces[i]` is the token with id i."""
 
     pieces: list[Piece] = field(default_factory=list)
     model_type: int = UNIGRAM
@@ -35,12 +35,12 @@ class SentencePiece:
 def read_sentencepiece(file: Path) -> Tokenizer:
     """Reads sentencepiece_model.proto's ModelProto (google/sentencepiece) without the sentencepiece package.
 
-    The ids are that library's own, but for two things: a control piece such as `</s>` that stands in a text is found,
-    and `tokenizers` replaces a letter with combining marks whole where the model has a rule for the letter.
+    The ids are those of that library, with two exceptions: a control piece such as `</s>` in a text is recognised, and
+    `tokenizers` normalises a letter together with its combining marks if the model has a rule for the letter.
 
     Raises:
-        ValueError: damaged, neither BPE nor unigram, or an option that `tokenizers` has no counterpart for.
-        IndexError, struct.error: cut short.
+        ValueError: damaged, neither BPE nor unigram, or an option that `tokenizers` does not support. IndexError,
+            struct.error: the file is truncated.
     """
     model, parts = SentencePiece(), set()
     for number, value in _fields(file.read_bytes()):
@@ -75,8 +75,9 @@ def read_llama2c(file: Path) -> Tokenizer:
 
     Raises:
         ValueError: damaged, or the pieces of another tokenizer.
-        struct.error: cut short.
+        struct.error: the file is truncated.
     """
+
     content, at = file.read_bytes(), 4
     pieces: list[Piece] = []
     (longest,) = struct.unpack_from("<I", content)
@@ -147,7 +148,7 @@ def _build(model: SentencePiece) -> Tokenizer:
                 unk_token=texts[unknown],
                 fuse_unk=True,
                 byte_fallback=model.byte_fallback,
-                ignore_merges=bool(symbols),  # nothing merges into a symbol
+                ignore_merges=bool(symbols),  # no merges lead to a user-defined symbol
             )
         )
     elif model.model_type == UNIGRAM:
@@ -170,10 +171,11 @@ def _build(model: SentencePiece) -> Tokenizer:
 
 
 def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """SentencePiece merges the neighbours that make the piece of the highest score; equal scores, the leftmost.
+    """The merges of a BPE model in order of rank.
 
-    Here merges are ranked instead: where scores are equal, as those of Llama's runs of spaces, the longer piece comes
-    first, which grows a run from the left too.
+    SentencePiece merges the neighbours whose piece has the highest score, and the leftmost of equal scores. Here merges
+    are ranked instead. For equal scores, such as those of Llama's runs of spaces, the longer piece comes first, which
+    also builds a run from the left.
     """
     mergeable = {piece.text for piece in pieces if piece.type == NORMAL}
     ranked = sorted((piece for piece in pieces if piece.type == NORMAL), key=lambda p: (-p.score, -len(p.text)))

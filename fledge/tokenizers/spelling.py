@@ -1,11 +1,11 @@
-"""Finds what a closed vocabulary cannot write. A vocabulary is closed if it has no token for unknown text."""
+"""Finds characters that a closed vocabulary cannot encode. A vocabulary is closed if it has no unknown token."""
 
 from collections import Counter
 
 from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 
-PROBE = "\U0010fffd\u0378"  # characters that nobody's text has
+PROBE = "\U0010fffd\u0378"  # characters that no text has
 SHOWN = 20
 UNWRITABLE = "the vocabulary lacks something in it"  # the reason for which a record is left out
 
@@ -13,8 +13,8 @@ UNWRITABLE = "the vocabulary lacks something in it"  # the reason for which a re
 class Spelling:
     """`missing(text)` names the characters (or words) of a text that a tokenizer does not know.
 
-    Byte-level vocabularies and those with an unknown token write any text; a closed one raises, or drops what it does
-    not know without a word.
+    Byte-level vocabularies and those with an unknown token encode any text; a closed one raises an error, or silently
+    drops what it does not know.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -23,7 +23,7 @@ class Spelling:
         self.known: dict[str, bool] = {}
 
     def missing(self, text: str) -> list[str]:
-        """In order, each once."""
+        """The missing characters (or words) in order, each once."""
         if not self.is_closed:
             return []
         parts = sorted(set(text))
@@ -44,6 +44,6 @@ class Spelling:
 
 
 def named(missing: Counter) -> str:
-    """`'#', '['` and so on, the most frequent first."""
+    """Some of the missing characters for a message, the most frequent first: `'#', '['`."""
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return ", ".join(repr(part) for part, _ in missing.most_common(SHOWN)) + more

@@ -10,7 +10,7 @@ from fledge.tokenizers.fast import characters_of_bytes
 
 
 class Encoding:
-    """Stands for `tiktoken.Encoding`: keeps the values that it was pickled with."""
+    """A stand-in for `tiktoken.Encoding` that keeps the pickled values."""
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -46,7 +46,8 @@ def read_encoding(file: Path) -> Tokenizer | None:
 def byte_level(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> Tokenizer:
     """The tokenizer that merges bytes by `ranks` inside the pieces that `pattern` finds.
 
-    A token's two halves, which tokenizers wants as a merge, are what the lower ranks leave of its bytes.
+    The two halves of a token, which tokenizers needs as a merge, are the result of applying all lower ranks to its
+    bytes.
     """
     letters = {byte: character for character, byte in characters_of_bytes().items()}
 
@@ -58,7 +59,7 @@ def byte_level(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -
         if len(token) > 1 and len(halves := _merged(ranks, token, rank)) == 2:
             merges.append((spelled(halves[0]), spelled(halves[1])))
     vocabulary = {spelled(token): rank for token, rank in ranks.items()}
-    # tiktoken takes a piece that is a token as it is, whether merges lead to it or not.
+    # tiktoken uses a piece that is a token directly, whether merges lead to it or not.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -75,7 +76,7 @@ def byte_level(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -
 
 
 def _merged(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
-    """The bytes of a token as merges of lower ranks leave them."""
+    """The parts of a token after all merges of lower ranks."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(pairwise(parts))]

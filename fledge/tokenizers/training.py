@@ -1,6 +1,6 @@
-"""A byte-level BPE of one's own: training, saving, and what it is worth.
+"""Trains, saves and measures a byte-level BPE (Radford et al. 2019, section 2.2).
 
-Byte-level BPE: Radford et al. 2019, section 2.2. Every text can be encoded, and every text is given back as it was.
+It can encode every text, and decoding restores the text exactly.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,9 +16,9 @@ NO_LIMIT = int(1e30)  # transformers' own value for a tokenizer that knows no co
 
 
 class HeldOut:
-    """Passes on text to train with, and keeps every twentieth piece for the report, up to four million bytes.
+    """Yields text for training, and holds out every twentieth piece for the report, up to four million bytes.
 
-    A corpus of fewer pieces is passed on whole, and `text` is its beginning.
+    If the corpus has fewer pieces, all of it is used for training, and `text` is its beginning.
     """
 
     def __init__(self, pieces: Iterable[tuple[str, bool]]):
@@ -70,7 +70,7 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens: list[str], min_
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a `PreTrainedTokenizerFast` whose every document begins, ends and is padded with `<|endoftext|>`."""
+    """Writes a `PreTrainedTokenizerFast` with `<|endoftext|>` as the beginning, end and padding token."""
     file = folder / "tokenizer.json"
     tokenizer.save(str(file))
     load_tokenizer(str(file), NO_LIMIT).save_pretrained(folder)
