@@ -80,9 +80,8 @@ def facts_table(
     Class columns have the number of the label. The source's own split is its number in `SPLITS`, or -1. `is_known` says
     that no answer has the unknown token.
     """
-    unknown = (
-        tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None
-    )  # in GPT-2 the two are the same
+    # GPT-2's unknown token is its end-of-text.
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None
     texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
     facts = {
         "source_split": [SPLITS.index(split) if split else -1] * len(rows),

@@ -39,8 +39,8 @@ def read_sentencepiece(file: Path) -> Tokenizer:
     `tokenizers` normalises a letter together with its combining marks if the model has a rule for the letter.
 
     Raises:
-        ValueError: damaged, neither BPE nor unigram, or an option that `tokenizers` does not support. IndexError,
-            struct.error: the file is truncated.
+        ValueError: damaged, neither BPE nor unigram, or an option that `tokenizers` does not support.
+        IndexError, struct.error: the file is truncated.
     """
     model, parts = SentencePiece(), set()
     for number, value in _fields(file.read_bytes()):
