@@ -208,7 +208,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
         )
 
     @override
-    def start_of_batch(self, inputs: Any) -> str:
+    def excerpt_of(self, inputs: Any) -> str:
         return inputs[0]["prompt"][-1]["content"]
 
     @override

@@ -63,11 +63,11 @@ def train(args: DpoArguments, config: "SmallDpoConfig", model_args: "ModelConfig
     # ------------------------------------------------------------ Load and check
     checkpoint = find_checkpoint(output, args.resume, args.overwrite)
     inputs = load_inputs(args, config, model_args)
-    run = open_run(args, config, model_args, output, inputs, checkpoint)
     watched = watched_in(args, Path(args.watch_dataset), args.task) if args.watch_dataset else None
     if watched:
         check_fit(inputs.model, inputs.tokenizer, watched.prompts.tokenizer, 0)
         check_template(inputs.tokenizer, watched.prompts.tokenizer)
+    run = open_run(args, config, model_args, output, inputs, checkpoint)
 
     # ------------------------------------------------------------ Train
     start = copy.deepcopy(inputs.model) if watched and without_reference(config, bool(inputs.adapter)) else None

@@ -48,8 +48,8 @@ class CheckedTrainer(Trainer):
             raise missing("trl", f"{type(self).__bases__[-1].__name__}._total_train_tokens")
         self._total_train_tokens = tokens_seen(checkpoint)
 
-    def start_of_batch(self, inputs: Any) -> str:
-        """The first answer of a batch, or else its first text, by which a message can name it."""
+    def excerpt_of(self, inputs: Any) -> str:
+        """The beginning of the first answer of a batch, or else of its first text, for messages."""
         ids = inputs["input_ids"][0]
         if "labels" in inputs and (inputs["labels"][0] == IGNORED).any():  # a template begins every prompt alike
             ids = ids[inputs["labels"][0] != IGNORED]
@@ -94,7 +94,7 @@ class CheckedTrainer(Trainer):
         if math.isfinite(value):
             return
         saved = newest_checkpoint(Path(str(self.args.output_dir)))
-        begin = " ".join(self.start_of_batch(self.inputs).split())[:200]
+        begin = " ".join(self.excerpt_of(self.inputs).split())[:200]
         raise UserError(
             f"The {what} is {float(value)} at step {self.state.global_step + 1}, on the batch with "
             f"{begin!r}; lower --learning_rate and "
