@@ -1,6 +1,6 @@
 """Checkpoints of hand-written GPTs → models of transformers, with proof.
 
-The way of a conversion, as `fledge.scripts.convert_checkpoint` runs it:
+The steps of a conversion, as `fledge.scripts.convert_checkpoint` runs them:
 
     loading         a file → tensors by name, without running code from it
     roles           which tensor plays which role: named by the user (mapping), by the table of a known layout

@@ -18,9 +18,9 @@ from fledge.errors import UserError
 
 REQUIRED_IN_BLOCK = ("query", "key", "value")
 POSITIONS = ("rotary", "sinusoidal", "alibi", "none")
-"""How a model may know positions that has no tensor for them."""
+"""The kinds of positions without a tensor."""
 QKV_ORDERS = tuple("".join(order) for order in permutations("qkv"))
-"""What the first, second and third of three matrices may be."""
+"""The possible orders of query, key and value among three matrices."""
 PARTS = {"q": "query", "k": "key", "v": "value"}
 ORDERS = ("qkv_order", *SWAPS, *SQUARES)
 """Facts about which tensor is which, where only the order of definition proposes it, and how square ones are stored."""
@@ -146,7 +146,7 @@ def check_shapes(tensors: dict[str, Tensor]) -> int:
 
 
 def _parts(tensors: Mapping[str, Tensor], n: int) -> set[str]:
-    """What a block has; some may have value embeddings and others not."""
+    """The parts of block `n`; value embeddings may exist in only some blocks."""
     parts = {name.removeprefix(f"blocks.{n}.") for name in tensors if name.startswith(f"blocks.{n}.")}
     return {part for part in parts if not part.startswith("value_")}
 
@@ -186,7 +186,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
 
 
 def reordered(gpt: CanonicalGPT, fact: str, value: Any, undo: bool = False) -> CanonicalGPT:
-    """The model with tensors of one shape read as a fact says, or as before it was heard (`undo`).
+    """The model with tensors of one shape reordered as a `fact` says, or back again (`undo`).
 
     `qkv_order` (`kqv`, for example) says what the first, second and third of three matrices are that were taken for
     query, key and value; a fact of `SWAPS` whether its two tensors are the other way round; one of `SQUARES` whether

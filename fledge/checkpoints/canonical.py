@@ -12,8 +12,8 @@ Every field of `CanonicalGPT` except `tensors` may be a fact of the same name; `
     stream      residual_scale residual_scaled (both attention mlp stream) backout_layer
     ends        tied embedding_scale logit_scale logit_cap context_length position_offset
 
-What has tensors is told by the tensors: a gate (`mlp_gate`), a single matrix (no `mlp_out`), experts (`router`), one
-norm used twice in a block (no `norm_2`), a table of positions, biases.
+Parts that have tensors need no field: a gate (`mlp_gate`), a single matrix (no `mlp_out`), experts (`router`), one norm
+that is used twice in a block (no `norm_2`), a table of positions, biases.
 """
 
 import math
@@ -37,7 +37,7 @@ PLACEMENTS = ("pre", "post", "sublayer", "both", "replace", "none")
 x + norm(f(x)) (OLMo 2), x + norm'(f(norm(x))) (Gemma 2), y + f(y) where y is norm(x) (a slip of beginners), or nowhere.
 """
 ROTATIONS = ("interleaved", "half")
-"""Which coordinates of a head RoPE turns together: neighbours (Su et al. 2021), or i and i + half a head (GPT-NeoX)."""
+"""The pairs of coordinates that RoPE rotates: neighbours (Su et al. 2021), or i and i + half a head (GPT-NeoX)."""
 SPANS = ("head", "width")
 """What RoPE turns: each head by itself, or all queries and all keys before they are split into heads."""
 SCALED = ("both", "attention", "mlp", "stream")
@@ -80,15 +80,15 @@ class CanonicalGPT:
         logit_scale: multiplies logits, before they are capped.
         position_offset: the row of the table of positions that the first token reads: 2 in fairseq.
         attention_cap, logit_cap: c · tanh(x / c) of scores before the mask, and of logits; None for no cap.
-        window: how many positions each one sees, itself included; None for all before it.
+        window: how many positions each position sees, including itself; None for all before it.
         window_pattern: a letter for each block, S where `window` holds and L where it does not; None for S everywhere.
         norm_unbiased: LayerNorm divides by the deviation with D − 1 in its denominator, as `x.std()` gives it.
         norm_eps_outside: the epsilon is added to the root, and not under it.
         final_norm_eps, qk_norm_eps: epsilons of those norms, where they are not `norm_eps`.
         norm_offset: added to every norm's weight: 1 in Gemma.
         parallel: x + attention(norm_1(x)) + mlp(norm_2(x)), instead of one after the other.
-        rope_direction: 1, or -1 where the rotation goes the other way (nanochat).
-        rope_width: how many of a head's first coordinates are turned; None for all.
+        rope_direction: 1, or -1 if the rotation goes the other way (nanochat).
+        rope_width: how many of a head's first coordinates are rotated; None for all.
         rope_span: "width" if frequencies run over all heads together, from the first one's first coordinate.
         alibi: the score of a key at distance d is lowered by d times the head's slope (Press et al. 2021).
         experts_per_token: the tokens' share of the router's softmax goes to this many experts.
@@ -160,7 +160,7 @@ class CanonicalGPT:
         return self.rope_width or self.head_width
 
     def window_of(self, layer: int) -> int | None:
-        """How many positions each one sees in a block; None for all before it."""
+        """How many positions each position sees in a block; None for all before it."""
         return None if self.window_pattern and self.window_pattern[layer] == "L" else self.window
 
     @property
@@ -178,13 +178,13 @@ def canonical_logits(gpt: CanonicalGPT, ids: Tensor, dtype: torch.dtype = torch.
     Written out from the definitions (Vaswani et al. 2017, eq. 1; Radford et al. 2019, section 2.3; RMSNorm: Zhang and
     Sennrich 2019, eq. 4; RoPE: Su et al. 2021, eq. 34; ALiBi: Press et al. 2021, section 3; gated MLP: Shazeer 2020,
     eq. 6; experts: Jiang et al. 2024, section 2.1) and sharing nothing with transformers, so that agreement with the
-    converted model means something. Weights are widened one at a time.
+    converted model is evidence. Weights are converted to `dtype` one at a time.
     """
     return Forward(gpt, dtype).logits(ids)
 
 
 def alibi_slopes(n_head: int) -> Tensor:
-    """The paper's slopes (n_head,): 2^(-8i/n) for i = 1 … n, and between them where n is no power of two."""
+    """The paper's slopes (n_head,): 2^(-8i/n) for i = 1 … n; if n is no power of two, others are interpolated."""
     n = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     between = [2 ** (-4 * i / n) for i in range(1, 2 * n + 1, 2)]
@@ -301,10 +301,10 @@ class Forward:
         return scores.masked_fill(hidden, -math.inf)
 
     def rotate(self, x: Tensor, width: int) -> Tensor:
-        """The first `width` coordinates of x (…, T, w) turned."""
+        """x (…, T, w) with its first `width` coordinates rotated."""
         gpt = self.gpt
         turned, kept = x[..., :width], x[..., width:]
-        # Authors and transformers alike make this table in float32, whatever the model runs in.
+        # Authors and transformers compute this table in float32, whatever the model's dtype.
         frequencies = 1 / gpt.rope_theta ** (torch.arange(0, width, 2).float() / width)
         angles = torch.outer(torch.arange(x.shape[-2]).float(), frequencies)
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype) * gpt.rope_direction

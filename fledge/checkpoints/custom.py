@@ -1,4 +1,4 @@
-"""The canonical GPT as a model with code of its own: nothing is folded, each feature has a field in config.json."""
+"""The canonical GPT as a model with a custom class: nothing is folded, each feature has a field in config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,16 +44,17 @@ SAME = (
     *("qk_norm_after_rope", "experts_per_token", "renormalise_experts", "embedding_scale", "window_pattern"),
     *("value_gate_factor", "backout_layer", "residual_scale", "residual_scaled", "logit_scale"),
 )
-"""Fields that are called alike on both sides."""
+"""Fields with the same name in both."""
 
 
 def represent(
     gpt: CanonicalGPT, token_ids: dict[str, Any], target: str, allow_custom_code: bool
 ) -> tuple[PreTrainedConfig, dict[str, Tensor], list[str]]:
-    """`to_target`, or a model with code of its own where no class of transformers holds `gpt` and that is allowed.
+    """`to_target`, or a model with the custom class if no class of transformers represents `gpt` and it is allowed.
 
     Raises:
-        UserError: no target holds it and code of its own is not allowed; or the target asked for does not hold it.
+        UserError: no target represents it and custom code is not allowed; or the requested target does not represent
+            it.
     """
     try:
         return to_target(gpt, token_ids, target)

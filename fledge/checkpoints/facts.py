@@ -13,7 +13,7 @@ from fledge.errors import UserError
 
 
 class Status(StrEnum):
-    """How a fact is known: the tensors show it, evidence or somebody's word settles it, or it is assumed."""
+    """How a fact is known: shown by the tensors, settled by evidence or by a statement, or assumed."""
 
     SHOWN = "shown"
     SETTLED = "settled"
@@ -21,7 +21,7 @@ class Status(StrEnum):
 
 
 class Source(StrEnum):
-    """What shows a fact, who states it, or why it is assumed. The value is its name in reports."""
+    """The source of a fact: what shows or states it, or why it is assumed. The value is its name in reports."""
 
     # Shown by the checkpoint.
     TENSORS = "tensors"
@@ -62,7 +62,7 @@ STATUSES = {
 
 @dataclass
 class Fact:
-    """Something that the proof rests on.
+    """A fact that the proof rests on.
 
     `source` says who states it or which evidence settles it, and `detail` how certain that is. `layout` is the layout
     whose authors the source `AUTHORS` means.
@@ -179,7 +179,7 @@ ALLOWED = {
     **dict.fromkeys(SWITCHES, (True, False)),
 }
 CAPS = ("attention_cap", "logit_cap", "window", "rope_width", "final_norm_eps", "qk_norm_eps", "window_pattern")
-"""Facts with a number that a model may lack: None is a value too."""
+"""Numeric facts that may be absent: None is a value too."""
 TOLD: tuple[str, ...] = (
     "n_head",
     "activation",
@@ -218,7 +218,7 @@ def config_key(config: Mapping[str, object], name: str) -> str | None:
 
 
 def from_config(config: Mapping[str, object], name: str) -> object:
-    """What the checkpoint's own config says about a fact, or None."""
+    """The value of a fact in the checkpoint's own config, or None."""
     value = config.get(config_key(config, name) or "")
     if name == "activation":
         return CONFIG_ACTIVATIONS.get(str(value).lower())

@@ -1,4 +1,4 @@
-"""Parameters of three dimensions, one matrix for each head, as TransformerLens has them, in parts that have two."""
+"""Splits three-dimensional parameters with one matrix per head, as in TransformerLens, into matrices."""
 
 from collections import Counter
 from collections.abc import Mapping

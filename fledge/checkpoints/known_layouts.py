@@ -1,4 +1,4 @@
-"""The layouts of code bases that many use: how they name their modules, and what is known of what they compute.
+"""The layouts of widely used code bases: the names of their modules, and what their authors are known to compute.
 
 To add one, add a `Layout` to `LAYOUTS`: its table of names, the parts of names that only it has, and its facts.
 """
@@ -202,7 +202,7 @@ LLAMA_FACTS = {"activation": "silu", "norm": "rmsnorm"}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a code base names its modules, and what its authors compute.
+    """A layout: the names of a code base's modules, and the facts that its authors compute with.
 
     A checkpoint has the layout if each of the `marks` is a part of one of its names, each of `beside` is an entry of
     the file next to the weights, and its matrices are stored (in, out) exactly if `transposed` says so.
@@ -396,4 +396,4 @@ UNUSUAL = re.compile(
     r"logits?_scal(e|ing)|(attn|final)_logit_softcapping|scale_(emb|depth)|dim_model_base|query_pre_attn_scalar|"
     r"no_rope_layers|partial_rotary_factor|use_(rope|rotary|alibi|rmsnorm|swiglu|qk_norm)|mup_.*"
 )
-"""Keys of a config by which an author computes something that the layout does not."""
+"""Keys of a config that show that an author computes something else than the layout."""

@@ -70,6 +70,6 @@ def _is_role(key: object) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a word; only 1.0e-5 is a number to it."""
+    """Converts numbers such as 1e-5, which YAML 1.1 reads as a string (only 1.0e-5 is a number)."""
     is_exponent = isinstance(value, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", value)
     return float(value) if is_exponent else value

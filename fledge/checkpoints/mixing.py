@@ -1,6 +1,6 @@
-"""What newer research code adds to a GPT's residual stream: told by the names of nanochat (2026), where it began.
+"""What newer research code adds to a GPT's residual stream, recognised by the names of nanochat (2026).
 
-Their tensors have shapes that say nothing, so that other names are told by `--mapping` alone.
+Their shapes show nothing, so other names need `--mapping`.
 """
 
 import re

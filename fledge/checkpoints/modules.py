@@ -82,13 +82,13 @@ def _is_outside(module: Module) -> bool:
 
 
 def prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What the names of a single layer without a number may begin with, that with fewest tensors first."""
+    """Possible prefixes of the names of a single layer without a number, those with the fewest tensors first."""
     counts = Counter(name[: dot.end()] for name in tensors for dot in re.finditer(r"[./]", name))
     return [*sorted(counts, key=lambda prefix: (counts[prefix], prefix)), ""]
 
 
 def layer_stack(tensors: Mapping[str, Tensor]) -> str | None:
-    """What stands before the layer number: the numbered part of the names that covers most of them."""
+    """The prefix before the layer number: of the numbered parts of the names, the one that covers most names."""
     suffixes: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in tensors:
         for number in re.finditer(r"(?:(?<=[./])|(?<=^)|(?<=[A-Za-z_]))\d+(?=[./])", name):

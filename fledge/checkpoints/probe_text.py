@@ -1,7 +1,7 @@
 """`--probe_text`: settles open facts by text. The right reading of a model predicts its training text best.
 
-Readings race on growing numbers of the same windows (`race`). Only one reading is right, so that many comparisons do
-not add up: the risk is that this one is ruled out, at the few sizes at which it is looked at.
+Readings are compared on growing numbers of the same windows (`race`). Many comparisons do not add up to a higher risk:
+only one reading is right, and the risk is that it is ruled out at one of the few sizes.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from fledge.tokenizers import encoding_of
 MOST_TOKENS = 32_768
 
 WINDOW = 256
-"""Tokens of a window at most; a shorter context has shorter windows."""
+"""The largest window in tokens; a shorter context has shorter windows."""
 
 
 @dataclass
 class Trial:
-    """What other values of one or two facts would give, in nats per token, beside the loss of what was chosen.
+    """The loss of other values of one or two facts, in nats per token, compared with the chosen values.
 
     `errors` are the standard errors by which the text prefers what was chosen.
     """
@@ -45,7 +45,7 @@ class Trial:
 def settle_by_text(
     gpt: CanonicalGPT, facts: list[Fact], tokenizer: PreTrainedTokenizerBase, file: str
 ) -> tuple[CanonicalGPT, float, list[Trial]]:
-    """Finds the facts under which the model predicts a text best; those that are sure rest on it from now on.
+    """Finds the facts under which the model predicts a text best, and settles those that the text decides.
 
     Returns:
         The model, its loss in nats per token, and what other values would give.
@@ -109,7 +109,7 @@ def _against_code(facts: list[Fact], now: Values, values: Values) -> list[Fact]:
 
 
 def _judge(fact: Fact, about: Compared, used: str) -> None:
-    """Settles an assumed fact if every other value was ruled out, and says how surely or what is left."""
+    """Settles an assumed fact if every other value was ruled out; records how surely, or which values are left."""
     unsure = [changes for changes, comparison in about if not comparison.worse]
     if not about:  # parallel blocks are ruled out with pre-norm ones
         fact.settle(Source.PROBE_TEXT, "no other value goes with what else is settled")

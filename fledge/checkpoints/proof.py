@@ -23,7 +23,7 @@ from fledge.errors import UserError
 FLOAT64_TOLERANCE = 1e-9
 """Largest |Δ logit| with both sides in float64, as a share of the largest |logit|."""
 ROTATION_TOLERANCE = 1e-7
-"""The same where a norm moved past a rotation, whose table is rounded to float32 and so keeps lengths only to 6e-8."""
+"""The same if a norm moved past a rotation, whose table is rounded to float32 and so preserves norms only to 6e-8."""
 FLOAT32_TOLERANCE = 1e-5
 """Largest |Δ logit| in float32, as a share of the largest |logit|. A wrong GELU is about 5e-4 off."""
 READ_AT_ONCE = 1 << 22
@@ -111,7 +111,7 @@ def _is_written(file: Path, name: str, tensor: Tensor) -> bool:
 
 
 def rounding(gpt: CanonicalGPT, probes: Probes) -> float:
-    """What float32 alone costs this model: largest |Δ logit| of its own forward, as a share of the largest |logit|."""
+    """The error of float32 for this model: largest |Δ logit| of its own forward, as a share of the largest |logit|."""
     errors = [(canonical_logits(gpt, ids, torch.float32) - expected).abs().max().item() for ids, expected in probes]
     return _share(max(errors), probes)
 
@@ -208,7 +208,7 @@ def _release(names: list[str], module: nn.Module, inputs: object, output: Any) -
 
 
 class _InFloat64(TorchFunctionMode):
-    """Leaves float64 as it is where transformers rounds to float32 whatever a model runs in: norms, softmax, routers.
+    """Ignores transformers' casts to float32 in a float64 model: in norms, softmax and routers.
 
     What is made in float32 from whole numbers, as tables of rotations are, stays so.
     """

@@ -1,4 +1,4 @@
-"""The questions that tensors leave open: which facts are asked of a model, and what each answer would make of it."""
+"""The facts that tensors leave open, their possible values, and the model that each value gives."""
 
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -65,7 +65,7 @@ def is_louder(changes: Values) -> bool:
 
 
 def asked(gpt: CanonicalGPT) -> Values:
-    """The facts that could be otherwise in a model with these tensors, each with what most authors do."""
+    """The facts that tensors like these leave open, each with the value of most authors."""
     tensors = gpt.tensors
     names: Values = {"attention_scale": gpt.usual_scale, "activation": "silu" if gpt.gated else "gelu"}
     names |= {
@@ -115,7 +115,7 @@ def asked(gpt: CanonicalGPT) -> Values:
 
 
 def _untrained_final_norm(gpt: CanonicalGPT) -> bool:
-    """Whether no gradient ever reached the final norm: it is exactly as it was made, and those of blocks are not."""
+    """Whether no gradient ever reached the final norm: it still has its initial values, and those of blocks do not."""
 
     def as_made(norm: str) -> bool:
         weight, bias = gpt.tensors.get(f"{norm}.weight"), gpt.tensors.get(f"{norm}.bias")
@@ -182,7 +182,7 @@ def windows(context_length: int) -> list[int]:
 
 
 def window_patterns(n_layer: int) -> list[str]:
-    """Which blocks see through a window: those of a pattern that is repeated, and the last one never."""
+    """Patterns of blocks with a window: a repeated pattern, in which the last block never has one."""
     patterns = [(pattern * n_layer)[: n_layer - 1] + "L" for pattern in ("S", "SL", "SSL", "SSSL")]
     return [*dict.fromkeys(pattern for pattern in patterns if "S" in pattern)]
 
@@ -214,7 +214,7 @@ def regroup(gpt: CanonicalGPT, into_thirds: bool = False) -> CanonicalGPT:
 
 @dataclass
 class Questions:
-    """A recognised model, and what its facts could be instead.
+    """A recognised model, and the other possible values of its facts.
 
     `now` holds the present value of every fact that evidence may change, `open` the names of those that are assumed;
     what a layout or a config settled is tried as well, one fact at a time.
@@ -287,7 +287,7 @@ class Questions:
         return found
 
     def differs(self, values: Values, changes: Values) -> bool:
-        """Whether the changes can be, and can change anything.
+        """Whether the changes are possible and can change the logits.
 
         Parallel blocks are pre-norm, RoPE turns no more than a head, and one head has one scale.
         """

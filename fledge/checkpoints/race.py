@@ -1,10 +1,9 @@
-"""Readings of one model compared on a text, by paired differences of their loss.
+"""Compares readings of one model on a text, by paired differences of their loss.
 
-A reading is ruled out when its loss is higher by `CLEARLY` standard errors, and by about as much as the model itself
-says it should be: if the chosen reading p is the model, its text is much like what p would write, where the loss of
-another reading q is higher by the divergence KL(p‖q). A difference far from it comes from what training has not
-finished, and its sign is chance. So is that of a difference too small for text (`TELLABLE`): exact and tanh GELU, or
-two epsilons.
+A reading is ruled out if its loss is higher by `CLEARLY` standard errors, and by about as much as the model itself
+predicts: if the chosen reading p is the model, its text is much like what p would write, and there the loss of another
+reading q is higher by KL(p‖q). A difference far from that comes from unfinished training, and its sign is random. So is
+that of a difference too small for a text (`TELLABLE`): exact and tanh GELU, or two epsilons.
 """
 
 import math
@@ -25,7 +24,7 @@ AGREES = 3.0
 """By which factor the difference in loss may lie above or below KL(chosen‖other)."""
 
 TELLABLE = 1e-3
-"""Nats per token of KL(chosen‖other) below which text is not asked."""
+"""KL(chosen‖other) in nats per token below which text cannot decide."""
 
 FIRST_TOKENS = 2048
 
@@ -52,7 +51,7 @@ class Outcome(StrEnum):
 
 @dataclass
 class Comparison:
-    """How another reading does against the chosen one.
+    """Another reading compared with the chosen one.
 
     `difference` is the mean difference of the loss in nats, `errors` the same in standard errors, `divergence` is
     KL(chosen‖other), and `matters` says that the logits differ.
@@ -148,14 +147,14 @@ class Race:
         return self.divergences[pair]
 
     def run(self, values: Values) -> tuple[Values, Compared]:
-        """Moves to better readings until none is left, on more and more text until each other one is ruled out.
+        """Moves to better readings until there is none, and uses more text until every other reading is ruled out.
 
         Returns:
             The chosen values, and how every single change and the pairs that could be afforded compare with them.
         """
         while True:
             others, better = [], None
-            # What few authors do is looked at last, or it would make up for what is still wrong.
+            # Rare values are tried last: they could compensate for a common value that is still wrong.
             for moves in (self._common, self._affordable, self._rare):
                 others += moves(values)
                 if better := self._better(values, others):

@@ -110,7 +110,7 @@ def _heads(tensors: Mapping[str, Tensor], heads_saved: int | None, facts: Settli
 
 
 def _likely_heads(width: int, key_rows: int, rotary: bool) -> int:
-    """A start for evidence to improve on: of the numbers that fit, the one nearest to heads 64 wide, or to four."""
+    """A first guess of the heads: of the numbers that fit, the one closest to heads of width 64, or to four heads."""
     fitting = [n for n in range(1, width + 1) if heads_fit(n, width, key_rows, rotary)] or [1]
     return min(fitting, key=lambda n: abs(n - (width // 64 if width >= 128 else 4)))
 
@@ -189,7 +189,7 @@ def _context_length(tensors: dict[str, Tensor], checkpoint: Checkpoint, facts: S
 
 
 def _qk_norm(tensors: Mapping[str, Tensor], n_head: int) -> str | None:
-    """Over what queries and keys are normalised, if those norms have weights."""
+    """The kind of norm of queries and keys, by the shape of its weights, if it has any."""
     weight, rows = tensors.get("blocks.0.query_norm.weight"), len(tensors["blocks.0.query.weight"])
     if weight is None:
         return None

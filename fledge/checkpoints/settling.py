@@ -1,4 +1,4 @@
-"""Who says what a fact is: the user, the checkpoint's config, the authors of a known layout, or usual practice."""
+"""Settles facts by statements: of the user, the checkpoint's config, the authors of a layout, or usual practice."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -99,7 +99,7 @@ class Settling:
         return self.add(Fact.of(name, value, Source.TENSORS))
 
     def settle(self, name: str, default: Any, source: Source = Source.PRACTICE) -> Any:
-        """Records the word of the surest who says what a fact is, or else the `default`, and returns the value.
+        """Records the most reliable statement about a fact, or else the `default`, and returns the value.
 
         Raises:
             UserError: the fact cannot have the value that is said.

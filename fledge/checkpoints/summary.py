@@ -1,4 +1,4 @@
-"""What a conversion rests on, in words: the table of facts, what is still assumed, and the sentence that judges it."""
+"""Summarises a conversion: the table of facts, what is still assumed, and the verdict."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ RULES |= {f"head, {factor}": f"{factor}^2/sqrt(width of a head)" for factor in (
 
 
 def facts_table(facts: list[Fact]) -> str:
-    """One line a fact: its status, its value and its source."""
+    """A line per fact: its status, its value and its source."""
     lines = []
     for fact in facts:
         source = "stated by you" if fact.stated else fact.said_by
@@ -26,7 +26,7 @@ def facts_table(facts: list[Fact]) -> str:
 
 
 def trials_table(trials: list[Trial]) -> str:
-    """What other values of a fact, or of two together, would give; the closest first."""
+    """The losses of other values of one or two facts, the closest first."""
     trials = sorted(trials, key=lambda trial: trial.score)
     kept = [trial for trial in trials if len(trial.values) == 1 or trial.verdict is not Outcome.WORSE][:SHOWN_TRIALS]
     lines = [f"  Chosen: {trials[0].chosen:.4f} nats per token. Other readings:"]
@@ -60,7 +60,7 @@ def verdict(facts: list[Fact]) -> str:
 
 
 def leave_to_code(facts: list[Fact], code: str) -> None:
-    """Takes back what text and other authors settled, because code that may have trained the model was not asked.
+    """Reverts facts that text and layouts settled, because code that may have trained the model was not run.
 
     Text shows how the weights were trained, which need not be what the code computes: authors change it afterwards.
     Names of tensors show which code base somebody began with, and not what they changed in it.

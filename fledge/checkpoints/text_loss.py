@@ -1,4 +1,4 @@
-"""The loss of a model on a text, and what the frequencies of the text's own tokens give."""
+"""The loss of a model on a text, and those of unigram and bigram models of the text."""
 
 import math
 
@@ -13,7 +13,7 @@ BATCH_NUMBERS = 1 << 24
 """Logits in memory at a time."""
 
 SEEN = 20
-"""Times that a pair of tokens must be seen on average, or its frequency says nothing."""
+"""How often a pair of tokens must occur on average for its frequency to be meaningful."""
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def text_windows(ids: list[int], length: int, tokens: int) -> tuple[Tensor, Tens
 
 
 def pair_loss(ids: list[int]) -> float:
-    """Nats per token that the frequencies of pairs of tokens give; infinite for a text too short to know them.
+    """The loss of a bigram model of the text in nats per token; infinite for a text that is too short.
 
     A model above it has hardly been trained, and its loss may fall under a wrong reading that makes its parts louder.
     """
@@ -59,6 +59,6 @@ def pair_loss(ids: list[int]) -> float:
 
 
 def unigram_loss(ids: list[int]) -> float:
-    """Nats per token that the frequencies of a text's own tokens give."""
+    """The loss of a unigram model of the text in nats per token."""
     counts = torch.tensor(ids).unique(return_counts=True)[1].double()
     return -(counts / len(ids) * (counts / len(ids)).log()).sum().item()

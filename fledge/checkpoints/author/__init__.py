@@ -1,4 +1,4 @@
-"""`--reference`: the author's own code, read, built and called.
+"""`--reference`: reads, builds and calls the author's own code.
 
 reference     the author's module with the checkpoint's weights, which is what `--reference` asks for
 candidates    which classes of the files may be the checkpoint's

@@ -1,4 +1,4 @@
-"""The author's module at work: how its forward is called, and the logits in what it returns."""
+"""Calls the author's module: finds the arguments of its forward, and the logits in its result."""
 
 import inspect
 import math
@@ -39,7 +39,7 @@ NOT_MIXING = "In its forward no token changes the logits of a later one: does at
 
 
 class Author:
-    """A module of the author's: token ids (B, T) → logits (B, T or 1, V) in float64.
+    """The author's module as a function: token ids (B, T) → logits (B, T or 1, V) in float64.
 
     Attributes:
         tolerance: how far from these logits float rounding inside the author's forward may lead.
@@ -75,7 +75,7 @@ class Author:
             ) from error
 
     def without_padding(self, ids: Tensor) -> Tensor:
-        """Token ids with another id in the place of each that the code treats as padding."""
+        """Token ids in which each id that the code treats as padding is replaced by another."""
         other = next((i for i in range(self.vocabulary) if i not in self.avoid), 0)
         for padding in self.avoid:
             ids = torch.where(ids == padding, other, ids)
@@ -119,7 +119,7 @@ class Author:
         return logits.log() if are_shares else logits
 
     def _settle_call(self) -> None:
-        """Finds how the forward wants to be called: precision, length, and what it takes beside the ids.
+        """Finds the arguments of the forward: precision, length, and what it takes besides the ids.
 
         The first way that is causal and reads earlier tokens is taken, or else the best one that works.
 
@@ -216,7 +216,7 @@ def _named(name: str, ids: Tensor, index: int) -> str:
 
 
 def _logits(output: object, batch: int, length: int, transposed: bool) -> Tensor:
-    """The logits (B, T or 1, V) in what a forward returns: a tensor, or one in a tuple, a mapping or an object."""
+    """The logits (B, T or 1, V) in the result of a forward: a tensor, or one in a tuple, a mapping or an object."""
     if isinstance(output, Mapping):
         output = output.get("logits", list(output.values()))
     output = getattr(output, "logits", output)

@@ -1,4 +1,4 @@
-"""The classes of the author that may be the checkpoint's, by the names that they set. Nothing is run here."""
+"""Finds the author's classes that may belong to the checkpoint, by the names that they set. No code is run here."""
 
 import ast
 import contextlib
@@ -10,7 +10,7 @@ from fledge.checkpoints.loading import Checkpoint
 from fledge.errors import UserError
 
 MOST_BESIDE = 300
-"""Files that are read, unasked, to see whether the model's code lies beside a checkpoint."""
+"""The largest number of files that are parsed to find the model's code beside a checkpoint."""
 
 
 def code_beside(path: str, checkpoint: Checkpoint) -> tuple[Path, str] | None:

@@ -21,7 +21,7 @@ OBJECT = re.compile(
 
 
 class OpenField(OpenName, AttributeError, KeyError):  # type: ignore[misc]  # `name` is a str in both
-    """A field of the config that nobody gave; code that has a default for it never sees this."""
+    """A missing field of the config; code that has a default for it never sees this."""
 
 
 class Config(dict):

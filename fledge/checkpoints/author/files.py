@@ -25,12 +25,12 @@ from fledge.errors import UserError
 
 MOST_CLASSES = 12
 ANYTHING = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
-"""Numbers that are tried where nothing says more."""
+"""Numbers to try if nothing states a value."""
 
 
 @dataclass
 class Found:
-    """One class of the author's, with the values under which it comes nearest to the checkpoint."""
+    """One of the author's classes, with the values that bring it closest to the checkpoint."""
 
     source: AuthorFile
     name: str
@@ -147,7 +147,7 @@ class Files:
         return Found(source, name, solver, solver.solve(start), self)
 
     def slot(self, name: str, default: object, calls: list[dict[str, Said]], said: Constants) -> Slot:
-        """Who says what a value is, the surest first: a flag, the checkpoint, the code, and then the shapes."""
+        """The sources of a value, most reliable first: a flag, the checkpoint, the code, and then the shapes."""
         if name in self.given:
             return Slot(name, [Said(self.given[name], "--reference_kwargs", Rank.FLAG)])
         kind = kind_of(name)
@@ -176,14 +176,14 @@ class Files:
         return self.checkpoint.origins.get(key, "checkpoint config")
 
     def broken(self) -> str:
-        """What could not be read of the author's scripts, as the end of a sentence."""
+        """The parts of the author's scripts that could not be parsed, as the end of a sentence."""
         left_out = [
             f"{self.label(s)} ({s.broken})" for s in self.parsed.values() if s.broken and s.path.suffix == ".py"
         ]
         return f"; not read, because it is no Python: {', '.join(left_out[:3])}" if left_out else ""
 
     def context_length(self, author: Author) -> tuple[int, str] | None:
-        """How long the author's code says the context is, and where: a value it was built with, else a constant."""
+        """The context length in the author's code, and where it stands: a value of a call, else a constant."""
         said = {name: [value] for name, value in author.values.items() if value[1] != GUESS}
         for names in (said, constants(list(self.parsed.values()))):
             for name in CONFIG_KEYS["context_length"]:

@@ -35,11 +35,11 @@ SAME |= {"device": ("cpu",), "dropout": (0.0,), "padding": (0,), "theta": (10_00
 HEADS = ("heads", "key heads")
 
 LONG = 2048
-"""A context length where no tensor shows one."""
+"""The context length to try if no tensor shows it."""
 
 
 def kind_of(name: str) -> str | None:
-    """Which of `KINDS` a name of an argument, a global or a config's field is, if its words tell."""
+    """The kind (of `KINDS`) of an argument, a global or a config field by the words of its name, if they show it."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, words)), None)
 
@@ -63,7 +63,7 @@ class Vocabulary(dict):
 
 @dataclass
 class Shapes:
-    """Numbers that a checkpoint's tensors show, by kind, the likeliest first."""
+    """Numbers that a checkpoint's tensors show, by kind, most likely first."""
 
     by_kind: dict[str, list]
     everything: list[int]

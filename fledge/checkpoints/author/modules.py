@@ -42,7 +42,7 @@ HARMFUL = {
 
 
 class AuthorModule(types.ModuleType):
-    """One of the author's files, whose names are made when they are first asked for."""
+    """One of the author's files. Its names are evaluated when they are first used."""
 
     def __init__(self, code: "AuthorCode", source: AuthorFile | None, folder: Path):
         name = "fledge_reference." + (source.path if source else folder).resolve().as_posix().replace(".", "_")
@@ -134,7 +134,7 @@ class AuthorModule(types.ModuleType):
             self.__dict__.pop(other, None)
 
     def _is_plain(self, node: ast.AST, seen: frozenset[str] = frozenset()) -> bool:
-        """Whether a statement only computes: it calls nothing that could train, read, write or ask."""
+        """Whether a statement only computes: it calls nothing that could train, read, write or prompt."""
         return all(self._may_call(call, seen) for call in ast.walk(node) if isinstance(call, ast.Call))
 
     def _may_call(self, call: ast.Call, seen: frozenset[str]) -> bool:
@@ -164,7 +164,7 @@ class AuthorModule(types.ModuleType):
 
 
 class Names(dict):
-    """The builtins of one of the author's files: Python looks here for what the file has not made yet."""
+    """The builtins of one of the author's files: Python looks up names here that the file has not defined yet."""
 
     def __init__(self, module: AuthorModule):
         super().__init__(vars(builtins))
@@ -224,7 +224,7 @@ class AuthorCode:
         return None
 
     def local(self, importer: AuthorModule, name: str, level: int = 0, anywhere: bool = False) -> AuthorModule | None:
-        """The author's own module that an import statement means, or None."""
+        """The author's own module that an import statement refers to, or `None`."""
         folder, parts = importer._folder.resolve(), [part for part in name.split(".") if part]
         if level:
             return self.module_at((folder, *folder.parents)[level - 1].joinpath(*parts))

@@ -1,4 +1,4 @@
-"""`--reference`: the author's own module with the checkpoint's weights, found and built from his files.
+"""`--reference`: finds the author's module in their files and builds it with the checkpoint's weights.
 
 This is the one place where Fledge runs somebody's code, because they asked for it by name.
 """
@@ -21,7 +21,7 @@ from fledge.errors import UserError
 MOST_CHANGES, MOST_RUNS = 200, 12
 
 HARMLESS_KINDS = ("dropout", "device", "padding", "context", "vocabulary", "vocabulary itself", "width", "layers")
-"""What changes no logit while the shapes stay, or changes the shapes."""
+"""Kinds of values that either change the shapes or change no logits."""
 
 
 def load_reference(
@@ -67,7 +67,7 @@ def load_reference(
 
 
 def author_of(found: Found, checkpoint: Checkpoint) -> Author:
-    """The module with its weights, after asking whether values that no shape shows change what it computes.
+    """The module with its weights, after checking whether values that no shape shows change its logits.
 
     Raises:
         UserError: one does, and nobody states it.
@@ -96,7 +96,7 @@ def author_of(found: Found, checkpoint: Checkpoint) -> Author:
 
 
 def _complete(found: Found, checkpoint: Checkpoint) -> None:
-    """Adds the values that only the forward reads, as fields of a config that no constructor looks at.
+    """Adds the values that only the forward reads, such as config fields that no constructor uses.
 
     Raises:
         UserError: nothing shows what one of them is.
@@ -120,7 +120,7 @@ def _complete(found: Found, checkpoint: Checkpoint) -> None:
 
 
 def _same_shapes(found: Found) -> list[dict[str, object]]:
-    """Changes of what nobody clearly states, one value or two together, under which all shapes stay."""
+    """Changes of one or two values that nothing clearly states and that keep all shapes."""
     values, unsure = found.solution.values, {}
     for name, value in values.items():
         slot, kind = found.solver.slots.get(name), kind_of(name)

@@ -1,4 +1,4 @@
-"""How the author's code is run: on one device, without dropout, in float64, without output."""
+"""Runs the author's code: on one device, without dropout, in float64, without output."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 PLACE = types.SimpleNamespace(device="cpu")
-"""Where tensors are made while the author's code runs; what a file computes for itself is always real."""
+"""The device of tensors that the author's code creates; tensors that a file computes for itself are always real."""
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,7 +22,7 @@ FILLED = {
     "normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_",
     "xavier_normal_", "orthogonal_", "zeros_", "ones_", "constant_", "zero_", "fill_",
 }  # fmt: skip
-"""What only sets the numbers of a tensor, which on the meta device has none."""
+"""Functions that only set the values of a tensor, which have no effect on the meta device."""
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 
@@ -85,7 +85,7 @@ def _is_narrow(value: object) -> bool:
 
 @contextlib.contextmanager
 def author_runs(device: str = "cpu", widen: str | None = None) -> Iterator[None]:
-    """Runs the author's code without its output, its random numbers and its compilation reaching anything else."""
+    """Runs the author's code so that its output, random numbers and compilation affect nothing else."""
     compiler, before, dtype = torch.compile, PLACE.device, torch.get_default_dtype()
     torch.compile, PLACE.device = _not_compiled, device
     try:
@@ -111,7 +111,7 @@ def _not_compiled(model: Callable | None = None, **options: object) -> Callable:
 
 
 def on_cpu(value: object) -> object:
-    """The same, or the CPU instead of another device."""
+    """The value itself, or the CPU in place of another device."""
     if isinstance(value, str) and re.fullmatch(r"(cuda|mps|xpu)(:\d+)?", value):
         return "cpu"
     if isinstance(value, torch.device) and value.type not in ("cpu", "meta"):

@@ -1,4 +1,4 @@
-"""Values for what a constructor needs, found by building the module until it has the checkpoint's shapes.
+"""Searches the values of a constructor's arguments until the module has the checkpoint's shapes.
 
 The module is built on the meta device with the values that are stated or proposed. Whatever does not give the
 checkpoint's shapes is changed until it does.
@@ -21,7 +21,7 @@ GUESS = "a guess from the shapes"
 
 @dataclass
 class Slot:
-    """One value that the module's code needs: who said what, the surest first, and what the shapes propose.
+    """One value that the module's code needs: the statements about it, most reliable first, and the shapes' proposals.
 
     The first `likely` proposals are those for its kind.
     """
@@ -40,14 +40,14 @@ class Slot:
         return list(kept.values())
 
     def is_sure(self, value: object) -> bool:
-        """Whether the surest who state anything state this, and nothing else."""
+        """Whether the most reliable statements all give this value."""
         first = min((said.rank for said in self.stated), default=None)
         return first is not None and {said.value for said in self.stated if said.rank == first} == {value}
 
 
 @dataclass
 class Solution:
-    """Values under which a module has the checkpoint's shapes, or comes nearest to it."""
+    """Values that give a module the checkpoint's shapes, or come closest to them."""
 
     values: dict[str, object]
     sources: dict[str, str]
@@ -84,7 +84,7 @@ class Solver:
                 return (1, 0, 0), f"{type(error).__name__}: {' '.join(str(error).split())}"
 
     def solve(self, start: dict[str, object]) -> Solution:
-        """Changes one value at a time, then two, always to what is nearer to the checkpoint."""
+        """Changes one value at a time, then two, always to values that are closer to the checkpoint."""
         values = dict(start)
         best, error = self.score(values)
         while any(best) and self.builds < MOST_BUILDS:
@@ -104,7 +104,7 @@ class Solver:
         return Solution(values, {name: self.source(name, value) for name, value in values.items()}, best, error)
 
     def _restored(self, values: dict[str, object]) -> dict[str, object]:
-        """With the surest statement back wherever the shapes allow it."""
+        """The values with the most reliable statement restored wherever the shapes allow it."""
         for name in values:
             first = self.slots[name].values()[0][0] if name in self.slots else values[name]
             if first != values[name] and not any(self.score(values | {name: first})[0]):
@@ -162,7 +162,7 @@ def mismatch(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[int, int
 
 
 def prefix_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """What stands before the checkpoint's names in the module's own, `model.` in one that wraps another."""
+    """The prefix of the module's names before the checkpoint's names, such as `model.` in a wrapper."""
     own = list(module.state_dict(keep_vars=True))
     if not own or any(name in tensors for name in own):
         return ""

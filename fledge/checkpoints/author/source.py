@@ -1,4 +1,4 @@
-"""The author's scripts and notebooks, parsed: which statements define which names. Nothing is run here."""
+"""Parses the author's scripts and notebooks: which statements define which names. No code is run here."""
 
 import __future__
 
@@ -25,7 +25,7 @@ IN_PLACE = ("add_argument", "update", "setdefault")
 
 @dataclass(eq=False)
 class AuthorFile:
-    """A file, parsed: which statements bind a name, and which modules it takes every name of.
+    """A parsed file: which statements bind a name, and from which modules it imports every name.
 
     `broken` names the first line that is no Python; the statement that holds it is left out.
     """
@@ -48,7 +48,7 @@ class AuthorFile:
         return self.compiled[id(statement)]
 
     def classes(self) -> list[ast.ClassDef]:
-        """The classes at its top level; of two of one name the later, as at the end of a run."""
+        """The classes at its top level; of two with the same name the later one, as at the end of a run."""
         last = [statements[-1] for statements in self.bindings.values()]
         return [statement for statement in last if isinstance(statement, ast.ClassDef)]
 
@@ -144,7 +144,7 @@ def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def bindings_of(statement: ast.stmt) -> dict[str, ast.stmt | None]:
-    """What a statement binds or fills in place, each with the part of it that does; None is a part not to be run."""
+    """The names that a statement binds or fills in place, each with the part that does so; `None`: not to be run."""
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
         return {statement.name: statement}
     if isinstance(statement, (ast.Import, ast.ImportFrom)):

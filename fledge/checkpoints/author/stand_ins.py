@@ -1,4 +1,4 @@
-"""What takes the place of values, packages and options that are not at hand while the author's code is read."""
+"""Stand-ins for values, packages and options that are missing while the author's code is evaluated."""
 
 import argparse
 import inspect
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class OpenName(Exception):
-    """A name whose value only the author's data or command line would show, or that may be another than its default.
+    """A name whose value only the author's data or command line would show, or that may differ from its default.
 
     `owner` and `fields` say of which class, with which fields, it is one.
     """
@@ -22,7 +22,7 @@ class OpenName(Exception):
 
 
 class StandIn:
-    """Takes the place of a package that is not installed, and fails only when it is used."""
+    """A stand-in for a package that is not installed; it fails only when it is used."""
 
     def __init__(self, name: str):
         self._name = name
@@ -48,7 +48,7 @@ class StandIn:
 
 
 class Defaults(argparse.ArgumentParser):
-    """What a script's options are when nobody gives any; a required one is None."""
+    """The default values of a script's options; a required one is `None`."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:  # type: ignore[override]  # takes anything
         return argparse.Namespace(**{action.dest: action.default for action in self._actions if action.dest != "help"})

@@ -9,16 +9,16 @@ from fledge.checkpoints.author.source import AuthorFile
 
 PLAIN = (int, float, str, bool, type(None))
 LONGEST = 40
-"""Characters of the longest word that may be a value."""
+"""The largest number of characters of a word that may be a value."""
 OMITTED = object()
-"""In place of an argument that a call leaves to its default."""
+"""Stands for an argument that a call leaves at its default."""
 
 Constants = Mapping[str, list[tuple[object, str]]]
 """Name → the values that the code gives it, each with the name of its file."""
 
 
 class Rank(IntEnum):
-    """How sure a statement about a value is, the surest first."""
+    """How reliable a statement about a value is, most reliable first."""
 
     OWN_FILE = -1
     FLAG = 0
@@ -29,7 +29,7 @@ class Rank(IntEnum):
 
 
 class Said(NamedTuple):
-    """A value that is stated, in whose words, and how sure that is."""
+    """A stated value, its source, and how reliable it is."""
 
     value: object
     source: str
@@ -54,7 +54,7 @@ def constants(files: list[AuthorFile]) -> Constants:
 
 
 def _named_values(node: ast.AST) -> Iterator[tuple[str | None, ast.expr | None]]:
-    """The names to which one node of the code gives something."""
+    """The names to which one node of the syntax tree assigns a value."""
     if isinstance(node, (ast.Assign, ast.AnnAssign)):
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             yield _last_name(target), node.value

@@ -88,7 +88,7 @@ def _check_ends(structure: Structure, tensors: Mapping[str, Tensor], tables: lis
 
 
 def _guess_norms(structure: Structure, norms: list[Module], before: list[str]) -> None:
-    """A norm of the embeddings says so or stands before the layers; the other one is the final norm."""
+    """Assigns the norms: that of the embeddings says so or precedes the layers; the other is the final norm."""
     early = [module for module in norms if module.count(EARLY) and _says_norm(module)]  # in_f may be ln_f too
     early = early or [module for module in norms if len(norms) > 1 and module.name in before]
     late = [module for module in norms if module not in early]

@@ -24,7 +24,7 @@ HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass
 class Checkpoint:
-    """A state dict without wrappers, prefixes and buffers, with what was left aside and why.
+    """A state dict without wrappers, prefixes and buffers, with what was left out and why.
 
     `tensors` are plain floating-point numbers, all of them finite. `vocabulary`, if the file holds one, says which id
     each token has; the ids run from 0 without a gap. `origins` says where each entry of the config is from, and

@@ -1,4 +1,4 @@
-"""Files that are no checkpoint of torch, and what they are: a wrong suffix says less than the first bytes."""
+"""Recognises files that are not torch checkpoints by their first bytes, because suffixes can be wrong."""
 
 import zipfile
 from pathlib import Path
@@ -21,7 +21,7 @@ ELSE = "load it in the program that wrote it, and save its state dict with torch
 
 
 def other_kind(file: Path) -> str | None:
-    """What a file or folder is that only looks like a checkpoint, with what to do about it; None if it may be one."""
+    """What a file or folder is if it only looks like a checkpoint, with advice; None if it may be a checkpoint."""
     if file.is_dir():
         kind = "a folder of torch.distributed.checkpoint" if (file / ".metadata").is_file() else None
     else:

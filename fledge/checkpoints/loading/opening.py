@@ -19,7 +19,7 @@ RECORDS = re.compile(r"argparse\.Namespace|([\w.]+\.)?\w*(Config|Args|Arguments|
 
 
 class Record(dict):
-    """Stands for a class of the author's that the file names, and keeps the values that it was pickled with.
+    """A stand-in for a class that the file names. It keeps the pickled values.
 
     build-nanogpt saves its config as a dataclass, others as argparse.Namespace; their code is never looked for.
     """
@@ -35,7 +35,7 @@ def first_bytes(file: Path) -> bytes:
 
 
 def open_file(file: Path, records: tuple[str, ...] = ()) -> object:
-    """What a checkpoint's file holds, read without running any code from it.
+    """The content of a checkpoint file, read without running any code from it.
 
     `records` names classes that hold plain values, and whose instances are read as `Record`.
 

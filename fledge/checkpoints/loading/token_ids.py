@@ -1,4 +1,4 @@
-"""The vocabulary that a checkpoint holds beside its weights, as `stoi`, `itos`, `chars` and the like say it."""
+"""Reads the vocabulary that a checkpoint stores beside its weights, as `stoi`, `itos`, `chars` and so on."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The state dict inside of what a training script saved, the config beside it, and what else is there."""
+"""Finds the state dict in what a training script saved, the config beside it, and everything else."""
 
 import re
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def _only_state(content: Mapping) -> str | None:
 
 
 def _beside(content: Mapping) -> dict[str, object]:
-    """Sizes that people save beside the state dict without a config around them."""
+    """Sizes that are saved beside the state dict without a config."""
     plain = {key: value for key, value in content.items() if isinstance(key, str) and key != CLASS}
     return {
         key: value

@@ -1,4 +1,4 @@
-"""The canonical GPT as a model of transformers, exactly: the plainest class that holds it, and what is folded."""
+"""Represents the canonical GPT exactly as a model of transformers: the plainest class that fits, and the folds."""
 
 from itertools import product
 

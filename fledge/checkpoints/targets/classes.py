@@ -1,8 +1,8 @@
-"""One entry for each class of transformers: what it holds, how it names things, and its config.
+"""One entry for each class of transformers: its features, the names of its modules, and its config.
 
-This file is long because it is tables: `TARGETS` at the end has an entry a class, and the functions before it make the
-config of one class each. `names` say where each role of the canonical GPT goes; {n} is the layer. Several roles under
-one name are stacked.
+This file is long because it consists of tables: `TARGETS` at the end has one entry per class, and each function before
+it makes the config of one class. `names` maps each role of the canonical GPT to a module; {n} is the layer. Several
+roles under one name are stacked.
 """
 
 from collections.abc import Callable, Mapping
@@ -124,7 +124,7 @@ GPT2_NAMES: Names = {
 
 
 def _common(gpt: CanonicalGPT, given: Config) -> Config:
-    """What the configs of LLaMA's family call alike."""
+    """The config keys that LLaMA's family has in common."""
     sizes = {
         "hidden_size": gpt.width,
         "num_hidden_layers": gpt.n_layer,
@@ -243,7 +243,7 @@ def _mpt_limits(gpt: CanonicalGPT) -> list[str]:
 
 
 def _mpt_place(gpt: CanonicalGPT, name: str, tensor: Tensor) -> Tensor:
-    """A narrower MLP is filled up with zeros: the activation of zero is zero."""
+    """Pads a narrower MLP with zeros: the activation of zero is zero."""
     missing = 4 * gpt.width - mlp_width(gpt)
     if name.endswith("up_proj.weight"):
         return torch.cat([tensor, tensor.new_zeros(missing, gpt.width)])
@@ -585,4 +585,4 @@ TARGETS: dict[str, Target] = {
         multipliers=True,
     ),
 }
-"""In the order of preference: the plainest class first."""
+"""The targets in order of preference, the plainest class first."""

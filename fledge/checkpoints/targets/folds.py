@@ -1,4 +1,4 @@
-"""Folds rewrite a model exactly, so that a class holds what it has no parameter for.
+"""Folds rewrite a model exactly, so that a class can represent features that it has no parameter for.
 
 Each returns the rewritten model and sentences that say what was done."""
 
@@ -266,8 +266,8 @@ def fold_head_bias(
         logits = Σ_i w_i (γ_i x̂_i + β_i) + b
                = Σ_{i≠j} (w_i γ_i − w_j γ_j) x̂_i + (b + Σ_i w_i β_i)
 
-    which is a head w' behind a norm with γ'_i = 1, β'_i = 0 for i ≠ j and γ'_j = 0, β'_j = 1. The gains go into the
-    head, so nothing is divided by one that training drove to zero. j is where the subtraction loses least.
+    which is a head w' after a norm with γ'_i = 1, β'_i = 0 for i ≠ j and γ'_j = 0, β'_j = 1. The gains move into the
+    head, so there is no division by a gain that training drove to zero. j is where the subtraction loses least.
 
     Returns:
         w' (V, D), γ' (D,), β' (D,), in the precision given.

@@ -33,7 +33,7 @@ QK_NORMS = {
 
 
 def needs(gpt: CanonicalGPT) -> list[str]:
-    """Everything that some class lacks, for a model whose norms all have weights."""
+    """Every feature of the model that some class lacks; all norms must have weights."""
     found = [_positions(gpt), NORM_NAMES[gpt.norm], PLACEMENTS[gpt.norm_placement], _mlp(gpt)]
     if gpt.rope and "position_embedding.weight" in gpt.tensors:
         found.append("learned positions beside rotary ones")
