@@ -1,1 +1,1 @@
-"""GGUF and ONNX: a model folder as other programs run it, proven, and quantised with a measured verdict."""
+"""Export to GGUF and ONNX: proven against the original, and quantised with a measured loss."""

@@ -1,4 +1,4 @@
-"""What llama.cpp knows: the keys and tensors of each architecture, by GGUF's names."""
+"""The architectures of llama.cpp: the keys and tensors of each under GGUF's names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def _gpt2(config: GPT2Config, weights: dict[str, Tensor]) -> tuple[dict[str, Any
     pairs = [(f"blk.{n}.{to}", f"transformer.h.{n}.{of}") for n in range(config.n_layer) for to, of in names.items()]
     for target, source in [*pairs, ("output_norm", "transformer.ln_f")]:
         weight = weights[f"{source}.weight"]
-        # transformers' GPT-2 keeps its projections (in, out), GGUF (out, in).
+        # transformers' GPT-2 stores its projections as (in, out), GGUF as (out, in).
         tensors[f"{target}.weight"] = weight.T if ".c_" in source else weight
         tensors[f"{target}.bias"] = weights[f"{source}.bias"]
     inner = config.n_inner or 4 * config.n_embd
@@ -36,7 +36,7 @@ def _gpt2(config: GPT2Config, weights: dict[str, Tensor]) -> tuple[dict[str, Any
 def _llama(config: LlamaConfig, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     _refuse({f"activation {config.hidden_act}": config.hidden_act != "silu"})
     keys, tensors = _rotary(config, weights)
-    # llama.cpp turns neighbours of a head, transformers its halves.
+    # RoPE in llama.cpp rotates neighbouring coordinates, in transformers coordinates i and i + half a head.
     for name in [name for name in tensors if ".attn_q." in name or ".attn_k." in name]:
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         weight = tensors[name]
@@ -61,7 +61,7 @@ def _stablelm(config: StableLmConfig, weights: dict[str, Tensor]) -> tuple[dict[
 def _rotary(
     config: LlamaConfig | StableLmConfig, weights: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What LLaMA and StableLM have in common."""
+    """The keys and tensors that LLaMA and StableLM have in common."""
     rope: Any = config.rope_parameters
     _refuse({f"RoPE of the kind {rope['rope_type']}": rope["rope_type"] != "default"})
     head = config.hidden_size // config.num_attention_heads

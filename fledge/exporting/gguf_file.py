@@ -1,4 +1,4 @@
-"""A model folder as GGUF, which llama.cpp and Ollama run."""
+"""Writes a model as GGUF, for llama.cpp and Ollama."""
 
 import json
 import re
@@ -17,16 +17,16 @@ from fledge.models import context_of, embedding_of
 from fledge.tokenizers.fast import merges_of
 from fledge.version import __version__
 
-# What --quantize takes → llama.cpp's type of the matrices, and of a whole file. Its own tools name them so.
+# Value of --quantize → llama.cpp's names for the type of the matrices and for the type of the file.
 TYPES = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
 TYPES |= {"q4_0": ("Q4_0", "MOSTLY_Q4_0")}
-# The embeddings and the head suffer most, and llama.cpp's own tools keep them finer too.
+# The embeddings and the head lose most, so they get a finer type, as in llama.cpp's own tools.
 OUTER = ("token_embd.weight", "output.weight")
 
 
 @dataclass
 class Description:
-    """What a file says of its model beside the weights. `system` is the system message it was trained with, if any."""
+    """The description of a model in a GGUF file. `system` is the system message that it was trained with, if any."""
 
     name: str
     license: str | None
@@ -36,12 +36,12 @@ class Description:
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, about: Description, kind: str = "f32"
 ) -> list[str]:
-    """Writes weights, tokenizer and chat template to one file; returns what llama.cpp will do differently.
+    """Writes weights, tokenizer and chat template to one file; returns sentences about differences in llama.cpp.
 
-    `kind` is one of `TYPES`: matrices are stored so; vectors and the table of positions stay in float32.
+    `kind` is one of `TYPES`, the type of the matrices; vectors and the table of positions stay in float32.
 
     Raises:
-        UserError: llama.cpp has no counterpart of the architecture, one of its options, or the tokenizer.
+        UserError: llama.cpp does not support the architecture, one of its options, or the tokenizer.
     """
     import gguf
 
@@ -51,7 +51,7 @@ def write_gguf(
     keys, tensors = ARCHITECTURES[config.model_type](config, model.state_dict())
     if config.model_type == "stablelm" or not config.tie_word_embeddings:
         tensors["output.weight"] = model.get_output_embeddings().weight
-    # Tensors are written as the file is closed, so that what is refused leaves nothing.
+    # Tensors are written when the file is closed, so that a refusal leaves no file.
     vocabulary, differences = _vocabulary(tokenizer, embedding_of(model).num_embeddings, about.system)
     writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_string("fledge.version", __version__)
@@ -84,7 +84,7 @@ def write_gguf(
 
 
 def _type_of(tensor_name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The type a tensor is stored in. Blocks are of 32 numbers; a matrix whose rows do not fill them stays in F16."""
+    """The type of a stored tensor. A matrix whose rows do not fill blocks of 32 numbers stays in F16."""
     if len(shape) == 1 or tensor_name == "position_embd.weight" or kind == "f32":
         return "F32"
     if shape[-1] % 32:
@@ -93,7 +93,7 @@ def _type_of(tensor_name: str, shape: tuple[int, ...], kind: str) -> str:
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, system: Messages) -> tuple[dict[str, Any], list[str]]:
-    """The keys below `tokenizer.` for a vocabulary of as many tokens as the model has `rows`, and differences."""
+    """The keys under `tokenizer.`, with as many tokens as the model has `rows`, and sentences about differences."""
     from gguf import TokenType
 
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -110,7 +110,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, system: Messages)
     if model["type"] == "BPE" and parts["normalizer"] is None and split and byte_level.items() <= split.items():
         keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": [" ".join(pair) for pair in merges]}
     elif model["type"] == "BPE" and model["byte_fallback"] and split is None:
-        # SentencePiece joins what makes the piece of the highest score; the order of the merges stands for it.
+        # SentencePiece merges by the score of the result; the rank of the merge serves as the score.
         ranks = {left + right: -float(i) for i, (left, right) in reversed(list(enumerate(merges)))}
         for i, token in enumerate(tokens):
             if types[i] is TokenType.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):

@@ -1,4 +1,4 @@
-"""A model folder as ONNX, which transformers.js and onnxruntime run."""
+"""Writes a model as ONNX, for transformers.js and onnxruntime."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from fledge.models import attention_of
 
 
 class WithCache(torch.nn.Module):
-    """A model as onnxruntime calls it: keys and values go in and come out as plain tensors."""
+    """A model with a cache for onnxruntime: keys and values are plain tensors among its inputs and outputs."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -57,7 +57,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     `system` is the system message that the model was trained with, or nothing.
 
-    Names are those of the models on the Hub that run there: `past_key_values.N.key` goes in, `present.N.key` comes out.
+    Inputs and outputs have the names that transformers.js expects: `past_key_values.N.key` and `present.N.key`.
 
     Raises:
         UserError: transformers.js does not know the architecture, or its cache does not fit the graph.
@@ -71,12 +71,12 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             "them; serve it with transformers."
         )
     if "num_experts_per_tok" in config.to_dict():
-        model.set_experts_implementation("batched_mm")  # the usual one has no counterpart in ONNX
+        model.set_experts_implementation("batched_mm")  # ONNX has no operator for the default one
     past = cache_of(model, torch.zeros(2, 4, dtype=torch.long))
     caches = [f"{layer}.{part}" for layer in range(len(past) // 2) for part in ("key", "value")]
     ids = torch.zeros(2, 3, dtype=torch.long)
     batch, now, before = {0: "batch_size"}, {1: "sequence_length"}, {2: "past_sequence_length"}
-    # A length is told from a constant by its name; the exporter's notes on what it traced are of no use here.
+    # The exporter prints and warns about its trace, which is of no use here.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -118,9 +118,9 @@ def cache_of(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
 
 def quantize_onnx(folder: Path, kind: str) -> Path:
-    """Stores the graph of `write_onnx` anew as `kind`, fp16 or int8, in the place of the float32 one; its file.
+    """Replaces the graph of `write_onnx` by one of `kind`, fp16 or int8; returns its file.
 
-    What goes in and comes out stays in float32. The name is that by which transformers.js finds it: `dtype: "int8"`.
+    Inputs and outputs stay in float32. The file has the name that transformers.js expects for `dtype: "int8"`.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -1,4 +1,4 @@
-"""Exported files in the programs that run them, and what those programs compute."""
+"""Runs exported files in llama.cpp and onnxruntime, and compares their logits."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fledge.models import context_of
 
-# llama.cpp looks the GELU up in a table of half-precision numbers: its own logits are this near to exact ones.
+# llama.cpp computes GELU by a table of half-precision numbers, which limits the accuracy of its logits.
 GGUF_TOLERANCE = 5e-3
 ONNX_TOLERANCE = 1e-4
 
@@ -18,10 +18,10 @@ class Program(Protocol):
     """An exported model that reads one text at a time."""
 
     def restart(self) -> None:
-        """Forgets what was read."""
+        """Clears the cache."""
 
     def read(self, ids: list[int]) -> np.ndarray:
-        """The logits (len(ids), V) after each token, which follow those read before. The next call overwrites them."""
+        """Continues the text with `ids`; returns the logits (len(ids), V) after each. The next call overwrites them."""
 
 
 class LlamaCpp:
@@ -42,7 +42,7 @@ class LlamaCpp:
         return self.llama.scores[before : before + len(ids)]
 
     def ids(self, text: str) -> list[int]:
-        """What llama.cpp splits a prompt into, control tokens in it recognised."""
+        """The token ids of a prompt in llama.cpp, with control tokens recognised."""
         return self.llama.tokenize(text.encode(), add_bos=False, special=True)
 
 

@@ -1,4 +1,4 @@
-"""Chat templates as programs other than transformers read them."""
+"""Chat templates for programs other than transformers."""
 
 import json
 import re
@@ -9,17 +9,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fledge.messages import Messages
 from fledge.models import context_of
 
-# The marks of Python's templates for training; no other reader of a template knows them.
+# The marks of answers for training; only transformers knows them.
 GENERATION_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-# The contents of messages, to be found again in what a template makes of them.
+# Placeholders for the contents of messages, to find them in a rendered template.
 SYSTEM, FIRST, ANSWER, SECOND = "\ue000", "\ue001", "\ue002", "\ue003"
 
 
 def served_template(tokenizer: PreTrainedTokenizerBase, system: Messages) -> str | None:
-    """The chat template without the marks that only training needs. White space that they trim is taken away first.
+    """The chat template without the marks that only training needs and the white space that they trim.
 
-    `system` is the system message that the model was trained with, or nothing. A conversation without a system message
-    then begins with it.
+    If the model was trained with a system message, `system`, the template adds it to conversations that have none.
     """
     template = tokenizer.chat_template
     if not template:
@@ -62,7 +61,7 @@ def modelfile(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: 
 def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template in the language of Go's text/template, with the variables of Ollama.
 
-    It is read off conversations that the template writes: what stands around each message's content.
+    It is derived from rendered conversations: the text around the content of each message.
     """
 
     def written(*contents: str, asks: bool = False) -> str:
@@ -72,7 +71,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
         return cast(str, text)
 
     def after(before: str, text: str, content: str) -> str:
-        """What `text` adds to `before`, with the place of `content` marked."""
+        """The text that follows `before` in `text`, with `content` replaced by a mark."""
         return text.removeprefix(before).replace(content, "{{ $m.Content }}")
 
     asked = written(FIRST)

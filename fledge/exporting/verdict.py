@@ -1,4 +1,4 @@
-"""What a quantised model has lost, measured by the program that will run it."""
+"""Measures what a quantised model has lost, in the program that will run it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from fledge.models import context_of
 from fledge.sampling import Sampling
 from fledge.tasks import FOLLOWING
 
-MOST_LOST_BITS = 0.02  # of the original's bits per byte
-MOST_LOST_OBEDIENCE = 0.05  # of all prompts, beyond the 95% interval's doubt
-TEXTS = 32  # that the model writes itself to be measured on, without a dataset
-BEGINNING = 8  # tokens of such a text from which both models go on
+MOST_LOST_BITS = 0.02  # largest increase, as a share of the original's bits per byte
+MOST_LOST_OBEDIENCE = 0.05  # largest loss, as a share of all prompts, if the 95% interval excludes 0
+TEXTS = 32  # texts that the model itself samples, if there is no dataset
+BEGINNING = 8  # tokens at the beginning of such a text that both models continue
 GREEDY = Sampling(temperature=0, max_new_tokens=300)
 
 
 @dataclass
 class Trial:
-    """What both models are measured on.
+    """The data that both models are measured on.
 
-    `prompts` are answered greedily. `rows` have `input_ids` and `labels`, whose loss is measured. `score` gives the
-    part of each answer in a metric of obedience; without a dataset there is none.
+    `prompts` are answered greedily. The loss is measured on `rows`, which have `input_ids` and `labels`. `score`
+    computes the share of prompts followed; without a dataset it is `None`.
     """
 
     prompts: list[list[int]]
@@ -61,9 +61,9 @@ def held_out(data: Path, task_file: str | None, tokenizer: PreTrainedTokenizerBa
 
 
 def self_written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Messages) -> Trial:
-    """Texts that the model draws itself: what another model loses on them is its KL divergence.
+    """Texts that the model itself samples: the loss of another model on them measures the KL divergence.
 
-    `example` is what the model is asked; without a chat template it begins a document.
+    `example` is the prompt; a model without a chat template begins a document.
     """
     if tokenizer.chat_template:
         prompt = encode_prompt(tokenizer, example or [{"role": "user", "content": "Tell me something."}])
@@ -80,7 +80,7 @@ def self_written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exa
 
 @dataclass
 class Verdict:
-    """Each as `intervals` gives them: `value`, `low`, `high`, `n`. `record` is what a file keeps of them."""
+    """The measured loss, for `export.json` (`record`), and a sentence for each limit that it exceeds (`faults`)."""
 
     record: dict
     faults: list[str]
@@ -110,9 +110,9 @@ def judge(
     error: float,
     tell: Callable[[int], None],
 ) -> Verdict:
-    """What a quantised model in its program loses against `model`; `tell` is told how many prompts are done.
+    """Measures what a quantised model in its program loses compared with `model`.
 
-    `error` is the largest error of its logits, already measured.
+    `error` is the largest error of its logits, already measured. `tell` is called with the number of prompts done.
     """
     texts = [supervised_text(tokenizer, row) for row in trial.rows]
     nats = completion_nats(model, tokenizer, trial.rows)

@@ -1,1 +1,1 @@
-"""Repositories for the Hub: their files and cards, a look before they are sent, and the sending."""
+"""Repositories for the Hub: their files and cards, the checks before an upload, and the upload."""

@@ -1,4 +1,4 @@
-"""Cards: what the records of a run say about themselves, rendered through `model_card/`. Nothing on them is typed."""
+"""Cards: the templates of `model_card/`, filled from the records of a run. Nothing on them is written by hand."""
 
 import csv
 import json
@@ -57,24 +57,24 @@ def render(template: str, **values: object) -> str:
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """A Markdown code block that no text can end: its fence is longer than any run of backticks inside."""
+    """A Markdown code block with a fence that is longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def cell(value: object) -> str:
-    """A value as a table's cell holds it."""
+    """A value as the text of a table's cell."""
     return "not set" if value is None else re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
 
 
 def as_json(value: object) -> str:
-    """JSON that is a Python literal too: messages hold nothing but text."""
+    """JSON that is also a Python literal, because messages contain only text."""
     return json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a card is told and no record holds: ids on the Hub, and what the user says of the model."""
+    """What a card needs and no record has: ids on the Hub, and what the user says about the model."""
 
     repo_id: str
     license: str | None = None
@@ -86,7 +86,7 @@ class Named:
 
 
 class Records(TypedDict):
-    """What each stage wrote about itself; `None` where it has left nothing."""
+    """The record of each stage; `None` if there is none."""
 
     budget: dict[str, Any]
     conversion: dict[str, Any] | None
@@ -96,10 +96,10 @@ class Records(TypedDict):
 
 
 def read_records(model_dir: Path, evaluation_dir: Path | None) -> Records:
-    """Each stage's record, None where it has left none. A model says at least what it was trained on and how.
+    """The record of each stage, `None` if there is none. The records of data and training must exist.
 
     Raises:
-        UserError: a record that has to be there is missing, or one is damaged.
+        UserError: a required record is missing, or a record is damaged.
     """
     if not (model_dir / "budget.json").exists():
         raise UserError(
@@ -116,7 +116,7 @@ def read_records(model_dir: Path, evaluation_dir: Path | None) -> Records:
 
 
 def read_samples(evaluation_dir: Path | None) -> list[dict]:
-    """Prompts with the answers of base and model, in the order of the evaluation; none without one.
+    """Prompts with the answers of base and model, in the order of the evaluation; empty without an evaluation.
 
     Raises:
         UserError: the evaluation has no samples.jsonl.
@@ -126,12 +126,12 @@ def read_samples(evaluation_dir: Path | None) -> list[dict]:
     file = evaluation_dir / "samples.jsonl"
     if not file.exists():
         raise UserError(f"{file} is missing; {STAGES['metrics']} writes it.")
-    # Answers may hold Unicode's own line separators, at which splitlines() would cut a line of JSON.
+    # Answers may contain Unicode line separators, at which splitlines() would split a line of JSON.
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def count_parameters(folder: Path) -> int:
-    """The numbers in a folder's safetensors; a tied head lies there once."""
+    """The number of parameters in a folder's safetensors files; a tied head is stored once."""
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -144,13 +144,13 @@ def count_parameters(folder: Path) -> int:
 
 
 def failures(samples: list[dict], meaning: dict[str, str]) -> list[dict]:
-    """The yes-or-no metrics that answers miss, most missed first: of how many, what each means, and one such answer.
+    """The yes-or-no metrics that answers fail, most failed first, each with counts, its meaning, and one such answer.
 
-    That answer is the first one that the card does not show anyway, if there is any.
+    The answer is the first one that the card does not show anyway, if there is one.
     """
     found = []
     for name, means in meaning.items():
-        if name in (*LOWER_IS_BETTER, *NEUTRAL, *NO_SHARES):  # where 0 is no miss
+        if name in (*LOWER_IS_BETTER, *NEUTRAL, *NO_SHARES):  # in which 0 is not a failure
             continue
         scores = {i: s["model"]["scores"][name] for i, s in enumerate(samples) if name in s["model"]["scores"]}
         missed = [i for i, score in scores.items() if score == 0]
@@ -161,7 +161,7 @@ def failures(samples: list[dict], meaning: dict[str, str]) -> list[dict]:
 
 
 def drawn(sampling: Sampling) -> str:
-    """How answers are drawn, in words."""
+    """The sampling settings, in words."""
     if sampling.temperature == 0:
         said = ["always the likeliest token"]
     else:
@@ -172,14 +172,14 @@ def drawn(sampling: Sampling) -> str:
 
 
 def unusual(sampling: Sampling) -> str:
-    """The keys of generate.py that draw as `sampling` does, where its own defaults do not."""
+    """The keys of generate.py that give this `sampling`, where it differs from the defaults."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     changed = {name: getattr(sampling, name) for name in names if getattr(sampling, name) != getattr(Sampling(), name)}
     return "".join(f" --{name} {value}" for name, value in changed.items())
 
 
 def emissions(model_dir: Path) -> dict | None:
-    """What codecarbon measured, from the last line of its emissions.csv (kilograms of CO2 equivalents, kWh)."""
+    """The last line of codecarbon's emissions.csv (kilograms of CO2 equivalents, kWh)."""
     if not (model_dir / "emissions.csv").exists():
         return None
     with (model_dir / "emissions.csv").open(encoding="utf-8", newline="") as file:
@@ -188,7 +188,7 @@ def emissions(model_dir: Path) -> dict | None:
 
 
 def model_card(folder: Path, records: Records, samples: list[dict], sampling: Sampling, named: Named) -> str:
-    """The README of the model repository in `folder`, from what lies there and from the answers of the evaluation."""
+    """The README of the model repository in `folder`, from its files and from the answers of the evaluation."""
     firsts = [sample for sample in samples if sample["sample"] == 0][:SHOWN]
     files = files_beside(folder)
     metadata = card_metadata(records, firsts, sampling, named, files)
@@ -209,7 +209,7 @@ def model_card(folder: Path, records: Records, samples: list[dict], sampling: Sa
 def card_metadata(
     records: Records, firsts: list[dict], sampling: Sampling, named: Named, files: dict[str, Any]
 ) -> "ModelCardData":
-    """What the Hub reads of a card: the YAML block at its head."""
+    """The metadata of a card: the YAML block at its beginning."""
     from huggingface_hub import ModelCardData
 
     budget, measured = records["budget"], files["emissions"]
@@ -237,12 +237,12 @@ def card_metadata(
             for sample in firsts
         ]
         or None,
-        inference={"parameters": sampling.decoding()},  # what the page's widget draws by
+        inference={"parameters": sampling.decoding()},  # the sampling of the page's widget
     )
 
 
 def results(budget: dict, metrics: dict | None, dataset_repo_id: str | None) -> list["EvalResult"]:
-    """Every metric of the model as the Hub lists it, with its interval, chance and reference."""
+    """Every metric of the model in the Hub's form, with its interval, chance and reference."""
     from huggingface_hub import EvalResult
 
     if metrics is None:
@@ -271,13 +271,13 @@ def results(budget: dict, metrics: dict | None, dataset_repo_id: str | None) -> 
 
 
 def how_to_use(folder: Path, budget: dict, samples: list[dict], sampling: Sampling) -> dict:
-    """A prompt, how it is written out, and how its answer is drawn."""
+    """A prompt, its rendered text, and the sampling of its answer, for the card's snippets."""
     from fledge.encoding import encode_prompt, prompt_text
     from fledge.tokenizers import open_tokenizer
 
     about, tokenizer = budget["about_task"], open_tokenizer(folder)
     messages = samples[0]["messages"] if samples else about["example"]
-    # A model of this kind fails on a position past its last.
+    # Models with a table of positions fail beyond its end.
     room = tokenizer.model_max_length - len(encode_prompt(tokenizer, messages))
     return {
         "purpose": about["purpose"],
@@ -292,9 +292,9 @@ def how_to_use(folder: Path, budget: dict, samples: list[dict], sampling: Sampli
 
 
 def each_way(about: dict, messages: list[dict]) -> list[list[dict]]:
-    """The conversation with each label of the first field of its task that has labels, such as both endings.
+    """The conversation with each label of the task's first field that has labels, such as both endings.
 
-    Only the conversation itself for a task without such a field, or a prompt that its wording has not made.
+    For a task without such a field, or a prompt in another wording, only the conversation itself.
     """
     fields, wording = about.get("fields", {}), about.get("wording", "")
     pattern = re.escape(wording)
@@ -309,7 +309,7 @@ def each_way(about: dict, messages: list[dict]) -> list[list[dict]]:
 
 
 def what_was_measured(metrics: dict | None, samples: list[dict]) -> dict:
-    """The evaluation in words and tables; nothing of it without one."""
+    """The evaluation in words and tables; empty without an evaluation."""
     if metrics is None:
         return {"evaluation": None, "failures": []}
     return {
@@ -325,7 +325,7 @@ def what_was_measured(metrics: dict | None, samples: list[dict]) -> dict:
 
 
 def files_beside(folder: Path) -> dict:
-    """What lies in the repository beside the weights."""
+    """The optional files in the repository besides the weights."""
     exports = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix in (".gguf", ".onnx")]
     return {
         "emissions": emissions(folder),

@@ -1,4 +1,4 @@
-"""What is looked at before anything leaves the machine: a published mistake is seen by everyone and kept by git."""
+"""Checks before an upload: a published mistake is seen by everyone and kept by git."""
 
 import re
 from pathlib import Path
@@ -23,10 +23,10 @@ LARGEST_FILE = {"model": 50 * GB, "dataset": 50 * GB, "space": 1 * GB}
 
 
 def check_folder(kind: str, folder: Path) -> None:
-    """What holds for a repository of any kind: its card parses, and no file shows more than it should.
+    """Checks a repository of any kind: its card parses, and no file contains private information.
 
     Raises:
-        UserError: a file names a local path or holds a secret, is a pickle, or is too large; or the card is invalid.
+        UserError: a file contains a local path or a secret, is a pickle, or is too large; or the card is invalid.
     """
     for path, file in files_of(folder).items():
         if file.stat().st_size > LARGEST_FILE[kind]:
@@ -42,7 +42,9 @@ def check_folder(kind: str, folder: Path) -> None:
 
 
 def is_pickle(file: Path) -> bool:
-    if file.suffix.lower() == ".safetensors":  # its first bytes are a length, which may look like a pickle's protocol
+    if (
+        file.suffix.lower() == ".safetensors"
+    ):  # its first bytes are a length, which may look like the beginning of a pickle
         return False
     with file.open("rb") as content:
         start = content.read(1 << 10)
@@ -62,7 +64,7 @@ def check_text(path: str, text: str) -> None:
         raise UserError(f"{path} holds what looks like an access token or a private key; take it out and revoke it.")
     private = {str(folder) for folder in (Path.home(), Path.cwd()) if len(folder.parts) > 1}
     found = next((folder for folder in sorted(private) if re.search(re.escape(folder) + r"(?![\w-])", text)), None)
-    # Texts that people wrote may speak of any folder; records that a stage wrote must not.
+    # Texts by people may mention any folder; records of a stage must not.
     if not found and path.endswith(".json") and not path.endswith(("tokenizer.json", "vocab.json")):
         found = (match := FOLDERS_OF_PEOPLE.search(text)) and match[0]
     if found:
@@ -70,10 +72,10 @@ def check_text(path: str, text: str) -> None:
 
 
 def check_card(card: str) -> None:
-    """Checks the metadata of a card, and that no value is left to fill in.
+    """Checks the metadata of a card, and that no value is missing.
 
     Raises:
-        UserError: the metadata is no valid YAML, an id in it is none, or a value was never filled in.
+        UserError: the metadata is not valid YAML, an id in it has a wrong form, or a value is missing.
     """
     import yaml
     from huggingface_hub import RepoCard
@@ -87,16 +89,17 @@ def check_card(card: str) -> None:
         for repo_id in [ids] if isinstance(ids, str) else ids:
             if not HUB_ID.fullmatch(repo_id):
                 raise UserError(f"README.md names {repo_id} as {key}, which is no Hub id of the form user/name.")
-    prose = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)  # answers may say what they like
+    prose = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)  # answers may contain anything
     if found := re.search(r"\b(None|nan|undefined)\b.*", prose):
         raise UserError(f"README.md says {found[0]!r}, a value that nobody gave; the run's records are incomplete.")
 
 
 def check_model(folder: Path, messages: list[dict]) -> str:
-    """Reloads the model as anyone will, by transformers alone, and returns the beginning of its answer to `messages`.
+    """Reloads the model with transformers alone, as users will; returns the beginning of its answer to `messages`.
 
     Raises:
-        UserError: it does not reload, needs code that is not Fledge's, has no chat template, or computes no numbers.
+        UserError: it does not reload, needs code that is not Fledge's, has no chat template, or computes NaN or
+            infinity.
     """
     import torch
     from transformers import BatchEncoding

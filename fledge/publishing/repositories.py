@@ -1,4 +1,4 @@
-"""Folders as the Hub gets them: the model and the dataset, each with its card."""
+"""Builds the folders that are uploaded: the model and the dataset, each with its card."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from fledge.models import fingerprint
 from fledge.publishing.card import Named, model_card, read_records, read_samples, render
 from fledge.sampling import Sampling
 
-# What training leaves besides the model, and nobody who loads the model needs.
+# Files of training that nobody needs who loads the model.
 NOT_PUBLISHED = ("README.md", "training_args.bin")
 
 
@@ -45,7 +45,7 @@ def build_model(
     evaluation_dir: Path | None,
     named: Named,
 ) -> None:
-    """Fills `folder` with the model's files, the records of its making, and its card.
+    """Fills `folder` with the model's files, its records, and its card.
 
     Raises:
         UserError: a file that the card needs is missing or of an older Fledge, or the evaluation is of other weights.
@@ -93,7 +93,7 @@ def check_evaluated(model_dir: Path, evaluation_dir: Path) -> None:
 
 
 def published_sampling(model_dir: Path, evaluation_dir: Path | None) -> Sampling:
-    """How answers are drawn: as the figures were measured, or as the model's generation_config.json says.
+    """The published sampling: that of the evaluation, or else of the model's generation_config.json.
 
     Raises:
         UserError: a record is damaged.
@@ -116,7 +116,7 @@ def build_dataset(folder: Path, data_dir: Path) -> None:
     """Fills `folder` with the parquet files, the card that was made with them, and the budget report.
 
     Raises:
-        UserError: `data_dir` is no prepared dataset.
+        UserError: `data_dir` is not a prepared dataset.
     """
     read_json(data_dir / "budget.json", "prepare_dataset.py")
     if not (data_dir / "README.md").exists() or not any((data_dir / "data").glob("*.parquet")):
@@ -128,7 +128,7 @@ def build_dataset(folder: Path, data_dir: Path) -> None:
 
 
 def download_records(repo_id: str) -> Path:
-    """What a Space needs to know of a published model.
+    """Downloads the records of a published model that a Space needs.
 
     Raises:
         UserError: there is no such model, or Fledge did not publish it.

@@ -10,14 +10,14 @@ from fledge.publishing.card import read_samples, render
 from fledge.publishing.repositories import published_sampling
 from fledge.sampling import Sampling
 
-GRADIO = "6.31.0"  # what the Space runs on, as constraints.txt pins it
+GRADIO = "6.31.0"  # the Space's version, as in constraints.txt
 EXAMPLES = 4  # on the Space's page
 NOTICE = "Answers are made up by a small model; nobody has checked them. What you type is kept nowhere."
 
 
 @dataclass
 class About:
-    """What a Space's page and its card say of the model; an id that is `None` has no link."""
+    """What a Space's page and its card say about the model; an id that is `None` gets no link."""
 
     title: str
     repo_id: str | None
@@ -28,7 +28,7 @@ class About:
 
 
 def build_space(folder: Path, model_dir: Path, evaluation_dir: Path | None, about: About) -> None:
-    """Fills `folder` with a Gradio app, its settings for this model, and its card. The app needs no Fledge."""
+    """Fills `folder` with a Gradio app, its settings for this model, and its card. The app does not need Fledge."""
     from huggingface_hub import SpaceCardData
 
     sampling = published_sampling(model_dir, evaluation_dir)
@@ -54,11 +54,11 @@ def build_space(folder: Path, model_dir: Path, evaluation_dir: Path | None, abou
 
 
 def space_settings(model_dir: Path, samples: list[dict], about: About, sampling: Sampling) -> dict:
-    """What the Space's app.py reads: the models, which pages it shows, and how a visitor's words become a prompt."""
+    """The settings of the Space's app.py: the models, the pages, and how input becomes a prompt."""
     budget = read_json(model_dir / "budget.json", "train_sft.py", task=str, about_task=dict)
     name, asks = budget["task"], budget["about_task"]
     asked = [sample["messages"] for sample in samples if sample["sample"] == 0] or [asks["example"]]
-    # An example stands alone: the later turn of a conversation does not.
+    # Examples must be understandable alone, so later turns of a conversation are excluded.
     alone = [messages for messages in asked if sum(message["role"] == "user" for message in messages) == 1]
     examples = [messages[-1]["content"] for messages in alone[:EXAMPLES]]
     story = chat = None
@@ -112,7 +112,7 @@ def space_settings(model_dir: Path, samples: list[dict], about: About, sampling:
 
 
 def links(about: About) -> list[dict[str, str]]:
-    """Where the page leads: the model, its data, Fledge."""
+    """The links of the page: the model, its data, Fledge."""
     hub = "https://huggingface.co/"
     known = {"The model": about.repo_id, "Its data": about.dataset_repo_id and f"datasets/{about.dataset_repo_id}"}
     found = [{"label": label, "url": hub + path} for label, path in known.items() if path]

@@ -1,4 +1,4 @@
-"""The static Space: a page that runs the model in the visitor's browser, with the model's files beside it."""
+"""Builds the static Space: a page that runs the model in the visitor's browser, and the model's files."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ from fledge.resizing import add_rows
 from fledge.trained import read_trained
 
 PAGE = ("app.js", "worker.js", "service_worker.js", "style.css", "icon.svg")
-# What transformers.js opens beside the weights of a model, and of one that answers through another's tokenizer.
+# The files that transformers.js opens besides the weights, and those of a model that uses another's tokenizer.
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 BASE_FILES = MODEL_FILES[:2]
 SHORTEST_ANSWER = 16  # tokens of the context that a prompt must leave
-HALF_TOLERANCE = 5e-3  # of the largest logit: what rounding the weights to 11 bits may change
-LARGE = 1024  # numbers of a tensor from which on it is stored in half precision
+HALF_TOLERANCE = 5e-3  # largest change of a logit, as a share of the largest, by rounding the weights to 11 bits
+LARGE = 1024  # tensors with at least this many numbers are stored in half precision
 
 
 def build_static_space(
@@ -41,9 +41,9 @@ def build_static_space(
     about: About,
     quantize: str | None = None,
 ) -> None:
-    """Fills `folder` with the page, the model as ONNX, the base's too if it is named, and the card.
+    """Fills `folder` with the page, the card, and the model as ONNX, and the base too if it is named.
 
-    `quantize` is a kind of `quantize_onnx`, or None for weights that are stored in half precision.
+    `quantize` is a kind of `quantize_onnx`, or `None` to store the weights in half precision.
 
     Raises:
         UserError: see `load_model`, `write_onnx`, `store_half` and `measured`; or a record of the model is missing.
@@ -81,17 +81,17 @@ def build_static_space(
 
 
 def _write_page(folder: Path, settings: dict[str, Any]) -> None:
-    """The files that a browser opens."""
+    """Writes the files that a browser opens."""
     for name in PAGE:
         shutil.copy(MODEL_CARD / "static_space" / name, folder)
-    # A data block ends at the first "</script"; JSON may write "<" as an escape.
+    # A data block ends at the first "</script", so "<" is written as an escape.
     data = json.dumps(settings, ensure_ascii=False).replace("<", "\\u003c")
     page = open_templates(autoescape=True).get_template("static_space/index.html.jinja")
     (folder / "index.html").write_text(page.render(settings=settings, data=data), encoding="utf-8")
 
 
 def _write_card(folder: Path, about: About, settings: dict[str, Any]) -> None:
-    """README.md, by which the Hub knows the folder as a static Space."""
+    """Writes README.md, whose metadata makes the folder a static Space."""
     from huggingface_hub import SpaceCardData
 
     metadata = SpaceCardData(
@@ -111,7 +111,7 @@ def _write_card(folder: Path, about: About, settings: dict[str, Any]) -> None:
 
 
 def one_question(chat: dict[str, Any]) -> dict[str, Any]:
-    """The form of a task without fields of its own: a prompt, sent as it is."""
+    """The form of a task without fields: a prompt, sent unchanged."""
     return {
         "label": "Prompt",
         "placeholder": chat["placeholder"],
@@ -130,9 +130,9 @@ def write_browser_model(
     quantize: str | None,
     example: Messages,
 ) -> dict[str, Any]:
-    """Writes the model as ONNX and the files `beside` it; their sizes, that of all, and how the weights are stored.
+    """Writes the model as ONNX and the files `beside` it; returns their sizes, the total, and how weights are stored.
 
-    `example` is what the model is asked where `quantize` is measured.
+    `example` is the prompt for measuring the loss of `quantize`.
 
     Raises:
         UserError: the architecture has no ONNX export, or onnxruntime computes other logits.
@@ -158,7 +158,7 @@ def write_browser_model(
 def measured(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, kind: str, example: Messages
 ) -> str:
-    """What a quantised graph loses, in words, on texts that the model draws itself.
+    """Measures the loss of a quantised graph on texts that the model itself samples; returns it in words.
 
     Raises:
         UserError: it is more than the limits of `export.py`.
@@ -176,7 +176,7 @@ def measured(
 
 
 def store_half(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> str:
-    """Stores the model's weights in half precision, and compares the logits; what was done, in words.
+    """Stores the model's weights in half precision and compares the logits; returns a sentence about it.
 
     Raises:
         UserError: a weight is too large, or the logits differ by more than `HALF_TOLERANCE`.
@@ -193,10 +193,10 @@ def store_half(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
 
 
 def halve(file: Path) -> None:
-    """Stores the large float32 weights of an ONNX graph as float16, and computes with them in float32 as before.
+    """Stores the large float32 weights of an ONNX graph as float16, followed by a cast to float32.
 
-    onnxruntime widens them once, when it opens the file. So a file of half the size is as fast on every device, also
-    on those that cannot compute in float16.
+    onnxruntime casts them once, when it opens the file. So the file has half the size and is as fast on every device,
+    also on those that cannot compute in float16.
 
     Raises:
         UserError: a weight is too large for float16.
@@ -221,7 +221,7 @@ def halve(file: Path) -> None:
 
 
 def digest(folder: Path) -> str:
-    """Changes with every file below `folder`: a browser then fetches the model again."""
+    """A hash of all files below `folder`: if it changes, browsers download the model again."""
     found = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         found.update(f"{file.relative_to(folder).as_posix()}\n".encode())

@@ -1,4 +1,4 @@
-"""A folder → one commit on the Hub that holds only what changed there, or none when nothing did."""
+"""A folder → one commit on the Hub with only the files that changed, or none if nothing did."""
 
 import fnmatch
 import hashlib
@@ -14,7 +14,7 @@ from fledge.errors import UserError
 
 ATTEMPTS = 4
 LONGEST_WAIT = 120  # seconds
-# Files of ours that a later publication may no longer have; left in place they would be loaded or believed.
+# Files that a later publication may no longer have; if they stayed, stale files would be loaded.
 STALE = {
     "model": ("*.safetensors", "*.safetensors.index.json", "*.gguf", "adapter/*", "onnx/*", "metrics.json"),
     "dataset": ("data/*.parquet",),
@@ -24,7 +24,7 @@ STALE = {
 
 @dataclass
 class Sent:
-    """What became of one repository: `changed` and `deleted` are paths in it, `url` is its page or pull request."""
+    """The result for one repository: `changed` and `deleted` are paths in it, `url` is its page or pull request."""
 
     url: str
     changed: list[str]
@@ -45,11 +45,11 @@ def send(
     create_pr: bool = False,
     api: HfApi | None = None,
 ) -> Sent:
-    """Creates the repository if need be and brings it to the folder's content in a single commit.
+    """Creates the repository if necessary and updates it to the folder's content in a single commit.
 
-    `upload_folder` would commit a large folder in several batches, and a failure leave half of it behind. A passing
-    failure (a dropped connection, 429, 5xx) is tried again, by comparing anew: a commit whose answer was lost is then
-    found in place. A pull request is not tried again, because that would open a second one.
+    `upload_folder` commits a large folder in several batches, so a failure would leave half of it behind. A temporary
+    failure (a dropped connection, 429, 5xx) is retried after comparing again: a commit whose response was lost is then
+    recognised. A pull request is not retried, because that would open a second one.
 
     Raises:
         UserError: the Hub refuses, cannot be reached, or the repository is public where a private one was asked for.
@@ -59,7 +59,7 @@ def send(
         try:
             return _commit_changes(api, kind, folder, repo_id, private, revision, create_pr)
         except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
-            # A failed LFS upload comes wrapped in a RuntimeError that only names the file.
+            # A failed LFS upload is wrapped in a RuntimeError that only names the file.
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             wait = _seconds_to_wait(cause, attempt)
             if create_pr or attempt == ATTEMPTS or wait is None:
@@ -72,7 +72,7 @@ def send(
 def _commit_changes(
     api: HfApi, kind: str, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool
 ) -> Sent:
-    # A Space is made of the kind that its card names.
+    # The card names the kind of Space to create.
     sdk = RepoCard.load(folder / "README.md").data.to_dict()["sdk"] if kind == "space" else None
     url = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk)
     if private and not api.repo_info(repo_id, repo_type=kind).private:
@@ -105,7 +105,7 @@ def _commit_changes(
 
 
 def _hashes(file: Path) -> tuple[str, str]:
-    """SHA-256, by which the Hub knows a large file, and git's blob hash, by which it knows any other."""
+    """SHA-256, by which the Hub identifies large files, and git's blob hash, by which it identifies all others."""
     sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.stat().st_size)
     with file.open("rb") as content:
         while block := content.read(1 << 20):
@@ -115,7 +115,7 @@ def _hashes(file: Path) -> tuple[str, str]:
 
 
 def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
-    """How long to wait before trying again; `None` when the same request would be refused again."""
+    """How long to wait before a retry; `None` if the same request would fail again."""
     if isinstance(error, HfHubHTTPError):
         if error.response.status_code != 429 and error.response.status_code < 500:
             return None
