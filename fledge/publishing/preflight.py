@@ -42,9 +42,8 @@ def check_folder(kind: str, folder: Path) -> None:
 
 
 def is_pickle(file: Path) -> bool:
-    if (
-        file.suffix.lower() == ".safetensors"
-    ):  # its first bytes are a length, which may look like the beginning of a pickle
+    # The first bytes of a safetensors file are a length, which may look like the beginning of a pickle.
+    if file.suffix.lower() == ".safetensors":
         return False
     with file.open("rb") as content:
         start = content.read(1 << 10)
