@@ -118,9 +118,8 @@ def _message(message: object, where: str) -> dict[str, str]:
             said = ALL_ROLES[name]
             if message.get("tool_calls") or message.get("function_call"):
                 said = "tool"
-            elif (
-                said == "assistant" and message.get("weight") == 0
-            ):  # OpenAI's mark for answers that must not be learned
+            # OpenAI marks answers that must not be learned by the weight 0.
+            elif said == "assistant" and message.get("weight") == 0:
                 said = UNLEARNED
             return {"role": said, "content": as_text(message.get(content), where)}
     raise UserError(f"{where} holds {_shown(message)}, no message with role and content, or from and value.")
