@@ -1,1 +1,1 @@
-"""Rewards: a model learns from its own scored answers, and is watched while it does."""
+"""Training by rewards (GRPO, DPO): a model learns from its own answers, and is evaluated while it does."""

@@ -1,4 +1,4 @@
-"""What GRPO is configured with: TRL's keys, with defaults for small models."""
+"""The configuration of GRPO: TRL's keys with defaults for small models, and checks before a run."""
 
 import inspect
 import math
@@ -17,7 +17,7 @@ from fledge.rewards.functions import call_of
 from fledge.training.configuration import SmallDefaults, with_values
 from fledge.training.sharding import told_to_shard
 
-# Keys that TRL's own generation has alone, with what they are without a wish.
+# Keys that only TRL's own generation supports, with their defaults.
 TRLS_OWN = {
     "use_vllm": False,
     "use_transformers_continuous_batching": False,
@@ -30,10 +30,10 @@ TRLS_OWN = {
 
 @dataclass
 class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradient_checkpointing may be None
-    """`GRPOConfig` with the defaults that a model of 1M to 200M parameters wants.
+    """`GRPOConfig` with defaults for models of 1M to 200M parameters.
 
-    TRL's are a rate of 1e-6 for thousands of steps. A small model learns in tens of steps of 24 prompts and 8 answers
-    to each, at a rate a few hundred times as high, held near its start by `beta`.
+    TRL's default is a learning rate of 1e-6 for thousands of steps. A small model learns in tens of steps of 24 prompts
+    with 8 answers each, at a rate a few hundred times as high; `beta` keeps it near the model of the start.
     """
 
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
@@ -73,7 +73,7 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
 
 
 def why_not(config: SmallGrpoConfig) -> str | None:
-    """Why Fledge's loop does not sample the answers, if it does not."""
+    """The reason why TRL samples the answers; `None` if Fledge's loop does."""
     if "rollout_func" not in inspect.signature(GRPOTrainer).parameters:
         return "this release of TRL takes no other"
     asked = [key for key, usual in TRLS_OWN.items() if getattr(config, key) != usual]

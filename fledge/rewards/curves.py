@@ -1,4 +1,4 @@
-"""How a run with rewards went: a line for each step, and a picture at the end."""
+"""The course of a run with rewards: a line for each step, and a picture at the end."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ class RewardProgress(Progress):
 
 
 def save_picture(log_history: list[dict], folder: Path) -> None:
-    """`rewards.png`: what was rewarded, what is reported, and what it cost; a dotted line where the model is kept."""
+    """Draws `rewards.png`: the rewards, the reported metrics, and the limits; a dotted line marks the kept model."""
     looks, steps = looks_in(log_history), [entry for entry in log_history if "reward" in entry]
     own = sorted({name for look in looks for name in look if name not in OF_NO_TASK and not name.startswith(REWARDS)})
     with picture(folder / "rewards.png", (15, 11), 3, 3, dpi=110) as panels:
@@ -84,7 +84,7 @@ def _draw(axis: "Axes", entries: list[dict], names: dict[str, str], marker: str 
 
 
 def save_looks(log_history: list[dict], folder: Path) -> None:
-    """`watch.jsonl`: a line for each look, with `kept` in the one whose model is kept."""
+    """Writes `watch.jsonl`: a line for each look, with `kept` in the one whose model is kept."""
     kept = kept_step(log_history)
     lines = [json.dumps(look | {"kept": look["step"] == kept}) + "\n" for look in looks_in(log_history)]
     (folder / "watch.jsonl").write_text("".join(lines), encoding="utf-8")

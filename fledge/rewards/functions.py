@@ -1,4 +1,4 @@
-"""Reward functions as TRL takes them, one for each thing that a task rewards, each logged by its own name.
+"""Reward functions for TRL, one for each reward of a task, each logged under its own name.
 
 Besides its own rewards (`Task.rewards`) every task rewards
 
@@ -29,7 +29,7 @@ FILE_MARK = ".py:"
 
 
 def weights_of(task: Task) -> dict[str, float]:
-    """The rewards that a task gives, with the weight of each. A second judge of the same thing is never rewarded."""
+    """The rewards of a task with their weights. A second judge of the same thing is never a reward."""
     second = task.judged_twice[1] if task.judged_twice else None
     own = task.rewards or {name: 1.0 for name in task.constraints if name != second}
     return own | OF_EVERY_TASK
@@ -38,7 +38,7 @@ def weights_of(task: Task) -> dict[str, float]:
 def chosen_rewards(task: Task, names: list[str] | None, weights: list[float] | None) -> dict[str, float]:
     """Rewards by name with their weights: those of the task, or the `names` and `weights` that the user gives.
 
-    A name that is none of the task's is a function of the user's, `file.py:function`, with the weight 1.
+    A name that is not a reward of the task is a function of the user, `file.py:function`, with the weight 1.
 
     Raises:
         UserError: there is no such reward, one is named twice, or there are more or fewer weights than rewards.
@@ -100,7 +100,7 @@ class _Step:
 
 
 class Rewarder:
-    """Rewards answers as a task does; what is usual is learned from the training split, `train_rows`."""
+    """Computes the rewards of a task; `usual` and `varied` learn from the training split, `train_rows`."""
 
     def __init__(self, task: Task, train_rows: list[dict]):
         self.task, self.names = task, weights_of(task)
@@ -110,12 +110,12 @@ class Rewarder:
     def rewards(
         self, rows: list[dict], answers: list[Answer], gather: Callable[[list[Ending]], list[Ending]] = list
     ) -> list[dict[str, float]]:
-        """Every reward that is called for in each answer.
+        """All rewards of each answer that its prompt calls for.
 
-        `gather` collects how the answers end from all processes that share them; without it these are all.
+        `gather` collects the endings of the answers of all processes; without it, these are all answers.
 
         Raises:
-            UserError: a reward is none of the task's, or outside 0 to 1.
+            UserError: a reward does not belong to the task, or is outside 0 to 1.
         """
         if self.scorer:
             scored = self.scorer.metrics(rows, answers)
@@ -137,7 +137,7 @@ class Rewarder:
 
 
 def call_of(rows: list[dict], texts: list[str], completion_ids: list[list[int]], state: TrainerState) -> dict[str, Any]:
-    """What TRL calls a reward function with, for one answer to the prompt of each of `rows`."""
+    """The arguments with which TRL calls a reward function, for one answer to the prompt of each of `rows`."""
     return {
         "prompts": [row["messages"][:-1] for row in rows],
         "completions": [[{"role": "assistant", "content": text}] for text in texts],

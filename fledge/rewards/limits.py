@@ -1,4 +1,4 @@
-"""What a run with rewards may cost: limits on what no reward looks at, and the best of the models that keep them."""
+"""The limits of a run with rewards on qualities that are not rewarded, and the best model within them."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class WatchArguments:
         default=64, metadata={"help": "validation prompts answered at each look, every eval_steps; 0: no looks"}
     )
     watch_patience: int = field(
-        default=2, metadata={"help": "stop after so many looks in a row outside the limits; 0: never"}
+        default=2, metadata={"help": "stop after this many looks in a row outside the limits; 0: never"}
     )
     max_distinct_2_drop: float = field(
         default=0.10, metadata={"help": "limit: distinct-2 may fall by this share of what it was at the start"}
@@ -35,7 +35,7 @@ class WatchArguments:
 
 
 def outside(look: Look, start: Look, limits: WatchArguments) -> list[str]:
-    """The limits that a look does not keep, each in words."""
+    """The limits that a look exceeds, each in words."""
     variety = (1 - limits.max_distinct_2_drop) * start["distinct_2"]
     loss = (1 + limits.max_loss_rise) * start["completion_loss"]
     stopping = min(limits.min_eos_rate, start["eos_rate"])
@@ -43,7 +43,7 @@ def outside(look: Look, start: Look, limits: WatchArguments) -> list[str]:
     said = []
     if look["distinct_2"] < variety:
         said.append(f"distinct-2 is {look['distinct_2']:.1%}, and its limit {variety:.1%}")
-    if not look["completion_loss"] <= loss:  # also when it is no number
+    if not look["completion_loss"] <= loss:  # true for NaN as well
         said.append(f"the completion loss is {look['completion_loss']:.3f}, and its limit {loss:.3f}")
     if look["same_ending"] > alike:
         said.append(f"{look['same_ending']:.1%} of the answers end alike, and the limit is {alike:.1%}")
@@ -58,13 +58,13 @@ def outside(look: Look, start: Look, limits: WatchArguments) -> list[str]:
 
 
 def best_of(looks: list[Look], start: Look, limits: WatchArguments) -> Look | None:
-    """The look with the most instruction following among those within the limits; the earlier one of equals."""
+    """The look with the highest instruction following within the limits; the earlier one if equal."""
     within = [look for look in looks if not outside(look, start, limits)]
     return max(within, key=lambda look: look[FOLLOWING], default=None)
 
 
 def broken(looks: list[Look], limits: WatchArguments) -> list[str]:
-    """The limits that the last look does not keep, if it is time to stop: as many looks in a row kept not all."""
+    """The limits that the last look exceeds, if `watch_patience` looks in a row exceeded some; else an empty list."""
     if not limits.watch_patience or len(looks) <= limits.watch_patience:  # the first look is the start
         return []
     found = [outside(look, looks[0], limits) for look in looks[-limits.watch_patience :]]

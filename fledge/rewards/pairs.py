@@ -1,4 +1,4 @@
-"""What train_dpo.py trains on: pairs that prepare_dataset.py made, or a table of prompt, chosen and rejected."""
+"""The data of train_dpo.py: pairs of prepare_dataset.py, or a table of prompt, chosen and rejected."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ ANSWERS = ("chosen", "rejected")
 def open_pairs(
     source: str, own: PreTrainedTokenizerBase, context: int, seed: int
 ) -> tuple[dict | None, PreTrainedTokenizerBase, DatasetDict, list[str]]:
-    """The budget (of a prepared folder), the tokenizer, encoded splits, and lines that say more.
+    """Returns the budget (of a prepared folder), the tokenizer, encoded splits, and lines to print.
 
     A row has the `input_ids` and `labels` of the chosen answer, and `rejected_ids`. A table is a file or folder of
     JSON lines, CSV or parquet, or a dataset of the Hub, with the columns `prompt`, `chosen` and `rejected`, each a text

@@ -39,10 +39,10 @@ SHOWN = {
 
 @dataclass
 class SmallDpoConfig(SmallDefaults, DPOConfig):  # type: ignore[misc]  # gradient_checkpointing may be None
-    """`DPOConfig` with the defaults that a model of 1M to 200M parameters wants.
+    """`DPOConfig` with defaults for models of 1M to 200M parameters.
 
-    TRL's have a rate of 1e-6, a copy of the model that runs beside it in each step, and a max_length beyond the context
-    of most models trained from scratch.
+    TRL's defaults are a learning rate of 1e-6, a copy of the model that runs in each step, and a max_length beyond the
+    context of most models trained from scratch.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "peak learning rate"})
@@ -68,10 +68,10 @@ class SmallDpoConfig(SmallDefaults, DPOConfig):  # type: ignore[misc]  # gradien
 
 @check_overrides
 class PreferenceTrainer(CheckedTrainer, DPOTrainer):
-    """TRL's `DPOTrainer` on rows that are encoded already, which scores no more than the answers.
+    """TRL's `DPOTrainer` on rows that are already encoded. It scores only the answers.
 
-    The reference is the model as it is given. Its log-probabilities are computed once, before the first step, or by a
-    copy of it in each step where the weights are spread over processes.
+    The reference is the model of the start. Its log-probabilities are computed once, before the first step. If the
+    weights are sharded, a copy of it computes them in each step.
     """
 
     args: SmallDpoConfig
@@ -85,7 +85,7 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
         self.prepare()
 
     def prepare(self) -> None:
-        """Makes the models score the answers only, and `loss_line` say so."""
+        """Makes the models score only the answers, and sets `loss_line`."""
         if self.loss_line is None:
             model = self.accelerator.unwrap_model(self.model)
             self.loss_line = score_faster(model, self.args, rows=5 if self.args.use_weighting else 4)
@@ -93,7 +93,7 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
                 score_faster(self.accelerator.unwrap_model(self.ref_model), self.args, rows=1)
 
     def time_needed(self, tokens_seen: int) -> str | None:
-        """A line on what is left, from a trial with both answers of some pairs; see `time_of_rows`."""
+        """A line with the time left, from a trial with both answers of some pairs; see `time_of_rows`."""
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         prompts, chosen, rejected = (lengths_in(self.train_dataset, column) for column in columns)
         longest = self.args.max_length
@@ -118,7 +118,7 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
 
     @override
     def _prepare_dataset(self, dataset: Dataset, *arguments: Any) -> Dataset:
-        """Splits the ids of each row into TRL's columns; TRL would encode texts, by other rules."""
+        """Splits the ids of each row into TRL's columns. TRL's own method would encode texts, by other rules."""
         begins = list(map(prompt_length, dataset["labels"]))
         rows = list(zip(dataset["input_ids"], begins, strict=True))
         return Dataset.from_dict(
@@ -139,7 +139,7 @@ class PreferenceTrainer(CheckedTrainer, DPOTrainer):
 
     @override
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Adds what the reference thinks of both answers. TRL would keep it in a file, beside the user's data."""
+        """Adds the reference's log-probabilities of both answers, which TRL would store beside the user's data."""
         self.prepare()
         model = self.model.eval()
         order = np.argsort(dataset["length"], kind="stable")

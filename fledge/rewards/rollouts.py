@@ -1,4 +1,4 @@
-"""Answers to train on, sampled by Fledge's own loop: each draws from a random stream of its own."""
+"""Samples answers to train on with Fledge's own loop. Each answer has its own random stream."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 class Rollouts:
     """A `rollout_func` of TRL: answers to prompts of the rows of an encoded training split.
 
-    An answer depends on the seed, on its place among all answers of the run, and on the weights alone. A run that goes
-    on from a checkpoint therefore samples what it would have sampled, and so do two processes in place of one.
+    An answer depends only on the seed, on its place among all answers of the run, and on the weights. So a resumed run
+    samples the same answers as an uninterrupted one, and so do two processes in place of one.
     """
 
     def __init__(self, rows: "Dataset", prompts: list[Messages]):
-        # A prompt that was cut in preparation is shorter than its messages are.
+        # A prompt that was shortened in preparation has fewer ids than its messages.
         self.ids = {
             json.dumps(messages): ids[: prompt_length(labels)]
             for messages, ids, labels in zip(prompts, rows["input_ids"], rows["labels"], strict=True)
@@ -42,7 +42,7 @@ class Rollouts:
             seed=config.seed,
         )
         training = model.training
-        model.eval()  # dropout would answer otherwise than the model that is served
+        model.eval()  # without dropout, as in inference
         end = trainer.processing_class.eos_token_id
         made = dict(continue_each(model, end, prompt_ids, sampling, config.rollout_batch_size, numbers))
         model.train(training)

@@ -1,4 +1,4 @@
-"""GRPO for small models: TRL's trainer with Fledge's sampling, and a loss that computes what was sampled only."""
+"""GRPO for small models: TRL's trainer with Fledge's sampling and a loss on the sampled tokens only."""
 
 import copy
 import os
@@ -42,11 +42,12 @@ DEAD_STEPS = 5
 
 @check_overrides
 class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
-    """TRL's `GRPOTrainer`, which samples by Fledge's loop and scores no more than the sampled tokens.
+    """TRL's `GRPOTrainer` that samples with Fledge's loop and scores only the sampled tokens.
 
-    The objective is TRL's, and three things are computed otherwise. TRL pads prompts on the left, which needs a mask;
-    here prompt and answer stand together, with padding on the right that a causal model never sees. The micro-batches
-    of a step hold answers of like length. The reference is a copy of the model that is given, not read from the disk.
+    The objective is TRL's; three things are computed differently. TRL pads prompts on the left, which needs a mask;
+    here prompt and answer are contiguous, with padding on the right, which causal attention never reads. The
+    micro-batches of a step have answers of similar length. The reference is a copy of the given model, not loaded from
+    disk.
     """
 
     args: SmallGrpoConfig
@@ -93,26 +94,26 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
                 self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
     def prepare(self, model: nn.Module, rows: int) -> str:
-        """Makes `model` score sampled positions only where that is faster; a line that says so."""
+        """Makes `model` score only sampled positions, if that is faster; returns a line that says so."""
         if self.args.cast_lm_head_to_fp32 or self.args.entropy_coef or self.args.use_adaptive_entropy:
             return "Loss: TRL's head, which alone has the entropy's gradient and casts itself to float32"
         return score_faster(model, self.args, self.args.temperature, rows)
 
     @property
     def generation(self) -> int:
-        """How many times answers have been sampled before, from the beginning of the run."""
+        """How many times the run has sampled answers so far."""
         return self._step // self.steps_of_a_generation
 
     @property
     def steps_of_a_generation(self) -> int:
-        """How many micro-batches are learned from before answers are sampled again."""
+        """The number of micro-batches between two samplings."""
         assert self.args.steps_per_generation
         return self.args.steps_per_generation * self.num_iterations
 
     # ------------------------------------------------------------ Data
     @override
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        """TRL's sampler, whose order of an epoch depends on the seed and the epoch alone, also in a resumed run."""
+        """TRL's sampler with an order that depends only on the seed and the epoch, also in a resumed run."""
         sampler: Any = super()._get_train_sampler(dataset)
         if self.args.shuffle_dataset:
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
@@ -154,7 +155,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities and entropies (B, C) of the last `logits_to_keep` = C positions of `input_ids` (B, P + C).
 
-        What `attention_mask` leaves out is neither read nor scored; its scores are 0.
+        Tokens that `attention_mask` excludes are neither read nor scored; their scores are 0.
         """
         if compute_aux_loss or any(value is not None for value in inputs.values()):
             return super()._get_per_token_logps_and_entropies(
@@ -189,7 +190,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
 
     @override
     def start_from(self, checkpoint: str | None) -> None:
-        """Goes on with the count of steps, and with answers that were sampled and not yet learned from."""
+        """Restores the count of steps, and answers that were sampled but not yet trained on."""
         self.state.num_input_tokens_seen = tokens_seen(checkpoint)
         file = Path(checkpoint or "") / self.rollouts_file
         if checkpoint and file.exists():
@@ -215,7 +216,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
     def extra_record(self) -> dict:
         """The rewards by name, at the first and the last logged step that has them, and what the watch kept."""
         keys = {"reward": "reward"} | {name: f"rewards/{name}/mean" for name in self.reward_func_names}
-        # What no prompt of a step called for is None there.
+        # A reward is None in steps without a prompt that calls for it.
         ways = {name: [e[key] for e in self.state.log_history if e.get(key) is not None] for name, key in keys.items()}
         rewards = {name: [values[0], values[-1]] for name, values in ways.items() if values}
         return {"rewards": rewards} | record_of(self.state.log_history)
@@ -227,9 +228,9 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
 
 
 def by_length(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The micro-batches of one step, sorted over all of them so that each holds answers of like length, longest first.
+    """The micro-batches of one step with all answers sorted by length, longest first.
 
-    Values are tensors with a row for each answer, all of one shape, or a number that is the same for all.
+    Values are tensors with a row for each answer, or one number for all.
     """
     whole = {key: torch.cat([part[key] for part in parts]) if value.ndim else value for key, value in parts[0].items()}
     order = (whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)).argsort(descending=True, stable=True)
@@ -241,7 +242,7 @@ def by_length(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def in_batches(lengths: Tensor) -> tuple[Tensor, list[int]]:
-    """An order of rows of `lengths` (B,), and how many of them to take at a time: like lengths, and not too many."""
+    """An order of rows of `lengths` (B,) and batch sizes: similar lengths, and a limited number of tokens."""
     order = lengths.argsort(descending=True, stable=True)
     sizes, left = [], lengths[order].tolist()
     while left:
@@ -251,7 +252,7 @@ def in_batches(lengths: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def on_the_right(input_ids: Tensor, read: Tensor, completion: int) -> dict[str, Tensor]:
-    """`input_ids` (B, P + C) without what is not `read`, padded on the right; labels for the last C positions alone."""
+    """`input_ids` (B, P + C) with only the tokens to `read`, padded on the right; labels for the last C positions."""
     ids = pad_sequence([row[kept] for row, kept in zip(input_ids, read, strict=True)], batch_first=True)
     places = torch.arange(ids.shape[1], device=ids.device)
     prompt, whole = read[:, :-completion].sum(1, keepdim=True), read.sum(1, keepdim=True)
@@ -259,13 +260,13 @@ def on_the_right(input_ids: Tensor, read: Tensor, completion: int) -> dict[str, 
 
 
 def scores_of(found: Tensor, is_scored: Tensor, wanted: Tensor) -> Tensor:
-    """The scores (B, T) of tokens that `is_scored` marks, in their order at the places that `wanted` (B, C) marks."""
+    """The scores (B, T) of the tokens in `is_scored`, moved in order to the positions in `wanted` (B, C)."""
     return found.new_zeros(wanted.shape).masked_scatter(wanted, found[is_scored])
 
 
 @check_overrides
 class StopWhenDead(TrainerCallback):
-    """Ends a run in which the answers to each prompt have got the same reward for some steps: nothing is learned."""
+    """Ends a run if all answers to each prompt have had equal rewards for some steps: nothing is learned."""
 
     dead = 0
 

@@ -1,4 +1,4 @@
-"""What is usual among the training answers: how long they are, how often they repeat themselves, and how they end."""
+"""The usual length, repetition and endings of training answers, and rewards for answers that are within them."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from fledge.messages import Answer
 from fledge.tasks import Task
 from fledge.text.words import as_written
 
-COMMON_SHARE = 0.95  # of the training answers are as usual as an answer that gets the whole reward
-TOO_COMMON = 0.25  # of the answers: an ending that is so much more common than in training gets no reward
-ENOUGH = 6  # other prompts, whose answers show what is common
+COMMON_SHARE = 0.95  # share of the training answers that would get the full reward
+TOO_COMMON = 0.25  # share of the answers: an ending that is this much more common than in training gets no reward
+ENOUGH = 6  # other prompts needed to tell what is common
 
 
 class Usual:
     """How long training answers are and how much they repeat themselves, by the kind of their prompt.
 
-    The limits leave out the outermost twentieth of the training answers on either side. Inside them the reward is 1.
-    Outside it falls to 0: for an answer half as long, twice as long, or with half as many different runs of words.
+    The limits exclude the outermost twentieth of the training answers on either side. Within them the reward is 1.
+    Outside it falls to 0 for an answer half as long, twice as long, or with half as many different word 4-grams.
     """
 
     def __init__(self, task: Task, rows: list[dict]):
@@ -50,7 +50,7 @@ class Usual:
 
 
 class Ending(NamedTuple):
-    """How one answer ends: the kind of its prompt, the prompt, and the runs of four words among its last forty."""
+    """The ending of an answer: the kind of its prompt, the prompt, and the word 4-grams of its last forty words."""
 
     kind: str
     prompt: str
@@ -58,12 +58,11 @@ class Ending(NamedTuple):
 
 
 class Varied:
-    """Whether answers to different prompts end in different words.
+    """Rewards answers to different prompts for ending in different words.
 
-    A run of four words at the end of an answer is too common by as much as the share of the other prompts' answers that
-    end with it exceeds its share of the training answers, both of the same kind of prompt. An answer whose worst run is
-    not too common has the whole reward; one whose worst run is too common by a quarter of the answers has none. Shares
-    of the answers to fewer than `ENOUGH` other prompts say nothing.
+    The excess of a word 4-gram at the end of an answer is its share of the answers to other prompts minus its share of
+    the training answers, both for the same kind of prompt. An answer has the full reward if its worst 4-gram has no
+    excess, and none if the excess is a quarter of the answers. With fewer than `ENOUGH` other prompts the reward is 1.
     """
 
     def __init__(self, task: Task, rows: list[dict]):
@@ -80,7 +79,7 @@ class Varied:
         ]
 
     def rewards(self, endings: list[Ending], among: list[Ending]) -> list[float]:
-        """The reward of each of `endings`, all of which are `among` those that they are compared with."""
+        """The reward of each of `endings`. They are compared with `among`, which includes them."""
         of_kind = Counter(ending.kind for ending in among)
         of_prompt = Counter((ending.kind, ending.prompt) for ending in among)
         prompts = Counter(kind for kind, _ in of_prompt)

@@ -1,8 +1,8 @@
-"""Looks at a model while it learns from rewards: what it gained by the reported metrics, and what that cost.
+"""Evaluates a model while it learns from rewards, and keeps the best model within limits.
 
 A model learns to please whatever rewards it. So at the start, every `eval_steps` and at the end it answers validation
-prompts, and what is reported is measured: by judges that do not reward, on prompts that are not trained on. What is
-saved in the end is the best of these models that kept the limits, not the last one.
+prompts, and judges that give no rewards measure the reported metrics. Such an evaluation is a *look*. The saved model
+is the best one that kept the limits, not the last one.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from fledge.training.trainable import without_adapter
 
 PREFIX = "watch/"
 KEPT = f"{PREFIX}kept_step"
-LOOKS = 10  # in a run, without --eval_steps
+LOOKS = 10  # per run, without --eval_steps
 BATCH = 64  # answers sampled at once
 
 
@@ -53,7 +53,7 @@ class Seen:
 
 
 class Watched:
-    """What is looked at: prompts, what reports on their answers, and what rewards them.
+    """The prompts of the looks, with the metrics and the rewards of their answers.
 
     Args:
         prompts: of the validation split, one answer each.
@@ -69,7 +69,7 @@ class Watched:
     def see(
         self, model: PreTrainedModel, start: Callable[[], AbstractContextManager], numbers: list[int]
     ) -> dict[int, Seen]:
-        """The answers of `model` to the prompts with these numbers; `start()` is a context that gives its start."""
+        """Answers the prompts with these numbers. `start()` is a context that yields the model before training."""
         prompts, tokenizer = self.prompts, self.prompts.tokenizer
         asked = [prompts.ids[number] for number in numbers]
         made = dict(continue_each(model, tokenizer.eos_token_id, asked, Sampling(), BATCH, numbers))
@@ -89,7 +89,7 @@ class Watched:
         return seen
 
     def figures(self, seen: dict[int, Seen], state: TrainerState) -> dict[str, float]:
-        """Everything that a look reports of the answers to all prompts."""
+        """All figures of a look, from the answers to all prompts."""
         prompts = self.prompts
         of_each = [seen[number] for number in range(len(prompts.rows))]
         answers = [answer_of(prompts.tokenizer, one.ids) for one in of_each]
@@ -119,8 +119,8 @@ class Watched:
 class Watch(TrainerCallback):
     """Looks, keeps the best model, and stops a run that leaves the limits.
 
-    What it has seen is in the trainer's log, so a run that goes on from a checkpoint knows it. The best model so far
-    lies beside the checkpoints.
+    The looks are in the trainer's log, so a resumed run has them. The best model so far is stored beside the
+    checkpoints.
 
     Args:
         start: the model before training; None where the trainer has a reference, or an adapter to switch off.
@@ -166,7 +166,7 @@ class Watch(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.is_interrupted or not state.is_world_process_zero:  # which alone saves the model
+        if self.is_interrupted or not state.is_world_process_zero:  # only that process saves the model
             return
         best, looks = self._best(state), looks_in(state.log_history)
         if best and best["step"] != state.global_step:
@@ -181,7 +181,7 @@ class Watch(TrainerCallback):
         print("\n".join(said), flush=True)
 
     def _best(self, state: TrainerState) -> Look | None:
-        """The best look whose model is there; a checkpoint that was copied elsewhere has come without."""
+        """The best look whose model is stored; a checkpoint that was copied elsewhere may lack it."""
         looks = looks_in(state.log_history)
         return best_of([look for look in looks if self._file(look["step"]).exists()], looks[0], self.limits)
 
@@ -194,7 +194,7 @@ class Watch(TrainerCallback):
         numbers = range(accelerator.process_index, len(self.watched.prompts.rows), accelerator.num_processes)
         parts = gather_object([self.watched.see(without_adapter(model), lambda: self._start_of(model), list(numbers))])
         found = [self.watched.figures({k: v for part in parts for k, v in part.items()}, state)]
-        broadcast_object_list(found)  # sums of floats may differ between machines, and all must stop together
+        broadcast_object_list(found)  # sums of floats may differ between machines, and all processes must stop together
         self._log({f"{PREFIX}{name}": value for name, value in found[0].items()}, control)
         model.train(training)
         looks = looks_in(state.log_history)
@@ -219,7 +219,7 @@ class Watch(TrainerCallback):
             yield model.get_base_model()
 
     def _log(self, logs: dict[str, float], control: TrainerControl) -> None:
-        """Logs as the trainer does, which is still to log its own step."""
+        """Logs figures through the trainer, before it logs its own step."""
         wanted = control.should_log
         self.trainer.log(logs)
         control.should_log = wanted
@@ -228,7 +228,7 @@ class Watch(TrainerCallback):
         return Path(str(self.trainer.args.output_dir)) / f"best-{int(step)}.safetensors"
 
     def _keep(self, model: PreTrainedModel | PeftModel, step: float) -> None:
-        """Saves what training changes. An earlier best stays until a checkpoint knows of this one."""
+        """Saves the trained weights. The earlier best is kept until a checkpoint refers to this one."""
         file = self._file(step)
         with writing(file, "; make room and start again"):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ class Watch(TrainerCallback):
 
 
 def looks_in(log_history: list[dict]) -> list[Look]:
-    """The looks in a trainer's log, by step; a step that was run again counts once, as it was the last time."""
+    """The looks in a trainer's log, by step; of a repeated step only the last one counts."""
     found = {}
     for entry in log_history:
         if f"{PREFIX}{FOLLOWING}" in entry:
@@ -259,7 +259,7 @@ def kept_step(log_history: list[dict]) -> int | None:
 
 
 def record_of(log_history: list[dict]) -> dict:
-    """What `run.json` says of a watched run: the step of the model that is kept, and what was gained until then."""
+    """The entry of a watched run in `run.json`: the step of the kept model, and its gains."""
     looks, kept = looks_in(log_history), kept_step(log_history)
     at_kept = next((look for look in looks if look["step"] == kept), None)
     if at_kept is None:
@@ -304,10 +304,10 @@ def watched_in(
     rewarder: Rewarder | None = None,
     only: Sequence[str] = (),
 ) -> Watched | None:
-    """What is looked at in a run: validation prompts of the dataset `data`; None if none are wanted.
+    """The validation prompts of the dataset `data` for a run's looks; `None` if the user wants no looks.
 
-    `weights` are the rewards by name, the task's own unless others are given. `rewarder` is that of a run which learns
-    from the training split of `data`, and `only` are the conditions of `open_prompts`.
+    `weights` are the rewards by name, by default the task's own. `rewarder` is that of a run that trains on the
+    training split of `data`. `only` are the conditions of `open_prompts`.
 
     Raises:
         UserError: the dataset has no validation prompts, or `task_file` is not its task.
@@ -325,7 +325,7 @@ def watched_in(
 
 
 def watch(watched: Watched | None, limits: WatchArguments, trainer: Any, start: PreTrainedModel | None) -> str:
-    """Watches a run of `trainer`, unless nothing is `watched` or its weights are spread; returns a line that says so.
+    """Watches a run of `trainer`, unless `watched` is `None` or its weights are sharded; returns a line that says so.
 
     `start` is a copy of the model before training, for a trainer that has neither a reference nor an adapter.
     """
@@ -338,7 +338,7 @@ def watch(watched: Watched | None, limits: WatchArguments, trainer: Any, start: 
 
 
 def without_reference(config: TrainingArguments, is_adapted: bool) -> bool:
-    """Whether a trainer with this configuration has no model of the start, so that a copy has to be kept."""
+    """Whether a trainer with this configuration keeps no model of the start, so that a copy is necessary."""
     keys = config.to_dict()
     return not is_adapted and (
         not keys["beta"] or keys["sync_ref_model"] or keys.get("precompute_ref_log_probs", False)
