@@ -54,7 +54,7 @@ PRIVATE = {
         (1, "what each modeling file of transformers says of its model; the proof refuses one that opens otherwise"),
     ),
     # Python's own.
-    "_actions": (2, "argparse has had it under this name in every release"),
+    "_actions": (4, "argparse has had it under this name in every release"),
     "_Unpickler": (2, "the unpickler in Python, which Python's own tests use under this name"),
 }
 # Modules of the libraries that their documentation does not list, and what is done where they are missing.
