@@ -28,7 +28,8 @@ def read_mapping(file: str) -> tuple[dict[str, str], dict[str, Fact]]:
     Raises:
         UserError: the file is no YAML mapping, or a key is neither a role nor a fact.
     """
-    roles, facts = {}, {}
+    roles: dict[str, str] = {}
+    facts: dict[str, Fact] = {}
     for key, value in _load(file).items():
         if key == "usual" and value is True:
             facts = {name: Fact.of(name, usual, Source.MAPPING) for name, usual in RARE.items()} | facts
