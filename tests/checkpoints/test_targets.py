@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from fledge.checkpoints.canonical import CanonicalGPT, canonical_logits
 from fledge.checkpoints.proof import probes_of, prove_exact, prove_greedy, prove_saved, prove_written, rounding
 from fledge.checkpoints.recognition import recognise
-from fledge.checkpoints.targets import TARGETS, fold_head_bias, refuse_unconvertible, to_target
+from fledge.checkpoints.targets import TARGETS, fold_head_bias, obstacles, refuse_unconvertible, to_target
 from fledge.errors import UserError
 
 pytestmark = pytest.mark.slow  # each class is proven over random architectures
@@ -145,6 +145,27 @@ def test_target_holds_every_such_gpt_exactly(target, data):
     assert prove_exact([(ids, canonical_logits(gpt, ids))], model, weights, folds) <= 1e-7
 
 
+CHANGES = (
+    {"attention_scale": 0.3}, {"rope_width": 2}, {"window": 2}, {"logit_cap": 3.0}, {"attention_cap": 2.0},
+    {"parallel": True}, {"qk_norm_after_rope": True}, {"embedding_norm": True}, {"rope_span": "width"},
+    {"norm_eps_outside": True}, {"norm_unbiased": True}, {"final_norm_eps": 0.1}, {"qk_norm_eps": 0.1},
+    {"rope_direction": -1}, {"alibi": True}, {"activation": "relu2"}, {"norm_offset": 0.5}, {"embedding_scale": 2.0},
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_each_class_that_lacks_nothing_holds_the_model(data):
+    """What one class holds, with one thing changed: no class may take it and compute something else."""
+    gpt = data.draw(gpts(KINDS[data.draw(st.sampled_from(list(TARGETS)))]))
+    gpt = replace(gpt, **data.draw(st.sampled_from(CHANGES)))
+    probes = probes_of(gpt)
+    for target, lacks in obstacles(gpt).items():
+        if not lacks:
+            config, weights, folds = to_target(gpt, dict.fromkeys(TOKEN_IDS, 0), target)
+            assert prove_exact(probes, empty(config), weights, folds) <= 1e-7
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.data())
@@ -191,6 +212,8 @@ LEARNED, ROTARY, LLAMA = (recognised(variant)[1] for variant in ("nanogpt", "sto
 # What no class holds, and what the nearest one lacks.
 UNHELD = {
     "RMSNorm with a table of positions": (replace(LEARNED, norm="rmsnorm"), "gpt2, has no RMSNorm"),
+    "ALiBi beside rotary positions": (replace(LLAMA, alibi=True), "llama, has no ALiBi beside rotary positions"),
+    "ALiBi beside a table": (replace(LEARNED, alibi=True), "mpt, has no learned positions beside ALiBi"),
     "a gated MLP with a table of positions": (
         replace(LEARNED, tensors=LEARNED.tensors | {"blocks.0.mlp_gate.weight": torch.ones(96, 24)}),
         "gpt2, has no gated MLP",
@@ -226,6 +249,18 @@ def test_model_that_no_target_holds_is_refused_with_what_the_nearest_lacks(featu
     with pytest.raises(UserError) as refused:
         to_target(gpt, TOKEN_IDS)
     assert str(refused.value) == f"No class of transformers holds this model exactly: the nearest, {lacks}."
+
+
+def test_window_as_long_as_the_context_is_none():
+    for window, lacks in ((19, {"sliding window", "sliding window in some of its blocks"}), (20, set())):
+        gpt = replace(LLAMA, window=window, window_pattern="SL")
+        assert {*obstacles(gpt)["llama"]} == lacks
+
+
+def test_scale_behind_a_norm_of_queries_and_keys_needs_weights_there():
+    for scale, is_needed in ((LLAMA.usual_scale, False), (0.3, True)):
+        gpt = replace(LLAMA, qk_norm="head", attention_scale=scale)
+        assert ("weights in a norm of queries and keys" in obstacles(gpt)["nanochat"]) == is_needed
 
 
 def test_unknown_target_is_refused_with_the_known_ones():

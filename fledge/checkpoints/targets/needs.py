@@ -34,9 +34,7 @@ QK_NORMS = {
 
 def needs(gpt: CanonicalGPT) -> list[str]:
     """Every feature of the model that some class lacks; all norms must have weights."""
-    found = [_positions(gpt), NORM_NAMES[gpt.norm], PLACEMENTS[gpt.norm_placement], _mlp(gpt)]
-    if gpt.rope and "position_embedding.weight" in gpt.tensors:
-        found.append("learned positions beside rotary ones")
+    found = [*_positions(gpt), NORM_NAMES[gpt.norm], PLACEMENTS[gpt.norm_placement], _mlp(gpt)]
     if gpt.rope and gpt.turned_width != gpt.head_width:
         found.append("rotation of a part of each head")
     if _any_weight(gpt, "norm_1", "norm_2", "norm_1_after", "norm_2_after", "final_norm", "embedding_norm"):
@@ -81,10 +79,16 @@ def biased(gpt: CanonicalGPT) -> set[str]:
     return {name.split(".")[-2] for name in gpt.tensors if name.endswith(".bias")}
 
 
-def _positions(gpt: CanonicalGPT) -> str:
-    if gpt.rope:
-        return "rotary positions"
-    return "ALiBi" if gpt.alibi else "learned positions"
+def _positions(gpt: CanonicalGPT) -> list[str]:
+    """The kind of positions, and which others stand beside it."""
+    if not (gpt.rope or gpt.alibi):
+        return ["learned positions"]
+    found = ["rotary positions" if gpt.rope else "ALiBi"]
+    if gpt.rope and gpt.alibi:
+        found.append("ALiBi beside rotary positions")
+    if "position_embedding.weight" in gpt.tensors:
+        found.append(f"learned positions beside {'rotary ones' if gpt.rope else 'ALiBi'}")
+    return found
 
 
 def _mixing(gpt: CanonicalGPT) -> list[str]:
