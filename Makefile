@@ -15,7 +15,7 @@ CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AV
 # One that failed is run again by `make test-shuffled SEED=...`.
 SEED ?= $(shell date +%s)
 
-.PHONY: quickstart rewards demo check test test-shuffled test-cpus test-lowest lint bench clean
+.PHONY: quickstart rewards demo check test coverage test-shuffled test-cpus test-lowest lint bench clean
 
 quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 bash recipes/run.sh quickstart
@@ -38,6 +38,12 @@ check: $(VENV)/ready
 
 test: $(VENV)/ready
 	HF_HUB_OFFLINE=1 python $(TESTS) -rs
+
+# The lines of fledge/ that the tests run, those in processes of their own included.
+coverage: $(VENV)/ready
+	HF_HUB_OFFLINE=1 coverage run $(TESTS)
+	coverage combine --quiet
+	coverage report --skip-covered --sort=cover
 
 test-shuffled: $(VENV)/ready
 	HF_HUB_OFFLINE=1 python $(TESTS) -rs --shuffle $(SEED)
