@@ -18,6 +18,7 @@ import importlib.util
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -189,6 +190,7 @@ def main():
     parser.add_argument("--ways", nargs="+", default=["bare", "accepted", "text", "apart", "reference"])
     parser.add_argument("--table", type=Path, help="a file for the table, and .json beside it for all that was said")
     args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a forked child waits for its parent's threads
     rows = measure(args.wild.resolve(), args.ways)
     table = [f"| checkpoint | {' | '.join(args.ways)} |", "|---|" + "---|" * len(args.ways)]
     for row in rows:

@@ -27,7 +27,7 @@ def test_known_family_is_recognised_and_held_exactly(name, tmp_path):
     assert (canonical_logits(gpt, IDS) - expected).abs().max() <= 1e-9
     config, weights, folds = to_target(gpt, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")))
     assert config.model_type == family.target
-    assert prove_exact([(IDS, expected)], empty(config), weights, folds) <= 1e-7
+    assert prove_exact([(IDS, expected)], empty(config), weights, folds) <= 1e-6
 
 
 def test_shares_of_experts_are_renormalised_as_the_config_says(tmp_path):
