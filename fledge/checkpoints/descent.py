@@ -133,8 +133,10 @@ class Descent:
             return values
         for name in self._numbers(values):
             if isinstance(values[name], float):
-                shorter = (values | {name: float(f"{values[name]:.{digits}g}")} for digits in range(1, 8))
-                values = next((other for other in shorter if self.error(other) <= max(self.good, 2 * error)), values)
+                # The usual number first: 1/√8 has more digits than are tried.
+                tried = [self.questions.now[name], *(float(f"{values[name]:.{digits}g}") for digits in range(1, 8))]
+                others = (values | {name: number} for number in tried)
+                values = next((other for other in others if self.error(other) <= max(self.good, 2 * error)), values)
         return values
 
 

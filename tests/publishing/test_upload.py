@@ -121,7 +121,8 @@ def test_a_passing_failure_is_waited_out_and_ends_in_one_commit(fault, waits, hu
     repo = hub.repos["model", "someone/thing"]
     assert {name: repo.files[name] for name in CONTENT} == CONTENT
     assert len(repo.messages) == 1
-    assert hub.waits == waits
+    # huggingface_hub 2 waits a second longer than the header of a 429 says, 1 does not.
+    assert hub.waits in (waits, [wait - 1 for wait in waits] if fault.where == "/tree/" else waits)
 
 
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, folder):
