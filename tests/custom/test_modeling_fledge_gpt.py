@@ -150,7 +150,7 @@ def test_a_saved_folder_reads_back_by_the_file_beside_it(tmp_path_factory, gpt):
     assert type(strangers).__module__ != FledgeGPTForCausalLM.__module__
     with torch.no_grad():
         expected = model(IDS).logits  # bit for bit on most CPUs, but some products depend on where a tensor lies
-        assert (strangers(IDS).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert (strangers(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @settings(some, max_examples=5)
