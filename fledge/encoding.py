@@ -309,6 +309,11 @@ def numbers_of(rows: list[dict[str, Any]], only: Sequence[str]) -> list[int]:
     return numbers
 
 
+def meets(row: dict[str, Any], only: Sequence[str]) -> bool:
+    """Whether a row meets every condition of `only`. Its columns are known."""
+    return all(wanted in _values(row[column]) for column, _, wanted in (one.partition("=") for one in only))
+
+
 def _values(cell: object) -> set[str]:
     return {str(value) for value in (cell if isinstance(cell, list) else [cell]) if value is not None}
 

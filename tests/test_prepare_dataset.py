@@ -319,6 +319,19 @@ def test_limit_reads_that_many_records(usual, tmp_path):
     assert (read_budget(tmp_path / "out")["rows_read"], read_budget(tmp_path / "out")["rows_kept"]) == (100, 100)
 
 
+def test_rows_that_do_not_meet_only_are_left_out_and_counted(usual, plain, tmp_path):
+    prepare(*usual, "--only", "ending=sad", "--output_dir", tmp_path / "out")
+
+    budget = read_budget(tmp_path / "out")
+    endings = Counter(row["ending"] for name in SPLITS for row in open_rows(plain)[name])
+    assert budget["rows_kept"] == endings["sad"]
+    assert budget["rejected"]["not ending=sad"] >= endings["happy"]  # some are duplicates as well
+    lost = budget["rows_read"] - budget["records_used"] + budget["examples"] - budget["rows_kept"]
+    assert sum(budget["rejected"].values()) == lost
+    assert {row["ending"] for rows in open_rows(tmp_path / "out").values() for row in rows} == {"sad"}
+    assert "--only" not in " ".join(budget["warnings"])  # it was asked for
+
+
 def test_an_answer_that_is_cut_is_counted_and_does_not_end(usual, tmp_path):
     prepare(*usual, "--overflow", "cut_completion", "--output_dir", tmp_path / "out")
 
@@ -641,6 +654,8 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
         pytest.param(["--task", "poem"], "'poem' is unknown; choose one of constraints", id="task"),
         pytest.param(["--template", "haiku"], "'haiku' is unknown; choose one of alpaca, inst,", id="template"),
         pytest.param(["--balance", "length"], "--balance length is no column .* has ending", id="balance"),
+        pytest.param(["--only", "sad"], "--only sad is no COLUMN=VALUE; .* has the columns ending", id="no condition"),
+        pytest.param(["--only", "ending=odd"], "No row can meet --only ending=odd; ending is happy", id="no label"),
         pytest.param(["--overflow", "fold"], "--overflow fold is unknown; choose one of drop,", id="overflow"),
         pytest.param(["--max_length", "129"], "--max_length 129 is outside 1 to 128", id="above the context"),
         pytest.param(["--max_length", "-1"], "--max_length -1 is out of range", id="negative length"),

@@ -10,7 +10,7 @@ import numpy as np
 from fledge.cli import write_json
 from fledge.pictures import picture
 from fledge.preparation.chunks import Facts
-from fledge.preparation.reasons import ANSWER_LOST, OF_ANSWERS, Reason, too_long, unwritable
+from fledge.preparation.reasons import ANSWER_LOST, OF_ANSWERS, Reason, too_long, unmet, unwritable
 from fledge.tokenizers.spelling import named
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -45,6 +45,7 @@ class Budget:
     columns: dict[str, str | list[str]] = field(default_factory=dict)  # a kind, or the labels of a class
     about_task: dict[str, Any] = field(default_factory=dict)  # see `Task.about`
     keep: str | None = None  # --keep, for a model's answers: pairs or best
+    only: list[str] = field(default_factory=list)  # --only
 
     def count(self, facts: Facts) -> None:
         """Adds the counts of what was read and what was left out."""
@@ -53,7 +54,7 @@ class Budget:
         self.cuttable = found.counts["cuttable"]
         # A chunk's file has the text of a reason; texts that are not below are reasons of the task.
         of_encoding = (too_long(self.max_length), ANSWER_LOST, unwritable())
-        own = {reason.text: reason for reason in (*of_encoding, *OF_ANSWERS)}
+        own = {reason.text: reason for reason in (*of_encoding, *OF_ANSWERS, unmet(self.only))}
         self.rejected.update({own.get(text, Reason(text)): count for text, count in found.rejected.items()})
         if found.lacking:
             self.rejected[unwritable(named(found.lacking))] = self.rejected.pop(unwritable())
@@ -128,7 +129,7 @@ class Budget:
                 )
         for reason, count in self.rejected.most_common():
             of_what, total = ("examples", self.examples) if reason.of_examples else (f"{self.record}s", self.rows_read)
-            if count <= MANY_DROPPED * total:
+            if not reason.remedy or count <= MANY_DROPPED * total:
                 continue
             changes = f"{reason.remedy} changes that"
             if reason == too_long(self.max_length):

@@ -10,7 +10,7 @@ import os
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from fledge.encoding import Encoded, encode, encode_rejected, fit, shortest
+from fledge.encoding import Encoded, encode, encode_rejected, fit, meets, shortest
 from fledge.errors import UserError
 from fledge.messages import Messages
 from fledge.preparation.duplicates import save_signatures
 from fledge.preparation.preferences import Choice
-from fledge.preparation.reasons import ANSWER_LOST, too_long, unwritable
+from fledge.preparation.reasons import ANSWER_LOST, too_long, unmet, unwritable
 from fledge.preparation.tables import facts_table, read_table, rows_table, write_table
 from fledge.sources import Chunk, Source
 from fledge.tasks import RejectedRecord, open_task
@@ -63,6 +63,7 @@ class Preparation:
     near_duplicates: bool = False
     folder: Path | None = None
     choice: Choice | None = None  # for a model's answers
+    only: Sequence[str] = ()  # COLUMN=VALUE, the conditions of an example that is kept
 
     def __post_init__(self) -> None:
         self.spelling = Spelling(self.tokenizer)
@@ -105,7 +106,10 @@ class Preparation:
                     ) from error
                 found.counts["used"] += 1
                 found.counts["examples"] += len(made)
-                examples += made
+                kept = [example for example in made if meets(example, self.only)]
+                if len(kept) < len(made):
+                    found.rejected[unmet(self.only).text] += len(made) - len(kept)
+                examples += kept
             fitted = self._encoded(examples, found)
             rows.append(rows_table(task, fitted, self.has_pairs))
             facts.append(facts_table(task, fitted, named.chunk.split, self.tokenizer))

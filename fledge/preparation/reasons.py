@@ -1,5 +1,6 @@
 """The reasons for leaving out a record or an example, and the key that changes that."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fledge.tokenizers.spelling import UNWRITABLE
@@ -7,10 +8,10 @@ from fledge.tokenizers.spelling import UNWRITABLE
 
 @dataclass(frozen=True)
 class Reason:
-    """A reason: its `text` in the budget report, and the key that changes it, its `remedy`."""
+    """A reason: its `text` in the budget report, and the key that changes it, its `remedy`, if it was not asked for."""
 
     text: str
-    remedy: str = "another --task"
+    remedy: str | None = "another --task"
     of_examples: bool = False
 
     def __str__(self) -> str:
@@ -38,6 +39,11 @@ def too_long(max_length: int) -> Reason:
 
 def surplus(column: str) -> Reason:
     return Reason(f"surplus of one {column}", "--balance", True)
+
+
+def unmet(only: Sequence[str]) -> Reason:
+    """The reason for an example that does not meet the conditions of `--only`."""
+    return Reason(f"not {' and '.join(only)}", None, True)
 
 
 def unwritable(lacking: str = "") -> Reason:

@@ -89,6 +89,9 @@ class PrepareArguments:
             "help": f"the prompt's style: {TEMPLATE_NAMES} (default: the task's own, of answers the model's)",
         },
     )
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "keep only these rows: COLUMN=VALUE, as in kind=words"}
+    )
     balance: str | None = field(default=None, metadata={"help": "a column whose values become equally frequent"})
     split: str | None = field(
         default=None,
@@ -198,6 +201,7 @@ def make_plan(args: PrepareArguments) -> Plan:
     if args.balance not in (None, *task.classes):
         columns = ", ".join(task.classes) or "none"
         raise UserError(f"--balance {args.balance} is no column to balance; {task.name} has {columns}.")
+    check_conditions(args.only, task)
     preparation = Preparation(
         source,
         args.task,
@@ -208,8 +212,24 @@ def make_plan(args: PrepareArguments) -> Plan:
         args.seed,
         args.near_duplicates is not None,
         choice=choice,
+        only=args.only,
     )
     return Plan(args, source, task, template, shares, max_shard_bytes, preparation)
+
+
+def check_conditions(only: list[str], task: Task) -> None:
+    """Checks `--only` against the task's columns and their labels.
+
+    Raises:
+        UserError: a condition is not COLUMN=VALUE, or no row of the task can meet it.
+    """
+    for condition in only:
+        column, _, value = condition.partition("=")
+        if "=" not in condition or column not in task.columns:
+            columns = ", ".join(sorted(task.columns)) or "none"
+            raise UserError(f"--only {condition} is no COLUMN=VALUE; {task.name} has the columns {columns}.")
+        if column in task.classes and value not in task.classes[column]:
+            raise UserError(f"No row can meet --only {condition}; {column} is {', '.join(task.classes[column])}.")
 
 
 def choose_among_answers(args: PrepareArguments, task: Task) -> "Choice | None":
@@ -311,6 +331,7 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
         columns={column: list(kind) if isinstance(kind, tuple) else kind for column, kind in plan.task.columns.items()},
         about_task=plan.task.about,
         keep=preparation.choice.keep if preparation.choice else None,
+        only=args.only,
     )
     budget.count(facts)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in budget.rejected.most_common())
