@@ -8,13 +8,10 @@ from torch import Tensor
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.descent import COLUMNS, Descent, author_error, is_log_probabilities
 from fledge.checkpoints.facts import Fact, Source, Status
-from fledge.checkpoints.proof import FLOAT64_TOLERANCE, Probes, probe_ids
+from fledge.checkpoints.proof import FLOAT64_TOLERANCE, ROTATION_TOLERANCE, Probes, probe_ids
 from fledge.checkpoints.questions import OFFSETS, Questions, Values
 from fledge.errors import UserError
 
-ROTATION_ROUNDING = 1e-6
-"""What the rounding of RoPE's table changes, as a share of the largest logit: authors make it in float32, by cosines
-and sines or as complex numbers, which differ in the last bit."""
 LONG_WORK = 4e11
 """Parameters times positions that one text as long as the context may cost."""
 LONGER = 100
@@ -67,7 +64,7 @@ def settle_by_reference(
             raise UserError(" ".join(filter(None, (_no_reading(facts, error), doubt))))
         # RoPE's table turns no token alone, so that its rounding is only now in the way.
         largest = max(expected.abs().max().item() for _, expected in probes)
-        near = max(tolerance, ROTATION_ROUNDING * largest) if gpt.rope else tolerance
+        near = max(tolerance, ROTATION_TOLERANCE * largest) if gpt.rope else tolerance
         names = questions.choices.keys() & (ATTENTION | BOTH)
         values = Descent(search, light[1:], names, tolerance, near).run(values)
         # The short probes are shorter than most windows.

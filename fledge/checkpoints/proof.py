@@ -23,8 +23,9 @@ from fledge.errors import UserError
 FLOAT64_TOLERANCE = 1e-9
 """Largest |Δ logit| with both sides in float64, as a share of the largest |logit|."""
 ROTATION_TOLERANCE = 1e-6
-"""The same if a norm moved past a rotation: its table is rounded to float32, which preserves lengths only to 6e-8 in
-each layer, and a model can enlarge that: random ones reach 1.1e-7."""
+"""The same where the sides may differ by the rounding of RoPE's table, which is made in float32. Authors make it by
+cosines and sines or as complex numbers, which differ in the last bit. And it preserves lengths only to 6e-8 in each
+layer, which shows where a norm moved past the rotation: random models reach 1.1e-7."""
 FLOAT32_TOLERANCE = 1e-5
 """Largest |Δ logit| in float32, as a share of the largest |logit|. A wrong GELU is about 5e-4 off."""
 READ_AT_ONCE = 1 << 22
