@@ -230,9 +230,10 @@ def settle(args: ConvertArguments, loaded: Loaded) -> Reading:
     checkpoint = loaded.checkpoint
     trials: list[Trial] = []
     proof: dict[str, object] = {}
-    author = open_author(args, loaded)
-    length, said = (author.context_length or (0, "")) if author else (0, "")  # 0: its code says nothing
-    by_author = Fact("context_length", length, Status.SETTLED, Source.REFERENCE, said) if author else None
+    author, by_author = open_author(args, loaded), None
+    if author:
+        length, said = author.context_length or (0, "")  # 0: its code says nothing
+        by_author = Fact("context_length", length, Status.SETTLED, Source.REFERENCE, said)
     gpt, facts = recognise(checkpoint, args.layout, loaded.roles, loaded.told, by_author)
     name, probe_text = find_tokenizer(args, loaded, gpt.vocab_size)
     tokenizer = load_tokenizer(name, gpt.context_length, checkpoint.vocabulary)
