@@ -62,6 +62,11 @@ def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
 
 
+def unusable_role(roles: list[str]) -> str | None:
+    """The reason why a conversation in which these roles speak cannot be training data; `None` if it can."""
+    return next((why for role, why in UNUSABLE_ROLES.items() if role in roles), None)
+
+
 def checked(text: str, where: str) -> str:
     """Returns `text` if it can be written as UTF-8. `where` is its place, for the message.
 

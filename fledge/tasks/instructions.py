@@ -9,7 +9,7 @@ import random
 import re
 
 from fledge.messages import INPUT_MARK, Answer, Messages
-from fledge.reading.values import UNUSABLE_ROLES, is_visible
+from fledge.reading.values import is_visible, unusable_role
 from fledge.tasks import RejectedRecord, Task
 from fledge.text.limits import limits_met, refused
 from fledge.text.overlap import exact_match, f1, plain, rouge, translation
@@ -76,9 +76,8 @@ class Instructions(Task):
         """
         messages = record["messages"] if "messages" in record else _one_turn(record)
         roles = [message["role"] for message in messages if message["role"] != "system"]
-        for role, why in UNUSABLE_ROLES.items():
-            if role in roles:
-                raise RejectedRecord(why)
+        if why := unusable_role(roles):
+            raise RejectedRecord(why)
         if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
             raise RejectedRecord("its messages are not questions and answers in turn")
         if any(message["role"] != "system" and not is_visible(message["content"]) for message in messages):

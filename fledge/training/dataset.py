@@ -18,7 +18,7 @@ from fledge.preparation.curation import apart, repeated, split_by_group
 from fledge.preparation.reasons import DUPLICATE
 from fledge.preparation.tables import hash_of
 from fledge.reading.files import SPLITS, Chunk, row_chunks
-from fledge.reading.values import UNUSABLE_ROLES, as_messages, as_text, is_visible
+from fledge.reading.values import as_messages, as_text, is_visible, unusable_role
 from fledge.templates import add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
@@ -184,9 +184,8 @@ def part_of(value: object, role: str, where: str) -> Messages:
 def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
     """The reason why a conversation, or a pair with a `rejected` answer, cannot be used; `None` if it can."""
     roles = [message["role"] for message in messages]
-    for role, why in UNUSABLE_ROLES.items():
-        if role in roles:
-            return why
+    if why := unusable_role(roles):
+        return why
     if "user" not in roles or roles[-1] != "assistant":
         return "it does not end with an answer to a question"
     if not all(is_visible(message["content"]) for message in messages if message["role"] != "system"):
