@@ -97,8 +97,9 @@ def uses_apart(words: list[str], text: str, prompt: str) -> float:
 
     A sentence counts for at most two of the words, and for none if it has a word 4-gram of the prompt.
     """
-    asked = _fourgrams(prompt)
-    telling = [part for part in parts(text) if not _fourgrams(part) & asked and any(used_in_telling(words, part))]
+    asked = set(_fourgrams(prompt))
+    own = [part for part in parts(text) if asked.isdisjoint(_fourgrams(part))]
+    telling = [part for part in own if any(used_in_telling(words, part))]
     found = [used_in_telling(words, part) for part in telling for _ in range(2)]
     word_of: dict[int, int] = {}  # a slot of a sentence → its word: a bipartite matching (Kuhn 1955)
 
@@ -114,9 +115,9 @@ def uses_apart(words: list[str], text: str, prompt: str) -> float:
     return sum(is_placed(word, set()) for word in range(len(words))) / len(words)
 
 
-def _fourgrams(text: str) -> set[tuple[str, ...]]:
+def _fourgrams(text: str) -> list[tuple[str, ...]]:
     words = in_order(text)
-    return {tuple(words[at : at + 4]) for at in range(len(words) - 3)}
+    return [tuple(words[at : at + 4]) for at in range(len(words) - 3)]
 
 
 def avoids(word: str, text: str) -> float:
@@ -208,9 +209,7 @@ def tells(text: str, prompt: str, least: int = 3) -> bool:
     whole = [part for part in told if len(in_order(part)) >= LEAST_WORDS]
     if len(set(whole)) < least or 2 * len(set(whole)) <= len(told):
         return False
-    words = in_order(text)
     opening = in_order(prompt.strip().partition("\n")[0])
-    copied = bool(opening) and _has(words, opening)
-    fourgrams = [tuple(words[at : at + 4]) for at in range(len(words) - 3)]
-    known = _fourgrams(prompt)
+    copied = bool(opening) and _has(in_order(text), opening)
+    fourgrams, known = _fourgrams(text), set(_fourgrams(prompt))
     return not copied and 2 * sum(fourgram in known for fourgram in fourgrams) < len(fourgrams)
