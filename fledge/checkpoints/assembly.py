@@ -204,11 +204,13 @@ def reordered(gpt: CanonicalGPT, fact: str, value: Any, undo: bool = False) -> C
 
 def _turned(gpt: CanonicalGPT, roles: tuple[str, ...]) -> CanonicalGPT:
     """The model with the square matrices of these roles transposed."""
+    return replace(gpt, tensors={name: x.T if is_square(gpt, name, roles) else x for name, x in gpt.tensors.items()})
 
-    def turned(name: str, tensor: Tensor) -> bool:
-        return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and name.split(".")[-2] in roles
 
-    return replace(gpt, tensors={name: x.T if turned(name, x) else x for name, x in gpt.tensors.items()})
+def is_square(gpt: CanonicalGPT, name: str, roles: tuple[str, ...]) -> bool:
+    """Whether the tensor of this name is a square matrix of one of `roles`, and not a part of another tensor."""
+    shape = gpt.tensors[name].shape if name in gpt.tensors else ()
+    return name.split(".")[-2] in roles and len(shape) == 2 and shape[0] == shape[1]
 
 
 def with_positions(gpt: CanonicalGPT, kind: str) -> CanonicalGPT:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fledge.checkpoints.assembly import assemble, check_shapes, reordered, with_positions, within_table
+from fledge.checkpoints.assembly import assemble, check_shapes, is_square, reordered, with_positions, within_table
 from fledge.checkpoints.canonical import CanonicalGPT
 from fledge.checkpoints.facts import Fact, Source, from_config
 from fledge.checkpoints.head_tensors import split_heads
@@ -245,7 +245,7 @@ def _orders(gpt: CanonicalGPT, structure: Structure, facts: Settling) -> Canonic
         source = Source.PRACTICE if name == "gate_order" else Source.GUESS
         gpt = reordered(gpt, name, facts.settle(name, default, source))
     for name, roles in SQUARES.items():
-        square = [source for source, role in structure.roles.items() if _is_square(gpt, role, roles)]
+        square = [source for source, role in structure.roles.items() if is_square(gpt, role, roles)]
         square = [source for source in square if source not in structure.oriented]
         if square:
             in_out = any(source in structure.transposed for source in square)
@@ -256,12 +256,6 @@ def _orders(gpt: CanonicalGPT, structure: Structure, facts: Settling) -> Canonic
     if fused and facts.settle("qkv_by_head", False):
         return regroup(gpt)
     return gpt
-
-
-def _is_square(gpt: CanonicalGPT, role: str, roles: tuple[str, ...]) -> bool:
-    """Whether this is the weight of a square matrix that is one of `roles` and not a part of another tensor."""
-    shape = gpt.tensors[role].shape if role in gpt.tensors else ()
-    return role.split(".")[-2] in roles and len(shape) == 2 and shape[0] == shape[1]
 
 
 def fit_vocabulary(gpt: CanonicalGPT, tokens: int, name: str) -> tuple[CanonicalGPT, list[str]]:
