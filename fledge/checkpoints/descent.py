@@ -47,7 +47,7 @@ class Descent:
     near: float
     errors: dict[tuple, float] = field(default_factory=dict)
     passed: set[tuple] = field(default_factory=set)
-    fits: int = 0
+    fits: dict[tuple, Values] = field(default_factory=dict)
 
     def run(self, start: Values) -> Values:
         """The first reading whose error is small enough, or else the one with the smallest."""
@@ -78,17 +78,17 @@ class Descent:
             self.passed.add(tuple(values.values()))
             lower = self._step(values)
             if lower is None:
-                is_fitted = self.error(values) > self.near and self.fits < FITS
+                is_fitted = self.error(values) > self.near and len(self.fits) < FITS
                 return min(values, self._fitted(values), key=self.error) if is_fitted else values
             values = lower
         return values
 
     def _lowest_fitted(self, values: Values) -> Values:
         """Where steps of one common fact lead, if the numbers are fitted anew at each."""
-        values = self._fitted(values, everywhere=False)
+        values = self._roughly_fitted(values)
         while self.error(values) > self.near:
             changes = [one for one in self._kept(self.questions.singles(values)) if not one.keys() & {*LAST, *NUMBERS}]
-            tried = [self._fitted(values | one, everywhere=False) for one in changes]
+            tried = [self._roughly_fitted(values | one) for one in changes]
             best = min(tried, key=self.error, default=values)
             if not self.error(best) < CLEARLY * self.error(values):
                 break
@@ -104,24 +104,28 @@ class Descent:
                 return best
         return None
 
-    def _fitted(self, values: Values, everywhere: bool = True) -> Values:
-        """The reading with the numbers that give the smallest error, as short as they may be written.
+    def _fitted(self, values: Values) -> Values:
+        """The reading with the numbers that give the smallest error, as short as they may be written."""
+        key = tuple(values.values())
+        if key not in self.fits:
+            # Scaled embeddings and scaled residuals are alike but for a table of positions: one is tried alone first.
+            best = min(values, self._fit(values, STEPS), key=self.error)
+            scales_residuals = {"residual_scale", "residual_scaled"} <= {*self.names}
+            for place in dict.fromkeys([values["residual_scaled"], *SCALED]) if scales_residuals else ():
+                if self.error(best) <= self.near:
+                    break
+                placed = self._fit(values | {"residual_scaled": place}, STEPS, scales_residuals)
+                best = min(best, placed, key=self.error)
+            self.fits[key] = best
+        return self.fits[key]
 
-        The scale of residuals is fitted `everywhere` that it may be, or else not, and the other numbers roughly.
-        """
-        self.fits += everywhere
-        # Scaled embeddings and scaled residuals are alike but for a table of positions: one of them is tried alone.
-        trials = [(values, [name for name in self._numbers(values) if name != "residual_scale"])]
-        if everywhere and {"residual_scale", "residual_scaled"} <= {*self.names}:
-            places = dict.fromkeys([values["residual_scaled"], *SCALED])
-            trials += [(values | {"residual_scaled": place}, self._numbers(values)) for place in places]
-        best = values
-        for start, names in trials:
-            found = fit(self.questions, start, names, self.probes, STEPS if everywhere else FEW_STEPS)
-            best = min(best, self._rounded(found), key=self.error)
-            if self.error(best) <= self.near:
-                break
-        return best
+    def _roughly_fitted(self, values: Values) -> Values:
+        """The same with few steps, and with the scale of residuals as it is."""
+        return min(values, self._fit(values, FEW_STEPS), key=self.error)
+
+    def _fit(self, values: Values, steps: int, scales_residuals: bool = False) -> Values:
+        names = [name for name in self._numbers(values) if scales_residuals or name != "residual_scale"]
+        return self._rounded(fit(self.questions, values, names, self.probes, steps))
 
     def _numbers(self, values: Values) -> list[str]:
         capped = [name for name in CAPS if values.get(name) is not None]
