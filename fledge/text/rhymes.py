@@ -9,6 +9,29 @@ from functools import cache
 from pathlib import Path
 
 FILE = Path(__file__).parent / "pronunciations.txt.gz"
+COUPLETS = {
+    "happy": (
+        "The sun went down at the end of the day. Tomorrow they would come out to play.",
+        "The moon came up and the stars were bright. They all slept well on that happy night.",
+        "The wind was soft and the sky was blue. It was a day when a wish came true.",
+        "So that was the end of a day full of fun. They laughed and they danced in the light of the sun.",
+        "They ate some cake and they drank some tea. They were as happy as happy can be.",
+        "The birds sang a song in the top of the tree. It was a good day for you and for me.",
+        "The rain had stopped and the grass was green. It was the best day they had ever seen.",
+        "They went back home and they got into bed. What a good day it had been, they said.",
+    ),
+    "sad": (
+        "The rain came down and the wind was cold. That is how the sad story is told.",
+        "The sky was dark and the wind blew strong. It was too late, for so much went wrong.",
+        "The sun went down and the light was gone. The long cold night went on and on.",
+        "There was no song and there was no light. It was a sad and a quiet night.",
+        "The house was still and the day was done. There was no more laughter and no more fun.",
+        "Nobody came and nobody knew. The night was long and the cold wind blew.",
+        "The stars were far and the moon was small. There was nothing left to say at all.",
+        "The game was over, they could not stay. That was the end of a very sad day.",
+    ),
+}
+"""Two lines that rhyme, to close a story that ends happily or sadly."""
 
 
 @cache

@@ -11,9 +11,9 @@ from fledge.judges.endings import EndingJudge
 from fledge.messages import Answer
 from fledge.rewards.functions import Rewarder, chosen_rewards, reward_functions, weights_of
 from fledge.tasks import Task, load_task, task_names
-from fledge.tasks.constraints import KINDS
 from fledge.tasks.constraints import instruction as constrained
 from fledge.tasks.topic_ending import instruction
+from fledge.text.constraint_kinds import KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 SAD = "Tom had a kite. The wind took it away. Tom cried and never saw it again. He was very sad."

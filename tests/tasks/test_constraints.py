@@ -11,8 +11,10 @@ from fledge.errors import UserError
 from fledge.messages import Answer
 from fledge.sources import load_source
 from fledge.tasks import RejectedRecord, load_task
-from fledge.tasks.constraints import KINDS, OPENINGS, PHRASINGS, RHYMES, instruction, parse
+from fledge.tasks.constraints import OPENINGS, instruction, parse
 from fledge.text import checks
+from fledge.text.constraint_kinds import KINDS
+from fledge.text.rhymes import COUPLETS
 from fledge.text.words import in_order
 
 TASK = load_task("constraints")
@@ -150,16 +152,18 @@ def test_a_share_tells_how_near_an_answer_is():
     assert scores["words_kept"] == scores["sentences_kept"] == scores["kept"] == 0
 
 
-@given(st.lists(st.sampled_from(list(PHRASINGS)), min_size=1, max_size=3), st.integers(0, 99))
-def test_an_instruction_names_each_value_in_every_phrasing(names, seed):
-    values = {"sentences": "12", "speakers": "2", "length": "at most 70", "title": "The Kite"}
-    constraints = {name.split(":")[0]: name for name in names}
-    constraints = [name if ":" in name else f"{name}: {values.get(name, 'kite')}" for name in constraints.values()]
+VALUES = {"sentences": "12", "speakers": "2", "length": "at most 70", "title": "The Kite"}
+EACH_VALUE = [(name, value or VALUES.get(name, "kite")) for name, kind in KINDS.items() for value in kind.phrasings]
+
+
+@given(st.lists(st.sampled_from(EACH_VALUE), min_size=1, max_size=3), st.integers(0, 99))
+def test_an_instruction_names_each_value_in_every_phrasing(values, seed):
+    constraints = [f"{kind}: {value}" for kind, value in dict(values).items()]
     lines = instruction(constraints, random.Random(seed)).split("\n")
     assert len(lines) == 1 + len(constraints)
     for line, constraint in zip(lines[1:], constraints, strict=True):
         kind, value = parse(constraint)
-        phrasings = PHRASINGS.get(constraint) or PHRASINGS[kind]
+        phrasings = KINDS[kind].phrasings.get(value) or KINDS[kind].phrasings[""]
         said = {"sentences": "twelve", "speakers": "two characters speak"}.get(kind, value)
         assert line in [phrasing.format(said) for phrasing in phrasings]
 
@@ -199,7 +203,7 @@ def test_what_is_added_to_a_story_is_of_that_story(features, ending):
         name: [row["messages"][-1]["content"] for row in made if f"{name}:" in str(row["constraints"])]
         for name in ("rhyme", "title")
     }
-    assert {text.splitlines()[-1] for text in told["rhyme"]} <= set(RHYMES[ending])
+    assert {text.splitlines()[-1] for text in told["rhyme"]} <= set(COUPLETS[ending])
     assert {text.splitlines()[0] for text in told["title"]} == {"The Kite", "Sam and the Kite"}
     assert told["rhyme"]
 
@@ -246,7 +250,7 @@ def test_whatever_a_story_is_like_its_own_references_follow(pieces, words, seed)
 
 
 def test_the_closing_rhymes_rhyme():
-    for couplet in sum(RHYMES.values(), ()):
+    for couplet in sum(COUPLETS.values(), ()):
         assert checks.ends_in_rhyme(couplet) == 1, couplet
         assert len(checks.parts(couplet)) == 2
 

@@ -3,7 +3,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from fledge.tasks import constraints, load_task, story_chat
+from fledge.tasks import load_task, story_chat
+from fledge.text.constraint_kinds import KINDS
 
 PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
@@ -23,7 +24,7 @@ def test_the_page_tells_every_metric_and_class_of_a_task(name):
 def test_the_page_quotes_the_first_phrasings():
     for kind, phrasings in story_chat.PHRASINGS.items():
         assert f"| `{kind}` | {phrasings[0]} |" in SECTIONS["story_chat"]
-    for kind in constraints.KINDS:
-        shown = [of[0] for name, of in constraints.PHRASINGS.items() if name.split(":")[0] == kind]
-        line = next(line for line in SECTIONS["constraints"].splitlines() if line.startswith(f"| `{kind}` |"))
+    for name, kind in KINDS.items():
+        shown = [phrasings[0] for phrasings in kind.phrasings.values()]
+        line = next(line for line in SECTIONS["constraints"].splitlines() if line.startswith(f"| `{name}` |"))
         assert any(f"| {phrasing} " in line for phrasing in shown)
