@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import read_json
@@ -63,8 +64,24 @@ class Encoded:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """The prompt for the next answer as text, by the tokenizer's chat template."""
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    """The prompt for the next answer as text, by the tokenizer's chat template.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    return _render(tokenizer, [messages])[0]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[str]:
+    """Templates of other models may refuse a conversation, such as one with a system message."""
+    try:
+        rendered = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(
+            f"The model's own chat template refuses a conversation: {' '.join(str(error).split())}; change the "
+            "conversation, or train with another --template."
+        ) from error
+    return cast(list[str], rendered)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
@@ -122,8 +139,7 @@ def encode_rejected(
 def _encode_prompts(
     tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], encoder: TextEncoder
 ) -> list[list[int]]:
-    texts = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-    ids = encoder(cast(list[str], texts), control=True)
+    ids = encoder(_render(tokenizer, conversations), control=True)
     for place, messages in enumerate(conversations):
         if any(encoder.control.search(message["content"]) for message in messages):
             alone = tokenizer.apply_chat_template(

@@ -254,7 +254,10 @@ def test_ratings_of_other_answers_are_refused(evaluate, tmp_path):
         (["--num_prompts", 0], "--num_prompts 0 is out of range"),
         (["--num_samples", 0], "--num_samples 0 is out of range"),
         (["--judge_url", "http://localhost:1/v1"], "belong together"),
-        (["--judge_url", "localhost", "--judge_model", "x"], "is no address"),
+        *(
+            (["--judge_url", url, "--judge_model", "x"], "is no address")
+            for url in ("localhost", "http://", "http://[::1", "http://host:port/v1", "http://a host/v1")
+        ),
         (["--judge_pairs", True], "--judge_pairs needs --judge_url"),
         (["--judge_timeout", 0], "--judge_timeout 0.0 is out of range"),
         (["--base", None], "--base is missing"),

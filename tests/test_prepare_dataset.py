@@ -647,7 +647,7 @@ def test_a_person_who_errs_reads_one_line(usual, tmp_path):
             ["--max_length", "10"], r"No record .* \(longer than 10 tokens: 186, .*no summary: 3", id="all too long"
         ),
         pytest.param(
-            ["--limit", "2"], r"The test split is empty with 2 usable records in 2 groups", id="too few to split"
+            ["--limit", "2"], r"The test split is empty: the 2 usable records have 2 groups", id="too few to split"
         ),
         pytest.param(["--limit", "100", "--balance", "ending"], "have the ending happy, so --bal", id="one ending"),
         pytest.param(["--source", "novels"], "'novels' is unknown; choose one of alpaca", id="source"),

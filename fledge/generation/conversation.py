@@ -16,6 +16,7 @@ from fledge.generation.answers import answer_batch
 from fledge.generation.fitting import fit_prompt
 from fledge.messages import INPUT_MARK, Answer, Messages
 from fledge.models import context_of
+from fledge.reading.files import decoded
 from fledge.sampling import Sampling
 from fledge.trained import Trained
 
@@ -188,10 +189,7 @@ class Session:
 
     def _begin(self, given: str) -> None:
         """Takes the text that questions are about, from a file or as typed; an empty line means no text."""
-        try:
-            self.text = Path(given).read_text(encoding="utf-8").strip() if _is_file(given) else given
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{given} cannot be read as text in UTF-8: {error}.") from error
+        self.text = "".join(decoded(Path(given), "\n")).strip() if _is_file(given) else given
         self.messages = []
         print(f"Ask about it, or /help ({len(self.text.split()):,} words)." if self.text else "Ask for something.")
 

@@ -17,7 +17,7 @@ from fledge.hub import find_model
 from fledge.journal import Journal
 from fledge.messages import Answer, Messages
 from fledge.reading.files import TABLES, decoded, row_chunks, suffix
-from fledge.reading.values import as_messages, as_text, is_visible
+from fledge.reading.values import UNLEARNED, as_messages, as_text, is_visible, why_unusable
 from fledge.sampling import Sampling
 from fledge.terminal import progress
 
@@ -67,7 +67,12 @@ def answer_file(
         left = [i for i in range(len(work)) if (i,) not in journal.done]
         if journal.done:
             print(f"Going on from {len(journal.done)} of {len(work)} answers in {partial}.", file=sys.stderr)
-        prompts = {number: encode(asked[number]) for number in {work[i][0] for i in left}}
+        prompts = {}
+        for number in sorted({work[i][0] for i in left}):
+            try:
+                prompts[number] = encode(asked[number])
+            except UserError as error:
+                raise UserError(f"{args.prompts_file}, prompt {number + 1}: {error}") from error
         made = []
         for i, answer in answer_each(
             model, tokenizer, [prompts[work[i][0]] for i in left], sampling, args.batch_size, numbers=left
@@ -130,4 +135,7 @@ def _asked(found: object, where: str) -> Messages:
         messages = _user(text, where) if isinstance(text, str) else as_messages(found.get("messages"), where)
     if not messages or messages[-1]["role"] != "user" or not is_visible(messages[-1]["content"]):
         raise UserError(f'{where} is not {{"prompt": "…"}} nor {{"messages": […]}} whose last message is the user\'s.')
+    messages = [m | {"role": "assistant"} if m["role"] == UNLEARNED else m for m in messages]
+    if why := why_unusable([*messages, {"role": "assistant", "content": "…"}]):
+        raise UserError(f"{where} is no conversation that a model can go on with: {why}.")
     return messages

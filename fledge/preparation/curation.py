@@ -134,8 +134,9 @@ def assign_splits(
     for name in ("train", *names):
         if name not in names or not (numbers == names.index(name)).any():
             raise UserError(
-                f"The {name} split is empty with {len(kept):,} usable records in {len(groups):,} groups, which stay "
-                "whole; give more data or another --split."
+                f"The {name} split is empty: the {len(kept):,} usable records have {len(groups):,} groups (records "
+                "with one topic, text or question), and no group is divided; give more data, another --split, or "
+                "groups of your own (--source columns --columns …,group=COLUMN)."
             )
     if balanced:
         column, all_labels = balanced

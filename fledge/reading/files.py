@@ -110,7 +110,9 @@ def origins(data: str) -> Iterator[tuple[str, str | None, Iterable[Row] | None]]
 
 def _data_files(folder: Path) -> list[Path]:
     found = (file for file in folder.iterdir() if file.name not in DESCRIPTIONS) if folder.is_dir() else ()
-    return sorted(file for file in found if suffix(file) in (*TABLES, ".txt") and file.is_file())
+    # Hidden files are no data: macOS puts ._a.csv beside a.csv, and Fledge its mark.
+    shown = (file for file in found if not file.name.startswith("."))
+    return sorted(file for file in shown if suffix(file) in (*TABLES, ".txt") and file.is_file())
 
 
 def suffix(file: Path) -> str:
@@ -198,7 +200,9 @@ def _decode(file: Path, content: bytes, offset: int) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: byte {offset + error.start} cannot be decoded.") from error
+        raise UserError(
+            f"{file} is not UTF-8 text: byte {offset + error.start} cannot be decoded; save it as UTF-8."
+        ) from error
     return (text if offset else text.removeprefix("\ufeff")).replace("\r\n", "\n")
 
 

@@ -22,6 +22,7 @@ UNUSABLE_ROLES = {
     "tool": "a tool speaks in it, which no template writes",
     UNLEARNED: "an answer in it has weight 0, so it is not to be learnt",
 }
+NOT_IN_TURN = "its messages are not questions and answers in turn"
 TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's content parts, in its two interfaces
 
 
@@ -62,11 +63,6 @@ def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
 
 
-def unusable_role(roles: list[str]) -> str | None:
-    """The reason why a conversation in which these roles speak cannot be training data; `None` if it can."""
-    return next((why for role, why in UNUSABLE_ROLES.items() if role in roles), None)
-
-
 def checked(text: str, where: str) -> str:
     """Returns `text` if it can be written as UTF-8. `where` is its place, for the message.
 
@@ -104,6 +100,25 @@ def as_messages(value: object, where: str) -> list[dict[str, str]]:
         roles = ("user", "assistant")
         messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(messages)]
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
+
+
+def why_unusable(messages: list[dict[str, str]]) -> str | None:
+    """The reason why a conversation cannot be learnt from; `None` if it can.
+
+    A system message may come first. Then questions and answers take turns, and the last is an answer.
+    """
+    roles = [message["role"] for message in messages]
+    for role, why in UNUSABLE_ROLES.items():
+        if role in roles:
+            return why
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if "system" in turns:
+        return "a system message stands after another message"
+    if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
+        return NOT_IN_TURN
+    if not all(is_visible(message["content"]) for message in messages if message["role"] != "system"):
+        return "a question or an answer is empty"
+    return None
 
 
 def _read(text: str) -> object:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
 
 from fledge.cli import parse, write_json, writing
 from fledge.commands import next_command
@@ -93,10 +94,18 @@ class EvaluateArguments:
                 raise UserError(f"--answers_only asks the model alone and writes no report; leave out --{name}.")
         if (self.judge_url is None) != (self.judge_model is None):
             raise UserError("--judge_url and --judge_model belong together; give both or neither.")
-        if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
+        if self.judge_url is not None and not is_address(self.judge_url):
             raise UserError(f"--judge_url {self.judge_url} is no address; it looks like http://localhost:8000/v1.")
         if self.judge_pairs and not self.judge_url:
             raise UserError("--judge_pairs needs --judge_url and --judge_model.")
+
+
+def is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in url
+    except ValueError:  # brackets of IPv6 that do not match, or a port that is no number
+        return False
 
 
 def main() -> Path | None:

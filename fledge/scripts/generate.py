@@ -167,7 +167,8 @@ def answer_prompts(
     from fledge.generation.prompts_file import answer_file
 
     def ids_for(asked: "Messages") -> list[int]:
-        return prompt_ids(*model, [*system, *asked], sampling.max_new_tokens)
+        own = asked[0]["role"] == "system"  # it replaces the system message of the task
+        return prompt_ids(*model, asked if own else [*system, *asked], sampling.max_new_tokens)
 
     with stats(args.stats) as answers:
         answers += answer_file(args, *model, sampling, ids_for)
@@ -256,6 +257,7 @@ def warn_of_task(args: GenerateArguments, trained: Trained | None) -> None:
 def question(args: GenerateArguments) -> str:
     """The instruction, in the wording of the task that the keys belong to."""
     from fledge.messages import INPUT_MARK
+    from fledge.reading.files import decoded
     from fledge.tasks import constraints, topic_ending
     from fledge.tasks.story_chat import PHRASINGS
 
@@ -267,10 +269,7 @@ def question(args: GenerateArguments) -> str:
         words = ", ".join(word.strip() for word in args.words.split(",") if word.strip())
         return PHRASINGS["words"][0].format(words=words)
     if args.story:
-        try:
-            return f"{args.ask}{INPUT_MARK}" + Path(args.story).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--story {args.story} cannot be read as text in UTF-8: {error}.") from error
+        return f"{args.ask}{INPUT_MARK}" + "".join(decoded(Path(args.story), "\n")).strip()
     return args.ask or args.prompt or ""
 
 

@@ -130,6 +130,7 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     model = new_gpt2(tokenizer, args.n_layer, args.n_head, args.n_embd, args.context_length)
     with config.main_process_first(desc="tokens"):
         tokens = open_tokens(tokens_dir, corpus, tokenizer)
+    check_context(args, tokenizer, tokens["splits"]["train"]["tokens"])
     sizes = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "context_length")}
     settings = settings_of(config, **sizes, data=tokens["fingerprint"])
     lineage = go_on(checkpoint, settings, args.resume_with_changes)
@@ -181,6 +182,29 @@ def open_vocabulary(args: PretrainArguments) -> "PreTrainedTokenizerBase":
         if getattr(tokenizer, role) is None:
             setattr(tokenizer, role, tokenizer.eos_token)
     return tokenizer
+
+
+def check_context(args: PretrainArguments, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> None:
+    """Checks that the training text of so many `tokens` fills the context once, and that no sample prompt fills it.
+
+    Raises:
+        UserError: it does not, so positions would stay untrained; or a prompt leaves no room, or cannot be encoded.
+    """
+    from fledge.tokenizers import encoding_of
+
+    if 2 <= tokens <= args.context_length:  # fewer are refused for any context
+        raise UserError(
+            f"--context_length {args.context_length} is longer than the training text of {tokens:,} tokens, so that "
+            "some positions would never be trained; give more text or a shorter context."
+        )
+    for prompt in args.sample_prompts:
+        with encoding_of(f"--sample_prompts {prompt!r:.60}"):
+            length = 1 + len(tokenizer.encode(prompt, add_special_tokens=False))
+        if length >= args.context_length:
+            raise UserError(
+                f"--sample_prompts {prompt!r:.60} has {length} tokens with the one for the beginning, which leaves no "
+                f"room in the context of {args.context_length}; shorten it."
+            )
 
 
 def make_trainer(

@@ -65,7 +65,7 @@ def parse_form(chunk: Chunk, forms: tuple[dict[str, str], ...]) -> Iterator[dict
         if set(form.values()) <= found:
             return parse(chunk, form)
     raise UserError(
-        f"{chunk.origin} has not the columns {', '.join(forms[0].values())}; it has "
+        f"{chunk.origin} has not the columns {', '.join(min(forms, key=len).values())}; it has "
         f"{', '.join(map(str, chunk.rows[0]))}. "
         "Name them: --source columns --columns instruction=COLUMN,response=COLUMN."
     )

@@ -9,7 +9,7 @@ import random
 import re
 
 from fledge.messages import INPUT_MARK, Answer, Messages
-from fledge.reading.values import is_visible, unusable_role
+from fledge.reading.values import is_visible, why_unusable
 from fledge.tasks import RejectedRecord, Task
 from fledge.text.limits import limits_met, refused
 from fledge.text.overlap import exact_match, f1, plain, rouge, translation
@@ -75,13 +75,8 @@ class Instructions(Task):
             RejectedRecord: the record has no question or no answer, or its messages cannot be used.
         """
         messages = record["messages"] if "messages" in record else _one_turn(record)
-        roles = [message["role"] for message in messages if message["role"] != "system"]
-        if why := unusable_role(roles):
+        if why := why_unusable(messages):
             raise RejectedRecord(why)
-        if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
-            raise RejectedRecord("its messages are not questions and answers in turn")
-        if any(message["role"] != "system" and not is_visible(message["content"]) for message in messages):
-            raise RejectedRecord("a question or an answer is empty")
         category = (record.get("category") or "other").strip().lower()
         if category in FAIRYTALE_ATTRIBUTES:
             category = "closed_qa"

@@ -110,7 +110,7 @@ def encoding_of(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except UnequalIds:
+    except (UnequalIds, UserError):
         raise
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(f"{what} cannot be encoded with this tokenizer: {error}.") from error

@@ -18,13 +18,14 @@ from fledge.preparation.curation import apart, repeated, split_by_group
 from fledge.preparation.reasons import DUPLICATE
 from fledge.preparation.tables import hash_of
 from fledge.reading.files import SPLITS, Chunk, row_chunks
-from fledge.reading.values import as_messages, as_text, is_visible, unusable_role
+from fledge.reading.values import as_messages, as_text, why_unusable
 from fledge.templates import add_template, contents
 from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
 
 CONVERSATIONS = ("messages", "conversations")
 PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"))
 HELD_OUT = 0.05
+SAME = "chosen and rejected are the same"
 
 
 def open_dataset(
@@ -78,7 +79,7 @@ def open_table(
     spelling = Spelling(tokenizer)
     for chunk in row_chunks(source):
         for messages, rejected in read(chunk):
-            if reason := why_unusable(messages, rejected):
+            if reason := why_unusable(messages) or (SAME if messages[-1]["content"] == rejected else None):
                 left_out[reason] += 1
             elif missing := spelling.missing(contents(messages) + (rejected or "")):
                 left_out[UNWRITABLE] += 1
@@ -179,20 +180,6 @@ def part_of(value: object, role: str, where: str) -> Messages:
     """The messages of a prompt or a completion, which TRL allows to be a text or messages."""
     is_messages = isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & set(value[0])
     return as_messages(value, where) if is_messages else [{"role": role, "content": as_text(value, where)}]
-
-
-def why_unusable(messages: Messages, rejected: str | None = None) -> str | None:
-    """The reason why a conversation, or a pair with a `rejected` answer, cannot be used; `None` if it can."""
-    roles = [message["role"] for message in messages]
-    if why := unusable_role(roles):
-        return why
-    if "user" not in roles or roles[-1] != "assistant":
-        return "it does not end with an answer to a question"
-    if not all(is_visible(message["content"]) for message in messages if message["role"] != "system"):
-        return "a question or an answer is empty"
-    if messages[-1]["content"] == rejected:
-        return "chosen and rejected are the same"
-    return None
 
 
 def cut_rows(rows: DatasetDict, max_length: int | None) -> list[str]:

@@ -90,7 +90,7 @@ def _targets(named: list[str], model: PreTrainedModel) -> str | list[str]:
     for name in named:
         if any(f".{path}".endswith(f".{name}") for path in paths):
             continue
-        if len(named) == 1 and (name == "all-linear" or any(re.fullmatch(name, path) for path in paths)):
+        if len(named) == 1 and (name == "all-linear" or _matches(name, paths)):
             return name
         linear = {path.rpartition(".")[2] for path, layer in model.named_modules() if isinstance(layer, LINEAR)}
         raise UserError(
@@ -98,6 +98,13 @@ def _targets(named: list[str], model: PreTrainedModel) -> str | list[str]:
             f"{', '.join(sorted(linear))}."
         )
     return named
+
+
+def _matches(pattern: str, paths: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, path) for path in paths)
+    except re.error:
+        return False
 
 
 def trained_share(model: torch.nn.Module) -> str:

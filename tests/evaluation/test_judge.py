@@ -1,5 +1,6 @@
 import json
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -45,8 +46,10 @@ class Handler(BaseHTTPRequestHandler):
             return reply(self)
         self.send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode())
 
-    def send(self, status: int, content: bytes):
+    def send(self, status: int, content: bytes, **headers: str):
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -211,12 +214,33 @@ def test_a_failure_now_and_then_is_not_given_up(serve):
     calls = iter(range(1000))
 
     def reply(question):
-        return "70" if next(calls) % 2 else lambda handler: handler.send(503, b"busy")
+        return "70" if next(calls) % 2 else lambda handler: handler.send(500, b"broken")
 
     judge, server = serve(reply)
     _, record = score_all(judge, draws=3)
     assert len(server.bodies) == 24
     assert (record["unanswered"], record["answers_without_score"] < 8) == (12, True)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_as_it_says(serve, status):
+    asked = Counter()
+
+    def reply(question):
+        asked[question] += 1
+        return "70" if asked[question] > 2 else lambda handler: handler.send(status, b"busy", Retry_After="0")
+
+    scores, record = score_all(serve(reply)[0])
+    assert scores == {"base": [70.0] * 4, "model": [70.0] * 4}
+    assert (record["unanswered"], max(asked.values())) == (0, 3)
+
+
+def test_a_server_that_stays_busy_is_given_up(serve):
+    judge, server = serve(lambda question: lambda handler: handler.send(429, b"busy", Retry_After="3600"))
+    _, record = score_all(judge)
+    assert record["unanswered"] == 8
+    assert len(server.bodies) < 12
+    assert "HTTP Error 429" in judge.last_failure
 
 
 def test_replies_are_kept_and_failures_are_asked_again(serve, tmp_path):

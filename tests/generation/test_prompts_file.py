@@ -156,6 +156,38 @@ def test_a_bad_line_is_named(tmp_path, line):
         read_prompts(file)
 
 
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        ("user user", "not questions and answers in turn"),
+        ("assistant user", "not questions and answers in turn"),
+        ("user tool user", "a tool speaks in it"),
+        ("user assistant system user", "a system message stands after another message"),
+    ],
+)
+def test_a_conversation_that_no_template_writes_is_named(tmp_path, roles, reason):
+    messages = [{"role": role, "content": "x"} for role in roles.split()]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"p\.jsonl:1 is no conversation that .*: .*{reason}"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_an_answer_that_was_not_to_be_learnt_is_still_an_answer(tmp_path):
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "user", "content": "c"},
+    ]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": talk}), encoding="utf-8")
+    assert [message["role"] for message in read_prompts(tmp_path / "p.jsonl")[0]] == ["user", "assistant", "user"]
+
+
+def test_a_prompt_that_does_not_fit_is_named(run_file, tmp_path):
+    (tmp_path / "prompts.txt").write_text("short\n" + "word " * 999, encoding="utf-8")
+    with pytest.raises(UserError, match=r"prompts\.txt, prompt 2: A prompt of \d+ tokens leaves no room"):
+        run_file(tmp_path / "out.jsonl")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff"])
 def test_no_prompts(tmp_path, content):
     file = tmp_path / "p.txt"

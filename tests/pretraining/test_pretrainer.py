@@ -333,6 +333,8 @@ def test_accumulated_and_two_processes_equal_one_big_batch(straight, corpus, tmp
     [
         (["--n_head", 5], "--n_embd 32 is not divisible by --n_head 5"),
         (["--context_length", 0], "--context_length 0 is out of range"),
+        (["--context_length", 100_000], "--context_length 100000 is longer than the training text of"),
+        (["--sample_prompts", "A cat", "a b " * 20], "which leaves no room in the context of 16; shorten it"),
         (["--data", "nowhere.txt"], "There is no data file"),
         (["--tokenizer", "nowhere"], "There is no tokenizer at nowhere"),
         (["--validation_share", 0.9], "--validation_share"),

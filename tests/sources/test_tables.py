@@ -118,6 +118,7 @@ def test_a_folder_is_read_file_by_file_and_their_names_tell_the_split(tmp_path):
     for name in names:
         write(tmp_path / name, [{**ROWS[0], "output": name}])
     (tmp_path / "notes.md").write_text("not data")
+    (tmp_path / "._b-train.jsonl").write_bytes(b"\0\5\26\7")  # macOS writes it beside the file
 
     chunks = list(load_source("alpaca").chunks(str(tmp_path)))
     assert [(chunk.content[0]["output"], chunk.split) for chunk in chunks] == [

@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -7,6 +8,8 @@ from small import small_tokenizer
 
 from fledge.encoding import IGNORED
 from fledge.errors import UserError
+from fledge.reading.values import NOT_IN_TURN, as_messages
+from fledge.tasks import RejectedRecord, load_task
 from fledge.templates import add_template
 from fledge.tokenizers import load_tokenizer
 from fledge.training.dataset import check_supervised, open_dataset
@@ -133,15 +136,43 @@ def test_one_question_for_all_rows_is_held_out_by_rows(tmp_path):
             [{"role": "user", "content": "t5"}, {"role": "assistant", "content": "t6", "weight": 0}] * 2,
             "an answer in it has weight 0, so it is not to be learnt",
         ),
-        ([{"role": "user", "content": "t5"}], "it does not end with an answer to a question"),
-        ([{"from": "gpt", "value": "t5"}], "it does not end with an answer to a question"),
-        ([], "it does not end with an answer to a question"),
+        *(
+            ([{"role": role, "content": "t5"} for role in roles.split()], NOT_IN_TURN)
+            for roles in (
+                "",
+                "user",
+                "assistant",
+                "system",
+                "user user assistant",
+                "user assistant assistant",
+                "assistant user assistant",
+                "user assistant user",
+            )
+        ),
+        *(
+            (
+                [{"role": role, "content": "t5"} for role in roles.split()],
+                "a system message stands after another message",
+            )
+            for roles in ("user system assistant", "system system user assistant", "user assistant system")
+        ),
     ],
 )
 def test_a_conversation_that_cannot_be_used_is_counted(tmp_path, messages, reason):
     rows = [*FORMS["chat.jsonl"], {"messages": messages}]
 
     assert f"left out 1 ({reason})" in opened(write(tmp_path / "a.jsonl", rows))[3][0]
+    with pytest.raises(RejectedRecord, match=f"^{reason}$"):
+        load_task("instructions").examples({"messages": as_messages(messages, "here")}, random.Random(0))
+
+
+def test_a_template_that_refuses_a_conversation_is_one_sentence(tmp_path):
+    tokenizer = small_tokenizer()
+    add_template(tokenizer, "story_chat")
+    tokenizer.chat_template = "{{ raise_exception('Only user\n and model') }}"
+
+    with pytest.raises(UserError, match="refuses a conversation: Only user and model; change"):
+        open_dataset(str(write(tmp_path / "a.jsonl", PAIR)), tokenizer, None, 20, seed=1)
 
 
 def test_an_empty_cell_of_a_csv_is_counted_and_numbers_are_read(tmp_path):

@@ -61,7 +61,8 @@ def test_an_adapter_is_put_where_it_is_asked_for(named, targets):
     assert {".".join(path.split(".")[-2:]) for path in layers} == targets
 
 
-def test_an_adapter_for_a_layer_that_is_not_there_is_refused():
-    config = ModelConfig(use_peft=True, lora_target_modules=["c_attn", "q_proj"])
-    with pytest.raises(UserError, match="q_proj names nothing in this model; its linear layers are c_attn, c_fc, "):
+@pytest.mark.parametrize(("named", "missing"), [(["c_attn", "q_proj"], "q_proj"), (["[c_attn"], r"\[c_attn")])
+def test_an_adapter_for_a_layer_that_is_not_there_is_refused(named, missing):
+    config = ModelConfig(use_peft=True, lora_target_modules=named)
+    with pytest.raises(UserError, match=f"{missing} names nothing in this model; its linear layers are c_attn, c_fc, "):
         adapter_config(config, small_gpt2(), 0)
