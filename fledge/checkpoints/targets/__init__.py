@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fledge.checkpoints.canonical import CanonicalGPT
-from fledge.checkpoints.targets.classes import TARGETS, Target
+from fledge.checkpoints.targets.classes import TARGETS
 from fledge.checkpoints.targets.folds import (
     carry_head_bias,
     fold_head_bias,
@@ -24,6 +24,7 @@ from fledge.checkpoints.targets.folds import (
     repeat_shared_heads,
 )
 from fledge.checkpoints.targets.needs import biased, needs
+from fledge.checkpoints.targets.target import Target
 from fledge.errors import UserError
 
 __all__ = ["TARGETS", "fold_head_bias", "obstacles", "refuse_unconvertible", "to_target"]
