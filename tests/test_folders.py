@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fledge.errors import UserError
-from fledge.folders import MARK, WORK, check_inputs, claimed
+from fledge.folders import check_inputs, claimed
+from fledge.marks import MARK, WORK
 
 STAGES = (
     "convert_checkpoint.py",

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallbac
 
 from fledge.cli import run
 from fledge.encoding import IGNORED
-from fledge.folders import claimed, write_mark
+from fledge.folders import claimed
+from fledge.marks import write_mark
 from fledge.scripts import train_sft
 from fledge.training.run_record import Progress
 

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 from fledge.cli import parse, write_json, writing
 from fledge.commands import next_command
 from fledge.errors import UserError
-from fledge.folders import MARK, Output, claimed
+from fledge.folders import Output, claimed
 from fledge.hub import find_model
+from fledge.marks import MARK
 from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges
 from fledge.sampling import Sampling
 from fledge.terminal import has_colours, progress, quiet

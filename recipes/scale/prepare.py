@@ -19,8 +19,9 @@ from datatrove.pipeline.base import PipelineStep
 
 from fledge.cli import parse, run, writing
 from fledge.errors import UserError
-from fledge.folders import MARK, check_inputs, claimed, files_in, read_mark, write_mark
+from fledge.folders import check_inputs, claimed
 from fledge.locks import locked
+from fledge.marks import MARK, files_in, read_mark, write_mark
 from fledge.scripts.prepare_dataset import Plan, PrepareArguments, make_plan, write_dataset
 
 STAGE = "recipes/scale/prepare.py"
