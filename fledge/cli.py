@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 if TYPE_CHECKING:
     import yaml
+    from trl import TrlParser
 
 from fledge.commands import in_commands
 from fledge.errors import UserError
@@ -40,7 +41,27 @@ def parse(
     Raises:
         UserError: an unknown key, a missing one, a value of the wrong type, or a recipe that is no YAML mapping.
     """
-    import yaml
+    arguments = [part for argument in arguments for part in _split_config(argument)]
+    if arguments.count("--config") > 1:
+        raise UserError("--config is given twice; name one recipe.")
+    with _as_user_errors(arguments):
+        recipe, texts = _open_recipe(arguments, dataclass_types)
+    parser = _parser(dataclass_types, texts, description)
+    with _as_user_errors(arguments):
+        if not partly:
+            _refuse_unknown(arguments, recipe, parser)
+        *parsed, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        if left_over and not partly:
+            raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
+        for given in parsed[: len(dataclass_types)]:
+            _settle_types(given)
+        return tuple(parsed[: len(dataclass_types)])
+
+
+def _parser(
+    dataclass_types: tuple[type, ...], texts: dict[str, str | list[str]], description: str | None
+) -> "TrlParser":
+    """TRL's parser with our help and errors. `texts` are the recipe's values of keys that hold text."""
     from trl import TrlParser
     from typing_extensions import override
 
@@ -72,19 +93,16 @@ def parse(
     )
     # TrlParser removes `--config FILE` before argparse sees it; it is added here only for --help.
     parser.add_argument("--config", metavar="RECIPE.yaml", help="a recipe; its keys may be overridden here")
-    arguments = [part for argument in arguments for part in _split_config(argument)]
-    if arguments.count("--config") > 1:
-        raise UserError("--config is given twice; name one recipe.")
+    return parser
+
+
+@contextlib.contextmanager
+def _as_user_errors(arguments: list[str]) -> Iterator[None]:
+    """Turns the errors of a recipe that cannot be read, and of values that the parser refuses, into one sentence."""
+    import yaml
+
     try:
-        recipe, texts = _open_recipe(arguments, dataclass_types)
-        if not partly:
-            _refuse_unknown(arguments, recipe, parser)
-        *parsed, left_over = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-        if left_over and not partly:
-            raise UserError(f"{' '.join(left_over)} is unknown; --help lists every key.")
-        for given in parsed[: len(dataclass_types)]:
-            _settle_types(given)
-        return tuple(parsed[: len(dataclass_types)])
+        yield
     except yaml.YAMLError as error:
         raise UserError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
     except UnicodeDecodeError as error:
