@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from fledge.cpu import describe
 from fledge.encoding import open_prepared, prompt_length
-from fledge.evaluation.measuring import answer_prompts
+from fledge.evaluation.measuring import Answering
 from fledge.journal import Journal
 from fledge.models import load_model
 from fledge.sampling import Sampling
@@ -52,9 +52,8 @@ def bare(model, tokenizer, prompts, sampling, batch_size) -> int:
 def evaluation(model, tokenizer, prompts, sampling, batch_size) -> int:
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "answers.jsonl", {})
-        answers = answer_prompts(
-            model, tokenizer, prompts, sampling, 1, batch_size, journal, "model", lambda done: None
-        )
+        answering = Answering(tokenizer, prompts, 1, sampling, batch_size, journal)
+        answers = answering.answers(model, "model", lambda done: None)
     return sum(answer.tokens for answer in answers)
 
 

@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fledge.encoding import IGNORED, encode_prompt, open_prepared, open_rows, prompt_length
 from fledge.evaluation.intervals import Ratio, paired_difference
-from fledge.evaluation.measuring import fingerprint_of_prompts, measure
+from fledge.evaluation.measuring import Answering, fingerprint_of_prompts, measure
 from fledge.evaluation.prompts import open_prompts, task_of
 from fledge.evaluation.scoring import Scoring
 from fledge.evaluation.wording import Wording
@@ -145,7 +145,9 @@ def run(args, name: str, seed: int, steps: int, scoring: Scoring) -> dict:
     model.save_pretrained(folder)
     scoring.prompts.tokenizer.save_pretrained(folder)
     (folder / "answers.jsonl").unlink(missing_ok=True)
-    answered = measure(model, scoring.prompts, Sampling(), 64, Journal(folder / "answers.jsonl", {}), f"{name} {seed}")
+    prompts, journal = scoring.prompts, Journal(folder / "answers.jsonl", {})
+    answering = Answering(prompts.tokenizer, prompts.ids, prompts.num_samples, Sampling(), 64, journal)
+    answered = measure(model, f"{name} {seed}", prompts, answering)
     ratios = scoring.ratios(scoring.score(answered.answers))
     found |= {key: ratios[key].of_each.tolist() for key in OF_PROMPTS}
     return found | {key: float(answered.ratios[key].value()) for key in OF_ALL}

@@ -13,7 +13,7 @@ from conftest import ROOT, run_script
 from fledge.encoding import open_prepared
 from fledge.errors import UserError
 from fledge.evaluation import measuring, wording
-from fledge.evaluation.measuring import answer_prompts
+from fledge.evaluation.measuring import Answering
 from fledge.evaluation.report import answers_id
 from fledge.generation.answers import answer_all
 from fledge.journal import Journal
@@ -169,7 +169,7 @@ def test_answers_are_those_of_each_prompt_alone(tiny, tmp_path):
     greedy = Sampling(temperature=0, max_new_tokens=16)
     journal = Journal(tmp_path / "j.jsonl", {})
     done = []
-    together = answer_prompts(model, tokenizer, prompts, greedy, 2, 3, journal, "model", done.append)
+    together = Answering(tokenizer, prompts, 2, greedy, 3, journal).answers(model, "model", done.append)
     alone = [answer_all(model, tokenizer, [prompt], greedy, 1, lambda done: None)[0] for prompt in prompts]
     assert together == [answer for answer in alone for _ in range(2)]
     assert done == list(range(11))
@@ -326,7 +326,7 @@ def test_capabilities_shows_every_prompt_and_both_models(tiny, monkeypatch, caps
     arguments = ["--model", tiny.model, "--base", tiny.base, "--capabilities", "--max_new_tokens", 4]
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *map(str, arguments)])
     monkeypatch.setattr(
-        "fledge.tasks.story_chat.CAPABILITIES",
+        "fledge.evaluation.capabilities.CAPABILITIES",
         {
             "words": [{"role": "user", "content": "Write a story using these words: kite"}],
             "who": [{"role": "user", "content": "Who is it?"}],

@@ -31,6 +31,33 @@ MEANING = {
 }
 
 
+@dataclass(frozen=True)
+class Answering:
+    """How prompts are answered, by each model alike. `prompts` (P,) are token ids; each has `num_samples` answers."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    num_samples: int
+    sampling: Sampling
+    batch_size: int
+    journal: Journal
+
+    def answers(self, model: PreTrainedModel, who: str, progress: Callable[[int], None]) -> list[Answer]:
+        """The answers (P * num_samples,) of a model, each in the journal as soon as it is made.
+
+        An answer depends only on its prompt and its number, so an interrupted run ends with the same answers.
+        """
+        numbers = range(len(self.prompts) * self.num_samples)
+        left = [number for number in numbers if (who, number) not in self.journal.done]
+        asked = [self.prompts[number // self.num_samples] for number in left]
+        made = answer_each(model, self.tokenizer, asked, self.sampling, self.batch_size, left)
+        progress(len(numbers) - len(left))
+        for done, (number, answer) in enumerate(made, len(numbers) - len(left) + 1):
+            self.journal.add({(who, number): vars(answer)})
+            progress(done)
+        return [Answer(**self.journal.done[who, number]) for number in numbers]
+
+
 @dataclass
 class Answered:
     """The answers of one model, `num_samples` to each prompt in turn, and their scores.
@@ -133,51 +160,15 @@ def _places(labels: list[int]) -> list[int]:
     return places
 
 
-def measure(
-    model: PreTrainedModel,
-    prompts: Prompts,
-    sampling: Sampling,
-    batch_size: int,
-    journal: Journal,
-    who: str,
-) -> Answered:
+def measure(model: PreTrainedModel, who: str, prompts: Prompts, answering: Answering) -> Answered:
     """Computes the losses of a model on the held-out answers, and its own answers. Prints progress."""
     with progress(f"{who}: loss", len(prompts.rows)) as tell:
         nats = completion_nats(model, prompts.tokenizer, prompts.encoded, tell)
     with progress(f"{who}: answers", len(prompts.rows) * prompts.num_samples) as tell:
-        answers = answer_prompts(
-            model, prompts.tokenizer, prompts.ids, sampling, prompts.num_samples, batch_size, journal, who, tell
-        )
+        answers = answering.answers(model, who, tell)
     ratios = loss_ratios(nats, [supervised_text(prompts.tokenizer, row) for row in prompts.encoded])
     ratios["distinct_2"] = distinct_ratio([answer.text for answer in answers], prompts.num_samples)
     return Answered(answers, loss_by_position(prompts.encoded, nats), ratios)
-
-
-def answer_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    num_samples: int,
-    batch_size: int,
-    journal: Journal,
-    who: str,
-    progress: Callable[[int], None],
-) -> list[Answer]:
-    """`num_samples` answers to each prompt in turn, each in the journal as soon as it is made.
-
-    An answer depends only on its prompt and its number, so an interrupted run ends with the same answers.
-    """
-    numbers = range(len(prompts) * num_samples)
-    left = [number for number in numbers if (who, number) not in journal.done]
-    asked = [prompts[number // num_samples] for number in left]
-    progress(len(numbers) - len(left))
-    for done, (number, answer) in enumerate(
-        answer_each(model, tokenizer, asked, sampling, batch_size, left), len(numbers) - len(left) + 1
-    ):
-        journal.add({(who, number): vars(answer)})
-        progress(done)
-    return [Answer(**journal.done[who, number]) for number in numbers]
 
 
 def fingerprint_of_prompts(prompts: list[list[int]]) -> str:

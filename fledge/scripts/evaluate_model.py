@@ -10,7 +10,6 @@ import json
 import shutil
 import statistics
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,13 +24,13 @@ from fledge.hub import find_model
 from fledge.marks import MARK
 from fledge.ranges import AT_LEAST_ONE, POSITIVE, check_ranges
 from fledge.sampling import Sampling
-from fledge.terminal import has_colours, progress, quiet
+from fledge.terminal import progress, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fledge.evaluation.measuring import Answering
     from fledge.evaluation.prompts import Prompts
-    from fledge.journal import Journal
     from fledge.messages import Answer
 
 RANGES = dict.fromkeys(("num_prompts", "num_samples", "batch_size", "judge_samples"), AT_LEAST_ONE)
@@ -118,7 +117,10 @@ def main() -> Path | None:
     if len(set(folders)) < len(folders):
         raise UserError(f"--base {args.base} is --model itself; name the model that it was trained from.")
     if args.capabilities:
-        show_capabilities(args, sampling)
+        from fledge.evaluation.capabilities import show_capabilities
+
+        quiet()
+        show_capabilities(args.model, args.base, sampling)
         return None
     inputs = {f"--{name}": vars(args)[name] for name in ("model", "base", "dataset", "ratings")}
     with claimed(args.output_dir, "evaluate_model.py", None, inputs) as output:
@@ -147,10 +149,10 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
     scorer = prompts.task.scorer(prompts.train_rows, prompts.unseen_rows)
     scoring = Scoring(prompts, scorer, Wording(prompts.tokenizer, prompts.rows, prompts.train_rows))
     models = open_models(args, prompts.tokenizer)
-    journal = open_journal(args, sampling, prompts.ids, output)
+    answering = open_answering(args, sampling, prompts, output)
 
     # ------------------------------------------------------------ Answer and score
-    answered = {who: measure(model, prompts, sampling, args.batch_size, journal, who) for who, model in models.items()}
+    answered = {who: measure(model, who, prompts, answering) for who, model in models.items()}
     for model in answered.values():
         model.scores = scoring.score(model.answers)
 
@@ -185,18 +187,15 @@ def evaluate(args: EvaluateArguments, sampling: Sampling, output: Output) -> Non
 
 def answer(args: EvaluateArguments, sampling: Sampling, output: Output) -> None:
     """Answers the prompts with the model alone, and stores each answer with the task's rewards."""
-    from fledge.evaluation.measuring import answer_prompts
     from fledge.rewards.functions import Rewarder
 
     quiet()
     prompts = open_asked(args)
     rewarder = Rewarder(prompts.task, prompts.train_rows)
     model = open_models(args, prompts.tokenizer)["model"]
-    journal = open_journal(args, sampling, prompts.ids, output)
+    answering = open_answering(args, sampling, prompts, output)
     with progress("answers", len(prompts.rows) * prompts.num_samples) as tell:
-        answers = answer_prompts(
-            model, prompts.tokenizer, prompts.ids, sampling, args.num_samples, args.batch_size, journal, "model", tell
-        )
+        answers = answering.answers(model, "model", tell)
     rewards = rewarder.rewards(prompts.row_of_each_answer, answers)
     samples = side_by_side(prompts, {"model": (answers, "rewards", rewards)})
     with output.staged() as folder:
@@ -243,21 +242,25 @@ def open_models(args: EvaluateArguments, tokenizer: "PreTrainedTokenizerBase") -
     return models
 
 
-def open_journal(args: EvaluateArguments, sampling: Sampling, prompts: list[list[int]], output: Output) -> "Journal":
-    """The journal of answers, with those of an earlier run that had the same weights, prompts and settings."""
-    from fledge.evaluation.measuring import fingerprint_of_prompts
+def open_answering(args: EvaluateArguments, sampling: Sampling, prompts: "Prompts", output: Output) -> "Answering":
+    """How the prompts are answered; its journal has the answers of an earlier run with the same weights and settings.
+
+    The prompts of that run must have been the same, too.
+    """
+    from fledge.evaluation.measuring import Answering, fingerprint_of_prompts
     from fledge.journal import Journal
     from fledge.models import fingerprint
 
     folders = {"--base": args.base, "--model": args.model}
     made_with = {
         **{key: fingerprint(find_model(folder)) for key, folder in folders.items() if folder},
-        "--dataset, --only or --num_prompts": fingerprint_of_prompts(prompts),
+        "--dataset, --only or --num_prompts": fingerprint_of_prompts(prompts.ids),
         "--num_samples": args.num_samples,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
     }
     begin_or_resume(output, args.resume)
-    return Journal(output.work / "answers.jsonl", made_with)
+    journal = Journal(output.work / "answers.jsonl", made_with)
+    return Answering(prompts.tokenizer, prompts.ids, prompts.num_samples, sampling, args.batch_size, journal)
 
 
 def side_by_side(
@@ -346,32 +349,3 @@ def ask_judge(args: EvaluateArguments, samples: list[dict], unfinished: Path) ->
             sample["judge_preference"] = verdict
         record["preference"] = preference([[] if verdict is None else [verdict] for verdict in verdicts])
     return record | {"last_failure": judge.last_failure}
-
-
-def show_capabilities(args: EvaluateArguments, sampling: Sampling) -> None:
-    """Prints the answers of the model, and of the base if it is given, to the fixed prompts of the task story_chat."""
-    from fledge.encoding import encode_prompt
-    from fledge.generation.answers import answer_all
-    from fledge.models import load_model
-    from fledge.resizing import add_rows
-    from fledge.tasks.story_chat import CAPABILITIES
-
-    quiet()
-    model, tokenizer = load_model(args.model)
-    if not tokenizer.chat_template:
-        raise UserError(f"{args.model} has no chat template, so it takes no instructions; name a trained model.")
-    models = {"instruct": model}
-    if args.base is not None:
-        models = {"base": load_model(args.base)[0], **models}
-        add_rows(models["base"], tokenizer)
-    prompts = [encode_prompt(tokenizer, messages) for messages in CAPABILITIES.values()]
-    answers = {
-        who: answer_all(model, tokenizer, prompts, sampling, len(prompts), lambda done: None)
-        for who, model in models.items()
-    }
-    bold, plain = ("\033[1m", "\033[0m") if has_colours(sys.stdout) else ("", "")
-    for i, (name, messages) in enumerate(CAPABILITIES.items()):
-        print(f"\n{bold}{name}{plain}\n{textwrap.indent(messages[-1]['content'], '  > ')}")
-        for who, made in answers.items():
-            ended = "" if made[i].stopped else " (did not stop)"
-            print(f"  {who}: {textwrap.indent(made[i].text, '  ').strip()}{ended}")
