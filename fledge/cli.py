@@ -207,10 +207,11 @@ def _refuse_unknown(arguments: list[str], recipe: list[str], parser: argparse.Ar
         UserError: the command line or the recipe has a key that `parser` does not know.
     """
     options = {option for action in parser._actions for option in action.option_strings}
-    names = {action.dest for action in parser._actions}
+    names = {action.dest for action in parser._actions} - {"help"}
     given = [argument.partition("=")[0] for argument in arguments if re.match(r"--[\w-]+(=|$)", argument)]
     unknown = [key for key in given if key not in options]
-    unknown += [f"--{key}" for key in recipe if key not in names | {"env"}]  # TRL's parser takes env for itself
+    # A recipe names no other recipe; TRL's parser takes env for itself.
+    unknown += [f"--{key}" for key in recipe if key not in names - {"config"} | {"env"}]
     for key in unknown:
         like = difflib.get_close_matches(key[2:].replace("-", "_").lower(), names, 1, 0.8)
         meant = f" perhaps --{like[0]} is meant;" if like else ""
@@ -223,6 +224,9 @@ def _is_text(node: "yaml.Node") -> bool:
 
 def _refuse_duplicates(node: "yaml.Node", file: Path) -> None:
     keys = [key.value for key, _ in node.value]
+    for key, _ in node.value:
+        if not isinstance(key.value, str):
+            raise UserError(f"{file} has a key that is no word, in line {key.start_mark.line + 1}; name one key.")
     for number, (key, value) in enumerate(node.value):
         if key.value in keys[:number]:
             line = key.start_mark.line + 1

@@ -78,8 +78,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -
         rendered = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise UserError(
-            f"The model's own chat template refuses a conversation: {' '.join(str(error).split())}; change the "
-            "conversation, or train with another --template."
+            f"The model's chat template cannot write this conversation: {' '.join(str(error).split())}; change it, or "
+            "train with another --template."
         ) from error
     return cast(list[str], rendered)
 

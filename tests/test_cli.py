@@ -99,6 +99,9 @@ def test_a_switch_in_a_recipe(recipe, value, is_on):
     ("text", "arguments", "message"),
     [
         pytest.param(RECIPE + "oil: 3\n", [], "--oil", id="unknown key in the recipe"),
+        pytest.param(RECIPE + "config: a.yaml\n", [], "^--config is unknown", id="recipe in the recipe"),
+        pytest.param(RECIPE + "help: true\n", [], "^--help is unknown", id="help in the recipe"),
+        pytest.param(RECIPE + "? [a, b]\n: 3\n", [], "has a key that is no word, in line 4", id="key of several"),
         pytest.param(RECIPE, ["--oil", "3"], "--oil", id="unknown key on the command line"),
         pytest.param(RECIPE, ["--min", "3"], "--min", id="no abbreviations"),
         pytest.param(RECIPE, ["stray"], "stray", id="stray word"),

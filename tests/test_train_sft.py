@@ -455,6 +455,9 @@ def test_bad_input_is_refused_in_one_sentence(small, tmp_path, capsys):
     assert "learning_rat" in refusal(capsys, small, out, "--learning_rat", 1)
     unknown = refusal(capsys, small, out, "--use_peft", "--lora_target_modules", "q_proj")
     assert "--lora_target_modules q_proj names nothing in this model" in unknown
+    schedule = refusal(capsys, small, out, "--lr_scheduler_kwargs", '{"peak": 1}')
+    assert "--lr_scheduler_type or --lr_scheduler_kwargs: " in schedule
+    assert "--optim or --optim_args: " in refusal(capsys, small, out, "--optim", "rmsprop_bnb")
     assert "An adapter freezes all" in refusal(capsys, small, out, "--use_peft", "--freeze_layers", 1)
     assert not out.exists()
 

@@ -10,7 +10,7 @@ from fledge.messages import INPUT_MARK, Messages
 from fledge.reading.values import is_visible
 from fledge.templates import contents
 from fledge.tokenizers import encoding_of
-from fledge.tokenizers.spelling import Spelling, named
+from fledge.tokenizers.spelling import Spelling, named, unknown_id
 
 
 def fit_prompt(
@@ -56,15 +56,22 @@ def fit_prompt(
         raise UserError(
             f"A prompt of {len(ids)} tokens leaves no room in the model's context of {context}; shorten it."
         )
-    return (
-        ids,
-        f"To fit the model's context of {context} tokens, {' and '.join(left_out)} were left out." if left_out else "",
+    said = (
+        f"To fit the model's context of {context} tokens, {' and '.join(left_out)} were left out." if left_out else ""
     )
+    return ids, with_unknown(said, tokenizer, ids)
 
 
 def _check_spelling(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     if missing := Spelling(tokenizer).missing(text):
         raise UserError(f"The prompt has {named(Counter(missing))}, which the model's vocabulary lacks; leave it out.")
+
+
+def with_unknown(said: str, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """What was `said`, and that the model sees the token for unknown text, if it is in a prompt's `ids`."""
+    if unknown_id(tokenizer) not in ids:
+        return said
+    return f"{said} The vocabulary lacks a part of the prompt, which the model sees as {tokenizer.unk_token}.".strip()
 
 
 def fit_beginning(
@@ -83,6 +90,6 @@ def fit_beginning(
         raise UserError("The prompt is empty.")
     excess = len(begin) + len(ids) - (context - min(max_new_tokens, context // 4))
     if excess <= 0:
-        return begin + ids, ""
+        return begin + ids, with_unknown("", tokenizer, ids)
     said = f"To fit the model's context of {context} tokens, the first {excess:,} of {len(ids):,} tokens were left out."
-    return begin + ids[excess:], said
+    return begin + ids[excess:], with_unknown(said, tokenizer, ids[excess:])

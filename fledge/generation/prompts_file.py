@@ -61,18 +61,18 @@ def answer_file(
         "--dtype": args.dtype,
         **{f"--{name}": value for name, value in asdict(sampling).items()},
     }
+    prompts = []
+    for number, messages in enumerate(asked, 1):
+        try:
+            prompts.append(encode(messages))
+        except UserError as error:
+            raise UserError(f"{args.prompts_file}, prompt {number}: {error}") from error
     partial = output.with_name(output.name + ".partial")
     journal = Journal(partial, made_with, f"move {partial} away", "run the same command again")
     with progress("answers", len(work)) as tell, writing(output, journal.advice):
         left = [i for i in range(len(work)) if (i,) not in journal.done]
         if journal.done:
             print(f"Going on from {len(journal.done)} of {len(work)} answers in {partial}.", file=sys.stderr)
-        prompts = {}
-        for number in sorted({work[i][0] for i in left}):
-            try:
-                prompts[number] = encode(asked[number])
-            except UserError as error:
-                raise UserError(f"{args.prompts_file}, prompt {number + 1}: {error}") from error
         made = []
         for i, answer in answer_each(
             model, tokenizer, [prompts[work[i][0]] for i in left], sampling, args.batch_size, numbers=left

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fledge.encoding import IGNORED, Encoded
 from fledge.reading.files import SPLITS
 from fledge.tasks import Task
+from fledge.tokenizers.spelling import unknown_id
 
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 TOKENS_OF_PAIRS = Features({**TOKENS, "rejected_ids": List(Value("int32"))})
@@ -80,8 +81,7 @@ def facts_table(
     Class columns have the number of the label. The source's own split is its number in `SPLITS`, or -1. `is_known` says
     that no answer has the unknown token.
     """
-    # GPT-2's unknown token is its end-of-text.
-    unknown = tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None
+    unknown = unknown_id(tokenizer)
     texts = ("\0".join(part for m in example["messages"] for part in m.values()) for example, _ in rows)
     facts = {
         "source_split": [SPLITS.index(split) if split else -1] * len(rows),

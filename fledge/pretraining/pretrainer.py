@@ -177,7 +177,15 @@ class PretrainTrainer(Trainer):
                 )
             betas = (args.adam_beta1, args.adam_beta2)
             self.optimizer = MuonWithAdamW(self.model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-        return super().create_optimizer(model)
+        with said_in_words("--optim or --optim_args"):
+            return super().create_optimizer(model)
+
+    @override
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        with said_in_words("--lr_scheduler_type or --lr_scheduler_kwargs"):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -340,7 +340,7 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
     if not facts.total:
         raise UserError(
             f"No {budget.record} of {', '.join(args.data)} can be used ({reasons}); give other data, or another "
-            "--source, --task or --max_length."
+            "--source, --task, --template or --max_length."
         )
 
     balanced = (args.balance, classes[args.balance]) if args.balance else None

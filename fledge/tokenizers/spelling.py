@@ -43,6 +43,14 @@ class Spelling:
         return bool(ids) or part.isspace()
 
 
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that stands for text that the vocabulary lacks; `None` if there is none.
+
+    GPT-2's unknown token is its end-of-text.
+    """
+    return tokenizer.unk_token_id if tokenizer.unk_token != tokenizer.eos_token else None
+
+
 def named(missing: Counter) -> str:
     """Some of the missing characters for a message, the most frequent first: `'#', '['`."""
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""

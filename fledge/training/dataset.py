@@ -20,7 +20,7 @@ from fledge.preparation.tables import hash_of
 from fledge.reading.files import SPLITS, Chunk, row_chunks
 from fledge.reading.values import as_messages, as_text, why_unusable
 from fledge.templates import add_template, contents
-from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named
+from fledge.tokenizers.spelling import UNWRITABLE, Spelling, named, unknown_id
 
 CONVERSATIONS = ("messages", "conversations")
 PAIRS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"))
@@ -106,7 +106,14 @@ def open_table(
         )
     rows = DatasetDict({name: Dataset.from_list(part) for name, part in zip(SPLITS, parts, strict=False)})
     counts = [f"{len(split):,} in {name}" for name, split in rows.items()]
-    return rows, [f"Rows: {', '.join([*counts, *reasons])}"]
+    lines = [f"Rows: {', '.join([*counts, *reasons])}"]
+    unknown = unknown_id(tokenizer)
+    if found := sum(unknown in row["labels"] + row.get("rejected_ids", []) for part in parts for row in part):
+        lines.append(
+            f"Unknown text: {found:,} of the rows have an answer with the token for it, which the model then learns to "
+            "write; use a base with a larger vocabulary"
+        )
+    return rows, lines
 
 
 def divide(examples: list[tuple[str, Messages, str | None]], seed: int) -> np.ndarray:

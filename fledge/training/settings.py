@@ -117,16 +117,20 @@ TRACK = ("trackio", "tensorboard")  # installed by the extra `track`
 
 
 @contextlib.contextmanager
-def said_in_words() -> Iterator[None]:
+def said_in_words(keys: str = "") -> Iterator[None]:
     """Turns errors of transformers, TRL, peft, DeepSpeed and trackers into a `UserError` with their message.
+
+    `keys` begins the message where only these can be the cause; a `TypeError` is then theirs, too.
 
     Raises:
         UserError: one of them refused its arguments.
     """
     try:
         yield
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except (ImportError, ValueError, RuntimeError, OSError, TypeError) as error:
+        if isinstance(error, TypeError) and not keys:
+            raise
+        raise UserError(f"{keys}{': ' if keys else ''}{' '.join(str(error).split())}") from error
 
 
 def check_effect(*configs: TrainingArguments | ModelConfig) -> None:

@@ -279,3 +279,15 @@ def test_a_character_that_the_vocabulary_lacks_is_named():
         assert ask("abc")[0]
         with pytest.raises(UserError, match=r"The prompt has '#', 'é', which the model's vocabulary lacks"):
             ask("abé#")
+
+
+def test_a_part_of_the_prompt_that_the_model_sees_as_unknown_is_said():
+    vocabulary = ["<unk>", *"\nABDELMORSU:abc"]
+    tokenizer = load_tokenizer(None, 64, {character: i for i, character in enumerate(vocabulary)})
+    add_template(tokenizer, "play")
+    for ask in (
+        lambda text: fit_prompt(tokenizer, [{"role": "user", "content": text}], 64, 8),
+        lambda text: fit_beginning(tokenizer, text, 64, 8),
+    ):
+        assert ask("abc")[1] == ""
+        assert ask("abé")[1] == "The vocabulary lacks a part of the prompt, which the model sees as <unk>."

@@ -186,6 +186,7 @@ def test_a_prompt_that_does_not_fit_is_named(run_file, tmp_path):
     (tmp_path / "prompts.txt").write_text("short\n" + "word " * 999, encoding="utf-8")
     with pytest.raises(UserError, match=r"prompts\.txt, prompt 2: A prompt of \d+ tokens leaves no room"):
         run_file(tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff"])

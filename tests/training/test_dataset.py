@@ -166,12 +166,12 @@ def test_a_conversation_that_cannot_be_used_is_counted(tmp_path, messages, reaso
         load_task("instructions").examples({"messages": as_messages(messages, "here")}, random.Random(0))
 
 
-def test_a_template_that_refuses_a_conversation_is_one_sentence(tmp_path):
+def test_a_template_that_cannot_write_a_conversation_is_one_sentence(tmp_path):
     tokenizer = small_tokenizer()
     add_template(tokenizer, "story_chat")
     tokenizer.chat_template = "{{ raise_exception('Only user\n and model') }}"
 
-    with pytest.raises(UserError, match="refuses a conversation: Only user and model; change"):
+    with pytest.raises(UserError, match="cannot write this conversation: Only user and model; change"):
         open_dataset(str(write(tmp_path / "a.jsonl", PAIR)), tokenizer, None, 20, seed=1)
 
 
@@ -189,6 +189,17 @@ def test_a_vocabulary_of_characters_leaves_out_what_it_cannot_write(tmp_path):
 
     lines = opened(write(tmp_path / "a.jsonl", rows), tokenizer)[3]
     assert lines == ["Rows: 2 in train, 1 in validation, left out 3 (the vocabulary lacks something in it: 'd', 'é')"]
+
+
+def test_answers_with_the_token_for_unknown_text_are_counted(tmp_path):
+    vocabulary = ["<unk>", *"\n abc"]
+    tokenizer = load_tokenizer(None, 64, {character: i for i, character in enumerate(vocabulary)})
+    rows = [{"instruction": asked, "response": answer} for asked, answer in (("a", "b"), ("é", "c"), ("c", "dé"))]
+    add_template(tokenizer, "story_chat")
+
+    lines = opened(write(tmp_path / "a.jsonl", rows), tokenizer)[3]
+    assert lines[0] == "Rows: 2 in train, 1 in validation"
+    assert lines[1].startswith("Unknown text: 1 of the rows have an answer with the token for it")
 
 
 @pytest.mark.parametrize(
