@@ -22,6 +22,20 @@ STALE = {
 }
 
 
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the Hub, whose `kind` is model, dataset or space, and how it is updated.
+
+    `revision` is a branch or a pull request; with `create_pr` the changes become a new pull request.
+    """
+
+    kind: str
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+
 @dataclass
 class Sent:
     """The result for one repository: `changed` and `deleted` are paths in it, `url` is its page or pull request."""
@@ -36,15 +50,7 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def send(
-    kind: str,
-    folder: Path,
-    repo_id: str,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    api: HfApi | None = None,
-) -> Sent:
+def send(folder: Path, repository: Repository, api: HfApi | None = None) -> Sent:
     """Creates the repository if necessary and updates it to the folder's content in a single commit.
 
     `upload_folder` commits a large folder in several batches, so a failure would leave half of it behind. A temporary
@@ -57,25 +63,24 @@ def send(
     api = api or HfApi()
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _commit_changes(api, kind, folder, repo_id, private, revision, create_pr)
+            return _commit_changes(api, folder, repository)
         except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
             # A failed LFS upload is wrapped in a RuntimeError that only names the file.
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             wait = _seconds_to_wait(cause, attempt)
-            if create_pr or attempt == ATTEMPTS or wait is None:
-                raise UserError(_refusal(cause, repo_id)) from error
+            if repository.create_pr or attempt == ATTEMPTS or wait is None:
+                raise UserError(_refusal(cause, repository.repo_id)) from error
             print(f"The Hub did not answer as it should ({_status(cause)}); trying again in {wait} s.", flush=True)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _commit_changes(
-    api: HfApi, kind: str, folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool
-) -> Sent:
+def _commit_changes(api: HfApi, folder: Path, repository: Repository) -> Sent:
+    kind, repo_id, revision = repository.kind, repository.repo_id, repository.revision
     # The card names the kind of Space to create.
     sdk = RepoCard.load(folder / "README.md").data.to_dict()["sdk"] if kind == "space" else None
-    url = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk)
-    if private and not api.repo_info(repo_id, repo_type=kind).private:
+    url = api.create_repo(repo_id, repo_type=kind, private=repository.private or None, exist_ok=True, space_sdk=sdk)
+    if repository.private and not api.repo_info(repo_id, repo_type=kind).private:
         raise UserError(f"{repo_id} exists and is public; make it private on its settings page or drop --private.")
     if revision and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
@@ -99,7 +104,7 @@ def _commit_changes(
         commit_message="Publish with Fledge",
         repo_type=kind,
         revision=revision,
-        create_pr=create_pr,
+        create_pr=repository.create_pr,
     )
     return Sent(commit.pr_url or str(url), changed, deleted)
 

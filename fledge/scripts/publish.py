@@ -144,7 +144,7 @@ def main() -> Path | None:
 
 
 def publish(args: PublishArguments, output: Output) -> None:
-    from fledge.publishing.upload import files_of, send
+    from fledge.publishing.upload import Repository, files_of, send
 
     quiet()
     # The Space names the model and the model the dataset, so each is there before it is named.
@@ -167,7 +167,8 @@ def publish(args: PublishArguments, output: Output) -> None:
         print(f"{output.path} holds what the Hub would get. Nothing was sent.")
         return
     for kind, repo_id in repositories.items():
-        sent = send(kind, output.path / kind, repo_id, args.private, args.revision, args.create_pr)
+        repository = Repository(kind, repo_id, args.private, args.revision, args.create_pr)
+        sent = send(output.path / kind, repository)
         print(f"{sent.url}: {describe(sent.changed, sent.deleted)}", flush=True)
 
 

@@ -9,7 +9,7 @@ from huggingface_hub.utils import close_session
 
 import fledge.publishing.upload
 from fledge.errors import UserError
-from fledge.publishing.upload import send
+from fledge.publishing.upload import Repository, send
 
 pytestmark = pytest.mark.network
 
@@ -45,7 +45,8 @@ def folder(tmp_path):
 
 
 def to(hub: Hub, folder, kind="model", token=TOKEN, **keys):
-    return send(kind, folder, "someone/thing", api=HfApi(endpoint=hub.url, token=token), **keys)
+    repository = Repository(kind, "someone/thing", **keys)
+    return send(folder, repository, HfApi(endpoint=hub.url, token=token))
 
 
 CONTENT = {"README.md": CARD, "model.safetensors": WEIGHTS, "data/part.parquet": WEIGHTS[::-1]}
