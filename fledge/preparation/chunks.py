@@ -183,8 +183,12 @@ class Found:
 
 @dataclass
 class Facts:
-    """The facts of all rows, in the order of the data."""
+    """The facts of all rows, in the order of the data.
 
+    `folder` holds the rows of each chunk in a file of its own.
+    """
+
+    folder: Path
     chunks: list[str]
     rows: np.ndarray  # (chunks,), the number of rows of each
     columns: dict[str, np.ndarray]  # (all rows,) each
@@ -197,6 +201,10 @@ class Facts:
     def of(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
         """The columns of some rows, which `chosen` selects by a mask or by numbers."""
         return {name: values[chosen] for name, values in self.columns.items()}
+
+    def files(self, suffix: str) -> list[Path]:
+        """The file of this kind of each chunk: `rows.arrow` or `minhash.npy`."""
+        return [self.folder / f"{chunk}.{suffix}" for chunk in self.chunks]
 
     @classmethod
     def read(cls, folder: Path) -> "Facts":
@@ -214,6 +222,7 @@ class Facts:
             found.update(json.loads(table.schema.metadata[b"chunk"]))
         columns = pa.concat_tables([table.replace_schema_metadata() for table in tables])
         return cls(
+            folder,
             [file.name.removesuffix(".facts.arrow") for file in files],
             np.array([len(table) for table in tables], dtype=int),
             {name: columns[name].to_numpy() for name in columns.column_names},

@@ -1,6 +1,7 @@
 """Assigns rows to splits that share no group, and balances classes."""
 
 from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -93,17 +94,32 @@ def apart(splits: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return is_apart
 
 
+@dataclass
+class Splits:
+    """The split of each row.
+
+    `of_row` (rows,) are the numbers of the splits in `names`, -1 for a row that is left out; `left_out` counts these by
+    their reason. The `seed` also shuffles the rows.
+    """
+
+    names: tuple[str, ...]
+    of_row: np.ndarray
+    seed: int
+    left_out: Counter[Reason] = field(default_factory=Counter)
+
+    def rows(self, name: str) -> np.ndarray:
+        """Which rows are in a split (rows,), a mask."""
+        return self.of_row == self.names.index(name)
+
+
 def assign_splits(
     facts: Facts,
     shares: dict[str, float] | None,
     balanced: tuple[str, tuple[str, ...]] | None,
     seed: int,
     near_duplicates: np.ndarray | None = None,
-) -> tuple[tuple[str, ...], np.ndarray, Counter]:
+) -> Splits:
     """Assigns every row to a split, or leaves it out.
-
-    Returns the names of the splits, the number of each row's split (rows,), -1 for a row that is left out, and the
-    number of rows left out for each reason.
 
     `shares` is `None` for the source's own splits. `balanced` is a class column with its labels. `near_duplicates`
     (rows,) is a mask.
@@ -151,4 +167,4 @@ def assign_splits(
             chosen = balance(name, rows, columns[column][rows], column, labels, seed)
             left_out[surplus(column)] += len(rows) - len(chosen)
             split_of[np.setdiff1d(rows, chosen)] = -1
-    return names, split_of, +left_out
+    return Splits(names, split_of, seed, +left_out)

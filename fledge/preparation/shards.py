@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetInfo, Features, concatenate_datasets, load_
 from fledge.encoding import with_messages
 from fledge.errors import UserError
 from fledge.preparation.chunks import Facts
+from fledge.preparation.curation import Splits
 from fledge.preparation.tables import TOKENS, TOKENS_OF_PAIRS, read_table
 
 SHUFFLED = 32  # chunks whose rows are shuffled together: about 100 MB
@@ -83,44 +84,37 @@ class Shards:
         return self.files
 
 
-def write_splits(
-    folder: Path,
-    chunks: Path,
-    facts: Facts,
-    split_of: np.ndarray,
-    splits: tuple[str, ...],
-    columns: Features,
-    max_bytes: int,
-    seed: int,
-) -> None:
-    """Writes `data/SPLIT-*.parquet` and the `DatasetDict` `tokenized/` into `folder`, from the rows in `chunks`.
+def write_splits(folder: Path, facts: Facts, splits: Splits, columns: Features, max_bytes: int) -> None:
+    """Writes `data/SPLIT-*.parquet` and the `DatasetDict` `tokenized/` into `folder`, from the rows of the chunks.
 
-    `split_of` comes from `assign_splits`. Chunks are shuffled, and then rows within `SHUFFLED` chunks.
+    Chunks are shuffled, and then rows within `SHUFFLED` chunks. No file holds more than `max_bytes` before compression.
     """
-    files = [chunks / f"{name}.rows.arrow" for name in facts.chunks]
-    split_of_chunk = np.split(split_of, np.cumsum(facts.rows)[:-1])
+    files = facts.files("rows.arrow")
+    split_of_chunk = np.split(splits.of_row, np.cumsum(facts.rows)[:-1])
     text, tokens, features = [], [], TOKENS_OF_PAIRS if "rejected" in columns else TOKENS
     (folder / "data").mkdir()
-    for name in splits:
+    for name in splits.names:
         (folder / "tokenized" / name).mkdir(parents=True)
         text.append(Shards(folder / "data" / name, ".parquet", columns, parquet_writer, max_bytes))
         tokens.append(Shards(folder / "tokenized" / name / "data", ".arrow", features, arrow_writer, max_bytes))
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(splits.seed)
     order = rng.permutation(len(files))
     for begin in range(0, len(order), SHUFFLED):
         together = order[begin : begin + SHUFFLED]
         rows = pa.concat_tables([read_table(files[number]) for number in together])
         split_of_row = np.concatenate([split_of_chunk[number] for number in together])
-        for number in range(len(splits)):
+        for number in range(len(splits.names)):
             chosen = rows.take(rng.permutation(np.flatnonzero(split_of_row == number)))
             tokens[number].write(chosen)
             text[number].write(published(chosen, columns))
 
-    for name, of_text, of_tokens in zip(splits, text, tokens, strict=True):
+    for name, of_text, of_tokens in zip(splits.names, text, tokens, strict=True):
         of_text.close()
         _describe_arrow(folder / "tokenized" / name, of_tokens.close(), features)
-    (folder / "tokenized" / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
+    (folder / "tokenized" / "dataset_dict.json").write_text(
+        json.dumps({"splits": list(splits.names)}), encoding="utf-8"
+    )
 
 
 def published(rows: pa.Table, columns: Features) -> pa.Table:

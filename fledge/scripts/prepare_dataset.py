@@ -152,7 +152,7 @@ def prepare(args: PrepareArguments, output: Output) -> None:
         plan.preparation.folder.mkdir()
         num_proc = args.num_proc or os.cpu_count() or 1
         prepare_chunks(plan.preparation, lambda: named_chunks(plan.source, args.data, args.limit), num_proc)
-        budget = write_dataset(plan, Facts.read(folder / "chunks"), folder / "chunks", folder)
+        budget = write_dataset(plan, Facts.read(folder / "chunks"), folder)
         shutil.rmtree(folder / "chunks")
 
     # ------------------------------------------------------------ Report
@@ -305,8 +305,8 @@ def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTo
     return template
 
 
-def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Budget":
-    """Splits and balances the rows in the folder `chunks`, and writes the dataset into `folder`.
+def write_dataset(plan: Plan, facts: "Facts", folder: Path) -> "Budget":
+    """Splits and balances the rows that the facts are of, and writes the dataset into `folder`.
 
     Raises:
         UserError: there is no row, or a split is empty or cannot be balanced.
@@ -346,16 +346,14 @@ def write_dataset(plan: Plan, facts: "Facts", chunks: Path, folder: Path) -> "Bu
     balanced = (args.balance, classes[args.balance]) if args.balance else None
     near = None
     if args.near_duplicates:
-        signatures = [chunks / f"{chunk}.minhash.npy" for chunk in facts.chunks]
-        near = near_duplicates(signatures, facts.columns["group"], args.near_duplicates)
-    names, split_of, repeated = assign_splits(facts, plan.shares, balanced, args.seed, near)
-    budget.rejected.update(repeated)
-    for number, name in enumerate(names):
-        budget.describe(name, facts.of(split_of == number), classes)
-    columns = written_columns(plan.task, preparation.has_pairs)
-    write_splits(folder, chunks, facts, split_of, names, columns, plan.max_shard_bytes, args.seed)
+        near = near_duplicates(facts.files("minhash.npy"), facts.columns["group"], args.near_duplicates)
+    splits = assign_splits(facts, plan.shares, balanced, args.seed, near)
+    budget.rejected.update(splits.left_out)
+    for name in splits.names:
+        budget.describe(name, facts.of(splits.rows(name)), classes)
+    write_splits(folder, facts, splits, written_columns(plan.task, preparation.has_pairs), plan.max_shard_bytes)
     preparation.tokenizer.save_pretrained(folder / "tokenizer")
-    budget.save(folder, facts.of(split_of == names.index("train")))
+    budget.save(folder, facts.of(splits.rows("train")))
     rows = first_rows(folder, "train", 2)
     prompt = prompt_text(preparation.tokenizer, rows[0]["messages"][:-1])
     (folder / "README.md").write_text(dataset_card(budget.as_dict(), rows, prompt), encoding="utf-8")
@@ -370,12 +368,12 @@ def push(data: Path, repo_id: str, private: bool) -> None:
     """
     from fledge.publishing.preflight import check_folder
     from fledge.publishing.repositories import build_dataset
-    from fledge.publishing.upload import send
+    from fledge.publishing.upload import Repository, send
 
     with tempfile.TemporaryDirectory(prefix="fledge-") as folder:
         build_dataset(Path(folder), data)
         check_folder("dataset", Path(folder))
-        print(f"Sent to {send('dataset', Path(folder), repo_id, private).url}")
+        print(f"Sent to {send(Path(folder), Repository('dataset', repo_id, private)).url}")
 
 
 def show(data: Path, count: int) -> None:

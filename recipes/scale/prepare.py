@@ -80,7 +80,7 @@ class WriteDataset(Half):
             claimed(arguments.output_dir, "prepare_dataset.py", arguments.overwrite) as output,
             output.staged() as folder,
         ):
-            print(write_dataset(plan, Facts.read(self.chunks), self.chunks, folder).markdown())
+            print(write_dataset(plan, Facts.read(self.chunks), folder).markdown())
         yield from data or ()
 
 

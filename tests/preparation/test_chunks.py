@@ -17,6 +17,7 @@ from fledge.errors import UserError
 from fledge.messages import INPUT_MARK
 from fledge.preparation import chunks, shards
 from fledge.preparation.chunks import Facts, Found, NamedChunk, Preparation, named_chunks, prepare_chunks, spread
+from fledge.preparation.curation import Splits
 from fledge.preparation.shards import Shards, bytes_of, parquet_writer, write_splits
 from fledge.preparation.tables import columns_of, hash_of, read_table
 from fledge.sources import Chunk, load_source
@@ -237,7 +238,7 @@ def test_splits_are_written_as_datasets_writes_them(preparation, records, tmp_pa
     split_of = np.arange(60, dtype=np.int8) % 4 - 1
     columns = Features({"messages": columns_of(load_task("topic_ending"))["messages"]})
     (tmp_path / "out").mkdir()
-    write_splits(tmp_path / "out", tmp_path, facts, split_of, ("a", "b", "c"), columns, 1500, seed=3)
+    write_splits(tmp_path / "out", facts, Splits(("a", "b", "c"), split_of, seed=3), columns, 1500)
 
     tokenized = load_from_disk(str(tmp_path / "out" / "tokenized"))
     assert tuple(tokenized) == ("a", "b", "c")

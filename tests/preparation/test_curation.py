@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,15 +99,15 @@ def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(codes, labels, se
 def test_only_labels_that_occur_are_balanced(codes, kept):
     rows = np.arange(6)
     columns = {"group": rows, "fingerprint": rows, "source_split": np.zeros(6, int), "kind": np.array(codes)}
-    facts = Facts(["a"], np.array([6]), columns, Found())
+    facts = Facts(Path(), ["a"], np.array([6]), columns, Found())
     if kept is None:
         with pytest.raises(UserError, match="All 6 usable records have the kind c, so --balance kind has nothing"):
             assign_splits(facts, None, ("kind", ("a", "b", "c")), 0)
         return
-    _, split_of, left_out = assign_splits(facts, None, ("kind", ("a", "b", "c")), 0)
+    splits = assign_splits(facts, None, ("kind", ("a", "b", "c")), 0)
 
-    assert Counter(columns["kind"][split_of == 0].tolist()) == {0: kept // 2, 2: kept // 2}
-    assert left_out.total() == 6 - kept
+    assert Counter(columns["kind"][splits.rows("train")].tolist()) == {0: kept // 2, 2: kept // 2}
+    assert splits.left_out.total() == 6 - kept
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))
