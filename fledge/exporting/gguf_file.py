@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +16,9 @@ from fledge.messages import Messages
 from fledge.models import context_of, embedding_of
 from fledge.tokenizers.fast import merges_of
 from fledge.version import __version__
+
+if TYPE_CHECKING:
+    from gguf import TokenType
 
 # Value of --quantize → llama.cpp's names for the type of the matrices and for the type of the file.
 TYPES = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
@@ -102,34 +105,17 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, system: Messages)
     types = [TokenType.NORMAL if i in ids else TokenType.UNUSED for i in range(rows)]
     for i, added in tokenizer.added_tokens_decoder.items():
         types[i] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
-    model, split = parts["model"], parts["pre_tokenizer"]
-    merges = merges_of(model) if model["type"] == "BPE" else []
+    model, split, normalizers = parts["model"], parts["pre_tokenizer"], json.dumps(parts["normalizer"])
+    is_bpe = model["type"] == "BPE"
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     keys: dict[str, Any] = {"ggml.tokens": tokens}
     differences: list[str] = []
-    if model["type"] == "BPE" and parts["normalizer"] is None and split and byte_level.items() <= split.items():
-        keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": [" ".join(pair) for pair in merges]}
-    elif model["type"] == "BPE" and model["byte_fallback"] and split is None:
-        # SentencePiece merges by the score of the result; the rank of the merge serves as the score.
-        ranks = {left + right: -float(i) for i, (left, right) in reversed(list(enumerate(merges)))}
-        for i, token in enumerate(tokens):
-            if types[i] is TokenType.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
-                types[i] = TokenType.BYTE
-        normalizers = json.dumps(parts["normalizer"])
-        if "Precompiled" in normalizers:
-            differences.append("llama.cpp takes unusual characters as they are, and this tokenizer normalizes them.")
-        if r"\\A +" in normalizers:
-            differences.append("llama.cpp keeps runs of spaces, and this tokenizer joins them.")
-        keys |= {
-            "ggml.model": "llama",
-            "ggml.pre": "default",
-            "ggml.scores": [ranks.get(token, -1e6) for token in tokens],
-            "ggml.add_space_prefix": "Prepend" in normalizers,
-        }
-        if model["unk_token"]:
-            unknown = tokens.index(model["unk_token"])
-            types[unknown] = TokenType.UNKNOWN
-            keys["ggml.unknown_token_id"] = unknown
+    if is_bpe and parts["normalizer"] is None and split and byte_level.items() <= split.items():
+        merges = [" ".join(pair) for pair in merges_of(model)]
+        keys |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": merges}
+    elif is_bpe and model["byte_fallback"] and split is None:
+        keys |= _sentencepiece(model, normalizers, tokens, types)
+        differences = _left_out(normalizers)
     else:
         raise UserError(
             "llama.cpp cannot run this model: it has neither byte-level BPE split as GPT-2 does nor SentencePiece's "
@@ -141,3 +127,40 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, system: Messages)
     if template := served_template(tokenizer, system):
         keys["chat_template"] = template
     return keys, differences
+
+
+def _sentencepiece(
+    model: dict[str, Any], normalizers: str, tokens: list[str], types: "list[TokenType]"
+) -> dict[str, Any]:
+    """The keys of SentencePiece's BPE, which falls back to bytes. Sets the `types` of bytes and of the unknown token.
+
+    `normalizers` are the tokenizer's, as JSON.
+    """
+    from gguf import TokenType
+
+    # SentencePiece merges by the score of the result; the rank of the merge serves as the score.
+    ranks = {left + right: -float(i) for i, (left, right) in reversed(list(enumerate(merges_of(model))))}
+    for i, token in enumerate(tokens):
+        if types[i] is TokenType.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            types[i] = TokenType.BYTE
+    keys: dict[str, Any] = {
+        "ggml.model": "llama",
+        "ggml.pre": "default",
+        "ggml.scores": [ranks.get(token, -1e6) for token in tokens],
+        "ggml.add_space_prefix": "Prepend" in normalizers,
+    }
+    if model["unk_token"]:
+        unknown = tokens.index(model["unk_token"])
+        types[unknown] = TokenType.UNKNOWN
+        keys["ggml.unknown_token_id"] = unknown
+    return keys
+
+
+def _left_out(normalizers: str) -> list[str]:
+    """What a tokenizer's normalizers, as JSON, do to a text and llama.cpp does not."""
+    found = []
+    if "Precompiled" in normalizers:
+        found.append("llama.cpp takes unusual characters as they are, and this tokenizer normalizes them.")
+    if r"\\A +" in normalizers:
+        found.append("llama.cpp keeps runs of spaces, and this tokenizer joins them.")
+    return found

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -115,10 +115,9 @@ def judge(
     `error` is the largest error of its logits, already measured. `tell` is called with the number of prompts done.
     """
     texts = [supervised_text(tokenizer, row) for row in trial.rows]
-    nats = completion_nats(model, tokenizer, trial.rows)
-    bits = loss_ratios([row.cpu() for row in nats], texts)["bits_per_byte"]
-    of_program = [_nats(program, row) for row in trial.rows]
-    quantised_bits = loss_ratios(of_program, texts)["bits_per_byte"]
+    nats = [row.cpu() for row in completion_nats(model, tokenizer, trial.rows)]
+    bits = loss_ratios(nats, texts)["bits_per_byte"]
+    quantised_bits = loss_ratios([_nats(program, row) for row in trial.rows], texts)["bits_per_byte"]
     original = answer_all(model, tokenizer, trial.prompts, GREEDY, 64, lambda done: None)
     context = context_of(model.config)
     quantised = []
@@ -129,7 +128,7 @@ def judge(
     lost = paired_difference(bits, quantised_bits)
     assert lost
     values = float(bits.value()), float(quantised_bits.value())
-    record = {
+    record: dict[str, Any] = {
         "measured_on": trial.on,
         "largest_logit_error": error,
         "bits_per_byte": {"original": values[0], "quantised": values[1], "lost": lost},
@@ -139,15 +138,19 @@ def judge(
     if lost["value"] > MOST_LOST_BITS * values[0]:
         faults.append(f"it loses {lost['value'] / values[0]:.1%} of the bits per byte (limit {MOST_LOST_BITS:.0%})")
     if trial.score:
-        before, after = trial.score(original), trial.score(quantised)
-        difference = cast(dict, paired_difference(before, after))
-        shares = {"original": float(before.value()), "quantised": float(after.value())}
-        record[FOLLOWING] = shares | {"difference": difference}
+        record[FOLLOWING] = _followed(trial.score(original), trial.score(quantised))
+        difference = record[FOLLOWING]["difference"]
         if difference["value"] < -MOST_LOST_OBEDIENCE and difference["high"] < 0:
             faults.append(
                 f"it follows {-100 * difference['value']:.1f} points fewer prompts (limit {MOST_LOST_OBEDIENCE:.0%})"
             )
     return Verdict(record, faults)
+
+
+def _followed(before: Ratio, after: Ratio) -> dict[str, Any]:
+    """The share of prompts that either model follows, and their difference."""
+    shares = {"original": float(before.value()), "quantised": float(after.value())}
+    return shares | {"difference": cast(dict, paired_difference(before, after))}
 
 
 def _nats(program: Program, row: dict[str, list[int]]) -> torch.Tensor:

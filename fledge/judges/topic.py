@@ -152,12 +152,15 @@ def _other_statement(part: str, told: list[_Sentence], present: frozenset[str]) 
         return CONTRADICTS if is_told else NOT, reason
     if not is_told:
         return None
-    if len(wanted) <= LONG:
-        new = [head for head in heads(beside.text) if not lemmas(head) & set(in_order(part))]
-        elsewhere = [head for head in named if not lemmas(head) & near and head not in KINDS]
-        if new and elsewhere:
-            return CONTRADICTS, f"{elsewhere[0]} became {new[0]}"
-    return _other_number(part, beside) or _other_negation(part, beside)
+    other = _other_thing(part, beside, near) if len(wanted) <= LONG else None
+    return other or _other_number(part, beside) or _other_negation(part, beside)
+
+
+def _other_thing(part: str, beside: _Sentence, near: frozenset[str]) -> tuple[str, str] | None:
+    """A thing of the topic that is told nowhere `near`, where the sentence beside it tells of a new one."""
+    new = [head for head in heads(beside.text) if not lemmas(head) & set(in_order(part))]
+    elsewhere = [head for head in heads(part) if not lemmas(head) & near and head not in KINDS]
+    return (CONTRADICTS, f"{elsewhere[0]} became {new[0]}") if new and elsewhere else None
 
 
 def base(word: str) -> str:
