@@ -4,7 +4,6 @@ python convert_checkpoint.py --checkpoint model.pt --tokenizer tokenizer.json --
 python convert_checkpoint.py --checkpoint model.pt --inspect
 """
 
-import gc
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,16 +14,15 @@ from fledge.cli import parse, write_json
 from fledge.commands import next_command
 from fledge.errors import UserError
 from fledge.folders import Output, claimed
-from fledge.sampling import Sampling
 from fledge.terminal import quiet
 from fledge.version import __version__
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from fledge.checkpoints.author.call import Author
     from fledge.checkpoints.canonical import CanonicalGPT
+    from fledge.checkpoints.converted import Converted
     from fledge.checkpoints.facts import Fact
     from fledge.checkpoints.loading import Checkpoint
     from fledge.checkpoints.probe_text import Trial
@@ -107,21 +105,6 @@ class Reading:
     proof: dict[str, object] = field(default_factory=dict)
 
 
-@dataclass
-class Converted:
-    """The model of transformers, its weights, and the logits that it must reproduce.
-
-    `probes` are token ids with the canonical GPT's logits. `rounding` is the error of these logits in float32.
-    """
-
-    model: "PreTrainedModel"
-    weights: "dict[str, Tensor]"
-    folds: list[str]
-    probes: "list[tuple[Tensor, Tensor]]"
-    rounding: float
-    has_own_code: bool
-
-
 def main() -> Path | None:
     """Returns the folder it wrote."""
     (args,) = parse(sys.argv[1:], ConvertArguments, description=__doc__)
@@ -162,12 +145,12 @@ def convert(args: ConvertArguments, output: Output | None) -> None:
 
     # ------------------------------------------------------------ Save, and prove what was saved
     with output.staged() as folder:
-        write(reading, converted, folder)
-        # Free the first model before the saved one is loaded, so that memory holds one at a time.
+        reading.proof["greedy_tokens"] = converted.save(folder)
+        print("Proving: the same from the saved folder ...", flush=True)
+        converted.prove_written(folder)
         loaded.checkpoint.tensors.clear()
-        del reading.gpt, converted.model, converted.weights
-        gc.collect()
-        reading.proof |= reload(converted, folder)
+        del reading.gpt
+        reading.proof |= converted.prove_saved(folder)
         write_json(folder / "conversion.json", report)
     print(summary(reading.proof))
     if reading.probe_text:
@@ -291,35 +274,21 @@ def check(args: ConvertArguments, reading: Reading) -> None:
         refuse_assumptions(reading.facts, reading.rivals, reading.beside, bool(reading.probe_text))
 
 
-def prove(args: ConvertArguments, reading: Reading) -> Converted:
+def prove(args: ConvertArguments, reading: Reading) -> "Converted":
     """Represents the canonical GPT as a model of transformers, and proves in float64 that both compute the same."""
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from fledge.checkpoints.converted import Converted
 
-    from fledge.checkpoints.custom import represent
-    from fledge.checkpoints.proof import probes_of, prove_exact, rounding
-    from fledge.custom import FledgeGPTConfig
-
-    config, weights, folds = represent(reading.gpt, token_ids(reading), args.target, args.allow_custom_code)
-    folds = [*reading.folds, *folds]
-    for fold in folds:
+    converted = Converted.of(reading.gpt, reading.tokenizer, args.target, args.allow_custom_code)
+    converted.folds = [*reading.folds, *converted.folds]
+    for fold in converted.folds:
         print(f"  {fold}")
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     print("Proving: the same logits in float64 ...", flush=True)
-    probes = probes_of(reading.gpt)
-    reading.proof["float64_max_error"] = prove_exact(probes, model, weights, folds)
-    reading.proof["positions"] = sum(ids.numel() for ids, _ in probes)
-    cost = rounding(reading.gpt, probes)
-    return Converted(model, weights, folds, probes, cost, isinstance(config, FledgeGPTConfig))
+    reading.proof["float64_max_error"] = converted.prove()
+    reading.proof["positions"] = sum(ids.numel() for ids, _ in converted.probes)
+    return converted
 
 
-def token_ids(reading: Reading) -> dict[str, int | None]:
-    return {f"{role}_token_id": getattr(reading.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-
-
-def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[str, object]:
+def report_of(loaded: Loaded, reading: Reading, converted: "Converted") -> dict[str, object]:
     """The content of conversion.json. Its `proof` is the dictionary of `reading`, to which later steps add."""
     import torch
     import transformers
@@ -346,40 +315,6 @@ def report_of(loaded: Loaded, reading: Reading, converted: Converted) -> dict[st
             "transformers": transformers.__version__,
         },
     }
-
-
-def write(reading: Reading, converted: Converted, folder: Path) -> None:
-    """Writes the model in float32 with its tokenizer, and proves its greedy tokens and the written tensors."""
-    from transformers import GenerationConfig
-
-    from fledge.checkpoints.proof import prove_greedy, prove_written
-    from fledge.guards import borrow
-
-    revert_weight_conversion = borrow("transformers.core_model_loading", "revert_weight_conversion")
-    model, weights = converted.model, converted.weights
-    for name in weights:  # one at a time, so that each float64 tensor is freed at once
-        weights[name] = weights[name].float().contiguous()
-    model.load_state_dict(weights, assign=True, strict=False)
-    model.tie_weights()
-    reading.proof["greedy_tokens"] = prove_greedy(reading.gpt, model)
-    ids = {name: i for name, i in token_ids(reading).items() if i is not None}
-    # The same decoding as the tuned model's, so that base and model can be compared.
-    model.generation_config = GenerationConfig(**ids, **Sampling().decoding())
-    model.save_pretrained(folder)
-    reading.tokenizer.save_pretrained(folder)
-    print("Proving: the same from the saved folder ...", flush=True)
-    prove_written(folder / "model.safetensors", revert_weight_conversion(model, weights))
-
-
-def reload(converted: Converted, folder: Path) -> dict[str, float]:
-    """Opens the saved folder and proves that its model computes the same in float32."""
-    from transformers import AutoModelForCausalLM
-
-    from fledge.checkpoints.proof import prove_saved
-    from fledge.custom import open_as_strangers_do
-
-    opened = open_as_strangers_do(folder) if converted.has_own_code else AutoModelForCausalLM.from_pretrained(folder)
-    return prove_saved(converted.probes, opened, converted.rounding)
 
 
 def summary(proof: Mapping[str, object]) -> str:
