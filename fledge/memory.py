@@ -17,12 +17,12 @@ def keep_freed_memory() -> bool:
     return _mallopt(M_MMAP_THRESHOLD, LARGEST) and _mallopt(M_TRIM_THRESHOLD, LARGEST)
 
 
-def return_freed_memory() -> bool:
-    """Returns every block of 1 MB or more to the system when it is freed; returns whether the C library supports this.
+def return_freed_memory(least: int = 1 << 20) -> bool:
+    """Returns every block of `least` bytes or more to the system when it is freed; whether the C library can be told.
 
     By default glibc raises this limit up to 32 MB while it runs, and freed blocks then stay between live ones.
     """
-    return _mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    return _mallopt(M_MMAP_THRESHOLD, least)
 
 
 def empty_memory() -> bool:

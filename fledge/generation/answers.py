@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from fledge.errors import UserError
-from fledge.generation.cache import GROUP, Slots, can_group, grouped, step
+from fledge.generation.cache import GROUP, Slots, cache_type, grouped, step, up_to
 from fledge.generation.draws import choose
 from fledge.generation.onednn import by_onednn
 from fledge.messages import Answer
@@ -103,7 +103,8 @@ def continue_each(
         yield from _one_by_one(model, end, waiting, sampling, told)
         return
     batch_size = min(batch_size, len(prompts))
-    cache = Slots(batch_size, max((row.limit for row in waiting), default=0), wide=can_group(model))
+    longest = max((row.limit for row in waiting), default=0)
+    cache = Slots(padded(model, batch_size), longest, cache_type(model))
     rows: list[_Row] = []  # the longest first, as far as groups go
     with by_onednn(model), grouped(model):
         while waiting or rows:
@@ -114,6 +115,8 @@ def continue_each(
                 logits = _read_in(model, cache, drawing, len(rows))
                 rows += drawing
             else:
+                if not waiting:  # whose rows that are done make room for no other
+                    cache.rows = padded(model, len(rows))
                 drawing, logits = list(rows), _step(model, cache, rows)
             for row, token in zip(drawing, _choose(logits, drawing, sampling), strict=True):
                 row.ids.append(token)
@@ -122,6 +125,14 @@ def continue_each(
                 if rows[i].is_done(end):
                     yield rows[i].number, rows[i].made
                     _remove(rows, i, cache)
+
+
+def padded(model: PreTrainedModel, rows: int) -> int:
+    """How many rows take part in a step of `rows`: on a CPU more than a group are a whole number of groups.
+
+    oneDNN makes a kernel for each number of rows, in a millisecond, and keeps it, in half a megabyte.
+    """
+    return up_to(rows, GROUP) if rows > GROUP and model.device.type == "cpu" else rows
 
 
 def _next(waiting: deque[_Row], room: int) -> list[_Row]:
@@ -221,7 +232,8 @@ def _read_in(model: PreTrainedModel, cache: Slots, rows: list[_Row], first: int)
 
 def _step(model: PreTrainedModel, cache: Slots, rows: list[_Row]) -> Tensor:
     """The logits (rows, V) after each row's last token."""
-    lengths = [len(row.ids) - 1 for row in rows]
+    spare = padded(model, len(rows)) - len(rows)  # rows of one token, which nobody looks at
+    lengths = [len(row.ids) - 1 for row in rows] + [0] * spare
     cache.lengths, cache.longest = torch.tensor(lengths, device=model.device), max(lengths)
     mask = None
     if min(lengths) < cache.longest:
@@ -229,15 +241,15 @@ def _step(model: PreTrainedModel, cache: Slots, rows: list[_Row]) -> Tensor:
         mask = (places <= cache.lengths[:, None])[:, None, None]
         if attention_of(model) in ("eager", None):  # eager attention adds the mask to the scores; sdpa takes both kinds
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-    with step([length + 1 for length in lengths]):
+    with step(cache):
         output = model(
-            input_ids=torch.tensor([row.ids[-1:] for row in rows], device=model.device),
+            input_ids=torch.tensor([row.ids[-1:] for row in rows] + [[0]] * spare, device=model.device),
             position_ids=cache.lengths[:, None],
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
         )
-    return output.logits[:, -1].float()
+    return output.logits[: len(rows), -1].float()
 
 
 def answer_all(

@@ -28,10 +28,12 @@ COPIED = 1 << 30
 def by_onednn(model: PreTrainedModel) -> Iterator[None]:
     """Inside, linear layers of `model` multiply by oneDNN; their results differ from MKL's only in rounding.
 
-    The weights must not change inside. Entering takes about as long as a few products of every layer.
+    Entered under autocast to bfloat16, layers in float32 round their inputs and weights as autocast does. The weights
+    must not change inside. Entering takes about as long as a few products of every layer.
     """
     wanted = [torch.float32, torch.bfloat16] if multiplies_bf16() else [torch.float32]
     dtypes = [dtype for dtype in wanted if os.environ.get("FLEDGE_ONEDNN") != "0" and works(dtype)]
+    rounded = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     changed = {
         part: part.weight.detach().T if isinstance(part, Conv1D) else part.weight.detach()
         for part in model.modules()
@@ -43,8 +45,11 @@ def by_onednn(model: PreTrainedModel) -> Iterator[None]:
     }
     is_copied = sum(weight.nbytes for weight in changed.values()) <= COPIED
     for part, weight in changed.items():
-        held = _lay_out(weight) if is_copied else weight
-        vars(part)["forward"] = functools.partial(_forward, part, held)
+        if rounded in dtypes:
+            held, bias = _lay_out(weight.to(rounded)), None if part.bias is None else part.bias.detach().to(rounded)
+            vars(part)["forward"] = functools.partial(_forward_rounded, held, bias)
+        else:
+            vars(part)["forward"] = functools.partial(_forward, part, _lay_out(weight) if is_copied else weight)
     try:
         yield
     finally:
@@ -75,6 +80,10 @@ def _lay_out(weight: Tensor) -> Tensor:
 
 def _multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+def _forward_rounded(held: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    return _multiply(inputs.to(held.dtype), held, bias)
 
 
 def _forward(self: nn.Linear | Conv1D, held: Tensor, inputs: Tensor) -> Tensor:

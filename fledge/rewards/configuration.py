@@ -54,7 +54,7 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
     scale_rewards: str = field(
         default="none", metadata={"help": "divide a group's rewards by their spread: group, batch or none"}
     )
-    rollout_batch_size: int = field(default=64, metadata={"help": "answers that are sampled at once"})
+    rollout_batch_size: int = field(default=192, metadata={"help": "answers that are sampled at once"})
 
     def __post_init__(self) -> None:
         if self.remove_unused_columns:

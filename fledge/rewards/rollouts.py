@@ -3,10 +3,14 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from fledge.cpu import multiplies_bf16
 from fledge.encoding import prompt_length
 from fledge.generation.answers import continue_each
 from fledge.messages import Messages
 from fledge.sampling import Sampling
+from fledge.training.attention import by_sdpa
 from fledge.training.trainable import without_adapter
 
 if TYPE_CHECKING:
@@ -44,7 +48,10 @@ class Rollouts:
         training = model.training
         model.eval()  # without dropout, as in inference
         end = trainer.processing_class.eos_token_id
-        made = dict(continue_each(model, end, prompt_ids, sampling, config.rollout_batch_size, numbers))
+        # In bfloat16 the answers are drawn from the very probabilities that the loss computes.
+        in_bf16 = config.bf16 and model.device.type == "cpu" and multiplies_bf16()
+        with by_sdpa(model), torch.autocast("cpu", enabled=in_bf16):
+            made = dict(continue_each(model, end, prompt_ids, sampling, config.rollout_batch_size, numbers))
         model.train(training)
         return {
             "prompt_ids": prompt_ids,

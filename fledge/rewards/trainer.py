@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -24,19 +25,21 @@ from typing_extensions import override
 
 from fledge.encoding import IGNORED
 from fledge.guards import borrow, check_overrides, missing
-from fledge.memory import empty_memory
+from fledge.memory import empty_memory, keep_freed_memory, return_freed_memory
 from fledge.messages import Messages
 from fledge.rewards.configuration import SmallGrpoConfig, why_not
 from fledge.rewards.rollouts import Rollouts
 from fledge.rewards.watch import record_of
 from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import with_values
+from fledge.training.loss import PADDED, spare
 from fledge.training.resuming import tokens_seen
 from fledge.training.sharding import told_to_shard
 from fledge.training.trainer import score_faster
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # Fledge checks that `rollout_func` is there
 TOKENS_AT_ONCE = 8192  # of a forward pass without gradients
+GROWING = 4 << 20  # bytes of a buffer that grows, and more than what comes and goes at every token
 DEAD_STEPS = 5
 
 
@@ -123,9 +126,14 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         sampling = self._step % self.steps_of_a_generation == 0
+        on_cpu = self.args.device.type == "cpu"
         if sampling:  # it and the loss keep what they free, and neither can use all that the other has kept
             empty_memory()
+        if sampling and on_cpu:  # buffers of keys and values grow, and leave gaps in which the next ones do not fit
+            return_freed_memory(GROWING)
         inputs = super()._prepare_inputs(generation_batch)
+        if sampling and on_cpu:
+            keep_freed_memory()
         if sampling:
             empty_memory()
         # Where a micro-batch is weighted by its own tokens, its rows stay as they were drawn.
@@ -252,8 +260,13 @@ def in_batches(lengths: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def on_the_right(input_ids: Tensor, read: Tensor, completion: int) -> dict[str, Tensor]:
-    """`input_ids` (B, P + C) with only the tokens to `read`, padded on the right; labels for the last C positions."""
+    """`input_ids` (B, P + C) without what is not `read`, padded on the right; labels for the last C positions alone.
+
+    They become T long, a multiple of `PADDED` unless that is more than P + C.
+    """
     ids = pad_sequence([row[kept] for row, kept in zip(input_ids, read, strict=True)], batch_first=True)
+    room = input_ids.shape[1] - ids.shape[1]
+    ids = F.pad(ids, (0, min(room, spare(ids.shape[1], PADDED))))
     places = torch.arange(ids.shape[1], device=ids.device)
     prompt, whole = read[:, :-completion].sum(1, keepdim=True), read.sum(1, keepdim=True)
     return {"input_ids": ids, "labels": ids.masked_fill((places < prompt) | (places >= whole), IGNORED)}

@@ -34,6 +34,7 @@ from fledge.rewards.functions import Rewarder, RewardFunction, call_of, reward_f
 from fledge.rewards.limits import Look, WatchArguments, best_of, broken, outside
 from fledge.sampling import Sampling
 from fledge.tasks import FOLLOWING
+from fledge.training.attention import by_sdpa
 from fledge.training.sharding import told_to_shard
 from fledge.training.trainable import without_adapter
 
@@ -72,7 +73,8 @@ class Watched:
         """Answers the prompts with these numbers. `start()` is a context that yields the model before training."""
         prompts, tokenizer = self.prompts, self.prompts.tokenizer
         asked = [prompts.ids[number] for number in numbers]
-        made = dict(continue_each(model, tokenizer.eos_token_id, asked, Sampling(), BATCH, numbers))
+        with by_sdpa(model):
+            made = dict(continue_each(model, tokenizer.eos_token_id, asked, Sampling(), BATCH, numbers))
         rows = [
             {"input_ids": ids + made[number], "labels": [IGNORED] * len(ids) + made[number]}
             for number, ids in zip(numbers, asked, strict=True)

@@ -5,12 +5,15 @@ one row's heads stay in a core's cache and take half the time up to a length of 
 backward pass recomputes the probabilities instead of storing them.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from fledge.models import attention_of
 from fledge.training.loss import CACHED, slices
 
 NAME = "causal_rows"
@@ -81,3 +84,16 @@ def attend_by_rows(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, causal_rows)
     AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
     model.set_attn_implementation(NAME)
+
+
+@contextlib.contextmanager
+def by_sdpa(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a `model` that attends by `causal_rows` does so by transformers' `sdpa`, as one that is served does."""
+    by_rows = attention_of(model) == NAME
+    if by_rows:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if by_rows:
+            model.set_attn_implementation(NAME)

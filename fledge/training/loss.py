@@ -25,6 +25,9 @@ from fledge.training.trainable import without_adapter
 CACHED = 1 << 19
 # Rows, and columns, of the logits in one matrix product, so that its operands stay in the level-3 cache.
 ROWS, COLUMNS = 256, 8192
+# oneDNN makes a kernel for each shape, in a millisecond, and keeps it, in half a megabyte. So rows come in multiples of
+# this where they are fewer than `ROWS`, else of `ROWS`; and texts of a batch in multiples of it.
+PADDED = 32
 # Entries of the logits in memory at a time: 256 MB of bfloat16. Beyond that the backward pass projects again.
 KEPT = 1 << 27
 SCORES = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")  # in the order of their rows
@@ -33,6 +36,11 @@ SCORES = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs") 
 def slices(count: int, size: int) -> list[slice]:
     """`range(count)` cut into slices of `size`; one empty slice if `count` is 0."""
     return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+
+
+def spare(count: int, size: int) -> int:
+    """How much is missing from `count` to a multiple of `size`."""
+    return -count % size
 
 
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
@@ -110,7 +118,9 @@ class ScoreTokens(torch.autograd.Function):
         targets: torch.Tensor,
         rows: int,
     ) -> torch.Tensor:
-        device = hidden.device.type
+        device, ctx.count = hidden.device.type, len(targets)
+        ctx.spare = spare(ctx.count, ROWS if ctx.count > ROWS else PADDED)
+        hidden, targets = F.pad(hidden, (0, 0, 0, ctx.spare)), F.pad(targets, (0, ctx.spare))
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         ctx.types = hidden.dtype, weight.dtype, weight.dtype
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -124,14 +134,14 @@ class ScoreTokens(torch.autograd.Function):
             )
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.kept = grad_logits if len(ctx.slices) == 1 else None
-        return scores
+        return scores[:, : ctx.count]
 
     @staticmethod
     def backward(ctx: Any, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         # The products use token weights relative to the largest, so equal weights are exactly 1. Rounding a weight such
         # as 1/1783 to bfloat16 would scale all gradients by the same error.
-        token_weights = -grad_scores[0]
+        token_weights = F.pad(-grad_scores[0], (0, ctx.spare))
         largest = max(token_weights.abs().max().item(), torch.finfo(torch.float32).tiny) if len(targets) else 1.0
         relative = (token_weights / largest).to(hidden.dtype)[:, None]
         grad_hidden, grad_weight, grad_bias = (
@@ -157,7 +167,7 @@ class ScoreTokens(torch.autograd.Function):
                     else:
                         total[columns].add_(part, alpha=largest)
         ctx.kept = None
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return None if grad_hidden is None else grad_hidden[: ctx.count], grad_weight, grad_bias, None, None
 
 
 def has_plain_logits(config: PretrainedConfig) -> bool:
