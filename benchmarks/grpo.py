@@ -6,8 +6,9 @@
 Both take the same prompts from the same model at temperature 1, with the same rewards, objective, optimizer and, unless
 told otherwise, the same precision and no gradient checkpointing; what differs is the code that samples and that scores.
 Each runs in a process of its own, in turn, `--rounds` times: one step warms up, `--steps` count. Both sample from the
-same distribution, and times are given for as many sampled tokens. Prints each part's share, the peak of the memory, and
-how much of it came on top of the loaded model.
+same distribution, and times are given for as many sampled tokens: seconds on the wall, and processor seconds of all
+threads, which other processes on the machine change less. Prints each part's share (of processor seconds on a CPU), the
+peak of the memory, and how much of it came on top of the loaded model.
 """
 
 import argparse
@@ -24,20 +25,21 @@ from pathlib import Path
 
 PARTS = ("sampling", "rewards", "reference", "forward", "backward", "update", "rest")
 WAYS = ("Fledge", "TRL")
+CLOCKS = {"wall": "on the wall", "processor": "in processor seconds"}
 
 
 class Clock:
-    """Seconds in named parts. A part within another counts for itself alone."""
+    """Seconds in named parts, by the clock `now`. A part within another counts for itself alone."""
 
-    def __init__(self):
-        self.seconds, self.inner = collections.Counter(), []
+    def __init__(self, now):
+        self.now, self.seconds, self.inner = now, collections.Counter(), []
 
     @contextlib.contextmanager
     def part(self, name):
-        start = time.perf_counter()
+        start = self.now()
         self.inner.append(0.0)
         yield
-        passed = time.perf_counter() - start
+        passed = self.now() - start
         self.seconds[name] += passed - self.inner.pop()
         if self.inner:
             self.inner[-1] += passed
@@ -118,6 +120,7 @@ def time_parts(trainer, way, clock):
 
 def measure(way, args):
     """One process: seconds of each part, tokens that were sampled, and peak memory in MiB."""
+    import torch
     from transformers import TrainerCallback
 
     from fledge.memory import keep_freed_memory
@@ -126,7 +129,8 @@ def measure(way, args):
 
     quiet()
     logging.disable(logging.WARNING)
-    clock, lengths, warm = Clock(), [], {}
+    clock = Clock(time.perf_counter if torch.accelerator.is_available() else time.process_time)
+    clocks, lengths, started = (time.perf_counter, time.process_time, clock.now), [], []
 
     class Steps(TrainerCallback):
         """Notes the mean length of each step's answers; the first step warms up, and nothing of it counts."""
@@ -134,7 +138,7 @@ def measure(way, args):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 clock.seconds.clear()
-                warm["start"] = time.perf_counter()
+                started.extend(now() for now in clocks)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "reward" in logs:
@@ -149,11 +153,12 @@ def measure(way, args):
             keep_freed_memory()
             trainer.start_from(None)
         trainer.train()
-    total = time.perf_counter() - warm["start"]
+    wall, processor, total = (now() - start for now, start in zip(clocks, started, strict=True))
     clock.seconds["rest"] = total - sum(clock.seconds.values())
     return {
-        "seconds": dict(clock.seconds),
-        "total": total,
+        "shares": {part: seconds / total for part, seconds in clock.seconds.items()},
+        "wall": wall,
+        "processor": processor,
         "tokens": sum(lengths[1:]) * args.prompts * args.answers,
         "peak": peak_memory_mib(),
         "loaded": loaded,
@@ -184,19 +189,24 @@ def main():
                 [sys.executable, *sys.argv, "--only", way], stdout=subprocess.PIPE, text=True, check=True
             )
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{way}: {found[way][-1]['total']:.1f} s", file=sys.stderr, flush=True)
-    speeds = {way: [1000 * r["total"] / r["tokens"] for r in runs] for way, runs in found.items()}
+            print(f"{way}: {found[way][-1]['wall']:.1f} s", file=sys.stderr, flush=True)
     for way, runs in found.items():
-        middle = statistics.median(speeds[way])
-        run = runs[speeds[way].index(min(speeds[way], key=lambda speed: abs(speed - middle)))]
-        shares = ", ".join(f"{part} {run['seconds'].get(part, 0) / run['total']:.0%}" for part in PARTS)
+        wall, processor = (statistics.median(speeds(runs, clock)) for clock in CLOCKS)
+        print(f"{way:<7} {wall:6.2f} s per 1,000 sampled tokens, {processor:.2f} of a processor; ", end="")
+        print(", ".join(f"{part} {statistics.median(r['shares'].get(part, 0) for r in runs):.0%}" for part in PARTS))
         peak, loaded = (statistics.median(r[key] for r in runs) for key in ("peak", "loaded"))
-        print(f"{way:<7} {middle:6.2f} s per 1,000 sampled tokens; {shares}")
         print(f"        peak {peak:,.0f} MiB, of which {peak - loaded:,.0f} MiB came after the model was loaded")
-    ratios = sorted(trl / fledge for fledge, trl in zip(*speeds.values(), strict=True))
+    for clock, of in CLOCKS.items():
+        each = zip(*(speeds(runs, clock) for runs in found.values()), strict=True)
+        ratios = sorted(trl / fledge for fledge, trl in each)
+        print(f"Fledge is {statistics.median(ratios):.1f} times as fast {of} ({ratios[0]:.1f} to {ratios[-1]:.1f})")
     peaks = {way: statistics.median(r["peak"] for r in runs) for way, runs in found.items()}
-    print(f"Fledge is {statistics.median(ratios):.1f} times as fast ({ratios[0]:.1f} to {ratios[-1]:.1f}), ", end="")
     print(f"in {peaks['Fledge'] / peaks['TRL']:.0%} of the memory")
+
+
+def speeds(runs, clock):
+    """Seconds per 1,000 sampled tokens of each run."""
+    return [1000 * run[clock] / run["tokens"] for run in runs]
 
 
 if __name__ == "__main__":

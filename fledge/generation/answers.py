@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from fledge.errors import UserError
-from fledge.generation.cache import GROUP, Slots, cache_type, grouped, step, up_to
+from fledge.generation.cache import GROUP, Slots, cache_type, grouped, step
 from fledge.generation.draws import choose
 from fledge.generation.onednn import by_onednn
 from fledge.messages import Answer
@@ -103,8 +103,7 @@ def continue_each(
         yield from _one_by_one(model, end, waiting, sampling, told)
         return
     batch_size = min(batch_size, len(prompts))
-    longest = max((row.limit for row in waiting), default=0)
-    cache = Slots(padded(model, batch_size), longest, cache_type(model))
+    cache = Slots(batch_size, max((row.limit for row in waiting), default=0), cache_type(model))
     rows: list[_Row] = []  # the longest first, as far as groups go
     with by_onednn(model), grouped(model):
         while waiting or rows:
@@ -115,8 +114,8 @@ def continue_each(
                 logits = _read_in(model, cache, drawing, len(rows))
                 rows += drawing
             else:
-                if not waiting:  # whose rows that are done make room for no other
-                    cache.rows = padded(model, len(rows))
+                if not waiting and cache.few_shapes:  # the rows that are done make room for no other
+                    cache.rows = cache.padded(len(rows))
                 drawing, logits = list(rows), _step(model, cache, rows)
             for row, token in zip(drawing, _choose(logits, drawing, sampling), strict=True):
                 row.ids.append(token)
@@ -125,14 +124,6 @@ def continue_each(
                 if rows[i].is_done(end):
                     yield rows[i].number, rows[i].made
                     _remove(rows, i, cache)
-
-
-def padded(model: PreTrainedModel, rows: int) -> int:
-    """How many rows take part in a step of `rows`: on a CPU more than a group are a whole number of groups.
-
-    oneDNN makes a kernel for each number of rows, in a millisecond, and keeps it, in half a megabyte.
-    """
-    return up_to(rows, GROUP) if rows > GROUP and model.device.type == "cpu" else rows
 
 
 def _next(waiting: deque[_Row], room: int) -> list[_Row]:
@@ -232,15 +223,12 @@ def _read_in(model: PreTrainedModel, cache: Slots, rows: list[_Row], first: int)
 
 def _step(model: PreTrainedModel, cache: Slots, rows: list[_Row]) -> Tensor:
     """The logits (rows, V) after each row's last token."""
-    spare = padded(model, len(rows)) - len(rows)  # rows of one token, which nobody looks at
+    spare = cache.padded(len(rows)) - len(rows)  # rows of one token, whose logits nobody reads
     lengths = [len(row.ids) - 1 for row in rows] + [0] * spare
-    cache.lengths, cache.longest = torch.tensor(lengths, device=model.device), max(lengths)
-    mask = None
-    if min(lengths) < cache.longest:
-        places = torch.arange(cache.longest + 1, device=model.device)
-        mask = (places <= cache.lengths[:, None])[:, None, None]
-        if attention_of(model) in ("eager", None):  # eager attention adds the mask to the scores; sdpa takes both kinds
-            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+    mask = cache.begin_step(lengths, model.device)
+    if mask is not None and attention_of(model) in ("eager", None):
+        # eager attention adds the mask to the scores; sdpa takes both kinds
+        mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
     with step(cache):
         output = model(
             input_ids=torch.tensor([row.ids[-1:] for row in rows] + [[0]] * spare, device=model.device),

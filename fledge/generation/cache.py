@@ -1,8 +1,8 @@
 """The KV cache of a batch, and attention over it.
 
-On a CPU attention takes the time in which keys and values are read. So rows of similar length lie side by side, and
-each group of them is read to its own longest row instead of the longest of all. Where the processor multiplies bfloat16
-and the model is in it, keys and values are too, and are read in half the time.
+On a CPU the time of attention is the time to read keys and values. So rows of similar length are neighbours, and
+attention reads each group of them up to the longest row of the group instead of the longest of all. Keys and values in
+bfloat16 are read in half the time, where the processor multiplies it.
 """
 
 import contextlib
@@ -21,43 +21,78 @@ from fledge.guards import check_overrides
 from fledge.models import attention_of
 
 NAME = "groups_of_rows"
-GROUP = 16  # rows that are read to one length
-PLACES = 32  # rows are read to a multiple of this: oneDNN makes, and keeps, a kernel for each length
-# During a step the rows of each group, how many places they are read to, and what is added to their scores (rows, 1, 1,
-# places), which hides what lies beyond a row's own text; None outside of a step.
-Group = tuple[slice, int, Tensor | None]
-GROUPS: ContextVar[list[Group] | None] = ContextVar("groups", default=None)
+GROUP = 16  # rows that are read up to the same length
+PLACES = 32  # in bfloat16, rows are read up to a multiple of this
+# How many places of each group are read during a step; `None` outside of a step.
+LENGTHS: ContextVar[list[int] | None] = ContextVar("lengths", default=None)
 
 
 @check_overrides
 class Slots(Cache):
-    """Keys and values (rows, heads, places, head width) of each layer. Row i's tokens lie at 0 … lengths[i] − 1."""
+    """Keys and values (rows, heads, places, head width) of each layer. Row i's tokens are at 0 … lengths[i] − 1.
+
+    In bfloat16 the sizes of a step are multiples of `GROUP` and `PLACES`, because oneDNN makes a kernel for each shape
+    of a product, in a millisecond, and keeps it, in half a megabyte. Its products copy what is only a part of a buffer,
+    so buffers grow and shrink with the texts and are read whole. In other types a buffer has room for `capacity` tokens
+    from the start.
+    """
 
     def __init__(self, rows: int, capacity: int, kept_in: torch.dtype | None):
-        """`kept_in` is the type of keys and values; `None` is as the model makes them (see `cache_type`)."""
+        """`kept_in` is the type of keys and values; `None` keeps that of the model (see `cache_type`)."""
         super().__init__(layers=[])
-        self.rows, self.kept_in = rows, kept_in
-        self.places = 0 if kept_in else capacity  # where rows are grouped, buffers grow with the texts
+        self.kept_in, self.few_shapes = kept_in, kept_in == torch.bfloat16
+        self.rows = self.padded(rows)
+        self.places = 0 if self.few_shapes else capacity
         self.buffers: list[tuple[Tensor, Tensor]] = []
         self.first = 0  # the first row of the prefill
         self.copies: Tensor | None = None  # for each row of the prefill, the number of its prompt
         self.lengths: Tensor | None = None  # (rows,) during a step, `None` during prefill
         self.longest = 0
 
+    def padded(self, rows: int) -> int:
+        """How many rows take part in a step of `rows`."""
+        return up_to(rows, GROUP) if self.few_shapes and rows > GROUP else rows
+
+    def begin_step(self, lengths: list[int], device: torch.device) -> Tensor | None:
+        """Makes room for another token after each row's `lengths`; returns which places a row sees, if not all do.
+
+        The mask (rows, 1, 1, places) is `None` if each row sees all places.
+        """
+        self.lengths, self.longest = torch.tensor(lengths, device=device), max(lengths)
+        if self.few_shapes:
+            needed = up_to(self.longest + 1, PLACES)
+            if not self.places // 2 < needed <= self.places:
+                self.places = needed
+        if min(lengths) + 1 == self.read:
+            return None
+        return (torch.arange(self.read, device=device) <= self.lengths[:, None])[:, None, None]
+
+    @property
+    def read(self) -> int:
+        """How many places of each row are read in a step."""
+        return self.places if self.few_shapes else self.longest + 1
+
+    def places_of_groups(self) -> list[int]:
+        """How many places of each group of rows are read in a step."""
+        assert self.lengths is not None
+        lengths = [int(part.max()) + 1 for part in self.lengths.split(GROUP)]
+        if not self.few_shapes:
+            return lengths
+        needed = [up_to(length, PLACES) for length in lengths]
+        return [places if 2 * places <= self.places else self.places for places in needed]
+
     @override
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        # Rotary positions, in float32 under autocast, leave keys in another type than values.
-        keys, values = (x if self.kept_in is None else x.to(self.kept_in) for x in (key_states, value_states))
+        keys, values = key_states, value_states
         count, length = keys.shape[0], keys.shape[2]
-        if layer_idx == len(self.buffers):
-            self.buffers.append((keys[:0], values[:0]))
-        if self.lengths is None and self.kept_in:
+        if self.few_shapes and self.lengths is None:
             self.places = max(self.places, up_to(length, PLACES))
-        if self.buffers[layer_idx][0].shape[2] != self.places or not len(self.buffers[layer_idx][0]):
-            of_keys, of_values = self.buffers[layer_idx]
-            self.buffers[layer_idx] = self.fitted(of_keys), self.fitted(of_values)
+        if layer_idx == len(self.buffers):
+            self.buffers.append(tuple(x[:0].to(self.kept_in or x.dtype) for x in (keys, values)))
+        if self.buffers[layer_idx][0].shape[::2] != (self.rows, self.places):
+            self.buffers[layer_idx] = tuple(map(self.fitted, self.buffers[layer_idx]))
         if self.lengths is None:
             for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
                 copied = new if self.copies is None else new[self.copies]
@@ -65,34 +100,17 @@ class Slots(Cache):
             return keys, values
         each = torch.arange(count, device=keys.device)
         for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
-            buffer[each, :, self.lengths] = new[:, :, 0]
+            buffer[each, :, self.lengths] = new[:, :, 0].to(buffer.dtype)
         held_keys, held_values = self.buffers[layer_idx]
-        read = self.places if self.kept_in else self.longest + 1
-        return held_keys[:count, :, :read], held_values[:count, :, :read]
+        return held_keys[:count, :, : self.read], held_values[:count, :, : self.read]
 
     def fitted(self, buffer: Tensor) -> Tensor:
-        """A buffer with as many rows and places as there are now, and what `buffer` holds of them."""
+        """A buffer with as many rows and places as are needed now, and what `buffer` holds of them."""
         # Zeros, not whatever memory held: a masked NaN is still a NaN.
         new = buffer.new_zeros(self.rows, buffer.shape[1], self.places, buffer.shape[3])
         rows, places = min(len(buffer), self.rows), min(buffer.shape[2], self.places)
         new[:rows, :, :places] = buffer[:rows, :, :places]
         return new
-
-    def groups(self) -> list[Group]:
-        """The groups of the rows that are in a step, for whose longest there is room after it."""
-        assert self.lengths is not None
-        needed = up_to(self.longest + 1, PLACES)
-        if not self.places // 2 < needed <= self.places:
-            self.places = needed
-        groups: list[Group] = []
-        for begin in range(0, len(self.lengths), GROUP):
-            last = self.lengths[begin : begin + GROUP, None, None, None]
-            places = up_to(int(last.max()) + 1, PLACES)
-            if self.kept_in == torch.bfloat16 and places > self.places // 2:
-                places = self.places  # a product of a part would copy it first
-            hidden = torch.zeros(len(last), 1, 1, places).masked_fill_(torch.arange(places) > last, float("-inf"))
-            groups.append((slice(begin, begin + GROUP), places, hidden))
-        return groups
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -118,18 +136,22 @@ def groups_of_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function for transformers: `sdpa`, applied to each group of rows separately during a step.
 
-    A step is in the type of the cache. Each row sees all of its own text and no more, as `is_batched` demands.
+    A step computes in the dtype of the cache: see `cache_type`.
     """
-    sdpa, groups = AttentionInterface()["sdpa"], GROUPS.get()
+    sdpa, lengths = AttentionInterface()["sdpa"], LENGTHS.get()
+    if lengths is None:
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None:
+        dtype = key.dtype if attention_mask.is_floating_point() else attention_mask.dtype
+        attention_mask = attention_mask.expand(len(query), -1, -1, -1).to(dtype)
+    attend = by_products if key.dtype == torch.bfloat16 else sdpa
+    mixed = []
     with torch.autocast("cpu", enabled=False):  # it would make another copy of the cache for every token
-        query_in = query.to(key.dtype)
-        if groups is None:
-            return sdpa(module, query_in, key, value, attention_mask, **kwargs)[0].to(query.dtype), None
-        attend = by_products if key.dtype == torch.bfloat16 else sdpa
-        mixed = [
-            attend(module, query_in[rows], key[rows, :, :places], value[rows, :, :places], hidden, **kwargs)[0]
-            for rows, places, hidden in groups
-        ]
+        for i, longest in enumerate(lengths):
+            rows = slice(i * GROUP, (i + 1) * GROUP)
+            mask = None if attention_mask is None else attention_mask[rows, ..., :longest]
+            held = key[rows, :, :longest], value[rows, :, :longest]
+            mixed.append(attend(module, query[rows].to(key.dtype), *held, mask, **kwargs)[0])
     return torch.cat(mixed).to(query.dtype), None
 
 
@@ -142,13 +164,16 @@ def by_products(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa` of one query a row, in bfloat16: torch's own kernel takes a few times as long there."""
+    """transformers' `sdpa` of one query a row, in bfloat16, with a mask of True and False.
+
+    Torch's own kernel takes about five times as long for it.
+    """
     rows, heads, _one, width = query.shape
     shared = query.reshape(rows * key.shape[1], -1, width)  # the queries of each head of keys
     scores = torch.bmm(shared, key.flatten(0, 1).transpose(1, 2)).float()
     scores = scores.mul_(width**-0.5 if scaling is None else scaling).unflatten(0, (rows, -1))
     if attention_mask is not None:
-        scores += attention_mask
+        scores.masked_fill_(~attention_mask, float("-inf"))
     mixed = torch.bmm(scores.softmax(-1).to(value.dtype).flatten(0, 1), value.flatten(0, 1))
     return mixed.view(rows, 1, heads, -1), None
 
@@ -159,9 +184,10 @@ def can_group(model: PreTrainedModel) -> bool:
 
 
 def cache_type(model: PreTrainedModel) -> torch.dtype | None:
-    """What keys and values of `model` are to be kept in: as they are, except where `groups_of_rows` wants another type.
+    """The type that keys and values of `model` are kept in; `None` is that of the model.
 
-    In float32 torch's attention takes half the time of half precision's on a CPU. Products in bfloat16 are faster yet.
+    On a CPU torch's attention takes half the time in float32 that it takes in half precision. Products in bfloat16 take
+    even less, where the processor multiplies it.
     """
     if not can_group(model):
         return None
@@ -187,12 +213,12 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def step(cache: Slots) -> Iterator[None]:
-    """Inside, `groups_of_rows` reads the rows of a step group by group, where the cache is grouped."""
-    token = GROUPS.set(cache.groups() if cache.kept_in else None)
+    """Inside, `groups_of_rows` reads the rows of a step group by group."""
+    token = LENGTHS.set(cache.places_of_groups())
     try:
         yield
     finally:
-        GROUPS.reset(token)
+        LENGTHS.reset(token)
 
 
 def up_to(count: int, size: int) -> int:

@@ -32,7 +32,7 @@ from fledge.rewards.rollouts import Rollouts
 from fledge.rewards.watch import record_of
 from fledge.training.checked import CheckedTrainer
 from fledge.training.configuration import with_values
-from fledge.training.loss import PADDED, spare
+from fledge.training.loss import PADDED
 from fledge.training.resuming import tokens_seen
 from fledge.training.sharding import told_to_shard
 from fledge.training.trainer import score_faster
@@ -100,7 +100,12 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
         """Makes `model` score only sampled positions, if that is faster; returns a line that says so."""
         if self.args.cast_lm_head_to_fp32 or self.args.entropy_coef or self.args.use_adaptive_entropy:
             return "Loss: TRL's head, which alone has the entropy's gradient and casts itself to float32"
-        return score_faster(model, self.args, self.args.temperature, rows)
+        return score_faster(model, self.args, self.args.temperature, rows, self.few_shapes)
+
+    @property
+    def few_shapes(self) -> bool:
+        """Whether oneDNN multiplies, which makes a kernel for each shape and keeps it (`score_supervised_only`)."""
+        return self.args.bf16 and self.args.device.type == "cpu"
 
     @property
     def generation(self) -> int:
@@ -184,7 +189,8 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
         for rows in order.split(batches):
             scored = read[rows, -logits_to_keep:]
             with self.accelerator.autocast():
-                found = model(**on_the_right(input_ids[rows], read[rows], logits_to_keep), fused_lm_head=True)
+                texts = on_the_right(input_ids[rows], read[rows], logits_to_keep, PADDED if self.few_shapes else 1)
+                found = model(**texts, fused_lm_head=True)
             log_probs.append(scores_of(found.log_probs, found.label_mask, scored))
             if compute_entropy:
                 entropies.append(scores_of(found.entropy, found.label_mask, scored))
@@ -259,14 +265,13 @@ def in_batches(lengths: Tensor) -> tuple[Tensor, list[int]]:
     return order, sizes
 
 
-def on_the_right(input_ids: Tensor, read: Tensor, completion: int) -> dict[str, Tensor]:
-    """`input_ids` (B, P + C) without what is not `read`, padded on the right; labels for the last C positions alone.
+def on_the_right(input_ids: Tensor, read: Tensor, completion: int, multiple: int = 1) -> dict[str, Tensor]:
+    """`input_ids` (B, P + C) with only the tokens to `read`, padded on the right; labels for the last C positions.
 
-    They become T long, a multiple of `PADDED` unless that is more than P + C.
+    Their length is a `multiple`, or P + C if that is less.
     """
     ids = pad_sequence([row[kept] for row, kept in zip(input_ids, read, strict=True)], batch_first=True)
-    room = input_ids.shape[1] - ids.shape[1]
-    ids = F.pad(ids, (0, min(room, spare(ids.shape[1], PADDED))))
+    ids = F.pad(ids, (0, min(-ids.shape[1] % multiple, input_ids.shape[1] - ids.shape[1])))
     places = torch.arange(ids.shape[1], device=ids.device)
     prompt, whole = read[:, :-completion].sum(1, keepdim=True), read.sum(1, keepdim=True)
     return {"input_ids": ids, "labels": ids.masked_fill((places < prompt) | (places >= whole), IGNORED)}

@@ -25,22 +25,16 @@ from fledge.training.trainable import without_adapter
 CACHED = 1 << 19
 # Rows, and columns, of the logits in one matrix product, so that its operands stay in the level-3 cache.
 ROWS, COLUMNS = 256, 8192
-# oneDNN makes a kernel for each shape, in a millisecond, and keeps it, in half a megabyte. So rows come in multiples of
-# this where they are fewer than `ROWS`, else of `ROWS`; and texts of a batch in multiples of it.
-PADDED = 32
 # Entries of the logits in memory at a time: 256 MB of bfloat16. Beyond that the backward pass projects again.
 KEPT = 1 << 27
 SCORES = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")  # in the order of their rows
+# Where shapes are to be few, rows come in multiples of this up to `ROWS`, and then of `ROWS`.
+PADDED = 32
 
 
 def slices(count: int, size: int) -> list[slice]:
     """`range(count)` cut into slices of `size`; one empty slice if `count` is 0."""
     return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
-
-
-def spare(count: int, size: int) -> int:
-    """How much is missing from `count` to a multiple of `size`."""
-    return -count % size
 
 
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, with_gradient: bool) -> None:
@@ -118,9 +112,7 @@ class ScoreTokens(torch.autograd.Function):
         targets: torch.Tensor,
         rows: int,
     ) -> torch.Tensor:
-        device, ctx.count = hidden.device.type, len(targets)
-        ctx.spare = spare(ctx.count, ROWS if ctx.count > ROWS else PADDED)
-        hidden, targets = F.pad(hidden, (0, 0, 0, ctx.spare)), F.pad(targets, (0, ctx.spare))
+        device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         ctx.types = hidden.dtype, weight.dtype, weight.dtype
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -134,14 +126,14 @@ class ScoreTokens(torch.autograd.Function):
             )
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.kept = grad_logits if len(ctx.slices) == 1 else None
-        return scores[:, : ctx.count]
+        return scores
 
     @staticmethod
     def backward(ctx: Any, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         # The products use token weights relative to the largest, so equal weights are exactly 1. Rounding a weight such
         # as 1/1783 to bfloat16 would scale all gradients by the same error.
-        token_weights = F.pad(-grad_scores[0], (0, ctx.spare))
+        token_weights = -grad_scores[0]
         largest = max(token_weights.abs().max().item(), torch.finfo(torch.float32).tiny) if len(targets) else 1.0
         relative = (token_weights / largest).to(hidden.dtype)[:, None]
         grad_hidden, grad_weight, grad_bias = (
@@ -167,7 +159,7 @@ class ScoreTokens(torch.autograd.Function):
                     else:
                         total[columns].add_(part, alpha=largest)
         ctx.kept = None
-        return None if grad_hidden is None else grad_hidden[: ctx.count], grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def has_plain_logits(config: PretrainedConfig) -> bool:
@@ -184,7 +176,9 @@ def has_fused_head(model: PreTrainedModel | PeftModel) -> bool:
     return "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
 
 
-def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows: int = 3) -> None:
+def score_supervised_only(
+    model: PreTrainedModel, temperature: float = 1.0, rows: int = 3, few_shapes: bool = False
+) -> None:
     """Replaces TRL's fused head in `model`, after `add_fused_lm_head` (SFTTrainer calls it) has added it.
 
     `model(input_ids=…, labels=…, fused_lm_head=True, num_items_in_batch=None)` then returns `TokenScores`: per-token
@@ -192,6 +186,9 @@ def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows
     over `num_items_in_batch` (by default the number of supervised tokens here). Any `Trainer` can call it, also through
     `DistributedDataParallel`. `temperature` divides the logits. The first `rows` of the five scores are computed; the
     others are `None`. Without `fused_lm_head` the forward is the model's own.
+
+    oneDNN makes a kernel for each shape of a product, in a millisecond, and keeps it, in half a megabyte. `few_shapes`
+    pads the supervised positions, so that their numbers are few; it changes the rounding.
 
     Batches must be padded on the right, as TRL's are: causal attention never reads padding on the right, so no mask is
     passed and attention takes its causal path.
@@ -217,7 +214,10 @@ def score_supervised_only(model: PreTrainedModel, temperature: float = 1.0, rows
         mask, head = labels[:, 1:] != IGNORED, head_of(self)
         # hidden / t · weightᵀ + bias / t are the logits divided by t.
         bias = None if head.bias is None else head.bias / temperature
-        scores = ScoreTokens.apply(hidden[mask] / temperature, head.weight, bias, labels[:, 1:][mask], rows)
+        read, targets = hidden[mask] / temperature, labels[:, 1:][mask]
+        spare = -len(targets) % (ROWS if len(targets) > ROWS else PADDED) if few_shapes else 0
+        read, targets = F.pad(read, (0, 0, 0, spare)), F.pad(targets, (0, spare))
+        scores = ScoreTokens.apply(read, head.weight, bias, targets, rows)[:, : len(targets) - spare]
         found = {
             name: row.new_zeros(mask.shape).masked_scatter(mask, row) for name, row in zip(SCORES, scores, strict=False)
         }

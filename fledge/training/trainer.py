@@ -123,10 +123,12 @@ def prepare_model(trainer: SFTTrainer) -> str:
     return score_faster(trainer.accelerator.unwrap_model(trainer.model), trainer.args)
 
 
-def score_faster(model: Any, args: TrainingArguments, temperature: float = 1.0, rows: int = 3) -> str:
+def score_faster(
+    model: Any, args: TrainingArguments, temperature: float = 1.0, rows: int = 3, few_shapes: bool = False
+) -> str:
     """Makes a model with TRL's fused head score supervised positions only, if that is faster.
 
-    Returns a line about the choice. For `temperature` and `rows` see `score_supervised_only`.
+    Returns a line about the choice. For the other arguments see `score_supervised_only`.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -140,7 +142,7 @@ def score_faster(model: Any, args: TrainingArguments, temperature: float = 1.0, 
     keep_freed_memory()
     if not has_plain_logits(model.config):
         return "Loss: TRL's head, because this architecture scales or caps its logits"
-    score_supervised_only(model, temperature, rows)
+    score_supervised_only(model, temperature, rows, few_shapes)
     line = "Loss: supervised positions only, padding without a mask"
     if args.bf16 and args.device.type == "cpu" and attention_of(model) == "sdpa":
         attend_by_rows(model)

@@ -275,7 +275,7 @@ def test_rollouts_are_drawn_by_the_seed_and_without_dropout():
     def drawn(seed: int) -> list[list[int]]:
         args = SimpleNamespace(
             generation_batch_size=4, process_index=0, rollout_batch_size=4, max_completion_length=LIMIT, seed=seed,
-            temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+            temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, bf16=False,
         )  # fmt: skip
         accelerator = SimpleNamespace(unwrap_model=lambda model: model)
         trainer = SimpleNamespace(

@@ -184,6 +184,24 @@ def test_padding_does_not_change_the_loss_of_a_row(tmp_path):
     torch.testing.assert_close(alone, beside)
 
 
+@pytest.mark.parametrize("count", [3, 300])
+def test_few_shapes_change_neither_scores_nor_gradients(count, tmp_path):
+    """Supervised tokens become a multiple of 32, or of 256 if they are more."""
+    torch.manual_seed(0)
+    labels = torch.full((10, 40), IGNORED)
+    labels.view(-1)[torch.randperm(400)[:count]] = 9
+    batch = {"input_ids": torch.randint(0, VOCAB_SIZE, (10, 40)), "labels": labels}
+    found = []
+    for few_shapes in (False, True):
+        model = trainer_for(small_gpt2(), tmp_path).model.eval()
+        score_supervised_only(model, few_shapes=few_shapes)
+        output = model(**batch, fused_lm_head=True)
+        output.loss.backward()
+        found.append([output.log_probs, output.entropy, *(p.grad for p in model.parameters())])
+    for expected, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_a_batch_without_supervised_tokens_gives_zero_with_gradients(tmp_path):
     trainer = trainer_for(small_gpt2(), tmp_path)
     score_supervised_only(trainer.model)
