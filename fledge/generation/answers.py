@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from fledge.errors import UserError
-from fledge.generation.cache import GROUP, Slots, cache_type, grouped, step
+from fledge.generation.cache import GROUP, PLACES, Slots, cache_type, grouped, step, up_to
 from fledge.generation.draws import choose
 from fledge.generation.onednn import by_onednn
 from fledge.messages import Answer
@@ -114,7 +114,7 @@ def continue_each(
                 logits = _read_in(model, cache, drawing, len(rows))
                 rows += drawing
             else:
-                if not waiting and cache.few_shapes:  # the rows that are done make room for no other
+                if not waiting and cache.in_groups:  # the rows that are done make room for no other
                     cache.rows = cache.padded(len(rows))
                 drawing, logits = list(rows), _step(model, cache, rows)
             for row, token in zip(drawing, _choose(logits, drawing, sampling), strict=True):
@@ -212,6 +212,8 @@ def _read_in(model: PreTrainedModel, cache: Slots, rows: list[_Row], first: int)
     copies = [places.setdefault(tuple(row.ids), len(places)) for row in rows]
     cache.first, cache.lengths, cache.copies = first, None, torch.tensor(copies, device=model.device)
     longest = max(map(len, places))
+    if cache.in_groups:
+        longest = min(up_to(longest, PLACES), context_of(model.config))
     # Padding on the right needs no mask: causal attention never reads it, and its keys and values are overwritten.
     ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in places], device=model.device)
     ends = sorted({len(prompt) - 1 for prompt in places})

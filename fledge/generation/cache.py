@@ -22,16 +22,18 @@ from fledge.models import attention_of
 
 NAME = "groups_of_rows"
 GROUP = 16  # rows that are read up to the same length
-PLACES = 32  # in bfloat16, rows are read up to a multiple of this
-# How many places of each group are read during a step; `None` outside of a step.
-LENGTHS: ContextVar[list[int] | None] = ContextVar("lengths", default=None)
+PLACES = 32  # in bfloat16, rows are read up to a multiple of this,
+PRODUCT = 4 * GROUP  # so many at once, and their number is a multiple of
+PADDED = 2 * GROUP  # this
+# The rows of each group during a step, and how many places of them are read; `None` outside of a step.
+GROUPS: ContextVar[list[tuple[slice, int]] | None] = ContextVar("groups", default=None)
 
 
 @check_overrides
 class Slots(Cache):
     """Keys and values (rows, heads, places, head width) of each layer. Row i's tokens are at 0 … lengths[i] − 1.
 
-    In bfloat16 the sizes of a step are multiples of `GROUP` and `PLACES`, because oneDNN makes a kernel for each shape
+    In bfloat16 the sizes of a step are multiples of `PADDED` and `PLACES`, because oneDNN makes a kernel for each shape
     of a product, in a millisecond, and keeps it, in half a megabyte. Its products copy what is only a part of a buffer,
     so buffers grow and shrink with the texts and are read whole. In other types a buffer has room for `capacity` tokens
     from the start.
@@ -41,6 +43,7 @@ class Slots(Cache):
         """`kept_in` is the type of keys and values; `None` keeps that of the model (see `cache_type`)."""
         super().__init__(layers=[])
         self.kept_in, self.few_shapes = kept_in, kept_in == torch.bfloat16
+        self.in_groups = self.few_shapes and rows > GROUP
         self.rows = self.padded(rows)
         self.places = 0 if self.few_shapes else capacity
         self.buffers: list[tuple[Tensor, Tensor]] = []
@@ -51,7 +54,9 @@ class Slots(Cache):
 
     def padded(self, rows: int) -> int:
         """How many rows take part in a step of `rows`."""
-        return up_to(rows, GROUP) if self.few_shapes and rows > GROUP else rows
+        if not self.in_groups:
+            return rows
+        return up_to(rows, PADDED) if rows > GROUP else GROUP
 
     def begin_step(self, lengths: list[int], device: torch.device) -> Tensor | None:
         """Makes room for another token after each row's `lengths`; returns which places a row sees, if not all do.
@@ -72,14 +77,18 @@ class Slots(Cache):
         """How many places of each row are read in a step."""
         return self.places if self.few_shapes else self.longest + 1
 
-    def places_of_groups(self) -> list[int]:
-        """How many places of each group of rows are read in a step."""
+    def groups(self) -> list[tuple[slice, int]]:
+        """The rows of each group of a step, and how many places of them are read."""
         assert self.lengths is not None
-        lengths = [int(part.max()) + 1 for part in self.lengths.split(GROUP)]
-        if not self.few_shapes:
-            return lengths
-        needed = [up_to(length, PLACES) for length in lengths]
-        return [places if 2 * places <= self.places else self.places for places in needed]
+        size = PRODUCT if self.few_shapes else GROUP
+        groups = []
+        for begin, lengths in zip(range(0, len(self.lengths), size), self.lengths.split(size), strict=True):
+            places = int(lengths.max()) + 1
+            if self.few_shapes:
+                places = up_to(places, PLACES)
+                places = places if 2 * places <= self.places else self.places
+            groups.append((slice(begin, begin + size), places))
+        return groups
 
     @override
     def update(
@@ -138,8 +147,8 @@ def groups_of_rows(
 
     A step computes in the dtype of the cache: see `cache_type`.
     """
-    sdpa, lengths = AttentionInterface()["sdpa"], LENGTHS.get()
-    if lengths is None:
+    sdpa, groups = AttentionInterface()["sdpa"], GROUPS.get()
+    if groups is None:
         return sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None:
         dtype = key.dtype if attention_mask.is_floating_point() else attention_mask.dtype
@@ -147,10 +156,9 @@ def groups_of_rows(
     attend = by_products if key.dtype == torch.bfloat16 else sdpa
     mixed = []
     with torch.autocast("cpu", enabled=False):  # it would make another copy of the cache for every token
-        for i, longest in enumerate(lengths):
-            rows = slice(i * GROUP, (i + 1) * GROUP)
-            mask = None if attention_mask is None else attention_mask[rows, ..., :longest]
-            held = key[rows, :, :longest], value[rows, :, :longest]
+        for rows, places in groups:
+            mask = None if attention_mask is None else attention_mask[rows, ..., :places]
+            held = key[rows, :, :places], value[rows, :, :places]
             mixed.append(attend(module, query[rows].to(key.dtype), *held, mask, **kwargs)[0])
     return torch.cat(mixed).to(query.dtype), None
 
@@ -214,11 +222,11 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def step(cache: Slots) -> Iterator[None]:
     """Inside, `groups_of_rows` reads the rows of a step group by group."""
-    token = LENGTHS.set(cache.places_of_groups())
+    token = GROUPS.set(cache.groups())
     try:
         yield
     finally:
-        LENGTHS.reset(token)
+        GROUPS.reset(token)
 
 
 def up_to(count: int, size: int) -> int:

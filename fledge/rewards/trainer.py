@@ -184,7 +184,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
         read = attention_mask.bool()
         order, batches = torch.arange(len(read)), [len(read)]
         if not torch.is_grad_enabled():
-            order, batches = in_batches(read.sum(1).cpu())
+            order, batches = in_batches(read.sum(1).cpu(), self.args.train_batch_size if self.few_shapes else None)
         log_probs, entropies = [], []
         for rows in order.split(batches):
             scored = read[rows, -logits_to_keep:]
@@ -255,12 +255,12 @@ def by_length(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def in_batches(lengths: Tensor) -> tuple[Tensor, list[int]]:
-    """An order of rows of `lengths` (B,) and batch sizes: similar lengths, and a limited number of tokens."""
+def in_batches(lengths: Tensor, most: int | None = None) -> tuple[Tensor, list[int]]:
+    """An order of rows of `lengths` (B,) by length, and batch sizes: `most` rows, or a limited number of tokens."""
     order = lengths.argsort(descending=True, stable=True)
     sizes, left = [], lengths[order].tolist()
     while left:
-        sizes.append(min(len(left), max(1, TOKENS_AT_ONCE // left[0])))
+        sizes.append(min(len(left), most or max(1, TOKENS_AT_ONCE // left[0])))
         left = left[sizes[-1] :]
     return order, sizes
 
