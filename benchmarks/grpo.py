@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--answers", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=16, help="answers in one forward pass, of both")
+    parser.add_argument("--micro_batch", type=int, default=8, help="answers in one forward pass, of both")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--beta", type=float, default=0.04)

@@ -22,9 +22,8 @@ from fledge.models import attention_of
 
 NAME = "groups_of_rows"
 GROUP = 16  # rows that are read up to the same length
-PLACES = 32  # in bfloat16, rows are read up to a multiple of this,
-PRODUCT = 4 * GROUP  # so many at once, and their number is a multiple of
-PADDED = 2 * GROUP  # this
+# In bfloat16 so many rows are read at once, and up to a multiple of so many places.
+ROWS, PLACES = 2 * GROUP, 32
 # The rows of each group during a step, and how many places of them are read; `None` outside of a step.
 GROUPS: ContextVar[list[tuple[slice, int]] | None] = ContextVar("groups", default=None)
 
@@ -33,7 +32,7 @@ GROUPS: ContextVar[list[tuple[slice, int]] | None] = ContextVar("groups", defaul
 class Slots(Cache):
     """Keys and values (rows, heads, places, head width) of each layer. Row i's tokens are at 0 … lengths[i] − 1.
 
-    In bfloat16 the sizes of a step are multiples of `PADDED` and `PLACES`, because oneDNN makes a kernel for each shape
+    In bfloat16 the sizes of a step are multiples of `ROWS` and `PLACES`, because oneDNN makes a kernel for each shape
     of a product, in a millisecond, and keeps it, in half a megabyte. Its products copy what is only a part of a buffer,
     so buffers grow and shrink with the texts and are read whole. In other types a buffer has room for `capacity` tokens
     from the start.
@@ -56,7 +55,7 @@ class Slots(Cache):
         """How many rows take part in a step of `rows`."""
         if not self.in_groups:
             return rows
-        return up_to(rows, PADDED) if rows > GROUP else GROUP
+        return up_to(rows, ROWS) if rows > GROUP else GROUP
 
     def begin_step(self, lengths: list[int], device: torch.device) -> Tensor | None:
         """Makes room for another token after each row's `lengths`; returns which places a row sees, if not all do.
@@ -80,7 +79,7 @@ class Slots(Cache):
     def groups(self) -> list[tuple[slice, int]]:
         """The rows of each group of a step, and how many places of them are read."""
         assert self.lengths is not None
-        size = PRODUCT if self.few_shapes else GROUP
+        size = ROWS if self.few_shapes else GROUP
         groups = []
         for begin, lengths in zip(range(0, len(self.lengths), size), self.lengths.split(size), strict=True):
             places = int(lengths.max()) + 1
@@ -99,9 +98,11 @@ class Slots(Cache):
         if self.few_shapes and self.lengths is None:
             self.places = max(self.places, up_to(length, PLACES))
         if layer_idx == len(self.buffers):
-            self.buffers.append(tuple(x[:0].to(self.kept_in or x.dtype) for x in (keys, values)))
-        if self.buffers[layer_idx][0].shape[::2] != (self.rows, self.places):
-            self.buffers[layer_idx] = tuple(map(self.fitted, self.buffers[layer_idx]))
+            dtype = self.kept_in or keys.dtype
+            self.buffers.append((keys[:0].to(dtype), values[:0].to(dtype)))
+        held_keys, held_values = self.buffers[layer_idx]
+        if held_keys.shape[::2] != (self.rows, self.places):
+            held_keys, held_values = self.buffers[layer_idx] = self.fitted(held_keys), self.fitted(held_values)
         if self.lengths is None:
             for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
                 copied = new if self.copies is None else new[self.copies]
@@ -110,7 +111,6 @@ class Slots(Cache):
         each = torch.arange(count, device=keys.device)
         for buffer, new in zip(self.buffers[layer_idx], (keys, values), strict=True):
             buffer[each, :, self.lengths] = new[:, :, 0].to(buffer.dtype)
-        held_keys, held_values = self.buffers[layer_idx]
         return held_keys[:count, :, : self.read], held_values[:count, :, : self.read]
 
     def fitted(self, buffer: Tensor) -> Tensor:
@@ -174,15 +174,17 @@ def by_products(
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa` of one query a row, in bfloat16, with a mask of True and False.
 
-    Torch's own kernel takes about five times as long for it.
+    Torch's own kernel takes about five times as long for it. Rounds as `fledge.training.attention` does.
     """
     rows, heads, _one, width = query.shape
     shared = query.reshape(rows * key.shape[1], -1, width)  # the queries of each head of keys
-    scores = torch.bmm(shared, key.flatten(0, 1).transpose(1, 2)).float()
-    scores = scores.mul_(width**-0.5 if scaling is None else scaling).unflatten(0, (rows, -1))
+    unseen = query.new_zeros(rows, 1, 1, key.shape[2])
     if attention_mask is not None:
-        scores.masked_fill_(~attention_mask, float("-inf"))
-    mixed = torch.bmm(scores.softmax(-1).to(value.dtype).flatten(0, 1), value.flatten(0, 1))
+        unseen.masked_fill_(~attention_mask, float("-inf"))
+    unseen = unseen.expand(-1, key.shape[1], -1, -1).flatten(0, 1)
+    scale = width**-0.5 if scaling is None else scaling
+    scores = torch.baddbmm(unseen, shared, key.flatten(0, 1).transpose(1, 2), alpha=scale)
+    mixed = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
     return mixed.view(rows, 1, heads, -1), None
 
 

@@ -41,9 +41,9 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the prompts"})
     logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
     weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "answers in a forward pass and device"})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "answers in a forward pass and device"})
     gradient_accumulation_steps: int = field(
-        default=12, metadata={"help": "forward passes a step: with 16 answers each, 24 prompts of 8 answers"}
+        default=24, metadata={"help": "forward passes a step: with 8 answers each, 24 prompts of 8 answers"}
     )
     num_generations: int | None = field(default=8, metadata={"help": "answers to a prompt, compared with one another"})
     max_completion_length: int | None = field(
@@ -54,7 +54,9 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
     scale_rewards: str = field(
         default="none", metadata={"help": "divide a group's rewards by their spread: group, batch or none"}
     )
-    rollout_batch_size: int = field(default=192, metadata={"help": "answers that are sampled at once"})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "answers that are sampled at once (default: 192 in bfloat16 on a CPU, else 64)"}
+    )
 
     def __post_init__(self) -> None:
         if self.remove_unused_columns:

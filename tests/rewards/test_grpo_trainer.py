@@ -190,6 +190,29 @@ def test_log_probs_of_samples_are_those_of_a_plain_forward(kind, with_gradient, 
         assert not found[number, length:].any()
 
 
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_log_probs_in_bfloat16_are_as_exact_as_a_plain_forward(with_gradient, tmp_path):
+    """The texts and the scored tokens are padded there; neither shows in what comes back."""
+    trainer = trainer_for(tmp_path, bf16=True)
+    rows = [{"prompt": messages_of(PROMPTS[number % 4]), "row": number % 4} for number in [0] * 4 + [2] * 4]
+    batch = trainer._generate_and_score_completions(rows)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.set_grad_enabled(with_gradient):
+        found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].shape[1])
+    assert found[0].shape == batch["completion_ids"].shape
+    plain, exact, ours = [], [], []
+    for number, row in enumerate(rows):
+        answer = batch["completion_ids"][number, : int(batch["completion_mask"][number].sum())].tolist()
+        with torch.autocast("cpu", torch.bfloat16):
+            plain.append(log_probs_of(small_gpt2(), PROMPTS[row["row"]], answer, 1.0).double())
+        exact.append(log_probs_of(small_gpt2().double(), PROMPTS[row["row"]], answer, 1.0))
+        ours.append(found[0][number, : len(answer)].double())
+        assert not found[0][number, len(answer) :].any()
+    error, usual = ((torch.cat(x) - torch.cat(exact)).abs().mean() for x in (ours, plain))
+    assert 0 < error < 1.5 * usual
+
+
 def test_groups_of_equal_reward_give_no_gradient_and_end_the_run(tmp_path, capsys):
     steps = Steps()
     trainer = trainer_for(
