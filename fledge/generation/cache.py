@@ -22,8 +22,7 @@ from fledge.models import attention_of
 
 NAME = "groups_of_rows"
 GROUP = 16  # rows that are read up to the same length
-# In bfloat16 so many rows are read at once, and up to a multiple of so many places.
-ROWS, PLACES = 2 * GROUP, 32
+ROWS, PLACES = 2 * GROUP, 32  # in bfloat16 the rows of a step, and the places that are read, are multiples of these
 # The rows of each group during a step, and how many places of them are read; `None` outside of a step.
 GROUPS: ContextVar[list[tuple[slice, int]] | None] = ContextVar("groups", default=None)
 
@@ -34,8 +33,8 @@ class Slots(Cache):
 
     In bfloat16 the sizes of a step are multiples of `ROWS` and `PLACES`, because oneDNN makes a kernel for each shape
     of a product, in a millisecond, and keeps it, in half a megabyte. Its products copy what is only a part of a buffer,
-    so buffers grow and shrink with the texts and are read whole. In other types a buffer has room for `capacity` tokens
-    from the start.
+    so buffers grow and shrink with the texts and are read whole, all rows up to one length. In other types a buffer has
+    room for `capacity` tokens from the start, and rows are read in groups.
     """
 
     def __init__(self, rows: int, capacity: int, kept_in: torch.dtype | None):
@@ -79,15 +78,10 @@ class Slots(Cache):
     def groups(self) -> list[tuple[slice, int]]:
         """The rows of each group of a step, and how many places of them are read."""
         assert self.lengths is not None
-        size = ROWS if self.few_shapes else GROUP
-        groups = []
-        for begin, lengths in zip(range(0, len(self.lengths), size), self.lengths.split(size), strict=True):
-            places = int(lengths.max()) + 1
-            if self.few_shapes:
-                places = up_to(places, PLACES)
-                places = places if 2 * places <= self.places else self.places
-            groups.append((slice(begin, begin + size), places))
-        return groups
+        if self.few_shapes:
+            return [(slice(0, len(self.lengths)), self.places)]
+        longest = [int(lengths.max()) + 1 for lengths in self.lengths.split(GROUP)]
+        return [(slice(i * GROUP, (i + 1) * GROUP), places) for i, places in enumerate(longest)]
 
     @override
     def update(

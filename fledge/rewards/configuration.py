@@ -55,7 +55,7 @@ class SmallGrpoConfig(SmallDefaults, GRPOConfig):  # type: ignore[misc]  # gradi
         default="none", metadata={"help": "divide a group's rewards by their spread: group, batch or none"}
     )
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "answers that are sampled at once (default: 192 in bfloat16 on a CPU, else 64)"}
+        default=None, metadata={"help": "answers that are sampled at once (default: 96 in bfloat16 on a CPU, else 64)"}
     )
 
     def __post_init__(self) -> None:

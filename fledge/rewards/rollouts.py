@@ -21,7 +21,8 @@ class Rollouts:
     """A `rollout_func` of TRL: answers to prompts of the rows of an encoded training split.
 
     An answer depends only on the seed, on its place among all answers of the run, and on the weights. So a resumed run
-    samples the same answers as an uninterrupted one, and so do two processes in place of one.
+    samples the same answers as an uninterrupted one, and so do two processes in place of one (up to rounding in
+    bfloat16, where a batch has more or fewer rows).
     """
 
     def __init__(self, rows: "Dataset", prompts: list[Messages]):
@@ -48,11 +49,16 @@ class Rollouts:
         training = model.training
         model.eval()  # without dropout, as in inference
         end = trainer.processing_class.eos_token_id
-        # In bfloat16 answers are drawn from the probabilities that the loss computes, and a row takes half the room.
+        # In bfloat16 answers are drawn from the probabilities that the loss computes. All rows are read up to one
+        # length there, so a batch with prompts of similar length ends before the next one begins.
         in_bf16 = config.bf16 and model.device.type == "cpu" and multiplies_bf16()
-        batch_size = config.rollout_batch_size or (192 if in_bf16 else 64)
+        size = config.rollout_batch_size or (96 if in_bf16 else 64)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
+        made: dict[int, list[int]] = {}
         with by_sdpa(model), torch.autocast("cpu", enabled=in_bf16):
-            made = dict(continue_each(model, end, prompt_ids, sampling, batch_size, numbers))
+            for part in [order[i : i + size] for i in range(0, len(order), size)] if in_bf16 else [order]:
+                asked = [prompt_ids[i] for i in part]
+                made.update(continue_each(model, end, asked, sampling, size, [numbers[i] for i in part]))
         model.train(training)
         return {
             "prompt_ids": prompt_ids,
