@@ -228,6 +228,7 @@ def _step(model: PreTrainedModel, cache: Slots, rows: list[_Row]) -> Tensor:
     spare = cache.padded(len(rows)) - len(rows)  # rows of one token, whose logits nobody reads
     lengths = [len(row.ids) - 1 for row in rows] + [0] * spare
     mask = cache.begin_step(lengths, model.device)
+    assert cache.lengths is not None
     if mask is not None and attention_of(model) in ("eager", None):
         # eager attention adds the mask to the scores; sdpa takes both kinds
         mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)

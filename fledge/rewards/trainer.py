@@ -105,7 +105,7 @@ class SmallGrpoTrainer(CheckedTrainer, GRPOTrainer):
     @property
     def few_shapes(self) -> bool:
         """Whether oneDNN multiplies, which makes a kernel for each shape and keeps it (`score_supervised_only`)."""
-        return self.args.bf16 and self.args.device.type == "cpu"
+        return bool(self.args.bf16) and self.args.device.type == "cpu"
 
     @property
     def generation(self) -> int:

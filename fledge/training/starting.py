@@ -18,7 +18,9 @@ from fledge.terminal import quiet
 class BaseArguments:
     """Keys of TRL's configurations, which take seconds to import."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "the base: a folder or a model on the Hub"})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "the model to start from: a folder or one on the Hub"}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "the folder to write"})
     model_revision: str = field(default="main", metadata={"help": "its revision on the Hub (default main)"})
 
