@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from conftest import call_script, run_script
+from conftest import call_script
 from datasets import ClassLabel, load_dataset, load_from_disk
 from hub import TOKEN, Hub
 from huggingface_hub import DatasetCard
@@ -624,7 +624,7 @@ def test_a_hub_that_cannot_be_reached_leaves_the_dataset_here(usual, tmp_path):
 
 
 def test_a_person_who_errs_reads_one_line(usual, tmp_path):
-    done = run_script(
+    done = fork_script(
         "prepare_dataset.py", *usual, "--data", tmp_path / "none.txt", "--output_dir", tmp_path / "out", check=False
     )
 

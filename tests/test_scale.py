@@ -3,7 +3,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, run_script, write_records
+from conftest import ROOT, write_records
 from processes import fork_script
 
 from fledge.scripts import prepare_dataset
@@ -31,7 +31,7 @@ def test_two_workers_of_datatrove_write_what_prepare_dataset_writes(way, tmp_pat
     arguments = (*common, "--output_dir", tmp_path / "one_machine")
     monkeypatch.setattr(sys, "argv", [str(part) for part in ("prepare", *arguments)])
     prepare_dataset.main()
-    run_script(
+    fork_script(
         "recipes/scale/prepare.py", *common, "--tasks", 3, "--workers", 2, "--output_dir", tmp_path / "many",
         *way, HOME=str(tmp_path),
     )  # fmt: skip

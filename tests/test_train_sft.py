@@ -57,6 +57,17 @@ def refusal(capsys, *arguments, **keywords) -> str:
     return lines[0]
 
 
+FOUR_STEPS = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory) -> Path:
+    """Four steps without a stop; `--resume auto` finds nothing to go on from."""
+    folder = tmp_path_factory.mktemp("straight") / "model"
+    train(small, folder, *FOUR_STEPS, "--resume", "auto")
+    return folder
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -101,7 +112,7 @@ KILLED = """
 import os, signal, sys
 from fledge.training.run_record import Progress
 def kill(self, args, state, control, **kwargs):
-    if state.global_step == 4:
+    if state.global_step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 Progress.on_step_end = kill
 from fledge.scripts import train_sft
@@ -109,36 +120,32 @@ train_sft.main()
 """
 
 
-def test_killed_and_resumed_equals_straight(small, tmp_path, capsys):
-    steps = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--logging_steps", 1)
-    train(small, tmp_path / "straight", *steps, "--resume", "auto")
+def test_killed_and_resumed_equals_straight(small, straight, tmp_path, capsys):
     cut = tmp_path / "cut"
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     given = ("--model_name_or_path", small.base, "--dataset", small.data, "--output_dir", cut)
-    killed = fork_script(tmp_path / "killed.py", *given, *QUIET, *steps, check=False)
+    killed = fork_script(tmp_path / "killed.py", *given, *QUIET, *FOUR_STEPS, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (cut / "run.json").exists()
-    assert "saved at checkpoint-3; go on with --resume auto" in refusal(capsys, small, cut, *steps)
+    assert "saved at checkpoint-2; go on with --resume auto" in refusal(capsys, small, cut, *FOUR_STEPS)
     # A checkpoint that was being written when the process died.
-    shutil.copytree(cut / "checkpoints" / "checkpoint-3", cut / "checkpoints" / "checkpoint-4")
-    (cut / "checkpoints" / "checkpoint-4" / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
-    train(small, cut, *steps, "--resume", "auto")
+    shutil.copytree(cut / "checkpoints" / "checkpoint-2", cut / "checkpoints" / "checkpoint-3")
+    (cut / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
+    train(small, cut, *FOUR_STEPS, "--resume", "auto")
     assert "Going on from" in capsys.readouterr().out
-    assert changed(tmp_path / "straight", cut) == set()
-    one, other = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("straight", "cut"))
+    assert changed(straight, cut) == set()
+    one, other = (json.loads((folder / "run.json").read_text()) for folder in (straight, cut))
     assert (one["tokens"], one["last_loss"], one["steps"]) == (other["tokens"], other["last_loss"], other["steps"])
     assert (one["resumed"], other["resumed"]) == (False, True)
     first, second = other["parts"]
-    assert (first["first_step"], second["first_step"]) == (0, 3)
+    assert (first["first_step"], second["first_step"]) == (0, 2)
     assert other["seconds"] == pytest.approx(first["seconds"] + second["seconds"], abs=0.1)
 
 
-def test_the_same_seed_trains_the_same_weights_and_another_seed_others(small, tmp_path):
-    for name, seed in (("one", 5), ("again", 5), ("other", 6)):
-        train(small, tmp_path / name, "--max_steps", 3, "--seed", seed)
-        torch.rand(7)  # what else draws in this process changes nothing
-    assert changed(tmp_path / "one", tmp_path / "again") == set()
-    assert changed(tmp_path / "one", tmp_path / "other")
+def test_another_seed_trains_other_weights(small, straight, tmp_path):
+    """The tests of stopped runs show that the same seed trains the same weights."""
+    train(small, tmp_path / "other", "--max_steps", 4, "--seed", 5)
+    assert changed(straight, tmp_path / "other")
 
 
 def test_going_on_with_something_else_is_refused_or_recorded(small, tmp_path, capsys, monkeypatch):
@@ -190,7 +197,6 @@ def test_a_length_that_cuts_answers_is_counted_or_refused_at_none_left(small, tm
 
 def test_a_checkpoint_that_does_not_say_how_it_was_made_needs_a_word(small, tmp_path, capsys):
     steps = ("--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1)
-    train(small, tmp_path / "m", *steps)
     # What another program leaves: the same state, and nothing of Fledge's in it.
     checkpoint = trainer_for(small_gpt2(n_layer=3), tmp_path / "trl", max_steps=2, save_strategy="steps", save_steps=1)
     checkpoint.train()
@@ -200,9 +206,9 @@ def test_a_checkpoint_that_does_not_say_how_it_was_made_needs_a_word(small, tmp_
     assert json.loads((tmp_path / "n" / "run.json").read_text(encoding="utf-8"))["steps"] == 2
 
 
-def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch):
-    steps = ("--max_steps", 5)
-    train(small, tmp_path / "straight", *steps)
+def test_sigterm_saves_and_the_run_goes_on(small, straight, tmp_path, capsys, monkeypatch):
+    steps = ("--max_steps", 4)
+    torch.rand(7)  # what else draws in this process changes nothing
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -218,14 +224,13 @@ def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, capsys, monkeypatch)
     assert signal.getsignal(signal.SIGTERM) == before
     assert not (tmp_path / "cut" / "run.json").exists()
     train(small, tmp_path / "cut", *steps, "--resume", "auto")
-    assert changed(tmp_path / "straight", tmp_path / "cut") == set()
+    assert changed(straight, tmp_path / "cut") == set()
 
 
-def test_only_what_is_not_frozen_moves(small, tmp_path, capsys):
+def test_only_what_is_not_frozen_moves(small, straight, tmp_path, capsys):
     every = set(weights(small.base))
     steps = ("--max_steps", 2, "--warmup_steps", 0)
-    train(small, tmp_path / "all", *steps)
-    assert changed(small.base, tmp_path / "all") == every
+    assert changed(small.base, straight) == every
     train(small, tmp_path / "first", *steps, "--freeze_layers", 2)
     assert changed(small.base, tmp_path / "first") == {name for name in every if ".h.2." in name or "ln_f" in name}
     train(small, tmp_path / "last", *steps, "--freeze_layers", -1, "--freeze_modules", "wpe", "h.0.mlp")
@@ -477,17 +482,16 @@ def test_overwrite_deletes_an_unfinished_run_only_after_input_is_good(small, tmp
     assert not checkpoint.exists()
 
 
-def test_two_nodes_of_one_process_equal_one_process_with_twice_the_batch(small, tmp_path):
-    train(small, tmp_path / "one", "--max_steps", 3, "--per_device_train_batch_size", 8)
+def test_two_nodes_of_one_process_equal_one_process_with_twice_the_batch(small, straight, tmp_path):
     said = fork_two(
         "train_sft.py", "--model_name_or_path", small.base, "--dataset", small.data, "--output_dir", tmp_path / "two",
-        *QUIET, "--max_steps", 3, "--per_device_train_batch_size", 4, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+        *QUIET, "--max_steps", 4, "--per_device_train_batch_size", 4, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
     )  # fmt: skip
     assert "Processes 2" in said[0].stdout
-    assert "Trained 3 steps" not in said[1].stdout
+    assert "Trained 4 steps" not in said[1].stdout
     record = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
     assert (record["processes"], record["effective_batch_size"]) == (2, 8)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one, two = weights(straight), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
 
@@ -517,11 +521,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_fsdp2_spreads_the_weights_over_two_processes_and_trains_the_same(small, tmp_path):
-    steps = ("--max_steps", 4, "--logging_steps", 1)
+def test_fsdp2_spreads_the_weights_over_two_processes_and_trains_the_same(small, straight, tmp_path):
     (tmp_path / "holding.py").write_text(HOLDING, encoding="utf-8")
     script = (tmp_path / "holding.py", "train_sft.py", "--model_name_or_path", small.base, "--dataset", small.data)
-    script += (*QUIET, *steps, "--per_device_train_batch_size", 4, "--save_strategy", "steps", "--save_steps", 2)
+    script += (*QUIET, *FOUR_STEPS, "--per_device_train_batch_size", 4)
     script += ("--output_dir", tmp_path / "two")
     sharding = variables_of("recipes/accelerate/fsdp2.yaml")
     held = [tmp_path / "held_by_the_killed", tmp_path / "held_by_the_resumed"]
@@ -536,13 +539,12 @@ def test_fsdp2_spreads_the_weights_over_two_processes_and_trains_the_same(small,
         first, second = (json.loads((folder / rank).read_text()) for rank in ("0", "1"))
         assert first[0] + second[0] == first[1] == second[1]
         assert all(abs(mine / every - 0.5) < 0.05 for mine, every in (first, second))
-    train(small, tmp_path / "one", *steps)
     one, two = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "training_log.jsonl").open() if '"loss"' in line]
-        for name in ("one", "two")
+        [json.loads(line)["loss"] for line in (folder / "training_log.jsonl").open() if '"loss"' in line]
+        for folder in (straight, tmp_path / "two")
     )
     assert two == pytest.approx(one, rel=1e-4)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one, two = weights(straight), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
 

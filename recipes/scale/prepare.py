@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
@@ -120,6 +121,7 @@ def prepare(scale: ScaleArguments, arguments: PrepareArguments, chunks: Path) ->
         if (read_mark(chunks) or {}).get("stage") != STAGE and any(files_in(chunks)):
             raise UserError(f"{chunks} holds no {MARK} of {STAGE}, so its files are of others; name another --chunks.")
         write_mark(chunks, STAGE, {})
+    multiprocess.set_forkserver_preload(["__main__", "fledge.preparation.chunks"])  # imported once for all workers
     executor = on_ray() if scale.ray else LocalPipelineExecutor
     make = executor(
         [MakeChunks(arguments, chunks)], tasks=scale.tasks, workers=scale.workers, logging_dir=f"{chunks}/logs/make"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import fork_script, fork_two
+from processes import fork_two, variables_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
@@ -359,10 +359,10 @@ def test_a_corpus_too_short_is_refused(tokenizer, tmp_path):
 
 
 def test_two_processes_that_share_the_weights_evaluate_and_save_a_base(corpus, tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml")
-    launch += ("--num_processes", 2, "--main_process_port", 40000 + os.getpid() % 20000, "pretrain.py")
     steps = ("--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 1, "--use_cpu")
-    said = fork_script(*launch, *command(corpus, tmp_path / "base", *steps)).stdout
-    assert said.count("bits per byte\n") == 2
-    assert "Trained 2 steps" in said
+    given = command(corpus, tmp_path / "base", *steps)
+    first, second = fork_two("pretrain.py", *given, **variables_of("recipes/accelerate/fsdp2.yaml"))
+    assert first.stdout.count("bits per byte\n") == 2
+    assert "Trained 2 steps" in first.stdout
+    assert "Trained" not in second.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -67,7 +67,9 @@ def test_the_run_says_what_it_saw(straight):
     kept = next(look for look in looks if look["kept"])
     assert record["kept_step"] == kept["step"]
     assert record["completion_loss"] == [looks[0]["completion_loss"], kept["completion_loss"]]
-    assert (straight / "rewards.png").stat().st_size > 10_000
+    picture = (straight / "rewards.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
 
 
 def test_a_run_that_was_cut_sees_and_keeps_the_same(straight, tiny, tmp_path, monkeypatch, capsys):
