@@ -196,6 +196,7 @@ class Forward:
 
     def __init__(self, gpt: CanonicalGPT, dtype: torch.dtype):
         self.gpt, self.dtype = gpt, dtype
+        self.rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -302,17 +303,23 @@ class Forward:
 
     def rotate(self, x: Tensor, width: int) -> Tensor:
         """x (…, T, w) with its first `width` coordinates rotated."""
-        gpt = self.gpt
         turned, kept = x[..., :width], x[..., width:]
-        # Authors and transformers compute this table in float32, whatever the model's dtype.
-        frequencies = 1 / gpt.rope_theta ** (torch.arange(0, width, 2).float() / width)
-        angles = torch.outer(torch.arange(x.shape[-2]).float(), frequencies)
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype) * gpt.rope_direction
-        if gpt.rope == "interleaved":
+        cos, sin = self.rotation(x.shape[-2], width)
+        if self.gpt.rope == "interleaved":
             a, b = turned[..., 0::2], turned[..., 1::2]
             return torch.cat([torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2), kept], dim=-1)
         a, b = turned.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos, kept], dim=-1)
+
+    def rotation(self, length: int, width: int) -> tuple[Tensor, Tensor]:
+        """The cosines and sines (T, w / 2) of `rotate`, the same in every block."""
+        if (length, width) not in self.rotations:
+            # Authors and transformers compute this table in float32, whatever the model's dtype.
+            frequencies = 1 / self.gpt.rope_theta ** (torch.arange(0, width, 2).float() / width)
+            angles = torch.outer(torch.arange(length).float(), frequencies)
+            sin = angles.sin().to(self.dtype) * self.gpt.rope_direction
+            self.rotations[length, width] = angles.cos().to(self.dtype), sin
+        return self.rotations[length, width]
 
     def mlp(self, block: str, h: Tensor) -> Tensor:
         if f"{block}.router.weight" not in self.gpt.tensors:

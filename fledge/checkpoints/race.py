@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fledge.checkpoints.canonical import canonical_logits
 from fledge.checkpoints.questions import LAST, MATTERS, Questions, Values, change_of, is_louder, is_rare
-from fledge.checkpoints.text_loss import BATCH_NUMBERS, text_losses
+from fledge.checkpoints.text_loss import BATCH_NUMBERS, losses_of, text_losses
 
 CLEARLY = 4.0
 """Standard errors of the mean paired difference by which a reading must be worse to be ruled out."""
@@ -109,7 +109,8 @@ class Race:
         self.work, self.per_window = 0.0, max(parameters, 1e6) * length
         self.first = min(len(windows), max(1, FIRST_TOKENS // length))
         rows = max(1, min(BATCH_NUMBERS // 4 // (length * vocab_size), FIRST_TOKENS // 2 // length))
-        self.sample = windows[:rows, :-1]
+        self.sample = windows[:rows]
+        self.kept: tuple[Key, Tensor] | None = None  # a reading and its logits on the sample: those of the chosen one
 
     def measure(self, values: Values, count: int) -> Tensor:
         """Mean loss of each of the first `count` windows or more under these values."""
@@ -138,13 +139,20 @@ class Race:
         """KL(chosen‖other) in nats per token, and whether the logits differ by more than `MATTERS`."""
         pair = key_of(chosen), key_of(other)
         if pair not in self.divergences:
-            readings = (self.questions.reading(values) for values in (chosen, other))
-            p, q = (canonical_logits(reading, self.sample, torch.float32) for reading in readings)
+            if self.kept is None or self.kept[0] != pair[0]:
+                self.kept = pair[0], self._logits(chosen)
+            p, q = self.kept[1], self._logits(other)
             p_log, q_log = p.log_softmax(-1), q.log_softmax(-1)
             divergence = (p_log.exp() * (p_log - q_log)).sum(-1).mean().nan_to_num(math.inf).item()
             self.divergences[pair] = divergence, change_of(p, q) > MATTERS
-            self.work += 2 * self.per_window * len(self.sample)
         return self.divergences[pair]
+
+    def _logits(self, values: Values) -> Tensor:
+        """A reading's logits on the sample, whose losses are known with them."""
+        logits = canonical_logits(self.questions.reading(values), self.sample[:, :-1], torch.float32)
+        self.work += self.per_window * len(self.sample)
+        self.losses.setdefault(key_of(values), losses_of(logits, self.sample))
+        return logits
 
     def run(self, values: Values) -> tuple[Values, Compared]:
         """Moves to better readings until there is none, and uses more text until every other reading is ruled out.
@@ -175,7 +183,7 @@ class Race:
         costs = {key_of(changes): self.compare(values, values | changes).difference for changes in self._common(values)}
         pairs = self.questions.pairs(values)
         pairs.sort(key=lambda pair: sum(costs.get(frozenset([change]), 0.0) for change in pair.items()))
-        left = (WORK - self.work) / (self.per_window * (self.first + 2 * len(self.sample)))
+        left = (WORK - self.work) / (self.per_window * self.first)
         return pairs[: min(PAIRS, max(len(self.questions.open), int(left)))]
 
     def _better(self, values: Values, others: list[Values]) -> Values | None:

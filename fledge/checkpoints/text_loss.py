@@ -20,12 +20,14 @@ SEEN = 20
 def text_losses(gpt: CanonicalGPT, windows: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats of each window of token ids (N, T + 1) → (N,), in float32."""
     rows = max(1, BATCH_NUMBERS // ((windows.shape[1] - 1) * gpt.vocab_size))
-    losses = []
-    for batch in windows.split(min(rows, 256)):
-        logits = canonical_logits(gpt, batch[:, :-1], torch.float32)
-        nats = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        losses.append(nats.view(len(batch), -1).mean(1))
-    return torch.cat(losses)
+    batches = windows.split(min(rows, 256))
+    return torch.cat([losses_of(canonical_logits(gpt, some[:, :-1], torch.float32), some) for some in batches])
+
+
+def losses_of(logits: Tensor, windows: Tensor) -> Tensor:
+    """The mean cross-entropy (N,) of each window (N, T + 1) under the logits (N, T, V) of all but its last token."""
+    nats = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return nats.view(len(windows), -1).mean(1)
 
 
 def text_windows(ids: list[int], length: int, tokens: int) -> tuple[Tensor, Tensor]:
