@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
+# Where bytecode is not kept, each process rewrites the tests' assertions anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share what is costly to make, so each file goes to one of two processes, in the order of conftest.py.
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -90,7 +90,7 @@ foreign_files = st.dictionaries(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(
     stage=st.sampled_from(STAGES),
     earlier=st.lists(st.tuples(st.sampled_from(["finished", "unfinished"]), st.sampled_from(STAGES)), max_size=2),

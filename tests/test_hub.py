@@ -1,5 +1,8 @@
 """Models by their Hub id, from a Hub on loopback; and what is missing, said before torch is imported."""
 
+import json
+from importlib.util import find_spec
+
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -31,19 +34,32 @@ for line in open(sys.argv[1]).read().splitlines():
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "name"),
-    [*((script, "nobody/nothing") for script in MISSING), ("generate.py", "./nowhere"), ("pretrain.py", "nothing")],
-)
-def test_a_missing_model_is_told_before_torch_is_imported(script, name, tmp_path):
+IN_TURN = """
+import contextlib, io, json, runpy, sys
+told = []
+for given in json.load(open(sys.argv[1])):
+    sys.argv = given
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            runpy.run_path(given[0], run_name="__main__")
+        except SystemExit as stopped:
+            told.append([stopped.code, said.getvalue()])
+print(json.dumps(told))
+"""
+
+
+def test_a_missing_model_is_told_before_torch_is_imported(tmp_path):
+    """By each script, in one process that has not imported torch and cannot."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')", encoding="utf-8")
-    if script == "export.py":
-        pytest.importorskip("gguf")
-    arguments = [argument.format(name) for argument in MISSING[script]]
-    done = run_script(script, *arguments, check=False, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 2, done.stderr
-    assert f"at {name}: " in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    scripts = [script for script in MISSING if script != "export.py" or find_spec("gguf")]
+    asked = [(script, "nobody/nothing") for script in scripts] + [("generate.py", "./nowhere"), ("pretrain.py", "no")]
+    commands = [[script, *(argument.format(name) for argument in MISSING[script])] for script, name in asked]
+    (tmp_path / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
+    done = run_script("-c", IN_TURN, tmp_path / "commands.json", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    for (script, name), (status, said) in zip(asked, json.loads(done.stdout), strict=True):
+        assert status == 2, (script, said)
+        assert f"at {name}: " in said, script
+        assert len(said.strip().splitlines()) == 1, script
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def corpus_file(tmp_path_factory):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(corpora())
 def test_a_corpus_is_read_back_exactly(corpus_file, corpus):
     text, truth = corpus
