@@ -23,6 +23,7 @@ MOST_DEPTH = 60
 TORCH_LAYER = "torch.nn.modules.transformer.TransformerEncoderLayer"
 OF_TORCH_LAYER: dict[object, str] = {1: "relu", 2: "gelu"}  # by its `activation_relu_or_gelu`
 UNKNOWN = ""  # another activation of such a layer
+PLAIN = (int, float, str)
 HOSTILE = {
     "os", "posix", "nt", "subprocess", "builtins", "__builtin__", "sys", "shutil", "runpy", "importlib", "socket",
     "pty", "code", "ctypes", "webbrowser",
@@ -185,30 +186,43 @@ def config_of(module: Record) -> dict[str, object]:
 
     A module's class says more: one kind of activation, or norms that share an epsilon.
     """
+    parts = list(_modules_inside(module))
+    configs = [value for value in vars(module).values() if isinstance(value, Record) and not is_module(value)]
+    stated = [pair for part in parts for pair in _stated_by(part)]
+    stated += [(key, value) for config in configs for key, value in vars(config).items() if isinstance(value, PLAIN)]
     values: dict[str, set] = {}
-    kinds: set[str] = set()
-
-    def collect(part: Record, depth: int) -> None:
-        name, inside = part.kind.rpartition(".")[2], part.__dict__
-        if part.kind == TORCH_LAYER:
-            values.setdefault("norm_placement", set()).add((str, "pre" if inside.get("norm_first") else "post"))
-            kinds.add(OF_TORCH_LAYER.get(inside.get("activation_relu_or_gelu"), UNKNOWN))
-        if name in ACTIVATIONS:
-            kinds.add("gelu_tanh" if inside.get("approximate") == "tanh" else ACTIVATIONS[name])
-        for key, value in inside.items():
-            if isinstance(value, (int, float, str)) and not key.startswith("_") and key != "training":
-                known = f"{'norm_' if name in NORMS else ''}{key}" if key in ("eps", "p", "bias") else key
-                values.setdefault(known, set()).add((type(value), value))
-            elif isinstance(value, Record) and not is_module(value) and depth == 0:
-                fields = {k: v for k, v in value.__dict__.items() if isinstance(v, (int, float, str))}
-                for field, stated in fields.items():
-                    values.setdefault(field, set()).add((type(stated), stated))
-        for below in (inside.get("_modules") or {}).values():
-            if is_module(below) and depth < MOST_DEPTH:
-                collect(below, depth + 1)
-
-    collect(module, 0)
+    for key, value in stated:
+        values.setdefault(key, set()).add((type(value), value))
     agreed = {key: next(iter(found))[1] for key, found in values.items() if len(found) == 1}
-    agreed |= {key: v for key, v in vars(module).items() if isinstance(v, (int, float, str)) and key[0] != "_"}
+    agreed |= {key: value for key, value in vars(module).items() if isinstance(value, PLAIN) and key[0] != "_"}
     agreed = {key: value for key, value in agreed.items() if key not in ("in_features", "out_features", "training")}
+    kinds = {kind for part in parts if (kind := _activation_of(part)) is not None}
     return agreed | ({"activation": kinds.pop()} if len(kinds) == 1 and UNKNOWN not in kinds else {})
+
+
+def _modules_inside(module: Record, depth: int = 0) -> Iterator[Record]:
+    """A module, and the modules inside it at any depth."""
+    yield module
+    for below in (vars(module).get("_modules") or {}).values():
+        if is_module(below) and depth < MOST_DEPTH:
+            yield from _modules_inside(below, depth + 1)
+
+
+def _stated_by(part: Record) -> Iterator[tuple[str, object]]:
+    """The plain values of one module. The epsilon and the bias of a norm get names of their own."""
+    if part.kind == TORCH_LAYER:
+        yield "norm_placement", "pre" if vars(part).get("norm_first") else "post"
+    is_norm = part.kind.rpartition(".")[2] in NORMS
+    for key, value in vars(part).items():
+        if isinstance(value, PLAIN) and not key.startswith("_") and key != "training":
+            yield f"norm_{key}" if is_norm and key in ("eps", "p", "bias") else key, value
+
+
+def _activation_of(part: Record) -> str | None:
+    """The activation that a module is or names, if any."""
+    name = part.kind.rpartition(".")[2]
+    if part.kind == TORCH_LAYER:
+        return OF_TORCH_LAYER.get(vars(part).get("activation_relu_or_gelu"), UNKNOWN)
+    if name in ACTIVATIONS:
+        return "gelu_tanh" if vars(part).get("approximate") == "tanh" else ACTIVATIONS[name]
+    return None
