@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fledge.cli import check_hub_id, parse, read_json
+from fledge.cli import check_hub_id, parse
 from fledge.commands import next_command
 from fledge.errors import UserError
 from fledge.folders import Output, claimed
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 TEMPLATE_NAMES = "alpaca, inst, phi3, play, story, story_chat"  # fledge.templates takes seconds to import
-NOT_KNOWN = 10**30  # tokens; transformers writes int(1e30) for a context length that it does not know
 RANGES = {
     "show": NOT_NEGATIVE,
     "limit": AT_LEAST_ONE,
@@ -181,6 +180,7 @@ def make_plan(args: PrepareArguments) -> Plan:
         raise UserError("--near_duplicates needs the package rensa; pip install 'fledge-gpt[dedup]'.")
 
     from fledge.encoding import OVERFLOW_POLICIES
+    from fledge.preparation.choices import check_conditions, choose_length
     from fledge.preparation.chunks import Preparation
     from fledge.preparation.curation import split_shares
     from fledge.preparation.shards import bytes_of
@@ -195,7 +195,7 @@ def make_plan(args: PrepareArguments) -> Plan:
     max_shard_bytes = bytes_of(args.max_shard_size)
     tokenizer = open_tokenizer(args.tokenizer)
     template = choose_template(args, task, tokenizer)
-    max_length = choose_length(args, tokenizer)
+    max_length = choose_length(args.tokenizer, args.max_length, tokenizer)
     if args.overflow not in OVERFLOW_POLICIES:
         raise UserError(f"--overflow {args.overflow} is unknown; choose one of {', '.join(OVERFLOW_POLICIES)}.")
     if args.balance not in (None, *task.classes):
@@ -215,21 +215,6 @@ def make_plan(args: PrepareArguments) -> Plan:
         only=args.only,
     )
     return Plan(args, source, task, template, shares, max_shard_bytes, preparation)
-
-
-def check_conditions(only: list[str], task: Task) -> None:
-    """Checks `--only` against the task's columns and their labels.
-
-    Raises:
-        UserError: a condition is not COLUMN=VALUE, or no row of the task can meet it.
-    """
-    for condition in only:
-        column, _, value = condition.partition("=")
-        if "=" not in condition or column not in task.columns:
-            columns = ", ".join(sorted(task.columns)) or "none"
-            raise UserError(f"--only {condition} is no COLUMN=VALUE; {task.name} has the columns {columns}.")
-        if column in task.classes and value not in task.classes[column]:
-            raise UserError(f"No row can meet --only {condition}; {column} is {', '.join(task.classes[column])}.")
 
 
 def choose_among_answers(args: PrepareArguments, task: Task) -> "Choice | None":
@@ -258,33 +243,6 @@ def choose_among_answers(args: PrepareArguments, task: Task) -> "Choice | None":
         raise UserError("--split source does not go with --source answers, which are all to training prompts.")
     weights = chosen_rewards(task, args.rewards, args.reward_weights)
     return Choice(args.keep or "pairs", weights, args.margin, args.pairs_per_prompt)
-
-
-def choose_length(args: PrepareArguments, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The maximum length of a row in tokens. Sets `model_max_length` of the tokenizer to the model's context length.
-
-    Raises:
-        UserError: `--max_length` exceeds the context length, or neither is known.
-    """
-    from fledge.hub import find_tokenizer
-    from fledge.models import CONTEXTS
-
-    config = find_tokenizer(args.tokenizer) / "config.json"
-    settings = read_json(config, "convert_checkpoint.py") if config.exists() else {}
-    of_model = next((settings[key] for key in CONTEXTS if settings.get(key)), NOT_KNOWN)
-    context = min(of_model, tokenizer.model_max_length)
-    if context >= NOT_KNOWN:
-        if args.max_length is None:
-            raise UserError(
-                f"--tokenizer {args.tokenizer} does not say how many tokens the model sees at once; name the folder of "
-                "the model, or give --max_length."
-            )
-        context = args.max_length
-    max_length = args.max_length or context
-    if max_length > context:
-        raise UserError(f"--max_length {max_length} is outside 1 to {context}, the model's context.")
-    tokenizer.model_max_length = context
-    return max_length
 
 
 def choose_template(args: PrepareArguments, task: Task, tokenizer: "PreTrainedTokenizerBase") -> str:
