@@ -35,9 +35,15 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     """
     folder = _folder(name) or download(str(name), revision, SMALL_FILES)
     if (folder / "adapter_config.json").exists():
+        merged = folder.parent if Path(name).is_dir() and (folder.parent / "config.json").exists() else None
         raise UserError(
-            f"{name} is a PEFT adapter, not a whole model; merge it into its base first: "
-            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)."
+            f"{name} is a PEFT adapter, not a whole model; "
+            + (
+                f"{merged} has it merged into its base."
+                if merged
+                else "merge it into its base first: "
+                "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)."
+            )
         )
     if not (folder / "config.json").exists():
         hint = "; convert_checkpoint.py makes a model of a checkpoint" if any(folder.glob("*.pt*")) else ""

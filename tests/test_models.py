@@ -85,7 +85,7 @@ DAMAGES = {
     "a larger tokenizer": (lambda folder: small_tokenizer(120).save_pretrained(folder), "120 tokens, .* rows for 97"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), r"has no tokenizer\.json"),
     "a cut tokenizer": (lambda folder: cut_in_half(folder / "tokenizer.json"), "cannot be opened"),
-    "an adapter": (become_an_adapter, "is a PEFT adapter, not a whole model"),
+    "an adapter": (become_an_adapter, "is a PEFT adapter, not a whole model; merge it into its base first"),
 }  # fmt: skip
 SCRIPTS = {
     "generate": (generate, ["--model", "{model}", "--prompt", "t5"]),

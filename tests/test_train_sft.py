@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallbac
 
 from fledge.cli import run
 from fledge.encoding import IGNORED
+from fledge.errors import UserError
 from fledge.folders import claimed
+from fledge.hub import find_model
 from fledge.marks import write_mark
 from fledge.scripts import train_sft
+from fledge.training.resuming import StopOnSignal
 from fledge.training.run_record import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
@@ -206,6 +210,18 @@ def test_a_checkpoint_that_does_not_say_how_it_was_made_needs_a_word(small, tmp_
     assert json.loads((tmp_path / "n" / "run.json").read_text(encoding="utf-8"))["steps"] == 2
 
 
+def test_only_the_main_thread_listens_to_sigterm():
+    before, stop = signal.getsignal(signal.SIGTERM), StopOnSignal()
+    thread = threading.Thread(target=stop.on_train_begin, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    stop.on_train_begin(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) == stop._note
+    stop.let_go()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_sigterm_saves_and_the_run_goes_on(small, straight, tmp_path, capsys, monkeypatch):
     steps = ("--max_steps", 4)
     torch.rand(7)  # what else draws in this process changes nothing
@@ -259,6 +275,8 @@ def test_an_adapter_is_merged_and_kept_beside(small, tmp_path, kind):
     record = json.loads((tmp_path / "m" / "run.json").read_text())["trained"]["adapter"]
     assert record["kind"] == ("DoRA" if kind else "LoRA")
     assert str(small.base) not in (tmp_path / "m" / "adapter" / "adapter_config.json").read_text()
+    with pytest.raises(UserError, match=f"adapter is a PEFT adapter, .*; {tmp_path}/m has it merged into its base"):
+        find_model(tmp_path / "m" / "adapter")
 
 
 @pytest.mark.parametrize("way", [(), ("--use_peft",), ("--freeze_layers", "3")])
@@ -326,8 +344,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
                 model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
 
     monkeypatch.setattr(Progress, "on_step_end", spoil)
-    steps = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1)
+    steps, before = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1), signal.getsignal(signal.SIGTERM)
     said = refusal(capsys, small, tmp_path / "m", *steps)
+    assert signal.getsignal(signal.SIGTERM) == before
     assert ("loss is nan" if spoilt == "weights" else "gradient's norm is") in said
     assert "at step 4, on the batch with 't" in said
     assert "checkpoint-3 with --resume auto" in said

@@ -149,7 +149,10 @@ def pretrain(args: PretrainArguments, config: "PretrainConfig", tokens_dir: Path
     trainer.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------ Train
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        stop.let_go()
     stop.leave_if_told(trainer.state)
 
     # ------------------------------------------------------------ Save

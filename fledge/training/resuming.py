@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,17 +70,20 @@ def tokens_seen(checkpoint: str | None) -> int:
 class StopOnSignal(TrainerCallback):
     """Saves a checkpoint and stops after the current step on SIGTERM, which batch systems send before they end a job.
 
-    With several processes, all stop at the same step as soon as one of them has received it.
+    With several processes, all stop at the same step as soon as one of them has received it. Only the main thread of a
+    process can receive it, so a training in another thread does not stop.
     """
 
     def __init__(self) -> None:
         self.was_told = False
+        self.earlier: Any = None  # the handler of SIGTERM before the training
 
     @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.earlier = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is threading.main_thread():
+            self.earlier = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.was_told = True
@@ -93,11 +97,11 @@ class StopOnSignal(TrainerCallback):
         if self.was_told and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    @override
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        signal.signal(signal.SIGTERM, self.earlier)
+    def let_go(self) -> None:
+        """Gives SIGTERM its earlier handler. Trainer calls no callback at the end of a training that failed."""
+        if self.earlier is not None:
+            signal.signal(signal.SIGTERM, self.earlier)
+            self.earlier = None
 
     def leave_if_told(self, state: TrainerState) -> None:
         """Exits with the status of SIGTERM if training ended early because of it."""

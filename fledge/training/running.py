@@ -72,7 +72,10 @@ class Run:
         if trainer.is_world_process_zero():
             self.announce(trainer)
         trainer.start_from(self.checkpoint)
-        trainer.train(resume_from_checkpoint=self.checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        finally:
+            self.stop.let_go()
         self.stop.leave_if_told(trainer.state)
         self.save(trainer)
         if trainer.is_world_process_zero():
