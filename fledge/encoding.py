@@ -63,19 +63,19 @@ class Encoded:
         return {"input_ids": self.input_ids, "labels": self.labels, **pair}
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """The prompt for the next answer as text, by the tokenizer's chat template.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, asks: bool = True) -> str:
+    """The prompt for the next answer as text, by the tokenizer's chat template; only the conversation if not `asks`.
 
     Raises:
         UserError: the template refuses the conversation.
     """
-    return _render(tokenizer, [messages])[0]
+    return _render(tokenizer, [messages], asks)[0]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages]) -> list[str]:
+def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], asks: bool = True) -> list[str]:
     """Templates of other models may refuse a conversation, such as one with a system message."""
     try:
-        rendered = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=asks)
     except TemplateError as error:
         raise UserError(
             f"The model's chat template cannot write this conversation: {' '.join(str(error).split())}; change it, or "

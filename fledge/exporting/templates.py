@@ -1,11 +1,13 @@
 """Chat templates for programs other than transformers."""
 
+import contextlib
 import json
 import re
-from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fledge.encoding import prompt_text
+from fledge.errors import UserError
 from fledge.messages import Messages
 from fledge.models import context_of
 
@@ -67,8 +69,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     def written(*contents: str, asks: bool = False) -> str:
         roles = {SYSTEM: "system", FIRST: "user", ANSWER: "assistant", SECOND: "user"}
         messages = [{"role": roles[content], "content": content} for content in contents]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-        return cast(str, text)
+        return prompt_text(tokenizer, messages, asks)
 
     def after(before: str, text: str, content: str) -> str:
         """The text that follows `before` in `text`, with `content` replaced by a mark."""
@@ -76,8 +77,10 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
     asked = written(FIRST)
     answered = written(FIRST, ANSWER)
-    by_role = {
-        'eq $m.Role "system"': after("", written(SYSTEM), SYSTEM),
+    by_role = {}
+    with contextlib.suppress(UserError):  # some templates take no system message
+        by_role['eq $m.Role "system"'] = after("", written(SYSTEM), SYSTEM)
+    by_role |= {
         'eq $m.Role "assistant"': after(asked, answered, ANSWER),
         "eq $i 0": after("", asked, FIRST),
         'eq $m.Role "user"': after(answered, written(FIRST, ANSWER, SECOND), SECOND),

@@ -379,3 +379,16 @@ def test_other_logits_are_not_written(tiny, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="other logits"):
         exported(monkeypatch, "--model", tiny.model, "--to", "gguf", "--output_dir", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_that_takes_no_system_message_is_served_without_one():
+    tokenizer = byte_level()
+    tokenizer.chat_template = load_template("story_chat")
+    allows = go_template(tokenizer)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+
+    assert go_template(tokenizer) == allows.replace('if eq $m.Role "system" }}<|system|>{{ $m.Content }}{{ else ', "")
+    tokenizer.chat_template = "{{ raise_exception('Nothing') }}"
+    with pytest.raises(UserError, match="cannot write this conversation: Nothing"):
+        go_template(tokenizer)
