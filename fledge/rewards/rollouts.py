@@ -1,6 +1,7 @@
 """Samples answers to train on with Fledge's own loop. Each answer has its own random stream."""
 
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from fledge.generation.answers import continue_each
 from fledge.messages import Messages
 from fledge.sampling import Sampling
 from fledge.training.attention import by_sdpa
-from fledge.training.trainable import without_adapter
+from fledge.training.trainable import merged, without_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +56,7 @@ class Rollouts:
         size = config.rollout_batch_size or (96 if in_bf16 else 64)
         order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
         made: dict[int, list[int]] = {}
-        with by_sdpa(model), torch.autocast("cpu", enabled=in_bf16):
+        with by_sdpa(model), merged(model) if in_bf16 else nullcontext(), torch.autocast("cpu", enabled=in_bf16):
             for part in [order[i : i + size] for i in range(0, len(order), size)] if in_bf16 else [order]:
                 asked = [prompt_ids[i] for i in part]
                 made.update(continue_each(model, end, asked, sampling, size, [numbers[i] for i in part]))

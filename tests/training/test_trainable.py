@@ -7,7 +7,7 @@ from trl import ModelConfig, SFTTrainer
 
 from fledge.errors import UserError
 from fledge.resizing import add_rows
-from fledge.training.trainable import adapter_config, blocks_of
+from fledge.training.trainable import adapter_config, blocks_of, merged
 from fledge.training.trainer import prepare_model
 
 
@@ -66,3 +66,27 @@ def test_an_adapter_for_a_layer_that_is_not_there_is_refused(named, missing):
     config = ModelConfig(use_peft=True, lora_target_modules=named)
     with pytest.raises(UserError, match=f"{missing} names nothing in this model; its linear layers are c_attn, c_fc, "):
         adapter_config(config, small_gpt2(), 0)
+
+
+@pytest.mark.parametrize("named", [["c_attn", "c_proj", "c_fc"], ["c_fc", "lm_head"]])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merged_layers_compute_the_same_and_are_restored_exactly(named, use_dora):
+    """The head shares its weights with the embeddings, which its adapter must not change."""
+    arguments = ModelConfig(use_peft=True, lora_r=4, lora_target_modules=named, use_dora=use_dora)
+    model = small_gpt2()
+    model = get_peft_model(model, adapter_config(arguments, model, 0)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids, before = torch.arange(12)[None], {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(ids).logits
+    used = []
+    layer = next(part for part in model.modules() if isinstance(part, LoraLayer))
+    layer.lora_A["default"].register_forward_hook(lambda *_: used.append(1))
+    with torch.no_grad(), merged(model.get_base_model()):
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        assert not used
+    assert torch.equal(model(ids).logits, expected)
+    assert used
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
