@@ -44,6 +44,9 @@ def parse(
     arguments = [part for argument in arguments for part in _split_config(argument)]
     if arguments.count("--config") > 1:
         raise UserError("--config is given twice; name one recipe.")
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):  # Python's stand-in for such a byte
+            raise UserError(f"{argument!a} has bytes that are no UTF-8; rename the file, or write the text in UTF-8.")
     with _as_user_errors(arguments):
         recipe, texts = _open_recipe(arguments, dataclass_types)
     parser = _parser(dataclass_types, texts, description)
@@ -265,10 +268,11 @@ def run(main: Callable[[], object]) -> None:
     """Runs a script's `main`; a `UserError` becomes one sentence on stderr and exit status 2.
 
     If the reader of the output closes it (`| head`), the script ends quietly. Characters that the output's encoding
-    lacks are printed as question marks.
+    lacks are printed as question marks, and bytes of the input that are no text are read as U+FFFD.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # on Windows a file or pipe is not UTF-8
+    for stream in (sys.stdin, sys.stdout):  # on Windows a file or pipe is not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         try:
             main()

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -153,6 +154,19 @@ def test_config_without_a_path_says_so():
 def test_a_second_recipe_is_refused(recipe):
     with pytest.raises(UserError, match="--config"):
         parse(["--config", recipe(), "--config", recipe()], Oven)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    for argument in ("p\udcffe", "--cook=\udcff"):
+        with pytest.raises(UserError, match=r"\\udcff.*' has bytes that are no UTF-8") as error:
+            parse(["--dishes", "pie", "--cook", "Ben", argument], Oven)
+        str(error.value).encode()
+
+
+def test_input_that_is_no_text_is_read_with_marks(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\n"), encoding="utf-8"))
+    run(lambda: print(ascii(input())))
+    assert capsys.readouterr().out == "'a \\ufffd'\n"
 
 
 def test_json_is_read_as_it_was_written(tmp_path):
