@@ -456,6 +456,10 @@ BROKEN = {
         NANO | {f"{H}.{n}.ln_1.alpha": torch.ones(1) for n in range(2)},
         f"{H}.0.ln_1.alpha: one learned number, as a tanh in place of a norm has (DyT)",
     ),
+    **{
+        f"adapter {name}": (NANO | {f"{H}.0.attn.c_attn.{name}": torch.ones(2, WIDTH)}, f"{name}: a LoRA adapter")
+        for name in ("lora_A", "lora_B.default.weight", "lora.A.weight")
+    },
     "bias on the token embedding": (NANO | {"transformer.wte.bias": torch.ones(61)}, "token_embedding.bias is"),
     "bias on the positions": (NANO | {"transformer.wpe.bias": torch.ones(20)}, "position_embedding.bias is"),
 }

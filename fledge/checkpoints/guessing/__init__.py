@@ -12,6 +12,7 @@ What stays ambiguous is reported as a problem.
 """
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,8 @@ from fledge.checkpoints.guessing.ends import guess_ends
 from fledge.checkpoints.modules import Module, layer_stack, listed, modules_of, prefixes
 from fledge.checkpoints.structure import Structure
 from fledge.checkpoints.words import FOREIGN, SLOPES
+
+LORA = re.compile(r"(^|[._])lora([._]|$)", re.IGNORECASE)
 
 
 def guess_roles(tensors: Mapping[str, Tensor], named: Structure) -> Structure:
@@ -39,6 +42,12 @@ def guess_roles(tensors: Mapping[str, Tensor], named: Structure) -> Structure:
 
 def _guess(tensors: Mapping[str, Tensor], named: Structure, stack: str | None, numbered: bool) -> Structure:
     structure = copy.deepcopy(named)
+    if adapter := next((name for name in tensors if LORA.search(name) and name not in structure.roles), None):
+        structure.refusals.append(
+            f"{adapter}: a LoRA adapter, which changes the matrix beside it; merge it first (W + scale · B A; peft has "
+            "merge_and_unload), and convert the merged weights."
+        )
+        return structure
     outer, blocks = modules_of(tensors, stack, numbered)
     blocks = _in_pairs(blocks)
     inner = [module for modules in blocks.values() for module in modules]
