@@ -28,6 +28,7 @@ from fledge.evaluation.report import (
     table_by,
     title,
 )
+from fledge.models import open_config
 from fledge.pages import open_templates
 from fledge.sampling import Sampling
 
@@ -130,6 +131,15 @@ def read_samples(evaluation_dir: Path | None) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
+def architecture(folder: Path) -> str:
+    """The class of the model in `folder`, and its sizes as far as its config has them under their usual names."""
+    config = open_config(folder, folder)
+    named = {"num_hidden_layers": "layers", "num_attention_heads": "heads", "hidden_size": "width"}
+    named["vocab_size"] = "vocabulary"
+    sizes = [f"{word} {getattr(config, key):,}" for key, word in named.items() if hasattr(config, key)]
+    return ", ".join([f"`{name}`" for name in config.architectures or ()] + sizes)
+
+
 def count_parameters(folder: Path) -> int:
     """The number of parameters in a folder's safetensors files; a tied head is stored once."""
     count = 0
@@ -197,6 +207,7 @@ def model_card(folder: Path, records: Records, samples: list[dict], sampling: Sa
         metadata=metadata.to_yaml(),
         name=named.repo_id.split("/")[-1],
         parameters=count_parameters(folder),
+        architecture=architecture(folder),
         **how_to_use(folder, records["budget"], samples, sampling),
         shown=firsts,
         **what_was_measured(records["metrics"], samples),

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors import safe_open
+from transformers import MambaConfig
 
 from fledge.errors import UserError
 from fledge.publishing.card import (
     BESIDE,
     Named,
+    architecture,
     cell,
     count_parameters,
     each_way,
@@ -200,6 +202,14 @@ def test_parameters_are_counted_from_the_weights(tiny):
     with safe_open(tiny.model / "model.safetensors", "pt") as tensors:
         expected = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
     assert count_parameters(tiny.model) == expected
+
+
+def test_the_architecture_is_told_as_far_as_the_config_has_it(tiny, tmp_path):
+    config = json.loads((tiny.model / "config.json").read_text(encoding="utf-8"))
+    sizes = f"layers {config['n_layer']}, heads {config['n_head']}, width {config['n_embd']}, vocabulary"
+    assert architecture(tiny.model).startswith(f"`GPT2LMHeadModel`, {sizes} ")
+    MambaConfig(vocab_size=1234, hidden_size=8, num_hidden_layers=2).save_pretrained(tmp_path)
+    assert architecture(tmp_path) == "layers 2, width 8, vocabulary 1,234"
 
 
 def test_failures_are_counted_of_the_answers_that_were_asked():
