@@ -159,7 +159,7 @@ class Output:
         free = shutil.disk_usage(self.folder.parent).free
         if free < size:
             raise UserError(
-                f"{self.path} needs {size / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free; make room first."
+                f"{self.path} needs {size / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free; make room first."
             )
 
     @contextlib.contextmanager

@@ -357,7 +357,7 @@ def test_a_disk_without_room_is_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with claimed(tmp_path / "out", TRAIN) as output:
         output.check_room(3_000_000)
-        with pytest.raises(UserError, match=r"out needs 4 MB and its disk has 3 MB free; make room first"):
+        with pytest.raises(UserError, match=r"out needs 4.0 MB and its disk has 3.0 MB free; make room first"):
             output.check_room(4_000_000)
 
 
