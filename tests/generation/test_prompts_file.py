@@ -182,6 +182,23 @@ def test_an_answer_that_was_not_to_be_learnt_is_still_an_answer(tmp_path):
     assert [message["role"] for message in read_prompts(tmp_path / "p.jsonl")[0]] == ["user", "assistant", "user"]
 
 
+def test_a_system_message_of_its_own_replaces_that_of_the_task(tmp_path, monkeypatch):
+    own, tasks = ({"role": "system", "content": content} for content in ("own", "of the task"))
+    asked = {"role": "user", "content": "Why?"}
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("\n".join(json.dumps({"messages": m}) for m in ([own, asked], [asked])), encoding="utf-8")
+    output.touch()
+    heard = []
+    monkeypatch.setattr(generate, "prompt_ids", lambda model, tokenizer, messages, room: heard.append(messages))
+    monkeypatch.setattr(
+        "fledge.generation.prompts_file.answer_file",
+        lambda args, model, tokenizer, sampling, encode: list(map(encode, read_prompts(prompts))),
+    )
+    args = generate.GenerateArguments("m", prompts_file=str(prompts), output_file=str(output))
+    generate.answer_prompts(args, Sampling(), (None, None), [tasks])
+    assert heard == [[own, asked], [tasks, asked]]
+
+
 def test_a_prompt_that_does_not_fit_is_named(run_file, tmp_path):
     (tmp_path / "prompts.txt").write_text("short\n" + "word " * 999, encoding="utf-8")
     with pytest.raises(UserError, match=r"prompts\.txt, prompt 2: A prompt of \d+ tokens leaves no room"):
