@@ -59,6 +59,7 @@ PRIVATE = {
 }
 # Modules of the libraries that their documentation does not list, and what is done where they are missing.
 UNLISTED: dict[str, str] = {
+    "peft.tuners.lora": "LoRA's layers and their merge(), which the developer guides of PEFT name",
     "transformers.pytorch_utils": "Conv1D, of GPT-2 since its first release",
     "transformers.generation.streamers": "BaseStreamer, the base of the documented streamers",
     "transformers.dynamic_module_utils": "how trust_remote_code opens a model",
