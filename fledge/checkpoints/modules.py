@@ -38,7 +38,8 @@ class Module:
 
     @property
     def numbers(self) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", self.path)]
+        # w12 holds w1 and w2.
+        return [int(number) for number in re.findall(r"(?<=w)[12](?=[23](?!\d))|\d+", self.path)]
 
     def count(self, words: set[str]) -> int:
         """How many of the module's words are among these."""

@@ -32,9 +32,12 @@ def stored_in_out(modules: list[Module], roles: Mapping[str, str], width: int) -
             for module in alike
             if module not in mlp and module.shape[0] != module.shape[1]
         }
-        usual = _mlp_shows_in_out(mlp, width)
+        usual = _biases_show_in_out(mlp)
+        if usual is None:  # the shape of a projection is surer than the words of an MLP
+            usual = next(iter(sides.values()), None)
         if usual is None:
-            usual = next(iter(sides.values()), bare)
+            usual = _words_show_in_out(mlp, width)
+        usual = bare if usual is None else usual
         found |= {module.names["weight"] for module in alike if (sides.get(module.name, usual) if bare else usual)}
     return found
 
@@ -44,16 +47,15 @@ def is_bare(module: Module) -> bool:
     return not module.names["weight"].endswith("weight")
 
 
-def _mlp_shows_in_out(mlp: list[Module], width: int) -> bool | None:
-    """Whether an MLP is stored (in, out); None if nothing tells.
+def _biases_show_in_out(mlp: list[Module]) -> bool | None:
+    """Whether an MLP is stored (in, out), by a bias, which is as long as the output; None if it has none."""
+    wide = [module for module in mlp if module.shape[0] != module.shape[1] and "bias" in module.shapes]
+    return wide[0].shapes["bias"] == (wide[0].shape[1],) if wide else None
 
-    A bias is as long as the output, or the first matrix, where the words of the names say which one that is, leads out
-    of the width.
-    """
+
+def _words_show_in_out(mlp: list[Module], width: int) -> bool | None:
+    """Whether an MLP is stored (in, out): its first matrix by the names leads out of the width; None if unsaid."""
     wide = [module for module in mlp if module.shape[0] != module.shape[1]]
-    for module in wide:
-        if "bias" in module.shapes:
-            return module.shapes["bias"] == (module.shape[1],)
     if len(wide) < 2:
         return None
     first, *_, last = sorted(wide, key=order_in_mlp)

@@ -1,5 +1,6 @@
 """The facts that tensors leave open, their possible values, and the model that each value gives."""
 
+import re
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -35,6 +36,7 @@ RARE: dict[str, object] = {
     "residual_scaled": "both",
     "logit_scale": 1.0,
     "position_offset": 0,
+    "norm_offset": 0.0,
 }
 """Facts that nearly all authors have alike, and how. No other fact is changed together with them, and where no text
 could tell their values apart, usual practice settles them."""
@@ -79,6 +81,8 @@ def asked(gpt: CanonicalGPT) -> Values:
         "residual_scaled": "both",
         "logit_scale": 1.0,
     }
+    if gpt.n_layer > 1:
+        names["window_pattern"] = None
     if "position_embedding.weight" in tensors:
         names["position_offset"] = 0
     if "final_norm.weight" in tensors or gpt.final_norm:
@@ -89,6 +93,10 @@ def asked(gpt: CanonicalGPT) -> Values:
             names["parallel"] = False
     if not any(name.endswith("norm.bias") or ".norm_1.bias" in name for name in tensors):
         names["norm"] = "layernorm" if "position_embedding.weight" in tensors else "rmsnorm"
+    if norms := [x for name, x in tensors.items() if re.search(r"norm\w*\.weight$", name)]:
+        # Where one is added to the weights of norms, as in Gemma, they begin at zero.
+        near_zero = sum(bool(x.double().mean() < 0.5) for x in norms)
+        names["norm_offset"] = 1.0 if near_zero > len(norms) / 2 else 0.0
     if _untrained_final_norm(gpt) or "final_norm.weight" not in tensors:
         names["final_norm"] = False
     if gpt.qk_norm and "blocks.0.query_norm.bias" not in tensors:
@@ -133,6 +141,7 @@ def choices(gpt: CanonicalGPT, name: str) -> list:
         "norm": NORMS,
         "qk_norm_type": NORMS,
         "norm_eps": EPSILONS,
+        "norm_offset": (0.0, 1.0),
         "norm_placement": ("pre", "post", "sublayer", "replace"),
         "embedding_scale": (1.0, gpt.width**0.5),
         "residual_scale": residual_scales(gpt.n_layer),
@@ -182,9 +191,10 @@ def windows(context_length: int) -> list[int]:
 
 
 def window_patterns(n_layer: int) -> list[str]:
-    """Patterns of blocks with a window: a repeated pattern, in which the last block never has one."""
-    patterns = [(pattern * n_layer)[: n_layer - 1] + "L" for pattern in ("S", "SL", "SSL", "SSSL")]
-    return [*dict.fromkeys(pattern for pattern in patterns if "S" in pattern)]
+    """Patterns of blocks with a window: a repeated pattern, in which the last block may be an exception (nanochat)."""
+    repeated = [(pattern * n_layer)[:n_layer] for pattern in ("S", "SL", "LS", "SSL", "SSSL", "LSS", "LSSS")]
+    patterns = [*repeated, *(pattern[:-1] + "L" for pattern in repeated)]
+    return [*dict.fromkeys(pattern for pattern in patterns if {*pattern} == {*"SL"})]
 
 
 def heads_fit(n_head: int, width: int, key_rows: int, rotary: bool) -> bool:
@@ -307,6 +317,8 @@ class Questions:
         if scale != 1 and {"residual_scale", "residual_scaled"} & changes.keys() and (scale > 1) != (place == "stream"):
             return False  # what is added is made smaller, and the stream larger
         if changes.keys() == {"residual_scaled"} and scale == 1:
+            return False
+        if "window_pattern" in changes and not after.get("window", self.gpt.window):
             return False
         if "attention_scale" in changes and len(changes) == 1:
             now, then = self.reading(values), self.reading(after)

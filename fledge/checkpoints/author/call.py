@@ -181,7 +181,8 @@ class Author:
             if length is not None and length > 2048:
                 continue
             self.widen, self.length = widen, length
-            self.module.to(torch.float64 if widen else torch.float32)
+            # to(float64) would drop the imaginary part of a complex table of rotations.
+            self.module.double() if widen else self.module.float()
             try:
                 ids = self._probe()
                 logits = self._run(ids)

@@ -1,23 +1,26 @@
 """The arguments of a constructor: plain values, or an object that holds all of them."""
 
+import ast
 import contextlib
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
 
 from fledge.checkpoints.author.kinds import kind_of
 from fledge.checkpoints.author.modules import AuthorModule
-from fledge.checkpoints.author.stand_ins import OpenName, StandIn
+from fledge.checkpoints.author.stand_ins import OpenName
 from fledge.checkpoints.author.statements import PLAIN
 
 OBJECT = re.compile(
     r"(^|_)(config|configuration|cfg|conf|args|hparams|hps?|params|opts?|options|settings)$|config", re.I
 )
 """Names of a constructor's argument that holds all others."""
+NO_CONFIGS = ("vocabulary itself", "device")
+"""Kinds of arguments that have fields and hold no other values."""
 
 
 class OpenField(OpenName, AttributeError, KeyError):  # type: ignore[misc]  # `name` is a str in both
@@ -42,19 +45,38 @@ def value_of(name: str, values: Mapping[str, object]) -> object:
     return values[name]
 
 
-def config_type(parameter: inspect.Parameter, module: AuthorModule) -> type | None:
-    """The class of an argument that holds other values: the author's own, or `Config`; None for a plain value."""
-    hint = parameter.annotation
+def config_type(parameter: inspect.Parameter, module: AuthorModule, read: Collection[str] = ()) -> type | None:
+    """The class of an argument that holds other values: the author's own, or `Config`; None for a plain value.
+
+    `read` names the arguments that the constructor reads as `name.field` or as `name["field"]`.
+    """
+    hint, default = parameter.annotation, parameter.default
     if isinstance(hint, str) and hint.isidentifier():
         with contextlib.suppress(AttributeError, OpenName):
             hint = getattr(module, hint)
-    default = parameter.default
     if not isinstance(hint, type) and dataclasses.is_dataclass(type(default)):
         hint = type(default)
+    if hint is parameter.empty and isinstance(default, type):  # class attributes as a config
+        hint = default
     if isinstance(hint, type) and hint is not parameter.empty and hint.__module__.startswith("fledge_reference"):
         return None if issubclass(hint, nn.Module) else hint
     scalar = hint in (int, float, bool, str) or isinstance(default, (int, float, bool))
-    return Config if OBJECT.search(parameter.name) and not scalar and not isinstance(hint, StandIn) else None
+    has_fields = default is parameter.empty and parameter.name in read and kind_of(parameter.name) not in NO_CONFIGS
+    return Config if (OBJECT.search(parameter.name) or has_fields) and not scalar else None
+
+
+def read_fields(definition: ast.AST) -> set[str]:
+    """The names that a definition reads as `name.field` or as `name["field"]`, where no str or list has the field."""
+    found = set()
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Attribute):
+            is_field = not hasattr("", node.attr) and not hasattr([], node.attr)
+        else:
+            is_field = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+            is_field = is_field and isinstance(node.slice.value, str)
+        if is_field and isinstance(node.value, ast.Name):
+            found.add(node.value.id)
+    return found
 
 
 def config_of(kind: type, values: dict[str, object]) -> object:

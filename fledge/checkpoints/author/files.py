@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 
 from fledge.checkpoints.author.call import Author
 from fledge.checkpoints.author.candidates import names_in, outermost_names, ranked_classes
-from fledge.checkpoints.author.construct import config_of, config_type, value_of
+from fledge.checkpoints.author.construct import config_of, config_type, read_fields, value_of
 from fledge.checkpoints.author.kinds import Shapes, kind_of
 from fledge.checkpoints.author.modules import AuthorCode, AuthorModule
 from fledge.checkpoints.author.sandbox import author_runs
@@ -184,9 +185,13 @@ class Files:
 
     def context_length(self, author: Author) -> tuple[int, str] | None:
         """The context length in the author's code, and where it stands: a value of a call, else a constant."""
-        said = {name: [value] for name, value in author.values.items() if value[1] != GUESS}
-        for names in (said, constants(list(self.parsed.values()))):
-            for name in CONFIG_KEYS["context_length"]:
+        built = {name: [value] for name, value in author.values.items() if value[1] != GUESS}
+        said = constants(list(self.parsed.values()))
+        of_kind = [name for name in built if kind_of(name) == "context" and not re.search("window|chunk", name, re.I)]
+        keys = CONFIG_KEYS["context_length"]
+        in_code = [name for key in keys for name in said if name.lower() == key]
+        for names, wanted in ((built, keys), (built, of_kind), (said, in_code)):
+            for name in wanted:
                 found = {value: source for value, source in names.get(name, ()) if type(value) is int and value > 1}
                 if len(found) == 1:
                     ((length, source),) = found.items()
@@ -219,6 +224,7 @@ class Files:
     def _bind(self, author: Callable, values: Mapping[str, object], module: AuthorModule) -> tuple[list, dict]:
         positional: list[object] = []
         keywords: dict[str, object] = {}
+        read = {field for part in module.definitions(author.__name__) for field in read_fields(part)}
         for name, parameter in inspect.signature(author).parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 continue
@@ -227,7 +233,7 @@ class Files:
                 known = self.given if len(taken) > 1 else self._all(values)
                 keywords |= {key: value for key, value in known.items() if key not in taken}
                 continue
-            kind = config_type(parameter, module)
+            kind = config_type(parameter, module, read)
             value = config_of(kind, self._all(values)) if kind else value_of(name, values)
             if parameter.kind is parameter.KEYWORD_ONLY:
                 keywords[name] = value

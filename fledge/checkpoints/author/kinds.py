@@ -4,6 +4,7 @@ Vocabulary, width, heads, layers and context have a hundred names.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ class Shapes:
         dims = sorted({dim for tensor in tensors.values() for dim in tensor.shape}, reverse=True)
         words = re.compile(r"pos|pe\b|wpe")
         tables = [s for n, s in matrices.items() if re.search("emb|tok|wte|vocab|lookup", n) and not words.search(n)]
+        outer = Counter(s for n, s in matrices.items() if not re.search(r"(^|\.)\d+\.", n) and not words.search(n))
+        tables += [shape for shape, _ in outer.most_common(1)]
         vocabulary, width = next(iter(tables), max(matrices.values(), default=(1, 1)))
         context = [dim for name, t in tensors.items() if words.search(name) for dim in t.shape if dim not in (1, width)]
         stacks: dict[str, int] = {}
@@ -81,7 +84,7 @@ class Shapes:
             for match in re.finditer(r"\.(\d+)(?=\.)", "." + name):
                 stack = re.sub(r"\d+", "#", name[: match.start()])
                 stacks[stack] = max(stacks.get(stack, 0), int(match[1]) + 1)
-        outer = [count for stack, count in stacks.items() if "#" not in stack]
+        layers = [count for stack, count in stacks.items() if "#" not in stack]
         inner = [count for stack, count in stacks.items() if "#" in stack]
         divisors = [n for n in range(1, width + 1) if width % n == 0 and width // n > 1]
         usual = sorted(divisors, key=lambda n: (width // n not in (64, 32, 128, 16), abs(width // n - 64)))
@@ -89,7 +92,7 @@ class Shapes:
         ratios = [dim // width for dim in wide if dim % width == 0]
         heads = [n for n in inner if n in divisors] + usual
         by_kind: dict[str, list] = {
-            "vocabulary": [vocabulary], "width": [width], "context": context or [LONG], "layers": outer + inner,
+            "vocabulary": [vocabulary], "width": [width], "context": context or [LONG], "layers": layers + inner,
             "heads": heads, "key heads": heads, "head width": [width // n for n in heads],
             "vocabulary itself": [Vocabulary(vocabulary), vocabulary],
             "inner width": [*sorted(wide, key=lambda dim: dim == 3 * width), *ratios],

@@ -75,7 +75,7 @@ class AuthorModule(types.ModuleType):
             return self.__dict__[name]
         if self._file is None or name in self._making:
             raise KeyError(name)
-        if name in self._code.values and any(map(_is_assignment, self._file.bindings.get(name, []))):
+        if name in self._code.values and any(_is_assignment(part, name) for part in self._file.bindings.get(name, [])):
             self.__dict__[name] = self._code.values[name]
             return self.__dict__[name]
         if name not in self._file.bindings:
@@ -97,6 +97,13 @@ class AuthorModule(types.ModuleType):
             self._code.used[name] = self.__dict__[name] = on_cpu(value)
         return self.__dict__[name]
 
+    def definitions(self, name: str) -> list[ast.AST]:
+        """The constructor of a class of this file, or the function itself."""
+        parts = [part for part in (self._file.bindings.get(name, []) if self._file else []) if part]
+        inside = [inner for part in parts if isinstance(part, ast.ClassDef) for inner in part.body]
+        functions = [inner for inner in inside if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
+        return [*functions, *(part for part in parts if isinstance(part, ast.FunctionDef))]
+
     def _make_from_stars(self, name: str) -> Any:
         for star in reversed(self._file.stars):
             module = self._code.load(self, star.module or "", ("*",), star.level)
@@ -117,7 +124,13 @@ class AuthorModule(types.ModuleType):
         before = set(self.__dict__)
         strict, self._code.strict = self._code.strict, self._code.strict or isinstance(statement, ast.Try)
         try:
-            exec(self._file.code(statement), self.__dict__)
+            try:
+                exec(self._file.code(statement), self.__dict__)
+            except ModuleNotFoundError:
+                if not _is_imported(statement, name):
+                    raise
+                self._code.strict = False  # no package of the alternatives is installed: a stand-in
+                exec(self._file.code(statement), self.__dict__)
         except OpenName as error:
             if defines or self._code.can_propose(error.name):
                 raise
@@ -266,9 +279,15 @@ class AuthorCode:
         return module
 
 
-def _is_assignment(statement: ast.stmt | None) -> bool:
-    kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return not isinstance(statement, kinds) or isinstance(statement, ast.ImportFrom)
+def _is_assignment(statement: ast.stmt | None, name: str) -> bool:
+    """Whether a statement may give a name a number; a package that it imports is none."""
+    return not isinstance(statement, (ast.FunctionDef, ast.ClassDef)) and not _is_imported(statement, name)
+
+
+def _is_imported(statement: ast.stmt | None, name: str) -> bool:
+    """Whether a statement, or a part of it, is `import name` or `import … as name`."""
+    imports = [node for node in ast.walk(statement) if isinstance(node, ast.Import)] if statement else []
+    return any(name in bindings_of(node) for node in imports)
 
 
 def _says_none(statement: ast.Assign) -> bool:

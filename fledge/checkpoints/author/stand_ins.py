@@ -3,8 +3,10 @@
 import argparse
 import inspect
 import types
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 
@@ -43,8 +45,38 @@ class StandIn:
 
     __or__ = __ror__ = __getitem__
 
-    def __mro_entries__(self, bases: tuple) -> tuple:  # a base class, such as lightning's
-        return (nn.Module,) if "Module" in self._name and nn.Module not in bases else ()
+    def __mro_entries__(self, bases: tuple) -> tuple:  # a base class
+        kind = LightningModule if self._name.endswith("LightningModule") else nn.Module
+        return (kind,) if "Module" in self._name and nn.Module not in bases else ()
+
+
+class LightningModule(nn.Module):
+    """Lightning's base class as far as models use it."""
+
+    def save_hyperparameters(self, *args: Any, ignore: str | Sequence[str] = (), **options: Any) -> None:
+        """Keeps the arguments of the constructor that calls it, or those that are named, as `self.hparams`."""
+        frame = inspect.currentframe()
+        given = dict(frame.f_back.f_locals) if frame and frame.f_back else {}
+        names = [name for name in args if isinstance(name, str)] or inspect.signature(type(self).__init__).parameters
+        ignored = {"self", *([ignore] if isinstance(ignore, str) else ignore)}
+        kept = {name: given[name] for name in names if name in given and name not in ignored}
+        for whole in (value for value in args if not isinstance(value, str)):
+            kept |= whole if isinstance(whole, dict) else vars(whole)
+        self.hparams = Hyperparameters(kept)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class Hyperparameters(dict):
+    """Values that are read as `hparams.width` or as `hparams["width"]`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class Defaults(argparse.ArgumentParser):
@@ -60,6 +92,7 @@ class Defaults(argparse.ArgumentParser):
 
 
 ARGPARSE = types.ModuleType("argparse")
+ARGPARSE.__dict__.update(vars(argparse), ArgumentParser=Defaults)
 
 
 def refuse(*args: object) -> NoReturn:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fledge.checkpoints.loading.binary import is_binary, read_binary
 from fledge.checkpoints.loading.configs import is_no_model, origins, read_config_beside, stated_by_litgpt
 from fledge.checkpoints.loading.file_kinds import other_kind
-from fledge.checkpoints.loading.opening import first_bytes, open_file
+from fledge.checkpoints.loading.opening import first_bytes
+from fledge.checkpoints.loading.shards import INDICES, files_of, joined
 from fledge.checkpoints.loading.token_ids import vocabulary_in
 from fledge.checkpoints.loading.unwrapping import CLASS, CONFIGS, WRAPPERS, unwrap
 from fledge.checkpoints.loading.weights import weights_in
@@ -43,6 +44,8 @@ class Checkpoint:
 def load_checkpoint(path: str) -> Checkpoint:
     """Loads what `torch.save`, safetensors, Lightning, llama2.c or llm.c wrote, or a folder that holds one such file.
 
+    A model in several files is loaded from their folder, or by their index.
+
     Weights stay mapped from the file where its format allows.
 
     Raises:
@@ -51,6 +54,7 @@ def load_checkpoint(path: str) -> Checkpoint:
     """
     try:
         file, config = _locate(Path(path))
+        files = files_of(file)
         binary, other = is_binary(file), other_kind(file)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -61,7 +65,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         state, said, left_out = read_binary(file)
         levels: list[Mapping] = [state]
     else:
-        state, said, left_out, levels = unwrap(file, open_file(file))
+        state, said, left_out, levels = unwrap(file, joined(files))
     beside, name = read_config_beside(file)
     is_pickled = CLASS in levels[0]
     places = dict.fromkeys(config, "config.json") | dict.fromkeys(said, "the file's header")
@@ -80,7 +84,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         tensors=tensors,
         config=config,
         left_out={name: reason for name, reason in left_out.items() if name not in taken and name != CLASS},
-        source={"file": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)} | of_class,
+        source={"file": file.name, "bytes": sum(f.stat().st_size for f in files), "sha256": _sha256(files)} | of_class,
         vocabulary=vocabulary,
         origins={key: place for key, place in places.items() if key in config},
         stated=stated_by_litgpt(config),
@@ -99,7 +103,7 @@ def _locate(path: Path) -> tuple[Path, dict[str, object]]:
     config = read_json(config_file, "the script that saved it") if config_file.exists() else {}
     if not isinstance(config, dict):
         raise UserError(f"{config_file} holds a {type(config).__name__}, not a mapping.")
-    found = [path / name for name in HUB_NAMES if (path / name).is_file()][:1]
+    found = [path / name for name in (*HUB_NAMES, *INDICES) if (path / name).is_file()][:1]
     found = found or sorted(file for file in path.iterdir() if file.is_file() and _looks_like_checkpoint(file))
     if not found:
         raise UserError(f"{path} holds no checkpoint ({', '.join(SUFFIXES)}); name the file.")
@@ -115,9 +119,10 @@ def _looks_like_checkpoint(file: Path) -> bool:
     return suffix in SUFFIXES and is_binary_or_torch and not is_no_model(file)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        digest = hashlib.sha256()
-        while block := opened.read(1 << 20):
-            digest.update(block)
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

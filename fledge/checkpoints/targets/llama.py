@@ -33,6 +33,7 @@ from fledge.checkpoints.targets.target import (
     ROPE_RMS,
     USUAL,
     WINDOW,
+    WINDOWS,
     Config,
     Names,
     Target,
@@ -86,6 +87,10 @@ def _mlp_bias(gpt: CanonicalGPT) -> bool:
 
 def _whole_share(gpt: CanonicalGPT) -> list[str]:
     return [f"width {gpt.width} with {gpt.n_head} heads"] if gpt.width % gpt.n_head else []
+
+
+def layer_types(gpt: CanonicalGPT) -> list[str]:
+    return ["sliding_attention" if gpt.window_of(n) else "full_attention" for n in range(gpt.n_layer)]
 
 
 def windowed(gpt: CanonicalGPT) -> Config:
@@ -175,11 +180,12 @@ MISTRAL = Target(
 
 QWEN3 = Target(
     config=lambda gpt, given: Qwen3Config(
-        **rms(gpt, given, attention_bias=attention_bias(gpt), head_dim=gpt.head_width, max_window_layers=0),
+        **rms(gpt, given, attention_bias=attention_bias(gpt), head_dim=gpt.head_width),
         **windowed(gpt),
+        layer_types=layer_types(gpt),
     ),
     names=LLAMA_NAMES | QK_NORM_NAMES,
-    holds=USUAL | ROPE_RMS | QK_RMS | OWN_HEADS | WINDOW | {"gated MLP"},
+    holds=USUAL | ROPE_RMS | QK_RMS | OWN_HEADS | WINDOWS | {"gated MLP"},
     grouped=(ATTENTION,),
 )
 
@@ -205,7 +211,7 @@ def _gemma2(gpt: CanonicalGPT, given: Config) -> PreTrainedConfig:
         hidden_activation=keys.pop("hidden_act"),
         query_pre_attn_scalar=gpt.head_width,
         sliding_window=gpt.window or gpt.context_length,
-        layer_types=["sliding_attention" if gpt.window else "full_attention"] * gpt.n_layer,
+        layer_types=layer_types(gpt),
         attn_logit_softcapping=gpt.attention_cap,
         final_logit_softcapping=gpt.logit_cap,
         **keys,
@@ -229,7 +235,7 @@ GEMMA2 = Target(
     | PLAIN
     | ROPE_RMS
     | OWN_HEADS
-    | WINDOW
+    | WINDOWS
     | {"norms before and behind each sublayer", "gated MLP", "soft cap on logits", "soft cap on attention scores"},
     grouped=(ATTENTION,),
     limits=_whole_share,

@@ -26,6 +26,7 @@ ROPE_RMS = frozenset({"rotary positions", "RMSNorm"})
 QK_RMS = frozenset({"RMSNorm of each head's queries and keys", "weights in a norm of queries and keys"})
 OWN_HEADS = frozenset({"heads of another width than the model's share"})
 WINDOW = frozenset({"sliding window"})
+WINDOWS = WINDOW | {"sliding window in some of its blocks"}
 
 
 @dataclass(frozen=True)
