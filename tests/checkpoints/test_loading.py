@@ -832,3 +832,40 @@ def test_tensor_of_more_numbers_than_are_stored_is_refused_at_once(shape, tmp_pa
     small = torch.ones(1, 4).expand(3, 4)
     torch.save(STATE | {"small.weight": small}, tmp_path / "model.pt")
     assert torch.equal(load_checkpoint(str(tmp_path / "model.pt")).tensors["small.weight"], small)
+
+
+def sharded(folder, **places) -> Path:
+    """The folder of a model in two files, with an index; `places` replace those of the index."""
+    parts = {"head.weight": "model-00001-of-00002.safetensors", "head.bias": "model-00002-of-00002.safetensors"}
+    for name, file in parts.items():
+        save_file({name: STATE[name]}, folder / file)
+    index = {"metadata": {}, "weight_map": parts | places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("named", [".", "model.safetensors.index.json"])
+def test_model_in_several_files_is_joined(named, tmp_path):
+    checkpoint = load_checkpoint(str(sharded(tmp_path) / named))
+    assert_state(checkpoint.tensors)
+    assert checkpoint.source["file"] == "model.safetensors.index.json"
+
+
+def test_part_of_a_model_is_refused(tmp_path):
+    folder = sharded(tmp_path)
+    assert_refused(folder / "model-00001-of-00002.safetensors", "holds only a part of the model; pass the folder")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert_refused(folder, r"names model-00002-of-00002\.safetensors, and there is no such file beside it")
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd"])
+def test_index_names_only_files_beside_it(outside, tmp_path):
+    assert_refused(sharded(tmp_path, other=outside), "there is no such file beside it")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert_refused(tmp_path, "has no weight_map")
+
+
+def test_tensor_in_two_files_is_refused(tmp_path):
+    folder = sharded(tmp_path)
+    save_file(STATE, folder / "model-00002-of-00002.safetensors")
+    assert_refused(folder, "which another file of the model holds too")

@@ -314,7 +314,7 @@ def test_any_constructor_is_solved(data, weights, tmp_path_factory):
         (PARTS + model(ARGUMENTS), '{"n_embd": 16}', r"comes nearest.* and not \("),
         (PARTS + model(ARGUMENTS, FORWARD.replace("x = block(x)", "1 / 0")), None, "in its forward: ZeroDivisionError"),
         (PARTS + model(ARGUMENTS, FORWARD.replace("return self.head(x)", "return None")), None, "must return logits"),
-        (PARTS + model(", stranger" + ARGUMENTS).replace("self.head =", "self.head = stranger['a'] or"), None,
+        (PARTS + model(", stranger" + ARGUMENTS).replace("self.head =", "self.head = stranger + [] or"), None,
          r"cannot be built from .*TypeError.*--reference_kwargs"),
         (PARTS + model(ARGUMENTS), "{n_embd: 24}", "--reference_kwargs is no JSON object"),
         (PARTS + model(ARGUMENTS), "[1, 2]", "--reference_kwargs is no JSON object"),

@@ -212,7 +212,7 @@ class Files:
             with author_runs(device):
                 module = code.open(source.path)
                 author = getattr(module, name)
-                positional, keywords = self._bind(author, values, module)
+                positional, keywords = self._bind(author, name, values, module)
                 made = author(*positional, **keywords)
         finally:
             if used is not None:
@@ -221,22 +221,22 @@ class Files:
             raise UserError(f"--reference {self.spec}: {name} is a {type(made).__name__} and no torch.nn.Module.")
         return made
 
-    def _bind(self, author: Callable, values: Mapping[str, object], module: AuthorModule) -> tuple[list, dict]:
+    def _bind(self, author: Callable, name: str, values: Mapping, module: AuthorModule) -> tuple[list, dict]:
         positional: list[object] = []
         keywords: dict[str, object] = {}
-        read = {field for part in module.definitions(author.__name__) for field in read_fields(part)}
-        for name, parameter in inspect.signature(author).parameters.items():
+        read = {field for part in module.definitions(name) for field in read_fields(part)}
+        for key, parameter in inspect.signature(author).parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 continue
             if parameter.kind is parameter.VAR_KEYWORD:
                 taken = inspect.signature(author).parameters
                 known = self.given if len(taken) > 1 else self._all(values)
-                keywords |= {key: value for key, value in known.items() if key not in taken}
+                keywords |= {other: value for other, value in known.items() if other not in taken}
                 continue
             kind = config_type(parameter, module, read)
-            value = config_of(kind, self._all(values)) if kind else value_of(name, values)
+            value = config_of(kind, self._all(values)) if kind else value_of(key, values)
             if parameter.kind is parameter.KEYWORD_ONLY:
-                keywords[name] = value
+                keywords[key] = value
             else:
                 positional.append(value)
         return positional, keywords
