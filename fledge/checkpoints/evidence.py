@@ -16,6 +16,8 @@ LONG_WORK = 4e11
 """Parameters times positions that one text as long as the context may cost."""
 LONGER = 100
 """How many times as far as in short texts rounding may lead in a long one."""
+ALONE = "They differ where a token stands alone: look first at the activation, the norms, the embedding and the head."
+TOGETHER = "Where a token stands alone they agree: look at the attention, its mask and the positions."
 WINDOWS = frozenset({"window", "window_pattern"})
 ATTENTION = WINDOWS | frozenset(
     {"attention_scale", "attention_cap", "causal", "alibi", "rope", "rope_theta"}
@@ -61,7 +63,7 @@ def settle_by_reference(
         values = Descent(search, [first], questions.choices.keys() - ATTENTION, tolerance, tolerance).run(values)
         error = author_error(questions.reading(values), alone).max().item()
         if error > tolerance:
-            raise UserError(" ".join(filter(None, (_no_reading(facts, error), doubt))))
+            raise UserError(" ".join(filter(None, (_no_reading(facts, error, ALONE), doubt))))
         # RoPE's table turns no token alone, so that its rounding is only now in the way.
         largest = max(expected.abs().max().item() for _, expected in probes)
         near = max(tolerance, ROTATION_TOLERANCE * largest) if gpt.rope else tolerance
@@ -71,7 +73,7 @@ def settle_by_reference(
         values = Descent(search, light[:1], questions.choices.keys() & WINDOWS, tolerance, near).run(values)
         error = author_error(questions.reading(values), probes).max().item()
         if error > (near if questions.reading(values).rope else tolerance):
-            raise UserError(" ".join(filter(None, (_no_reading(facts, error), doubt))))
+            raise UserError(" ".join(filter(None, (_no_reading(facts, error, TOGETHER), doubt))))
         tolerance = max(tolerance, error)
     unseen, values = _with_context(questions, values, author, probes, tolerance)
     gpt = questions.adopt(values, Source.REFERENCE)
@@ -79,7 +81,22 @@ def settle_by_reference(
         # No logit shows the context length.
         if fact.status is not Status.SHOWN and not fact.stated and fact.name not in ("context_length", *unseen):
             fact.settle(Source.REFERENCE, f"logits within {error:.0e}")
+        if fact.name == "embedding_scale" and (alike := _same_scales(gpt)):
+            fact.detail = "; ".join(filter(None, (fact.detail, alike)))
     return gpt, error
+
+
+def _same_scales(gpt: CanonicalGPT) -> str:
+    """What computes the same as a model's scales of embeddings and residuals, where no table of positions is added.
+
+    Norms take a common factor of the stream away, if their epsilon has its square.
+    """
+    scaled = gpt.residual_scale != 1 or gpt.embedding_scale != 1
+    normed = gpt.norm_placement in ("pre", "both") and gpt.final_norm and not gpt.embedding_norm
+    if not scaled or not normed or gpt.residual_scaled != "both" or "position_embedding.weight" in gpt.tensors:
+        return ""
+    embedding, eps = gpt.embedding_scale / gpt.residual_scale, gpt.norm_eps / gpt.residual_scale**2
+    return f"for any s, {embedding:.6g} s, residual_scale s and norm_eps {eps:.6g} s² compute the same"
 
 
 def _with_context(
@@ -111,9 +128,11 @@ def _with_context(
     return frozenset(), values
 
 
-def _no_reading(facts: list[Fact], closest: float) -> str:
+def _no_reading(facts: list[Fact], closest: float, where: str) -> str:
     stated = ", ".join(f"{fact} ({fact.said_by})" for fact in facts if fact.stated)
-    question = f"Is what you stated right: {stated}?" if stated else "No reading that Fledge knows does what it does."
+    question = (
+        f"Is what you stated right: {stated}?" if stated else f"No reading that Fledge knows does what it does. {where}"
+    )
     return (
         "Your own module computes something else than these tensors mean to Fledge: logits differ by "
         f"{closest:.1e} under the closest reading. {question}"

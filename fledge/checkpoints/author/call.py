@@ -35,6 +35,7 @@ EXTRA = {
 
 
 NOT_CAUSAL = "In its forward a later token changes an earlier logit: is a mask or a transpose missing?"
+RANDOM = "Its forward draws random numbers, so that it computes something else each time."
 NOT_MIXING = "In its forward no token changes the logits of a later one: does attention run along the batch?"
 
 
@@ -47,7 +48,8 @@ class Author:
         notes: sentences about how it was built and is called.
         values: name → (value, who says so) of what its code needed.
         context_length: what the code says of it, and where; None if it says nothing, or two things.
-        doubt: a sentence about its forward if a later token changes an earlier logit, or none changes a later one.
+        doubt: a sentence about its forward if a later token changes an earlier logit, none changes a later one, or
+            it draws random numbers.
     """
 
     def __init__(self, module: nn.Module, label: str, tensors: Mapping[str, Tensor]):
@@ -149,6 +151,7 @@ class Author:
             ) from first
         (causal, mixing), self.extra, self.transposed, self.widen, self.length = works
         self.doubt = "" if causal and mixing else NOT_CAUSAL if mixing else NOT_MIXING
+        self.doubt = self.doubt if self._repeats() else RANDOM
         if self.widen is None:
             self.tolerance = FLOAT32_TOLERANCE * self(self._probe()).abs().max().item()
             self.notes.append(f"Its forward runs in float32 only; logits are compared within {self.tolerance:.1e}.")
@@ -196,6 +199,14 @@ class Author:
             return self._quality(ids, logits)
         assert failure
         raise failure
+
+    def _repeats(self) -> bool:
+        """Whether its logits do not depend on the state of the random numbers."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            first = self._run(self._probe())
+            torch.manual_seed(2)
+            return torch.equal(first, self._run(self._probe()))
 
     def _quality(self, ids: Tensor, logits: Tensor) -> tuple[bool, bool]:
         if ids.shape[1] < 2 or logits.shape[1] < ids.shape[1]:

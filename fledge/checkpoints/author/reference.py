@@ -19,6 +19,8 @@ from fledge.checkpoints.loading import Checkpoint
 from fledge.errors import UserError
 
 MOST_CHANGES, MOST_RUNS = 200, 12
+SIZES = ("width", "layers")
+"""Kinds of values that tell the code's models apart."""
 
 HARMLESS_KINDS = ("dropout", "device", "padding", "context", "vocabulary", "vocabulary itself", "width", "layers")
 """Kinds of values that either change the shapes or change no logits."""
@@ -122,11 +124,15 @@ def _complete(found: Found, checkpoint: Checkpoint) -> None:
 def _same_shapes(found: Found) -> list[dict[str, object]]:
     """Changes of one or two values that nothing clearly states and that keep all shapes."""
     values, unsure = found.solution.values, {}
+    sizes = [(found.solver.slots.get(name), value) for name, value in values.items() if kind_of(name) in SIZES]
+    others_size = any(slot and slot.stated and not slot.states(value) for slot, value in sizes)
     for name, value in values.items():
         slot, kind = found.solver.slots.get(name), kind_of(name)
-        if slot and kind not in (*HARMLESS_KINDS, None) and not slot.is_sure(value):
+        # Where the code states a model of another size, its number of heads is that model's.
+        doubtful = others_size and kind in HEADS and slot is not None and slot.only_in_code()
+        if slot and kind not in (*HARMLESS_KINDS, None) and (doubtful or not slot.is_sure(value)):
             stated = [v for v, _, _ in slot.stated]
-            choices = stated if value in stated else [v for v, _ in slot.values()]
+            choices = stated if value in stated and not doubtful else [v for v, _ in slot.values()]
             unsure[name] = [v for v in dict.fromkeys(choices) if v != value][:12]
     changes = [{name: value} for name, choices in unsure.items() for value in choices]
     for one, two in sorted(combinations(unsure, 2), key=lambda pair: -sum(kind_of(name) in HEADS for name in pair)):

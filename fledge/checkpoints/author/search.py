@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fledge.checkpoints.author.kinds import HEADS, kind_of
 from fledge.checkpoints.author.stand_ins import OpenName
-from fledge.checkpoints.author.statements import Said
+from fledge.checkpoints.author.statements import Rank, Said
 
 MOST_BUILDS = 500
 
@@ -38,6 +38,13 @@ class Slot:
         for value, source in [*((said.value, said.source) for said in self.stated), *proposed]:
             kept.setdefault((type(value), value), (value, source))  # True is not 1
         return list(kept.values())
+
+    def states(self, value: object) -> bool:
+        return any(said.value == value for said in self.stated)
+
+    def only_in_code(self) -> bool:
+        """Whether no flag, no config and no call of the code states it."""
+        return all(said.rank >= Rank.CODE for said in self.stated)
 
     def is_sure(self, value: object) -> bool:
         """Whether the most reliable statements all give this value."""
