@@ -21,7 +21,7 @@ SCRATCH = {"activation": "gelu_tanh", "attention_scale": 8**-0.5, "norm_eps": 1e
 SCRATCH |= {"causal": True, "norm_placement": "pre", "parallel": False, "window": None, "attention_cap": None}
 SCRATCH |= {"logit_cap": None, "final_norm_eps": None, "norm_unbiased": False, "norm_eps_outside": False}
 SCRATCH |= {"residual_scale": 1.0, "residual_scaled": "both", "logit_scale": 1.0, "position_offset": 0}
-SCRATCH |= {"qkv_in_out": False, "output_in_out": False}
+SCRATCH |= {"qkv_in_out": False, "output_in_out": False, "window_pattern": None, "norm_offset": 0.0}
 CONFIG = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
 
 

@@ -93,10 +93,8 @@ def asked(gpt: CanonicalGPT) -> Values:
             names["parallel"] = False
     if not any(name.endswith("norm.bias") or ".norm_1.bias" in name for name in tensors):
         names["norm"] = "layernorm" if "position_embedding.weight" in tensors else "rmsnorm"
-    if norms := [x for name, x in tensors.items() if re.search(r"norm\w*\.weight$", name)]:
-        # Where one is added to the weights of norms, as in Gemma, they begin at zero.
-        near_zero = sum(bool(x.double().mean() < 0.5) for x in norms)
-        names["norm_offset"] = 1.0 if near_zero > len(norms) / 2 else 0.0
+    if any(re.search(r"norm\w*\.weight$", name) for name in tensors):
+        names["norm_offset"] = 0.0
     if _untrained_final_norm(gpt) or "final_norm.weight" not in tensors:
         names["final_norm"] = False
     if gpt.qk_norm and "blocks.0.query_norm.bias" not in tensors:

@@ -136,7 +136,7 @@ def statuses(*args, **keys) -> dict[str, tuple[Status, str]]:
 SHOWN = (Status.SHOWN, "tensors")
 USUAL = (Status.ASSUMED, "usual practice")
 ALWAYS = "window attention_cap logit_cap final_norm_eps norm_unbiased norm_eps_outside "
-ALWAYS += "residual_scale residual_scaled logit_scale"
+ALWAYS += "residual_scale residual_scaled logit_scale window_pattern norm_offset"
 CONFIG = (Status.SETTLED, "checkpoint config")
 
 
@@ -193,7 +193,7 @@ def test_each_fact_names_where_it_comes_from():
             "mha",
             {"n_head": 3},
             {"activation", "norm_eps", "embedding_scale", "causal", "norm_placement", "parallel"}
-            | {"window", "attention_cap", "logit_cap", "final_norm_eps"}
+            | {"window", "window_pattern", "attention_cap", "logit_cap", "final_norm_eps", "norm_offset"}
             | {"residual_scale", "residual_scaled", "logit_scale", "position_offset"},
         ),
     ],

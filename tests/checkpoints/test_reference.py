@@ -357,7 +357,7 @@ def test_names_that_the_package_of_the_tests_defines_can_be_reached(tmp_path):
 def test_heads_of_another_size_of_the_code_are_asked_for(weights, tmp_path):
     other = ", vocab_size=13, n_embd=24, block_size=8, n_layer=6, n_head=2"
     (tmp_path / "m.py").write_text(PARTS + model(other))
-    with pytest.raises(UserError, match="with n_head 2; .*n_head 3; .*neither the checkpoint nor the code says which"):
+    with pytest.raises(UserError, match=r"with n_head 2; .*n_head 3; .*neither the checkpoint nor the code says which"):
         load_reference(str(tmp_path), None, checkpoint(weights))
     assert_own(load_reference(str(tmp_path), json.dumps({"n_head": HEADS}), checkpoint(weights)), weights)
 
