@@ -339,7 +339,7 @@ def test_mapping_names_what_no_word_tells(own, tmp_path):
     torch.save(content | {"model_state_dict": renamed}, tmp_path / "odd.pt")
     given = arguments(own[0], tmp_path / "base", checkpoint=tmp_path / "odd.pt")
     # The order of definition proposes which is which, and that is an open question.
-    assert_refused(*convert(*given)[::2], ["Nothing shows 15 facts", "--probe_text"])
+    assert_refused(*convert(*given)[::2], ["Nothing shows 16 facts", "--probe_text"])
     (tmp_path / "names.yaml").write_text(
         "blocks.{n}.query: layers.{n}.attention.alpha\n"
         "blocks.{n}.key: layers.{n}.attention.beta\n"
@@ -349,7 +349,7 @@ def test_mapping_names_what_no_word_tells(own, tmp_path):
     given += ["--mapping", tmp_path / "names.yaml"]
     status, _, error = convert(*given)
     assert_refused(
-        status, error, ["Nothing shows 13 facts", "norm_placement pre (or post, sublayer, replace)", "--reference"]
+        status, error, ["Nothing shows 14 facts", "norm_placement pre (or post, sublayer, replace)", "--reference"]
     )
     (tmp_path / "scratch_gpt.py").write_text(
         (ROOT / "examples" / "scratch_gpt.py").read_text() + "\nraise SystemExit(7)"
