@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, call_script, run_script
+from conftest import ROOT, call_script
 from hub import TOKEN, Hub
 from processes import fork_script
 from safetensors.torch import load_file, save_file
@@ -73,8 +73,8 @@ def online(hub: Hub, cache: Path, **variables: str) -> dict[str, str]:
     }
 
 
-def publish(hub: Hub, tiny, cache: Path, *arguments: object, start=fork_script, token: str = TOKEN, check: bool = True):
-    return start(
+def publish(hub: Hub, tiny, cache: Path, *arguments: object, token: str = TOKEN, check: bool = True):
+    return fork_script(
         "publish.py", "--model", tiny.model, "--evaluation", tiny.evaluation, "--dataset", tiny.data,
         "--license", "apache-2.0", *arguments, check=check, **online(hub, cache, HF_TOKEN=token),
     )  # fmt: skip
@@ -82,7 +82,7 @@ def publish(hub: Hub, tiny, cache: Path, *arguments: object, start=fork_script, 
 
 @pytest.fixture(scope="module")
 def published(hub, tiny, tmp_path_factory):
-    return publish(hub, tiny, tmp_path_factory.mktemp("publisher"), *ALL, start=run_script)
+    return publish(hub, tiny, tmp_path_factory.mktemp("publisher"), *ALL)
 
 
 def snippets(card: str, language: str) -> list[str]:

@@ -92,7 +92,9 @@ def test_a_run_that_was_cut_sees_and_keeps_the_same(straight, tiny, tmp_path, mo
 
 
 def test_two_processes_see_what_one_sees(straight, tiny, tmp_path):
-    fork_two("train_grpo.py", *keys(tiny, tmp_path / "two", "--per_device_train_batch_size", 4))
+    """At the start, which does not depend on the steps that follow."""
+    one_step = ("--per_device_train_batch_size", 4, "--max_steps", 1)
+    fork_two("train_grpo.py", *keys(tiny, tmp_path / "two", *one_step))
 
     first, other = looks_of(straight)[0], looks_of(tmp_path / "two")[0]
     assert other == pytest.approx(first, abs=1e-5)
