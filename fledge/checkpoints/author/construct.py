@@ -69,12 +69,13 @@ def read_fields(definition: ast.AST) -> set[str]:
     """The names that a definition reads as `name.field` or as `name["field"]`, where no str or list has the field."""
     found = set()
     for node in ast.walk(definition):
+        if not isinstance(node, (ast.Attribute, ast.Subscript)) or not isinstance(node.value, ast.Name):
+            continue
         if isinstance(node, ast.Attribute):
             is_field = not hasattr("", node.attr) and not hasattr([], node.attr)
         else:
-            is_field = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
-            is_field = is_field and isinstance(node.slice.value, str)
-        if is_field and isinstance(node.value, ast.Name):
+            is_field = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
+        if is_field:
             found.add(node.value.id)
     return found
 
