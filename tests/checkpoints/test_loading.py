@@ -858,6 +858,11 @@ def test_part_of_a_model_is_refused(tmp_path):
     assert_refused(folder, r"names model-00002-of-00002\.safetensors, and there is no such file beside it")
 
 
+def test_only_part_is_the_whole_model(tmp_path):
+    save_file(STATE, tmp_path / "model-00001-of-00001.safetensors")
+    assert_state(load_checkpoint(str(tmp_path / "model-00001-of-00001.safetensors")).tensors)
+
+
 @pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd"])
 def test_index_names_only_files_beside_it(outside, tmp_path):
     assert_refused(sharded(tmp_path, other=outside), "there is no such file beside it")

@@ -206,7 +206,10 @@ class Author:
             torch.manual_seed(1)
             first = self._run(self._probe())
             torch.manual_seed(2)
-            return torch.equal(first, self._run(self._probe()))
+            second = self._run(self._probe())
+        # Some CPUs round by where a tensor lies in memory.
+        rounding = FLOAT32_TOLERANCE * first.nan_to_num(0, 0, 0).abs().max().item()
+        return torch.allclose(first, second, rtol=0, atol=rounding, equal_nan=True)
 
     def _quality(self, ids: Tensor, logits: Tensor) -> tuple[bool, bool]:
         if ids.shape[1] < 2 or logits.shape[1] < ids.shape[1]:

@@ -9,7 +9,7 @@ from fledge.errors import UserError
 
 INDEX = ".index.json"
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SHARD = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
+SHARD = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.\w+")  # one of several
 
 
 def files_of(file: Path) -> list[Path]:
