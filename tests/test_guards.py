@@ -37,7 +37,7 @@ PRIVATE = {
     "_last_lr": (1, "is written and never read: what the log says of one step"),
     "_from_accelerator": (1, "a UserError"),
     "_total_train_tokens": (3, "a UserError before training, by start_from()"),
-    "_load_optimizer_and_scheduler": (4, "check_overrides"),
+    "_load_optimizer_and_scheduler": (2, "check_overrides"),
     "_get_grad_norm": (2, "check_overrides"),
     "_save_checkpoint": (2, "check_overrides"),
     "_get_per_token_logps_and_entropies": (2, "check_overrides"),

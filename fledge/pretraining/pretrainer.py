@@ -16,7 +16,6 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -34,8 +33,8 @@ from fledge.models import head_of
 from fledge.pretraining.muon import MuonWithAdamW
 from fledge.pretraining.tokens import Windows
 from fledge.training.configuration import choose_device_and_precision
-from fledge.training.lineage import load_optimizer
 from fledge.training.loss import ScoreTokens
+from fledge.training.optimizing import OptimizingTrainer
 from fledge.training.run_record import outcome
 from fledge.training.settings import check_training, said_in_words
 from fledge.training.trial import in_words, seconds_of
@@ -151,7 +150,7 @@ def flops_per_token(model: GPT2LMHeadModel) -> int:
 
 
 @check_overrides
-class PretrainTrainer(Trainer):
+class PretrainTrainer(OptimizingTrainer):
     """Trainer that counts tokens under TRL's name and evaluates in bits per byte."""
 
     args: PretrainConfig
@@ -177,19 +176,7 @@ class PretrainTrainer(Trainer):
                 )
             betas = (args.adam_beta1, args.adam_beta2)
             self.optimizer = MuonWithAdamW(self.model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-        with said_in_words("--optim or --optim_args"):
-            return super().create_optimizer(model)
-
-    @override
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        with said_in_words("--lr_scheduler_type or --lr_scheduler_kwargs"):
-            return super().create_scheduler(num_training_steps, optimizer)
-
-    @override
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
+        return super().create_optimizer(model)
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -9,20 +9,19 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from typing_extensions import override
 
 from fledge.encoding import IGNORED
 from fledge.errors import UserError
 from fledge.guards import check_overrides, missing
-from fledge.training.lineage import load_optimizer
+from fledge.training.optimizing import OptimizingTrainer
 from fledge.training.resuming import newest_checkpoint, tokens_seen
-from fledge.training.settings import said_in_words
 
 
 @check_overrides
-class CheckedTrainer(Trainer):
+class CheckedTrainer(OptimizingTrainer):
     """Stops at the first NaN or infinite loss or gradient. Inherit from it before one of TRL's trainers.
 
     The optimizer never takes such a step, so every saved checkpoint has finite weights.
@@ -70,22 +69,6 @@ class CheckedTrainer(Trainer):
         if sum("loss" in entry for entry in self.state.log_history) == 1:
             return [f"Loss {record['first_loss']:.3f} at the only step that was logged; --logging_steps 1 logs all."]
         return [f"Loss {record['first_loss']:.3f} to {record['last_loss']:.3f}."]
-
-    @override
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        with said_in_words("--optim or --optim_args"):
-            return super().create_optimizer(model)
-
-    @override
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        with said_in_words("--lr_scheduler_type or --lr_scheduler_kwargs"):
-            return super().create_scheduler(num_training_steps, optimizer)
-
-    @override
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        load_optimizer(self, super()._load_optimizer_and_scheduler, checkpoint)
 
     @override
     def training_step(
