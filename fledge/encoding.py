@@ -7,7 +7,7 @@ never on a truncated one. A control token in somebody's text is encoded as plain
 
 import bisect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -313,9 +313,7 @@ def numbers_of(rows: list[dict[str, Any]], only: Sequence[str]) -> list[int]:
     columns = sorted({column for row in rows for column in row} - {"messages", "group"})
     numbers = list(range(len(rows)))
     for condition in only:
-        column, _, wanted = condition.partition("=")
-        if "=" not in condition or column not in columns:
-            raise UserError(f"--only {condition} is no COLUMN=VALUE; the dataset's columns are {', '.join(columns)}.")
+        column, wanted = condition_of(condition, columns, "the dataset's columns are")
         values = {number: _values(rows[number].get(column)) for number in numbers}
         numbers = [number for number in numbers if wanted in values[number]]
         if not numbers:
@@ -323,6 +321,18 @@ def numbers_of(rows: list[dict[str, Any]], only: Sequence[str]) -> list[int]:
             named = ", ".join(found[:MOST_NAMED]) + (", …" if len(found) > MOST_NAMED else "")
             raise UserError(f"No row meets --only {condition}; its values of {column}: {named or 'none'}.")
     return numbers
+
+
+def condition_of(text: str, columns: Collection[str], known: str) -> tuple[str, str]:
+    """The column and the value of a condition COLUMN=VALUE of --only.
+
+    Raises:
+        UserError: it is none, or there is no such column; `known` begins the list of those that there are.
+    """
+    column, separator, wanted = text.partition("=")
+    if not separator or column not in columns:
+        raise UserError(f"--only {text} is no COLUMN=VALUE; {known} {', '.join(sorted(columns)) or 'none'}.")
+    return column, wanted
 
 
 def meets(row: dict[str, Any], only: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fledge.checkpoints.canonical import SCALED, CanonicalGPT, canonical_logits
 from fledge.checkpoints.proof import Probes
-from fledge.checkpoints.questions import LAST, Questions, Values
+from fledge.checkpoints.questions import LAST, Key, Questions, Values, key_of
 from fledge.errors import UserError
 
 NORMALISED = 1e-6
@@ -45,9 +45,9 @@ class Descent:
     names: Collection[str]
     good: float
     near: float
-    errors: dict[tuple, float] = field(default_factory=dict)
-    passed: set[tuple] = field(default_factory=set)
-    fits: dict[tuple, Values] = field(default_factory=dict)
+    errors: dict[Key, float] = field(default_factory=dict)
+    passed: set[Key] = field(default_factory=set)
+    fits: dict[Key, Values] = field(default_factory=dict)
 
     def run(self, start: Values) -> Values:
         """The first reading whose error is small enough, or else the one with the smallest."""
@@ -64,7 +64,7 @@ class Descent:
 
     def error(self, values: Values) -> float:
         """Largest |Δ logit|, a mean over the probes. Many descents pass a reading."""
-        key = tuple(values.values())
+        key = key_of(values)
         if key not in self.errors:
             self.errors[key] = author_error(self.questions.reading(values), self.probes).mean().item()
         return self.errors[key]
@@ -74,8 +74,8 @@ class Descent:
 
     def _lowest(self, values: Values) -> Values:
         """Where steps lead from a reading; as far as the first reading from which they were taken before."""
-        while self.error(values) > self.good and tuple(values.values()) not in self.passed:
-            self.passed.add(tuple(values.values()))
+        while self.error(values) > self.good and key_of(values) not in self.passed:
+            self.passed.add(key_of(values))
             lower = self._step(values)
             if lower is None:
                 is_fitted = self.error(values) > self.near and len(self.fits) < FITS
@@ -106,16 +106,16 @@ class Descent:
 
     def _fitted(self, values: Values) -> Values:
         """The reading with the numbers that give the smallest error, as short as they may be written."""
-        key = tuple(values.values())
+        key = key_of(values)
         if key not in self.fits:
             # Scaled embeddings and scaled residuals are alike but for a table of positions: one is tried alone first.
             best = min(values, self._fit(values, STEPS), key=self.error)
-            scales_residuals = {"residual_scale", "residual_scaled"} <= {*self.names}
-            for place in dict.fromkeys([values["residual_scaled"], *SCALED]) if scales_residuals else ():
-                if self.error(best) <= self.near:
-                    break
-                placed = self._fit(values | {"residual_scaled": place}, STEPS, scales_residuals)
-                best = min(best, placed, key=self.error)
+            if {"residual_scale", "residual_scaled"} <= {*self.names}:
+                for place in dict.fromkeys([values["residual_scaled"], *SCALED]):
+                    if self.error(best) <= self.near:
+                        break
+                    placed = self._fit(values | {"residual_scaled": place}, STEPS, scales_residuals=True)
+                    best = min(best, placed, key=self.error)
             self.fits[key] = best
         return self.fits[key]
 

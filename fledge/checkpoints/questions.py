@@ -49,6 +49,12 @@ MATTERS = 1e-4
 
 Values = dict[str, Any]
 """The values of facts, by name."""
+Key = frozenset[tuple[str, object]]
+"""The values of facts as a key of a dict."""
+
+
+def key_of(values: Values) -> Key:
+    return frozenset(values.items())
 
 
 def is_usual(fact: Fact) -> bool:

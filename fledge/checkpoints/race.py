@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fledge.checkpoints.canonical import canonical_logits
-from fledge.checkpoints.questions import LAST, MATTERS, Questions, Values, change_of, is_louder, is_rare
+from fledge.checkpoints.questions import LAST, MATTERS, Key, Questions, Values, change_of, is_louder, is_rare, key_of
 from fledge.checkpoints.text_loss import BATCH_NUMBERS, losses_of, text_losses
 
 CLEARLY = 4.0
@@ -85,13 +85,6 @@ class Comparison:
 Compared = list[tuple[Values, Comparison]]
 """Changes of the chosen values, each with what it would give."""
 
-Key = frozenset[tuple[str, object]]
-"""The values of facts as a key of a dict."""
-
-
-def key_of(values: Values) -> Key:
-    return frozenset(values.items())
-
 
 class Race:
     """Readings of one model on windows of a text (N, T + 1), each measured on as many of the first as it needs.
@@ -151,7 +144,8 @@ class Race:
         """A reading's logits on the sample, whose losses are known with them."""
         logits = canonical_logits(self.questions.reading(values), self.sample[:, :-1], torch.float32)
         self.work += self.per_window * len(self.sample)
-        self.losses.setdefault(key_of(values), losses_of(logits, self.sample))
+        if key_of(values) not in self.losses:
+            self.losses[key_of(values)] = losses_of(logits, self.sample)
         return logits
 
     def run(self, values: Values) -> tuple[Values, Compared]:

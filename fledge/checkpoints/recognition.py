@@ -93,8 +93,8 @@ def _heads(tensors: Mapping[str, Tensor], heads_saved: int | None, facts: Settli
     rotary = _may_rotate(tensors)
     if gates := [tensor for name, tensor in tensors.items() if name.endswith(".value_gate.weight")]:
         heads_saved = len(gates[0]) * len(tensors["blocks.0.query.weight"]) // key_rows  # one for each key head
-    normed = tensors.get("blocks.0.query_norm.weight", tensors["blocks.0.query.weight"])
-    if len(normed) < width and not width % len(normed):  # a norm of each head is as wide as a head
+    normed = tensors.get("blocks.0.query_norm.weight")
+    if normed is not None and len(normed) < width and not width % len(normed):  # a norm of each head, as wide as it
         heads_saved = width // len(normed)
     if heads_saved:
         n_head = facts.show("n_head", heads_saved)

@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from fledge.cli import read_json
+from fledge.encoding import condition_of
 from fledge.errors import UserError
 from fledge.hub import find_tokenizer
 from fledge.models import CONTEXTS
@@ -18,10 +19,7 @@ def check_conditions(only: list[str], task: Task) -> None:
         UserError: a condition is not COLUMN=VALUE, or no row of the task can meet it.
     """
     for condition in only:
-        column, _, value = condition.partition("=")
-        if "=" not in condition or column not in task.columns:
-            columns = ", ".join(sorted(task.columns)) or "none"
-            raise UserError(f"--only {condition} is no COLUMN=VALUE; {task.name} has the columns {columns}.")
+        column, value = condition_of(condition, task.columns, f"{task.name} has the columns")
         if column in task.classes and value not in task.classes[column]:
             raise UserError(f"No row can meet --only {condition}; {column} is {', '.join(task.classes[column])}.")
 
